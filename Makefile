@@ -1,0 +1,47 @@
+# fedmed's habits. `make` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(if $(shell command -v python$(v)),python$(v))) python3)
+BIN := .venv/bin
+TASK ?= cxr
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "fedmed needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.x"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv sync --quiet --all-extras
+	@touch $@
+
+install: .venv/installed ## make .venv with everything in it
+
+demo: .venv/installed ## four phantom hospitals train a network on DICOM: make demo [TASK=cxr|lung-seg]
+	@mkdir -p phantoms
+	@test -d phantoms/$(TASK) || $(BIN)/fedmed data synth phantoms/$(TASK) --task $(TASK)
+	@$(BIN)/fedmed simulate phantoms/$(TASK)/run.toml
+
+flower-demo: .venv/installed ## the same federation through `flwr run . local`, Flower's own simulation
+	@$(BIN)/python simulations/flower-demo/run.py
+
+test: .venv/installed ## all kinds of tests at small counts, under ten minutes on two cores
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed ## the long ones: grids, baselines of the demo
+	@$(BIN)/python -m pytest -m slow
+
+check: .venv/installed ## style, types and architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: .venv/installed ## time the engine against plain PyTorch and Flower's Ray simulation
+	@$(BIN)/python benchmarks/engine.py
+
+clean: ## remove what the targets made, but not runs/
+	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help install demo flower-demo test test-slow check bench clean

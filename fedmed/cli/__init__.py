@@ -1,0 +1,50 @@
+"""The commands. Heavy imports happen inside a command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from fedmed.cli import data, report, simulate
+from fedmed.errors import FedmedError
+
+app = typer.Typer(
+    name="fedmed",
+    help="Federated learning across hospitals: networks train where the images are.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run a command; end with 0, or 1 and one line, or 2 for bad syntax, or 130 after Ctrl-C."""
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        code = 130
+    except FedmedError as error:
+        _say(str(error))
+        code = 1
+    except BrokenPipeError:
+        code = 1
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        _say(f"{os.strerror(error.errno) if error.errno else error}{place}")
+        code = 1
+    sys.exit(code or 0)
+
+
+def _say(text: str) -> None:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)

@@ -1,0 +1,46 @@
+"""`fedmed data`: making and preparing hospitals' data."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make phantom hospitals to try fedmed on.", no_args_is_help=True)
+
+
+class Kind(enum.StrEnum):
+    """What the phantoms are for."""
+
+    cxr = "cxr"
+    lung_seg = "lung-seg"
+
+
+@app.callback()
+def data() -> None:
+    """Make and prepare data."""
+
+
+@app.command("synth")
+def synth(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist yet")],
+    task: Annotated[Kind, typer.Option(help="what the network will learn")] = Kind.cxr,
+    sites: Annotated[int, typer.Option(min=1, max=1000, help="hospitals")] = 4,
+    patients: Annotated[int, typer.Option(min=2, max=100_000, help="patients per hospital")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same pixels")] = 7,
+) -> None:
+    """Write phantom hospitals as real DICOM, each with its own scanner, and a run.toml that trains on them.
+
+    Example: fedmed data synth phantoms --task cxr --sites 4 --patients 100 --seed 7
+    """
+    from fedmed.cli.display import bar
+    from fedmed.errors import DataError
+    from fedmed.federated.phantoms import make_phantoms
+
+    if folder.exists():
+        raise DataError(f"{folder} exists; choose a new folder, so that nothing is overwritten")
+    with bar(f"{sites} hospitals") as progress:
+        make_phantoms(folder, task.value, sites=sites, patients=patients, seed=seed, progress=progress)
+    print(f"wrote {folder}; next: fedmed simulate {folder / 'run.toml'}")

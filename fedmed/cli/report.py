@@ -1,0 +1,18 @@
+"""`fedmed report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write RUN/report.html, one page that opens offline.
+
+    Example: fedmed report runs/20260102-1500-quickstart
+    """
+    from fedmed.reporting import write_report
+
+    print(write_report(run))

@@ -1,0 +1,64 @@
+"""Everything that fedmed raises on purpose.
+
+::
+
+    FedmedError                 one clear line for the user, exit status 1
+    ├── ConfigError             a run file, a --set option or a site.toml says something impossible
+    ├── DataError               a manifest or a data set cannot be used
+    │   └── UnreadableImage     one image cannot be decoded; a data set counts these
+    ├── ModelError              a network cannot be built, or its weights do not fit
+    ├── UpdateRefused           what a site sent is not a valid update
+    └── RunFailed               the federation cannot go on; the run folder keeps what was reached
+
+A message says what was expected, what was found, and what to do; it never holds a patient identifier, a UID or a
+pixel. It is meant for the person at the machine and may name a file there. What may leave that machine is `public`.
+"""
+
+from __future__ import annotations
+
+
+class FedmedError(Exception):
+    """Base of all errors that a user can mend.
+
+    Attributes:
+        public: the part of the message that may leave a site: no path, no count below the site's minimum, and nothing
+            of a patient. A class-wide sentence unless the raiser gives a better one.
+    """
+
+    public = "the site stopped; its own log says why"
+
+    def __init__(self, message: str, *, public: str | None = None) -> None:
+        """Keep `message` for the local user and `public` for everybody else."""
+        super().__init__(message)
+        if public is not None:
+            self.public = public
+
+
+class ConfigError(FedmedError):
+    """A configuration is misspelt, of the wrong type, or asks for something impossible."""
+
+    public = "the site's configuration does not allow this task"
+
+
+class DataError(FedmedError):
+    """A manifest or the data that it names cannot be used."""
+
+    public = "the site's data cannot be used for this task"
+
+
+class UnreadableImage(DataError):
+    """One image cannot be decoded. The message names the reason and never the file, the patient or a UID."""
+
+
+class ModelError(FedmedError):
+    """A network cannot be built, or weights do not fit it."""
+
+    public = "the site built another network than the server"
+
+
+class UpdateRefused(FedmedError):
+    """An update from a site is malformed: another layout, a wrong shape, NaN, or an impossible count."""
+
+
+class RunFailed(FedmedError):
+    """A federation cannot go on. `result.json` says why, and the last checkpoint is kept."""

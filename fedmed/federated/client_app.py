@@ -1,0 +1,70 @@
+"""The Flower ClientApp: records in, one library call, records out."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+import fedmed
+from fedmed.errors import FedmedError
+from fedmed.federated.identity import package_hash
+from fedmed.federated.sites import site_of
+from fedmed.federated.wire import decode_task, encode_update
+from fedmed.training.site_round import Site, evaluate_round, site_card, train_round
+from fedmed.types import Scalar, Task, Update
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the received network on this site's images."""
+    return _answer(message, context, _update_from(train_round))
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the received network on the patients that this site holds out."""
+    return _answer(message, context, _update_from(evaluate_round))
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say who this site is, what code it runs and how much data it brings."""
+
+    def card(task: Task, site: Site) -> RecordDict:
+        code: dict[str, Scalar] = {"site": site.name, "version": fedmed.__version__, "code": package_hash()}
+        try:
+            facts = {**site_card(task, site), "problem": ""}
+        except Exception as error:  # said by name, so that the server can tell whose data need mending
+            facts = {"problem": public_reason(error)}
+        return RecordDict({"card": ConfigRecord({**code, **facts})})
+
+    return _answer(message, context, card)
+
+
+def public_reason(error: Exception) -> str:
+    """What a server may learn of an error at a site: never its text, unless it was written to be public."""
+    if isinstance(error, FedmedError):
+        return error.public
+    home = Path(fedmed.__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if home in Path(frame.filename).parents]
+    place = f" in {Path(frames[-1].filename).relative_to(home.parent)}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
+
+
+def _update_from(run: Callable[[Task, Site], Update]) -> Callable[[Task, Site], RecordDict]:
+    return lambda task, site: encode_update(run(task, site))
+
+
+def _answer(message: Message, context: Context, act: Callable[[Task, Site], RecordDict]) -> Message:
+    try:
+        site = site_of(context.node_config, context.run_config)
+        return Message(act(decode_task(message.content), site), reply_to=message)
+    except Exception as error:  # whatever happens here, its text stays here
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(error)), reply_to=message)

@@ -1,0 +1,295 @@
+"""A Flower `Grid` on one machine: every node is a function call in a pre-forked worker process.
+
+Workers are forked before any thread pool exists and import nothing afterwards; the network of a worker stays resident
+and only its weights are swapped. A worker gets its next message the moment it answers, without polling. Replies may be
+pulled in any order; those pulled late wait in the spool, on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
+from fedmed.federated.spool import Spool
+
+PULL_WAIT_S = 1.0  # how long a pull waits for a reply before it returns nothing
+
+
+@dataclass
+class Worker:
+    """One worker process and what it is doing."""
+
+    process: BaseProcess
+    channel: socket.socket
+    device: str
+    slot: str = ""  # where its answer will lie
+    doing: str = ""  # the message that it works on, or nothing
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message on its way, and the slot that holds its arrays."""
+
+    message: Message
+    header: bytes
+    slot: str
+    deadline: float  # on the monotonic clock: when Flower's time to live ends
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that was not pulled yet, or the reason why there is none."""
+
+    header: bytes = b""
+    slot: str = ""
+    error: Error | None = None
+
+
+class LocalGrid(Grid):
+    """Runs a Flower `ClientApp` for many nodes in a few worker processes. Use it as a context manager."""
+
+    def __init__(
+        self,
+        client: ClientApp,
+        nodes: Sequence[Mapping[str, Any]],
+        run_config: Mapping[str, Any],
+        *,
+        workers: int,
+        spool: Path,
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
+        """Fork the workers. No thread may have been started in this process yet.
+
+        Args:
+            client: the app that answers every message.
+            nodes: the node configuration of every node; node ids count from 1.
+            run_config: the run configuration in every node's context.
+            workers: processes; never more than nodes.
+            spool: an existing folder for the slots.
+            devices: torch devices, dealt to the workers in turn; a node finds its own in `node_config["device"]`.
+        """
+        self._client, self._run_config = client, dict(run_config)
+        self._nodes = {number: dict(node) for number, node in enumerate(nodes, start=1)}
+        self._folder, self._spool = spool, Spool(spool)
+        self._ids, self._slots = itertools.count(1), itertools.count(1)
+        self._free: list[str] = []
+        self._pulled: list[str] = []  # slots that the caller may still be reading
+        self._users: Counter[str] = Counter()  # messages that still need the slot of a pushed content
+        self._pushed: tuple[RecordDict | None, bytes, str] = (None, b"", "")  # the last content, its header and slot
+        self._waiting: deque[str] = deque()
+        self._sent: dict[str, Sent] = {}
+        self._replies: dict[str, Reply] = {}
+        self._run = Run.create_empty(RUN_ID)
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
+        self._workers: list[Worker] = []
+        for number in range(max(1, min(workers, len(self._nodes)))):
+            self._workers.append(self._fork(devices[number % len(devices)]))
+
+    def __enter__(self) -> LocalGrid:
+        """The grid itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the workers."""
+        self.close()
+
+    def close(self) -> None:
+        """End every worker process, at once and by its pid."""
+        for worker in self._workers:
+            worker.channel.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers.clear()
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers."""
+        return tuple(worker.process.pid or 0 for worker in self._workers)
+
+    # Flower's interface.
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A new message; the same as Flower's `Message(...)`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; on one machine they are always there."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages and start idle workers on them. Content shared by several messages is written once."""
+        ids = []
+        for message in messages:
+            header, slot = self._written(message.content)
+            number = str(next(self._ids))
+            message.metadata.__dict__["_message_id"] = number
+            self._sent[number] = Sent(message, header, slot, time.monotonic() + message.metadata.ttl)
+            self._users[slot] += 1
+            self._waiting.append(number)
+            ids.append(number)
+        self._dispatch()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there, waiting up to a second for the first. Their arrays are valid until the next pull.
+
+        A message that outlives its time to live is answered by an error, and the worker that hangs on it is ended.
+        """
+        self._free += self._pulled
+        self._pulled = []
+        wanted = [number for number in message_ids if number in self._sent]
+        until = time.monotonic() + PULL_WAIT_S
+        while wanted and not any(number in self._replies for number in wanted):
+            self._expire()
+            first = min((self._sent[number].deadline for number in wanted), default=until)
+            if not self._receive(min(until, first) - time.monotonic()) and time.monotonic() >= until:
+                break
+        return [self._open(number) for number in wanted if number in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Not offered: it would hold every reply in memory at once."""
+        raise NotImplementedError("push messages and pull the replies one by one")
+
+    # One machine.
+
+    def _open(self, number: str) -> Message:
+        reply, sent = self._replies.pop(number), self._sent.pop(number)
+        if reply.error is not None:
+            return Message(reply.error, reply_to=sent.message)
+        self._pulled.append(reply.slot)
+        return Message(self._spool.read(reply.header), reply_to=sent.message)
+
+    def _written(self, content: RecordDict) -> tuple[bytes, str]:
+        """The header and slot of a content, writing it if it is not the one written last."""
+        if content is not self._pushed[0]:
+            slot, (_, _, old) = self._slot(), self._pushed
+            self._pushed = (content, self._spool.write(slot, content), slot)
+            if old and not self._users[old]:
+                self._free.append(old)
+        return self._pushed[1], self._pushed[2]
+
+    def _slot(self) -> str:
+        return self._free.pop() if self._free else f"slot-{next(self._slots)}"
+
+    def _fork(self, device: str) -> Worker:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
+        inherited = [worker.channel for worker in self._workers] + [ours]
+        process = multiprocessing.get_context("fork").Process(
+            target=work,
+            args=(theirs, inherited, self._client, self._nodes, self._run_config, self._folder, device),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        return Worker(process, ours, device)
+
+    def _dispatch(self) -> None:
+        for worker in self._workers:
+            if worker.doing or not self._waiting:
+                continue
+            number = self._waiting.popleft()
+            worker.slot, worker.doing = self._slot(), number
+            metadata = self._sent[number].message.metadata
+            envelope = {
+                "id": number,
+                "node": metadata.dst_node_id,
+                "type": metadata.message_type,
+                "group": metadata.group_id,
+                "slot": worker.slot,
+            }
+            with contextlib.suppress(OSError):  # a worker that is gone is noticed by its sentinel
+                worker.channel.sendall(json.dumps(envelope).encode() + b"\n" + self._sent[number].header)
+
+    def _receive(self, timeout_s: float) -> bool:
+        """Wait for one worker to answer or to die; False when none did in time."""
+        busy = {worker.channel: worker for worker in self._workers if worker.doing}
+        dead = {worker.process.sentinel: worker for worker in self._workers}
+        ready = multiprocessing.connection.wait([*busy, *dead], timeout=max(timeout_s, 0)) if busy else []
+        for event in ready:
+            if isinstance(event, socket.socket) and event in busy:
+                worker = busy.pop(event)
+                data = event.recv(HEADER_LIMIT)
+                if data:
+                    self._answered(worker, data)
+            elif isinstance(event, int) and dead[event] in self._workers:
+                self._died(dead[event])
+        self._dispatch()
+        return bool(ready)
+
+    def _answered(self, worker: Worker, data: bytes) -> None:
+        kind, _, body = data.partition(b"\n")
+        if kind == b"error":
+            code, _, reason = body.decode().partition(" ")
+            self._free.append(worker.slot)
+            self._settle(worker.doing, Reply(error=Error(int(code), reason)))
+        else:
+            self._settle(worker.doing, Reply(header=body, slot=worker.slot))
+        worker.doing = ""
+
+    def _settle(self, number: str, reply: Reply) -> None:
+        self._replies[number] = reply
+        slot = self._sent[number].slot
+        self._users[slot] -= 1
+        if not self._users[slot] and slot != self._pushed[2]:
+            self._free.append(slot)
+
+    def _died(self, worker: Worker) -> None:
+        worker.process.join()
+        status = worker.process.exitcode or 0
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        self._replace(worker, Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process {how}"))
+
+    def _replace(self, worker: Worker, error: Error) -> None:
+        worker.channel.close()
+        if worker.doing:
+            self._settle(worker.doing, Reply(error=error))
+        place = self._workers.index(worker)
+        self._workers.remove(worker)
+        self._workers.insert(place, self._fork(worker.device))
+
+    def _expire(self) -> None:
+        """Answer for messages whose time to live is over, and end the workers that hang on them."""
+        now = time.monotonic()
+        late = Error(ErrorCode.NODE_UNAVAILABLE, "no answer before the round's deadline")
+        for number in [number for number in self._waiting if self._sent[number].deadline <= now]:
+            self._waiting.remove(number)
+            self._settle(number, Reply(error=late))
+        for worker in [worker for worker in self._workers if worker.doing]:
+            if self._sent[worker.doing].deadline <= now:
+                worker.process.kill()
+                worker.process.join()
+                self._replace(worker, late)

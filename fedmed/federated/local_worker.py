@@ -1,0 +1,68 @@
+"""The other end of `LocalGrid`: what a worker process does between its fork and its end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedmed.federated.spool import Spool
+
+HEADER_LIMIT = 1 << 20  # bytes; headers hold no arrays
+RUN_ID = 1
+
+
+def work(
+    channel: socket.socket,
+    inherited: Iterable[socket.socket],
+    client: ClientApp,
+    nodes: Mapping[int, Mapping[str, Any]],
+    run_config: Mapping[str, Any],
+    folder: Path,
+    device: str,
+) -> None:
+    """A worker's life: read a message, call the app, answer; end when the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent()
+    for other in inherited:
+        other.close()
+    spool = Spool(folder)
+    while True:
+        data = channel.recv(HEADER_LIMIT)
+        if not data:
+            return
+        first, _, header = data.partition(b"\n")
+        envelope = json.loads(first)
+        message = Message(spool.read(header), envelope["node"], envelope["type"], group_id=envelope["group"])
+        message.metadata.__dict__["_message_id"] = envelope["id"]
+        node = envelope["node"]
+        context = Context(RUN_ID, node, {**nodes[node], "device": device}, RecordDict(), dict(run_config))
+        try:
+            reply = client(message, context)
+            if reply.has_error():
+                answer = f"error\n{reply.error.code} {reply.error.reason}".encode()
+            else:
+                answer = b"reply\n" + spool.write(envelope["slot"], reply.content)
+        except Exception as error:  # an app's own exception is its node's failure, not the worker's end
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+            answer = f"error\n{ErrorCode.CLIENT_APP_RAISED_EXCEPTION} {reason}".encode()
+        channel.sendall(answer)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            os._exit(1)

@@ -1,0 +1,136 @@
+"""One federation on one machine: virtual hospitals in worker processes, or inside Flower's Ray simulation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError, DataError
+from fedmed.federated import client_app
+from fedmed.federated.federation import Watch, run_federation
+from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.sites import SIMULATION, cache_folder, site_names
+from fedmed.federated.strategies import server_step
+from fedmed.imaging.manifest import read_manifest
+from fedmed.models import build
+from fedmed.training.site_round import custom_dataset
+
+GPU_PROCESSES = 4  # worker processes that share one GPU, at most
+
+
+def check(config: RunConfig) -> int:
+    """Find what is wrong with a simulation before anything is written, and return its number of parameters.
+
+    Raises:
+        FedmedError: a name is unknown, a manifest cannot be used, or there are too few sites.
+    """
+    names = site_names(config)
+    if len(names) < config.strategy.min_sites:
+        raise ConfigError(f"data.sites names {len(names)} sites, but strategy.min-sites = {config.strategy.min_sites}")
+    unknown = sorted(set(config.strategy.required_sites) - set(names))
+    if unknown:
+        raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
+    server_step(config.strategy)
+    if config.data.dataset:
+        custom_dataset(config.data.dataset)
+    else:
+        for path in [*config.data.sites, *([config.data.server] if config.data.server else [])]:
+            if len(read_manifest(Path(path), config.task).rows) == 0:
+                raise DataError(f"{path}: the manifest has no rows")
+    network = build(config.model, outputs=len(config.task.labels), seed=config.seed)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def prepare_fork() -> None:
+    """Import what workers need and start no thread, so that a fork is safe and a worker's first step is fast."""
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
+
+
+def devices(config: RunConfig) -> list[str]:
+    """The torch devices of the workers. CUDA is only counted, never touched, before the fork."""
+    wanted = config.simulation.device
+    gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and gpus == 0:
+        raise ConfigError('simulation.device = "cuda", but this machine shows no GPU')
+    return [f"cuda:{number}" for number in range(gpus)] or ["cpu"]
+
+
+def worker_count(config: RunConfig, devices: Sequence[str]) -> int:
+    """How many worker processes: as asked, else one per core, and on GPUs a few per GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = config.simulation.workers or (cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices)))
+    return max(1, min(asked, len(config.data.sites)))
+
+
+def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
+    """Fork the workers of a simulation; call it before any thread or progress display is started."""
+    prepare_fork()
+    places = devices(config)
+    folder.spool.mkdir(exist_ok=True)
+    return LocalGrid(
+        client_app.app,
+        [{"partition-id": number, "virtual": True} for number in range(len(config.data.sites))],
+        run_file.flatten(config),
+        workers=worker_count(config, places),
+        spool=folder.spool,
+        devices=places,
+    )
+
+
+def run_on(grid: LocalGrid, config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str, Any]:
+    """Run a federation over forked workers; the server evaluates on all cores while they wait."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    return run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder(), processes=grid.worker_pids)
+
+
+def run_with_ray(config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str, Any]:
+    """Run the same federation over Flower's Ray simulation.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    try:
+        import ray  # noqa: F401  (the extra `ray`)
+    except ImportError:
+        raise ConfigError("--engine ray needs the extra: pip install 'fedmed[ray]'") from None
+    from flwr.simulation import run_simulation
+
+    results: list[dict[str, Any]] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder()))
+
+    os.environ[SIMULATION] = str(folder.path / "run.toml")
+    try:
+        run_simulation(
+            server_app=server,
+            client_app=client_app.app,
+            num_supernodes=len(config.data.sites),
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+    finally:
+        del os.environ[SIMULATION]
+    return results[0]
+
+
+def planned_sites(config: RunConfig) -> Iterable[tuple[str, int, int]]:
+    """(name, patients, images) of every virtual hospital, from the manifests alone."""
+    for name, path in zip(site_names(config), config.data.sites, strict=True):
+        if config.data.dataset:
+            data = custom_dataset(config.data.dataset)(Path(path), config)
+            yield name, len(set(data.patients)), len(data)
+        else:
+            rows = read_manifest(Path(path), config.task).rows
+            yield name, len({row.patient for row in rows}), len(rows)

@@ -1,0 +1,114 @@
+"""Which hospital a process stands for: a deployed one reads its own site.toml, a virtual one the run's `data.sites`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig, Section
+from fedmed.errors import ConfigError
+from fedmed.federated.phantoms import with_phantoms
+from fedmed.training.site_round import Site
+
+SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
+
+
+class SiteConfig(Section):
+    """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""
+
+    name: run_file.Name
+    manifest: str
+    dataset: str = ""
+    cache_dir: str = ""
+    device: str = "cpu"
+
+
+def site_name(reference: str) -> str:
+    """The name of a virtual hospital: the folder of its manifest, or the last part of any other reference."""
+    path = Path(reference)
+    return path.parent.name if path.suffix.lower() == ".csv" else path.name
+
+
+def site_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of all virtual hospitals, in the order of `data.sites`.
+
+    Raises:
+        ConfigError: two sites have the same name.
+    """
+    names = tuple(map(site_name, config.data.sites))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f'data.sites: two sites are called "{twice[0]}"; a site is named by its manifest\'s folder')
+    return names
+
+
+def cache_folder() -> Path:
+    """Where simulations keep decoded images: `$FEDMED_CACHE`, or `~/.fedmed/cache`."""
+    return Path(os.environ.get("FEDMED_CACHE") or Path.home() / ".fedmed" / "cache")
+
+
+def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
+    """The site that a Flower node stands for.
+
+    A node whose own configuration names a site.toml is that hospital. `data.sites` of the run counts only where the
+    node is virtual: in fedmed's workers, or inside Flower's Ray simulation. What a server sends never names a file.
+
+    Args:
+        node: the node's own configuration.
+        flat: the run configuration that came with the app.
+
+    Raises:
+        ConfigError: there is no site.toml at a deployed node, it is wrong, or there is no such partition.
+    """
+    if node.get("site"):
+        return read_site(Path(str(node["site"])))
+    if not node.get("virtual") and "ray" not in sys.modules:
+        raise ConfigError("start this SuperNode with --node-config 'site=\"/path/to/site.toml\"'")
+    return virtual_site(_simulation(os.environ.get(SIMULATION, ""), tuple(sorted(flat.items()))), node)
+
+
+@lru_cache(maxsize=4)
+def _simulation(path: str, flat: tuple[tuple[str, Any], ...]) -> RunConfig:
+    return with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
+
+
+def virtual_site(config: RunConfig, node: Mapping[str, Any]) -> Site:
+    """The virtual hospital of a partition."""
+    number = int(node["partition-id"])
+    if number >= len(config.data.sites):
+        raise ConfigError(f"there are {len(config.data.sites)} data.sites, but more virtual nodes; make them equal")
+    reference = config.data.sites[number]
+    return Site(
+        name=site_names(config)[number],
+        manifest=Path(reference),
+        dataset=config.data.dataset,
+        cache_dir=cache_folder(),
+        device=str(node.get("device", "cpu")),
+    )
+
+
+@lru_cache(maxsize=4)
+def read_site(path: Path) -> Site:
+    """Read a hospital's site.toml; paths in it are relative to it.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    try:
+        values = SiteConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    cache = path.parent / values.cache_dir if values.cache_dir else None
+    manifest = path.parent / values.manifest
+    return Site(name=values.name, manifest=manifest, dataset=values.dataset, cache_dir=cache, device=values.device)

@@ -1,0 +1,143 @@
+"""Tasks and updates as Flower records.
+
+A network is one array of float32 and its buffers another: Flower pays per array and not per byte. The bytes are the
+raw little-endian values, so that reading them is a view and not a copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedmed.errors import UpdateRefused
+from fedmed.types import FloatVector, Scalar, Task, Update, Weights
+
+STYPE = "fedmed.raw"  # Array.stype: raw little-endian bytes, no header
+
+
+def encode_vector(vector: NDArray[np.float32] | NDArray[np.float64]) -> Array:
+    """One flat vector as a Flower array (a copy)."""
+    little = vector.astype(vector.dtype.newbyteorder("<"), copy=False)
+    return Array(dtype=str(vector.dtype), shape=(vector.size,), stype=STYPE, data=little.tobytes())
+
+
+def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32") -> NDArray[np.float32]:
+    """The vector in a Flower array: a read-only view of its bytes.
+
+    Raises:
+        UpdateRefused: the array is of another kind, or its bytes do not fit its shape.
+    """
+    size = np.dtype(dtype).itemsize
+    if array.stype != STYPE or array.dtype != dtype or len(array.shape) != 1:
+        raise UpdateRefused(f"expected one flat {dtype} array, got {array.dtype} of {len(array.shape)} dimensions")
+    if len(array.data) != array.shape[0] * size:
+        raise UpdateRefused(f"an array of {array.shape[0]} {dtype} values came with {len(array.data)} bytes")
+    return np.frombuffer(array.data, dtype=np.dtype(dtype).newbyteorder("<"))
+
+
+def encode_task(task: Task) -> RecordDict:
+    """A task as the content of a Flower message."""
+    facts = {"round": task.round, "kind": task.kind, "layout": task.layout, "evaluate": task.evaluate}
+    return RecordDict({"task": ConfigRecord({**facts, "settings": task.settings}), "network": _network(task.weights)})
+
+
+def decode_task(content: RecordDict) -> Task:
+    """The inverse of `encode_task`."""
+    record = content["task"]
+    assert_record(record, ConfigRecord)
+    facts = cast(Mapping[str, Scalar], record)
+    return Task(
+        kind=cast(Literal["train", "evaluate"], str(facts["kind"])),
+        round=int(facts["round"]),
+        settings=str(facts["settings"]),
+        layout=str(facts["layout"]),
+        evaluate=bool(facts["evaluate"]),
+        weights=_weights(content),
+    )
+
+
+def encode_update(update: Update) -> RecordDict:
+    """An update as the content of a Flower reply: the network, and all sums in one float64 vector."""
+    names = {name: int(values.size) for name, values in update.metrics.items()}
+    content = RecordDict(
+        {
+            "update": ConfigRecord(
+                {
+                    "layout": update.layout,
+                    "encoding": update.encoding,
+                    "num-examples": update.num_examples,
+                    "facts": json.dumps(dict(update.facts), allow_nan=True),
+                    "sums": json.dumps(names),
+                }
+            )
+        }
+    )
+    if update.metrics:
+        flat = np.concatenate([np.ravel(values) for values in update.metrics.values()]).astype(np.float64)
+        content["metrics"] = _record({"sums": encode_vector(flat)})
+    if update.vectors:
+        content["vectors"] = _record({name: encode_vector(vector) for name, vector in update.vectors.items()})
+    if update.weights is not None:
+        content["network"] = _network(update.weights)
+    return content
+
+
+def decode_update(content: RecordDict) -> Update:
+    """The inverse of `encode_update`.
+
+    Raises:
+        UpdateRefused: a record is missing or malformed.
+    """
+    try:
+        facts = cast(Mapping[str, Scalar], content["update"])
+        names = json.loads(str(facts["sums"]))
+        metrics: dict[str, NDArray[np.float64]] = {}
+        if names:
+            flat = decode_vector(cast(ArrayRecord, content["metrics"])["sums"], "float64").astype(np.float64)
+            if flat.size != sum(names.values()):
+                raise UpdateRefused(f"expected {sum(names.values())} sums, got {flat.size}")
+            start = 0
+            for name, size in names.items():
+                metrics[name] = flat[start : start + size]
+                start += size
+        vectors = cast(ArrayRecord, content["vectors"]).items() if "vectors" in content else ()
+        if facts["encoding"] != "float32":
+            raise UpdateRefused(f"unknown encoding {facts['encoding']}")
+        return Update(
+            weights=_weights(content) if "network" in content else None,
+            layout=str(facts["layout"]),
+            num_examples=int(facts["num-examples"]),
+            metrics=metrics,
+            vectors={name: decode_vector(array) for name, array in vectors},
+            facts=json.loads(str(facts["facts"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateRefused(f"the reply is no update: {type(error).__name__} on {error}") from None
+
+
+def assert_record(record: object, kind: type) -> None:
+    """Refuse a message whose record is of another kind than agreed."""
+    if not isinstance(record, kind):
+        raise UpdateRefused(f"expected a {kind.__name__}, got a {type(record).__name__}")
+
+
+def _network(weights: Weights) -> ArrayRecord:
+    return _record({"parameters": encode_vector(weights.parameters), "buffers": encode_vector(weights.buffers)})
+
+
+def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    record = ArrayRecord()  # its constructor would rebuild every Array
+    for name, array in arrays.items():
+        record[name] = array
+    return record
+
+
+def _weights(content: RecordDict) -> Weights:
+    network = cast(ArrayRecord, content["network"])
+    parameters: FloatVector = decode_vector(network["parameters"])
+    return Weights(parameters=parameters, buffers=decode_vector(network["buffers"]))

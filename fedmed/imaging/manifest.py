@@ -1,0 +1,162 @@
+"""The site manifest: a CSV with one row per image (see docs, "Site manifest").
+
+`patient_id` and `image` are required; `mask` for segmentation; for classification one column per label with 0, 1 or
+nothing (unknown). Paths are relative to the manifest. Every refusal is one line that names a row, never a patient.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmed.config import TaskConfig
+from fedmed.errors import DataError
+
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+LABEL_VALUES = {0.0, 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image."""
+
+    number: int  # line in the CSV, the header being line 1
+    patient: str
+    image: Path
+    mask: Path | None
+    labels: tuple[float, ...]  # in the task's order; NaN = unknown; empty for segmentation
+    split: str  # "" | "train" | "validation" | "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checked manifest."""
+
+    path: Path
+    rows: tuple[Row, ...]
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Who each row is of."""
+        return tuple(row.patient for row in self.rows)
+
+
+def read_manifest(path: Path, task: TaskConfig) -> Manifest:
+    """Read and check a manifest. Whether images exist is found out when they are read.
+
+    Args:
+        path: the CSV, UTF-8 with or without byte order mark.
+        task: which columns are needed.
+
+    Raises:
+        DataError: one line: the file, the column or the rows that are wrong.
+    """
+    header, records = _read_csv(path)
+    _check_columns(path, header, task)
+    rows = tuple(_row(path, number, record, task) for number, record in records)
+    if not rows:
+        raise DataError(f"{path}: the manifest has no rows")
+    _check_images_differ(path, rows)
+    _check_splits(path, rows)
+    return Manifest(path=path, rows=rows)
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Header and (line number, record) of every row that is not blank."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such manifest") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path}: not a CSV in UTF-8") from None
+    if not header:
+        raise DataError(f"{path}: the manifest is empty")
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header has {len(header)}")
+    return header, [(number, dict(zip(header, map(str.strip, cells), strict=True))) for number, cells in lines]
+
+
+def _check_columns(path: Path, header: Sequence[str], task: TaskConfig) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f'{path}: column "{repeated[0]}" appears twice')
+    needed = ["patient_id", "image", *(["mask"] if task.kind == "segmentation" else task.labels)]
+    for column in needed:
+        if column not in header:
+            raise DataError(f'{path}: no column "{column}"{_nearest(column, header)}')
+
+
+def _nearest(column: str, header: Iterable[str]) -> str:
+    folded = {name.casefold(): name for name in header}
+    close = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.5)
+    return f'; the nearest is "{folded[close[0]]}"' if close else f"; there are {', '.join(folded.values())}"
+
+
+def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -> Row:
+    segmentation = task.kind == "segmentation"
+    for column in ("patient_id", "image", *(("mask",) if segmentation else ())):
+        if not record[column]:
+            raise DataError(f"{path}: row {number} has no {column}")
+    split = record.get("split", "").casefold()
+    if split and split not in SPLITS:
+        raise DataError(f"{path}: row {number}: split is none of train, validation, test")
+    return Row(
+        number=number,
+        patient=record["patient_id"],
+        image=path.parent / record["image"],
+        mask=path.parent / record["mask"] if segmentation else None,
+        labels=() if segmentation else tuple(_label(path, number, record, label) for label in task.labels),
+        split=SPLITS.get(split, ""),
+    )
+
+
+def _label(path: Path, number: int, record: Mapping[str, str], label: str) -> float:
+    text = record[label]
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        value = math.inf
+    if text and value not in LABEL_VALUES:
+        raise DataError(f'{path}: row {number}: "{label}" is neither 0, 1 nor empty')
+    return value
+
+
+def _check_images_differ(path: Path, rows: Sequence[Row]) -> None:
+    seen: dict[str, int] = {}
+    for row in rows:
+        first = seen.setdefault(os.path.normpath(row.image), row.number)
+        if first != row.number:
+            raise DataError(f"{path}: rows {first} and {row.number} name the same image")
+
+
+def _check_splits(path: Path, rows: Sequence[Row]) -> None:
+    """Either every row has a split or none has, and a patient is in one split only: otherwise tests see training."""
+    without = [row.number for row in rows if not row.split]
+    if without and len(without) < len(rows):
+        raise DataError(f"{path}: {len(without)} rows have no split while others have ({listed(without)})")
+    splits: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        splits[row.patient].add(row.split)
+    torn = [patient for patient, names in splits.items() if len(names) > 1]
+    if torn:
+        numbers = [row.number for row in rows if row.patient in set(torn)]
+        plural = "1 patient is" if len(torn) == 1 else f"{len(torn)} patients are"
+        raise DataError(f"{path}: {plural} in more than one split ({listed(numbers)})")
+
+
+def listed(numbers: Sequence[int], *, at_most: int = 6) -> str:
+    """Row numbers for a message: "rows 3, 5, 8" and "…" when there are more."""
+    shown = ", ".join(str(number) for number in numbers[:at_most])
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{', …' if len(numbers) > at_most else ''}"

@@ -1,0 +1,125 @@
+"""Phantom hospitals: each has its own X-ray unit, which writes the same physics in its own DICOM dialect.
+
+`synthesize` writes manifests, DICOM files and masks. Two hospitals differ in polarity, bit depth, sign, rescale,
+window or VOI LUT, matrix, pixel spacing, transfer syntax, contrast, noise, and how frequent each finding is. Objects
+are valid Computed Radiography or Digital X-Ray (for presentation) images (DICOM PS3.3 A.2, A.26).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedmed.errors import ConfigError
+from fedmed.imaging.findings import FINDINGS
+from fedmed.imaging.phantom import Thorax, chest
+from fedmed.imaging.phantom_object import Patient, write_object
+from fedmed.imaging.scanner import SCANNERS, Scanner
+
+LABELS = tuple(FINDINGS)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hospital:
+    """One folder to be written."""
+
+    name: str
+    number: int  # 0 = the server
+    scanners: tuple[Scanner, ...]  # patients take them in turn
+
+
+def synthesize(
+    out: Path,
+    *,
+    task: Literal["cxr", "lung-seg"],
+    sites: int = 4,
+    patients: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write `out/site-1` … and `out/server`, each with a manifest.csv, images/ and, for "lung-seg", masks/.
+
+    Args:
+        out: a folder, made if need be.
+        task: "cxr" has a 0/1 column for each of `LABELS`; "lung-seg" a mask of the lung fields, 0 or 255.
+        sites: hospitals; each has one scanner, the fifth a new one, the seventh the first one's.
+        patients: of each hospital, and of the server, whose patients are drawn over all scanners in turn.
+        seed: the same seed gives the same files.
+        progress: called with images done and about how many there will be.
+
+    Raises:
+        ConfigError: a count is impossible or the task unknown.
+    """
+    if sites < 1 or patients < 1 or seed < 0:
+        raise ConfigError(f"sites = {sites}, patients = {patients}, seed = {seed}: at least 1, 1 and 0 are needed")
+    if task not in ("cxr", "lung-seg"):
+        raise ConfigError(f'task = "{task}" is unknown; there are cxr, lung-seg')
+    units = tuple(SCANNERS[index % len(SCANNERS)] for index in range(sites))
+    hospitals = [Hospital(name=f"site-{i + 1}", number=i + 1, scanners=(unit,)) for i, unit in enumerate(units)]
+    hospitals.append(Hospital(name="server", number=0, scanners=units))
+    done, total = 0, round(2.5 * patients * len(hospitals))
+    for hospital in hospitals:
+        for _ in _write_hospital(out / hospital.name, hospital, task, patients, seed):
+            done += 1
+            if progress is not None:
+                progress(done, max(done, total))
+    if progress is not None:
+        progress(done, done)
+
+
+def patient_labels(hospital: Hospital, patients: int, seed: int) -> NDArray[np.bool_]:
+    """Which patient has which finding, (patients, labels): a fixed share, from .35 to .55, in random order.
+
+    A hospital with several scanners has the same share throughout, so that no scanner tells of a finding.
+    """
+    rng = np.random.default_rng([seed, hospital.number, 2**32 - 1])
+    single = len(hospital.scanners) == 1
+    shares = rng.uniform(0.35, 0.55, len(LABELS)) if single else np.full(len(LABELS), 0.45)
+    counts = np.clip(np.rint(shares * patients), min(1, patients - 1), None)
+    ranks = rng.permuted(np.tile(np.arange(patients), (len(LABELS), 1)), axis=1)
+    return (ranks < counts[:, None]).T
+
+
+def _write_hospital(folder: Path, hospital: Hospital, task: str, patients: int, seed: int) -> Iterator[None]:
+    """Yields after each image."""
+    segmentation = task == "lung-seg"
+    for name in ("images", *(["masks"] if segmentation else [])):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    columns = ["mask"] if segmentation else LABELS
+    with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["patient_id", "image", *columns, "study_uid", "series_uid", "view", "age", "sex"])
+        number = 0
+        for index, labels in enumerate(patient_labels(hospital, patients, seed)):
+            rng = np.random.default_rng([seed, hospital.number, index])
+            scanner = hospital.scanners[index % len(hospital.scanners)]
+            patient = Patient.random(hospital.number, index, seed, rng)
+            for exposure in range(int(rng.integers(2, 4))):
+                number += 1
+                image = f"images/{number:04d}.dcm"
+                body = radiograph(scanner, labels, rng)
+                uids = write_object(folder / image, body.picture, scanner, patient, exposure)
+                if segmentation:
+                    mask = f"masks/{number:04d}.png"
+                    Image.fromarray(body.lungs.astype(np.uint8) * 255).save(folder / mask)
+                targets = [mask] if segmentation else labels.astype(int).tolist()
+                facts = [uids.study, uids.series, patient.view, patient.age, patient.sex]
+                table.writerow([patient.identifier, image, *targets, *facts])
+                yield
+
+
+def radiograph(scanner: Scanner, labels: Sequence[bool] | NDArray[np.bool_], rng: np.random.Generator) -> Thorax:
+    """A chest as this unit shows it: its matrix, contrast curve and noise."""
+    present = {name: bool(value) for name, value in zip(LABELS, labels, strict=True)}
+    body = chest(scanner.matrix, present, rng)
+    noise = scanner.noise * rng.standard_normal(scanner.matrix, dtype=np.float32)
+    picture = np.clip(body.picture**scanner.gamma + noise, 0, 1)
+    return Thorax(picture=picture, lungs=body.lungs, cells=body.cells)

@@ -1,0 +1,63 @@
+"""Pictures and masks to a square of fixed size, keeping their aspect ratio (a stretched heart looks enlarged)."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+Pixel = TypeVar("Pixel", bound=np.generic)
+
+
+def letterbox(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Scale the long side to `size` (antialiased bilinear), centre, pad with 0.
+
+    Args:
+        image: (C, H, W).
+        size: pixels of a side.
+
+    Returns:
+        (C, size, size).
+    """
+    height, width = fitted(image.shape[1:], size)
+    pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
+    scaled = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return _centred(scaled[0].numpy(), size)
+
+
+def letterbox_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The same geometry for masks, each pixel from the nearest centre.
+
+    Args:
+        mask: (L, H, W).
+        size: pixels of a side.
+
+    Returns:
+        (L, size, size).
+    """
+    height, width = fitted(mask.shape[1:], size)
+    rows = _nearest(mask.shape[1], height)
+    columns = _nearest(mask.shape[2], width)
+    return _centred(mask[:, rows[:, None], columns[None, :]], size)
+
+
+def fitted(shape: tuple[int, ...], size: int) -> tuple[int, int]:
+    """Height and width with the long side at `size` and the short one at least 1."""
+    height, width = shape
+    scale = size / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _nearest(old: int, new: int) -> NDArray[np.int64]:
+    """For each new pixel the old one whose centre is nearest."""
+    return np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+
+
+def _centred(pixels: NDArray[Pixel], size: int) -> NDArray[Pixel]:
+    square = np.zeros((pixels.shape[0], size, size), pixels.dtype)
+    top, left = (size - pixels.shape[1]) // 2, (size - pixels.shape[2]) // 2
+    square[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+    return square

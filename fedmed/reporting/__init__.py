@@ -1,0 +1,7 @@
+"""Turns a run folder into one HTML page that opens offline."""
+
+from __future__ import annotations
+
+from fedmed.reporting.report import write_report
+
+__all__ = ["write_report"]

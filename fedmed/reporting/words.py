@@ -1,0 +1,155 @@
+"""How numbers, names and lists read in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fedmed.reporting.facts import Estimate, Privacy, RunFacts
+
+UNDEFINED = "–"
+NAMES = {
+    "chexnet": "CheXNet",
+    "resnet50": "ResNet-50",
+    "vgg16": "VGG-16",
+    "unet": "U-Net",
+    "attention-unet": "Attention U-Net",
+    "deepmedic": "DeepMedic",
+    "small-cnn": "Small CNN",
+    "cnn-lstm": "CNN-LSTM",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "scaffold": "SCAFFOLD",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedbn": "FedBN",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95": "HD95",
+    "ece": "ECE",
+    "loss": "Loss",
+}
+LOWER_IS_BETTER = frozenset({"loss", "brier", "ece", "hd95", "assd"})
+
+
+def title(name: str) -> str:
+    """A model's, strategy's or metric's name as papers write it; `auroc/nodule` becomes `AUROC, nodule`."""
+    head, _, label = name.partition("/")
+    return NAMES.get(head, head) + (f", {label}" if label else "")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value is the better one."""
+    return metric.partition("/")[0] in LOWER_IS_BETTER
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or three digits where decimals would hide them."""
+    if value is None:
+        return UNDEFINED
+    text = f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def count(value: int | None) -> str:
+    """A count with thousands apart."""
+    return UNDEFINED if value is None else f"{value:,}"
+
+
+def plural(amount: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def interval(estimate: Estimate) -> str:
+    """`0.880–0.940`; "to" where a minus sign would be read as a dash."""
+    if estimate.low is None or estimate.high is None:
+        return UNDEFINED
+    joint = " to " if estimate.low < 0 else "–"
+    return f"{number(estimate.low)}{joint}{number(estimate.high)}"
+
+
+def duration(seconds: float | None) -> str:
+    """`9.1 s`, `3 min 12 s`, `2 h 5 min`."""
+    if seconds is None:
+        return UNDEFINED
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def memory(mebibytes: float | None) -> str:
+    """`812 MiB`, `3.4 GiB`."""
+    if mebibytes is None:
+        return UNDEFINED
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def epsilon(value: float | None) -> str:
+    """Two decimals, rounded up: a report never shows less than was spent."""
+    return UNDEFINED if value is None else f"{math.ceil(round(value * 100, 6)) / 100:.2f}"
+
+
+def privacy(spent: Privacy | None, run: RunFacts) -> str:
+    """What a site spent, or why nothing can be said."""
+    if spent is None:
+        return "at the server" if run.privacy_mode == "central" else "no DP"
+    if run.void_privacy:
+        return "void: test noise"
+    parts = [f"ε {epsilon(spent.epsilon)}"]
+    if spent.epsilon_total is not None:
+        parts.append(f"in total ε {epsilon(spent.epsilon_total)}")
+    if spent.delta is not None:
+        parts.append(f"δ {spent.delta:.0e}".replace("e-0", "e-"))
+    if spent.unit:
+        parts.append(f"per {spent.unit}")
+    return ", ".join(parts)
+
+
+def ranges(rounds: Iterable[int]) -> str:
+    """`1, 3–5`."""
+    spans: list[list[int]] = []
+    for item in sorted(set(rounds)):
+        if spans and item == spans[-1][1] + 1:
+            spans[-1][1] = item
+        else:
+            spans.append([item, item])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def took_part(run: RunFacts) -> int:
+    """How many sites joined at least one round."""
+    logged = {name for entry in run.log if entry.number for name in entry.joined}
+    return len(logged | {site.name for site in run.sites if site.rounds_joined})
+
+
+def summary(run: RunFacts) -> str:
+    """The run in one sentence."""
+    model = title(run.model) if run.model else "The network"
+    if not run.rounds:
+        return f"{model} finished no round of training."
+    trained = f"{model} trained by {plural(took_part(run), 'site')} for {plural(run.rounds, 'round')}"
+    reached = run.server.get(run.primary, Estimate())
+    if reached.value is None:
+        return f"{trained}; held-out {title(run.primary)} is undefined."
+    facts = [] if reached.low is None or reached.high is None else [f"95 % interval {interval(reached)}"]
+    if reached.patients is not None:
+        facts.append(plural(reached.patients, "patient"))
+    brackets = f" ({', '.join(facts)})" if facts else ""
+    return f"{trained}; held-out {title(run.primary)} {number(reached.value)}{brackets}."
+
+
+def troubles(run: RunFacts) -> list[tuple[str, str, str]]:
+    """Who was dropped, refused or late: (site, rounds, reason), the same reason of one site on one line."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for entry in run.log:
+        for site, reason in entry.failed.items():
+            found.setdefault((site, reason), []).append(entry.number)
+    for (site, number_), reason in run.unfinished.items():
+        found.setdefault((site, reason), []).append(number_)
+    return [(site, ranges(rounds), reason or "no reason was given") for (site, reason), rounds in found.items()]

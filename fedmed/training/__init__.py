@@ -1,0 +1,1 @@
+"""What happens at a site: load, train, evaluate, and hand back one update."""

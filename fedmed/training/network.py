@@ -1,0 +1,84 @@
+"""A network as two flat vectors: what travels, and what stays resident in a worker."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmed.config import ModelConfig
+from fedmed.errors import ModelError
+from fedmed.models import build
+from fedmed.types import Entry, Layout, Weights
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The flat layout of a network: parameters and buffers in the order in which the module declares them."""
+    parameters = _entries([(name, tensor) for name, tensor in module.named_parameters()])
+    buffers = _entries([(name, tensor) for name, tensor in module.named_buffers()])
+    return Layout(parameters, buffers)
+
+
+def _entries(tensors: list[tuple[str, Tensor]]) -> tuple[Entry, ...]:
+    entries, start = [], 0
+    for name, tensor in tensors:
+        entry = Entry(name=name, shape=tuple(tensor.shape), start=start, integer=not tensor.is_floating_point())
+        entries.append(entry)
+        start += entry.size
+    return tuple(entries)
+
+
+class FlatNetwork:
+    """A network whose parameters are views of one contiguous vector.
+
+    Loading new weights is one copy and reading them back is another, whatever the number of layers, so a worker keeps
+    one network and swaps the weights of hospital after hospital in place.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        """Move `module` to `device` and lay its parameters out flat; the module is changed in place."""
+        self.module = module.to(device)
+        self.device = device
+        self.layout = layout_of(module)
+        for name, tensor in module.named_parameters():
+            if tensor.dtype != torch.float32:
+                raise ModelError(f"parameter {name} is {tensor.dtype}; a network travels as float32")
+        self._parameters = torch.empty(self.layout.num_parameters, device=device)
+        with torch.no_grad():
+            for entry, tensor in zip(self.layout.parameters, module.parameters(), strict=True):
+                view = self._parameters[entry.span].view(entry.shape)
+                tensor.data = view.copy_(tensor)
+        self._buffers = list(module.buffers())
+
+    @torch.no_grad()
+    def load_(self, weights: Weights) -> None:
+        """Swap in `weights`.
+
+        Raises:
+            ModelError: a vector has another length than the layout says.
+        """
+        expected = (self.layout.num_parameters, self.layout.num_buffers)
+        got = (weights.parameters.size, weights.buffers.size)
+        if expected != got:
+            raise ModelError(f"weights of {got} (parameters, buffers) values do not fit a network of {expected}")
+        if self.device.type == "cpu":
+            np.copyto(self._parameters.numpy(), weights.parameters)
+        else:
+            self._parameters.copy_(torch.from_numpy(weights.parameters.copy()))
+        for entry, tensor in zip(self.layout.buffers, self._buffers, strict=True):
+            tensor.copy_(torch.from_numpy(weights.buffers[entry.span].copy()).view(entry.shape))
+
+    def weights(self) -> Weights:
+        """A copy of the present weights as two float32 vectors on the CPU."""
+        flat = [tensor.detach().to("cpu", torch.float32).reshape(-1) for tensor in self._buffers]
+        buffers = torch.cat(flat) if flat else torch.empty(0)
+        parameters = self._parameters.detach().to("cpu", copy=True).numpy()
+        return Weights(parameters=parameters, buffers=buffers.numpy())
+
+
+@lru_cache(maxsize=1)
+def resident_network(model: ModelConfig, outputs: int, seed: int, device: str) -> FlatNetwork:
+    """The network that this process keeps between tasks."""
+    return FlatNetwork(build(model, outputs=outputs, seed=seed), torch.device(device))

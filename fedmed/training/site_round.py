@@ -1,0 +1,179 @@
+"""One site, one task: the only way in which fedmed trains or evaluates at a hospital.
+
+`fedmed simulate`, `flwr run` and a real hospital all end in `train_round` and `evaluate_round`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError, ModelError
+from fedmed.imaging.dataset import Dataset, load_dataset
+from fedmed.training.evaluate import evaluation_sums
+from fedmed.training.loop import train_
+from fedmed.training.losses import loss_for
+from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.types import Scalar, Sums, Task, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A hospital as its own training process sees it. Everything here stays at the hospital."""
+
+    name: str
+    manifest: Path
+    dataset: str = ""  # "module:function" for data that are no images
+    cache_dir: Path | None = None  # decoded images; None keeps them in memory
+    device: str = "cpu"
+
+
+def settings_for_sites(config: RunConfig) -> str:
+    """The part of a run configuration that sites are sent: everything but names of files and of code."""
+    values = run_file.nested(config)
+    for key in ("sites", "server", "dataset"):
+        values["data"].pop(key)
+    values["model"].pop("weights")
+    values.pop("simulation")
+    return json.dumps(values, sort_keys=True)
+
+
+@lru_cache(maxsize=8)
+def settings_from(text: str) -> RunConfig:
+    """The inverse of `settings_for_sites`."""
+    return run_file.validate(json.loads(text), source="the server's task")
+
+
+def train_round(task: Task, site: Site) -> Update:
+    """Train the received network on the site's own images.
+
+    If the task asks for it, the received network is first evaluated on the patients that the site holds out, so that
+    one exchange with the server serves both.
+
+    Raises:
+        DataError: the site's data cannot be used.
+        ModelError: the site builds another network than the server sent weights for.
+    """
+    started = time.perf_counter()
+    config, data, network = _prepared(task, site)
+    metrics = _held_out_sums(network, data, config) if task.evaluate else {}
+    rows = np.flatnonzero(~data.evaluation)
+    generator = site_generator(config.seed, site.name, task.round)
+    trained = train_(network, data, rows, config.train, loss_for(config.task), generator)
+    facts: dict[str, Scalar] = {
+        "patients": len({data.patients[row] for row in rows}),
+        "loss": trained.loss,
+        "steps": trained.steps,
+        "seconds": time.perf_counter() - started,
+    }
+    return _update(network, len(rows), metrics, facts)
+
+
+def evaluate_round(task: Task, site: Site) -> Update:
+    """Evaluate the received network on the patients that the site holds out; its weights do not come back.
+
+    Raises:
+        DataError: the site's data cannot be used.
+        ModelError: the site builds another network than the server sent weights for.
+    """
+    started = time.perf_counter()
+    config, data, network = _prepared(task, site)
+    metrics = _held_out_sums(network, data, config)
+    facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
+    return _update(network, int(data.evaluation.sum()), metrics, facts, weights=False)
+
+
+def site_card(task: Task, site: Site) -> dict[str, Scalar]:
+    """What a site says of itself before the first round: how many patients and images it brings."""
+    data = site_data(site, settings_from(task.settings))
+    return {
+        "site": site.name,
+        "patients": len(set(data.patients)),
+        "images": len(data),
+        "unreadable": len(data.unreadable),
+        "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
+    }
+
+
+def site_generator(seed: int, site: str, round: int) -> np.random.Generator:
+    """The generator of one site in one round: the same for any number of workers and any order of sites."""
+    digest = hashlib.sha256(f"{seed}/{site}/{round}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def site_data(site: Site, config: RunConfig) -> Dataset:
+    """The site's data set, kept by this process between tasks."""
+    return _loaded(site, config.model_copy(update={"train": run_file.TrainConfig(), "name": "data"}))
+
+
+@lru_cache(maxsize=256)
+def _loaded(site: Site, config: RunConfig) -> Dataset:
+    if site.dataset:
+        return custom_dataset(site.dataset)(site.manifest, config)
+    return load_dataset(
+        site.manifest,
+        task=config.task,
+        preset=config.data.preset,
+        image_size=config.data.image_size,
+        in_channels=config.model.in_channels,
+        max_unreadable=config.data.max_unreadable,
+        site_share=config.evaluate.site_share,
+        seed=config.seed,
+        name=site.name,
+        cache_dir=site.cache_dir,
+    )
+
+
+def custom_dataset(reference: str) -> Callable[[Path, RunConfig], Dataset]:
+    """The function behind a "module:function" in `data.dataset`.
+
+    Raises:
+        ConfigError: the module or the function does not exist.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        function: Callable[[Path, RunConfig], Dataset] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f'data.dataset = "{reference}": expected "module:function" ({error})') from None
+    return function
+
+
+def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
+    config = settings_from(task.settings)
+    torch.set_num_threads(config.train.threads)
+    data = site_data(site, config)
+    network = resident_network(config.model, len(config.task.labels), config.seed, site.device)
+    if network.layout.hash != task.layout:
+        raise ModelError("the server's network has another layout than the one built here; compare the versions")
+    network.load_(task.weights)
+    return config, data, network
+
+
+def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig) -> Sums:
+    rows: NDArray[np.int64] = np.flatnonzero(data.evaluation)
+    return evaluation_sums(network, data, rows, config.task) if len(rows) else {}
+
+
+def _update(
+    network: FlatNetwork, num_examples: int, metrics: Sums, facts: dict[str, Scalar], *, weights: bool = True
+) -> Update:
+    return Update(
+        weights=network.weights() if weights else None,
+        layout=network.layout.hash,
+        num_examples=num_examples,
+        metrics=MappingProxyType(dict(metrics)),
+        facts=MappingProxyType(facts),
+    )

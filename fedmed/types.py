@@ -1,0 +1,100 @@
+"""The values that pass between the rooms: layouts, tasks and updates. Frozen, numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatVector = NDArray[np.float32]
+Sums = Mapping[str, NDArray[np.float64]]  # named sums that add up over sites: counts, histograms, losses
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a network and where it lies in its flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    integer: bool = False  # an integer buffer such as BatchNorm's num_batches_tracked
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def span(self) -> slice:
+        """Where the entry lies in the flat vector."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network becomes two flat float32 vectors: `parameters` (trained) and `buffers` (e.g. BatchNorm statistics).
+
+    Both sides derive it from the network that they build; the hash travels with every message, so that a site and a
+    server that built different networks refuse each other instead of averaging noise.
+    """
+
+    parameters: tuple[Entry, ...]
+    buffers: tuple[Entry, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the parameter vector."""
+        return sum(entry.size for entry in self.parameters)
+
+    @property
+    def num_buffers(self) -> int:
+        """Length of the buffer vector."""
+        return sum(entry.size for entry in self.buffers)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over names, shapes and kinds, in order."""
+        facts = [[[e.name, e.shape, e.integer] for e in group] for group in (self.parameters, self.buffers)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A network's state as two flat vectors. Vectors are shared, never changed in place."""
+
+    parameters: FloatVector  # (layout.num_parameters,)
+    buffers: FloatVector  # (layout.num_buffers,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the server asks of a site in one round. It never names a file at the site."""
+
+    kind: Literal["train", "evaluate"]
+    round: int  # 1-based; 0 asks about the initial network
+    settings: str  # the run configuration without its `data` section, as JSON
+    layout: str  # Layout.hash of the server's network
+    weights: Weights
+    evaluate: bool = True  # whether a train reply also evaluates the received network at the site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """The one thing that leaves a site."""
+
+    weights: Weights | None  # None in the reply to an evaluation
+    layout: str
+    num_examples: int
+    metrics: Sums = field(default_factory=lambda: MappingProxyType({}))
+    vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))
+    encoding: Literal["float32"] = "float32"
+    facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,0 +1,126 @@
+"""The grid of one machine, with real worker processes."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.wire import _record, decode_vector, encode_vector
+
+pytestmark = pytest.mark.simulation
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context):
+    """Do what the message asks, and say who did it."""
+    what = message.content["task"]["do"]
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hang":
+        time.sleep(3600)
+    if what == "raise":
+        raise ValueError("secret text")
+    vector = decode_vector(message.content["network"]["w"]) * context.node_id
+    metrics = MetricRecord({"node": context.node_id, "pid": os.getpid()})
+    return Message(RecordDict({"out": _record({"w": encode_vector(vector)}), "who": metrics}), reply_to=message)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    with LocalGrid(app, [{} for _ in range(6)], {}, workers=2, spool=tmp_path) as grid:
+        yield grid
+    assert not [process for process in psutil.Process().children() if process.pid in grid.worker_pids]
+
+
+def content(do: str = "double", size: int = 5) -> RecordDict:
+    import numpy as np
+
+    vector = np.arange(size, dtype=np.float32)
+    return RecordDict({"task": ConfigRecord({"do": do}), "network": _record({"w": encode_vector(vector)})})
+
+
+def exchange(grid, contents: dict[int, RecordDict], ttl: float = 60.0) -> dict[int, Message]:
+    messages = [Message(each, node, "train", ttl=ttl, group_id="1") for node, each in contents.items()]
+    ids = dict(zip(contents, grid.push_messages(messages), strict=True))
+    replies: dict[int, Message] = {}
+    deadline = time.monotonic() + 30
+    while len(replies) < len(ids) and time.monotonic() < deadline:
+        for node, number in ids.items():
+            for reply in grid.pull_messages([number]) if node not in replies else []:
+                replies[node] = reply
+                if reply.has_content():
+                    value = decode_vector(reply.content["out"]["w"])
+                    assert value[1] == node, "read before the next pull, as promised"
+    return replies
+
+
+def test_every_node_answers_from_a_worker(grid):
+    shared = content()
+    replies = exchange(grid, dict.fromkeys(range(1, 7), shared))
+    assert {reply.content["who"]["node"] for reply in replies.values()} == set(range(1, 7))
+    assert {reply.content["who"]["pid"] for reply in replies.values()} <= set(grid.worker_pids)
+
+
+def test_slots_are_used_again(grid, tmp_path):
+    for _ in range(20):
+        exchange(grid, dict.fromkeys(range(1, 7), content(size=1000)))
+    assert len(list(tmp_path.iterdir())) <= 10
+
+
+def test_replies_pulled_out_of_order_wait_on_disk(grid, tmp_path):
+    messages = [Message(content(), node, "train", group_id="1") for node in range(1, 7)]
+    ids = list(grid.push_messages(messages))
+    order = [5, 0, 3, 1, 4, 2]
+    seen = []
+    for index in order:
+        while not (replies := list(grid.pull_messages([ids[index]]))):
+            pass
+        seen.append(decode_vector(replies[0].content["out"]["w"])[1])
+    assert seen == [index + 1 for index in order]
+
+
+def test_a_killed_worker_is_one_failed_node_and_is_replaced(grid):
+    replies = exchange(grid, {1: content(), 2: content("die"), 3: content(), 4: content()})
+    assert replies[2].error.reason == "the worker process was killed by signal 9"
+    assert all(replies[node].has_content() for node in (1, 3, 4))
+    assert len(exchange(grid, {1: content(), 2: content()})) == 2
+
+
+def test_an_exception_is_a_failed_node_without_its_text(grid):
+    replies = exchange(grid, {1: content("raise"), 2: content()})
+    assert replies[1].error.reason == "ValueError"
+    assert replies[2].has_content()
+
+
+def test_a_hanging_node_is_ended_at_its_deadline_and_the_rest_goes_on(grid):
+    started = time.monotonic()
+    replies = exchange(grid, {1: content("hang"), 2: content(), 3: content()}, ttl=1.5)
+    assert replies[1].error.reason == "no answer before the round's deadline"
+    assert replies[2].has_content()
+    assert replies[3].has_content()
+    assert time.monotonic() - started < 10
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    import subprocess
+    import sys
+
+    script = (
+        "import os, sys, time; from pathlib import Path; from test_local_grid import app\n"
+        "from fedmed.federated.local_grid import LocalGrid\n"
+        "grid = LocalGrid(app, [{}, {}], {}, workers=2, spool=Path(sys.argv[1]))\n"
+        "print(*grid.worker_pids, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not alive

@@ -1,0 +1,195 @@
+"""Intervals against a slow loop over the same resamples, and whether they cover."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from fedmed.errors import DataError
+from fedmed.metrics import (
+    Interval,
+    bootstrap_patients,
+    classification_metrics,
+    classification_sums,
+    intervals_classification,
+    intervals_segmentation,
+    score_cases,
+    segmentation_metrics,
+    segmentation_sums,
+)
+
+LABELS = ["effusion", "nodule"]
+REPLICATES = 60
+
+
+def images(count: int = 40, seed: int = 2) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Logits with ties, unknown targets, a rare label, and patients with one to four images in no order."""
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((count, 2)) < [0.5, 0.06]).astype(np.float64)
+    logits = np.round(rng.normal(targets, 1.0) * 4) / 4
+    targets[rng.random((count, 2)) < 0.2] = np.nan
+    return logits, targets, [f"p{i}" for i in rng.integers(count // 2, size=count)]
+
+
+def segmented(count: int = 20) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(1)
+    masks = (rng.random((count, 2, 4, 4)) < 0.2).astype(np.float64)
+    return rng.normal(2 * masks - 1, 1.0), masks, [f"p{i // 2}" for i in range(count)]
+
+
+def resamples(patients: list[str], replicates: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Returns the images of each resample, by hand: the same draws as the library's."""
+    distinct = np.unique(patients)
+    of = {name: np.flatnonzero(np.array(patients) == name) for name in distinct}
+    draws = rng.integers(len(distinct), size=(replicates, len(distinct)))
+    return [np.concatenate([of[distinct[i]] for i in row]) for row in draws]
+
+
+def percentiles(values: list[float | None]) -> tuple[float, float]:
+    defined = [value for value in values if value is not None]
+    assert 2 * len(defined) >= len(values)
+    return tuple(np.percentile(defined, [2.5, 97.5]))
+
+
+def exact(logits: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = {}
+    for name, score in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+        values = []
+        for i, label in enumerate(LABELS):
+            known = ~np.isnan(targets[:, i])
+            both = len(set(targets[known, i])) == 2
+            values.append(float(score(targets[known, i], logits[known, i])) if both else None)
+            metrics[f"{name}/{label}"] = values[-1]
+        defined = [value for value in values if value is not None]
+        metrics[name] = float(np.mean(defined)) if defined else None
+    sums = classification_sums(logits, targets, ["any"] * len(logits))
+    return metrics | {"loss": classification_metrics(sums, LABELS)["loss"]}
+
+
+def test_classification_equals_a_loop_over_the_same_resamples() -> None:
+    logits, targets, patients = images()
+    found = intervals_classification(logits, targets, patients, LABELS, REPLICATES, np.random.default_rng(5))
+    looped = [exact(logits[i], targets[i]) for i in resamples(patients, REPLICATES, np.random.default_rng(5))]
+    value = exact(logits, targets)
+    assert list(found) == list(classification_metrics(classification_sums(logits, targets, patients), LABELS))
+    assert any(replicate["auroc/nodule"] is None for replicate in looped)  # the rare label is missing in some
+    for name, interval in found.items():
+        assert interval.value == pytest.approx(value[name], abs=1e-12)
+        assert (interval.low, interval.high) == pytest.approx(percentiles([r[name] for r in looped]), abs=1e-12)
+
+
+def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
+    logits, masks, patients = segmented()
+
+    def metrics(chosen: np.ndarray) -> dict[str, float | None]:
+        return segmentation_metrics(segmentation_sums(logits[chosen], masks[chosen], ["any"] * len(chosen)), LABELS)
+
+    cases = score_cases(logits, masks)
+    found = intervals_segmentation(cases, patients, LABELS, REPLICATES, np.random.default_rng(5))
+    looped = [metrics(chosen) for chosen in resamples(patients, REPLICATES, np.random.default_rng(5))]
+    value = metrics(np.arange(len(logits)))
+    assert sorted(found) == sorted(value)
+    for name, interval in found.items():
+        assert interval.value == pytest.approx(value[name], abs=1e-12)
+        assert (interval.low, interval.high) == pytest.approx(percentiles([r[name] for r in looped]), abs=1e-12)
+        assert interval.n == 10
+
+
+def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*images(), LABELS, REPLICATES)
+    whole = intervals_classification(*arguments, np.random.default_rng(5))
+    monkeypatch.setattr("fedmed.metrics.bootstrap.CELLS", 7 * 40)  # seven replicates at once
+    assert intervals_classification(*arguments, np.random.default_rng(5)) == whole
+
+
+def test_n_counts_patients_with_a_known_target() -> None:
+    targets = np.array([[1.0, np.nan], [0.0, np.nan], [1.0, 1.0], [np.nan, np.nan]])
+    found = intervals_classification(np.zeros((4, 2)), targets, list("aabc"), LABELS, 20, np.random.default_rng(0))
+    patients = {"loss": 2, "auroc": 2, "auroc/effusion": 2, "auroc/nodule": 1}
+    patients |= {"auprc": 2, "auprc/effusion": 2, "auprc/nodule": 1}
+    assert {name: interval.n for name, interval in found.items()} == patients
+    assert found["auroc/nodule"] == Interval(value=None, low=None, high=None, n=1)
+
+
+def test_without_replicates_there_are_values_and_no_intervals() -> None:
+    for found in (
+        intervals_classification(*images(), LABELS, 0, np.random.default_rng(0)),
+        intervals_segmentation(score_cases(*segmented()[:2]), segmented()[2], LABELS, 0, np.random.default_rng(0)),
+    ):
+        assert all(i.value is not None and i.low is None and i.high is None for i in found.values())
+
+
+def test_one_patient_has_no_interval() -> None:
+    logits, targets, _ = images()
+    found = intervals_classification(logits, targets, ["same"] * 40, LABELS, 20, np.random.default_rng(0))
+    assert all(i.value is not None and i.low is None and i.n == 1 for i in found.values())
+
+
+def test_no_image_has_no_value() -> None:
+    nothing = np.zeros((0, 2))
+    found = intervals_classification(nothing, nothing, [], LABELS, 20, np.random.default_rng(0))
+    cases = score_cases(np.zeros((0, 2, 4, 4)), np.zeros((0, 2, 4, 4)))
+    found |= intervals_segmentation(cases, [], LABELS, 20, np.random.default_rng(0))
+    assert set(found.values()) == {Interval(value=None, low=None, high=None, n=0)}
+
+
+def test_no_interval_if_fewer_than_half_of_the_replicates_are_defined() -> None:
+    patients = list("abcd")
+
+    def undefined_without_a_and_b(weights: np.ndarray) -> np.ndarray:  # P(a and b drawn) is 0.46 of four
+        return np.where((weights[0] > 0) & (weights[1] > 0), 1.0, np.nan)
+
+    def undefined_without_a(weights: np.ndarray) -> np.ndarray:  # P(a drawn) is 0.68
+        return np.where(weights[0] > 0, 1.0, np.nan)
+
+    rng = np.random.default_rng(0)
+    assert bootstrap_patients(undefined_without_a_and_b, patients, 2000, rng) == (None, None)
+    assert bootstrap_patients(undefined_without_a, patients, 2000, rng) == (1.0, 1.0)
+
+
+def test_same_generator_same_intervals() -> None:
+    first, second = (intervals_classification(*images(), LABELS, 50, np.random.default_rng(3)) for _ in range(2))
+    assert first == second
+
+
+def test_refuses_other_numbers_of_patients_or_labels() -> None:
+    logits, targets, patients = images()
+    with pytest.raises(DataError, match="patient ids"):
+        intervals_classification(logits, targets, patients[1:], LABELS, 1, np.random.default_rng(0))
+    with pytest.raises(DataError, match="label names"):
+        intervals_classification(logits, targets, patients, ["x"], 1, np.random.default_rng(0))
+    with pytest.raises(DataError, match="label names"):
+        intervals_segmentation(score_cases(*segmented()[:2]), segmented()[2], ["x"], 1, np.random.default_rng(0))
+
+
+def test_intervals_over_patients_cover_where_intervals_over_images_do_not() -> None:
+    patients = [f"p{i}" for i in range(30) for _ in range(4)]
+    covered = {"patients": 0, "images": 0}
+    for trial in range(150):
+        rng = np.random.default_rng(trial)
+        values = np.repeat(rng.normal(size=30), 4) + 0.3 * rng.normal(size=120)  # true mean 0
+
+        def mean(weights: np.ndarray, values: np.ndarray = values) -> np.ndarray:
+            return values @ weights / weights.sum(axis=0)
+
+        for unit, clusters in (("patients", patients), ("images", [str(i) for i in range(120)])):
+            low, high = bootstrap_patients(mean, clusters, 200, rng)
+            covered[unit] += low <= 0 <= high
+    assert 0.88 <= covered["patients"] / 150 <= 0.99
+    assert covered["images"] / 150 < 0.8
+
+
+def test_five_hundred_images_take_a_blink() -> None:
+    rng = np.random.default_rng(0)
+    targets = (rng.random((500, 4)) < 0.3).astype(np.float64)
+    logits = rng.normal(targets, 1.0)
+    patients = [f"p{i // 2}" for i in range(500)]
+    fastest = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        intervals_classification(logits, targets, patients, list("abcd"), 1000, rng)
+        fastest = min(fastest, time.perf_counter() - start)
+    assert fastest < 0.5

@@ -1,0 +1,121 @@
+"""Segmentation scores, sums and metrics by hand and against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, jaccard_score, log_loss
+
+from fedmed.errors import DataError, ModelError
+from fedmed.metrics import (
+    add_sums,
+    case_sums,
+    dice_per_case,
+    join_cases,
+    score_cases,
+    segmentation_metrics,
+    segmentation_sums,
+)
+
+LABELS = ["left lung", "right lung"]
+
+
+def data(images: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Logits that agree with their masks more often than not."""
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((images, 2, 6, 5)) < 0.3).astype(np.float32)
+    logits = rng.normal(2 * masks - 1, 1.5).astype(np.float32)
+    return logits, masks, [f"patient-{i // 2}" for i in range(images)]
+
+
+def test_dice_and_iou_equal_scikit_learns() -> None:
+    logits, masks, patients = data()
+    dice = dice_per_case(logits, masks)
+    for image in range(len(logits)):
+        for label in range(2):
+            f1 = f1_score(masks[image, label].ravel(), logits[image, label].ravel() > 0)
+            assert dice[image, label] == pytest.approx(f1, abs=1e-12)
+    metrics = segmentation_metrics(segmentation_sums(logits, masks, patients), LABELS)
+    for i, label in enumerate(LABELS):
+        pooled = masks[:, i].ravel(), logits[:, i].ravel() > 0
+        assert metrics[f"dice/{label}"] == pytest.approx(dice[:, i].mean())
+        assert metrics[f"micro-dice/{label}"] == pytest.approx(f1_score(*pooled))
+        assert metrics[f"iou/{label}"] == pytest.approx(jaccard_score(*pooled))
+    assert metrics["dice"] == pytest.approx(dice.mean())
+    assert metrics["micro-dice"] == pytest.approx(f1_score(masks.ravel(), logits.ravel() > 0))
+    assert metrics["iou"] == pytest.approx(np.mean([metrics[f"iou/{label}"] for label in LABELS]))
+
+
+def test_loss_is_scikit_learns_over_all_pixels() -> None:
+    logits, masks, patients = data()
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    metrics = segmentation_metrics(segmentation_sums(logits, masks, patients), LABELS)
+    assert metrics["loss"] == pytest.approx(log_loss(masks.ravel(), probabilities.ravel()))
+
+
+def test_dice_of_empty_masks_is_one_and_of_one_empty_mask_zero() -> None:
+    nothing, something = -np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2))
+    assert dice_per_case(nothing, np.zeros((1, 1, 2, 2))) == 1
+    assert dice_per_case(nothing, something) == 0
+    assert dice_per_case(something, np.zeros((1, 1, 2, 2))) == 0
+    metrics = segmentation_metrics(segmentation_sums(nothing, np.zeros((1, 1, 2, 2)), ["a"]), ["x"])
+    assert [metrics[name] for name in ("dice", "micro-dice", "iou")] == [1, 1, 1]
+
+
+def test_a_logit_of_zero_is_background() -> None:
+    assert dice_per_case(np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1, 1), dtype=bool)) == 1
+
+
+def test_spread_of_the_cases_follows_from_the_sums() -> None:
+    logits, masks, patients = data()
+    sums = segmentation_sums(logits, masks, patients)
+    deviation = np.sqrt(sums["dice-square"] / sums["cases"] - (sums["dice"] / sums["cases"]) ** 2)
+    np.testing.assert_allclose(deviation, dice_per_case(logits, masks).std(axis=0))
+    assert sums["patients"] == 6
+    assert sums["images"] == sums["known"] == 12
+
+
+@given(st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_sums_over_any_partition_of_sites_equal_the_pooled_sums(site_of_patient: list[int]) -> None:
+    logits, masks, patients = data()
+    site = np.repeat(site_of_patient, 2)
+    names = np.array(patients)
+    added = add_sums(segmentation_sums(logits[site == s], masks[site == s], names[site == s]) for s in range(3))
+    for name, values in segmentation_sums(logits, masks, patients).items():
+        np.testing.assert_allclose(added[name], values, rtol=1e-12)
+
+
+@given(st.permutations(range(12)))
+def test_order_of_images_changes_nothing(order: list[int]) -> None:
+    logits, masks, patients = data()
+    expected = segmentation_sums(logits, masks, patients)
+    for name, values in segmentation_sums(logits[order], masks[order], [patients[i] for i in order]).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-12)
+
+
+def test_batches_joined_are_the_whole() -> None:
+    logits, masks, patients = data()
+    joined = join_cases([score_cases(logits[i : i + 5], masks[i : i + 5]) for i in (0, 5, 10)])
+    for name, values in segmentation_sums(logits, masks, patients).items():
+        np.testing.assert_array_equal(case_sums(joined, patients)[name], values)
+
+
+def test_site_without_images_has_no_metric() -> None:
+    nothing = np.zeros((0, 2, 4, 4))
+    assert set(segmentation_metrics(segmentation_sums(nothing, nothing, []), LABELS).values()) == {None}
+
+
+def test_refuses_what_cannot_be_judged() -> None:
+    logits, masks, patients = data(2)
+    with pytest.raises(ModelError, match="diverged"):
+        score_cases(np.where(masks > 0, np.nan, logits), masks)
+    with pytest.raises(DataError, match=r"0 or 1$"):
+        score_cases(logits, np.where(masks > 0, np.nan, 0))
+    with pytest.raises(DataError, match="expected the same"):
+        score_cases(logits, masks[:, :1])
+    with pytest.raises(DataError, match="1 patient ids for 2 images"):
+        case_sums(score_cases(logits, masks), patients[:1])
+    with pytest.raises(DataError, match="1 label names for 2"):
+        segmentation_metrics(segmentation_sums(logits, masks, patients), ["x"])
