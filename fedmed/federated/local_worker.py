@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,6 +21,7 @@ from fedmed.federated.spool import Spool
 
 HEADER_LIMIT = 1 << 20  # bytes; headers hold no arrays
 RUN_ID = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def work(
@@ -35,6 +37,7 @@ def work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
+    _keep_freed_memory()
     for other in inherited:
         other.close()
     spool = Spool(folder)
@@ -58,6 +61,18 @@ def work(
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
             answer = f"error\n{ErrorCode.CLIENT_APP_RAISED_EXCEPTION} {reason}".encode()
         channel.sendall(answer)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what training frees, up to a gigabyte, for the next step.
+
+    It would give every large activation back to the kernel and fault it in again, a quarter of a U-Net's step. The
+    peak is not touched: the next step needs the same memory again.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt, or another one
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(M_MMAP_THRESHOLD, 1073741824)
+        c_library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _die_with_parent() -> None:

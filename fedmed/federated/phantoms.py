@@ -22,6 +22,7 @@ seed = 7
 
 [model]
 name = "chexnet"
+norm = "batch"                 # learns fastest from scratch; "group" is for differential privacy
 
 [task]
 kind = "classification"

@@ -27,10 +27,12 @@ class Trained:
 
 
 def optimizer_for(config: TrainConfig, network: FlatNetwork) -> torch.optim.Optimizer:
-    """A fresh optimizer over the network's parameters."""
-    extra = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    """A fresh optimizer over the network's parameters, fused: one pass over them instead of one per operation."""
+    extra: dict[str, float] = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[config.optimizer]
-    return make(network.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, **extra)
+    return make(
+        network.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True, **extra
+    )
 
 
 def batches(

@@ -1,0 +1,239 @@
+"""Time fedmed's one-machine engine against plain PyTorch and against Flower's Ray simulation of the same app.
+
+    make bench                                  # all of it, about ten minutes; run nothing beside it
+    .venv/bin/python benchmarks/engine.py --work small-cnn-32 --repeats 1
+
+Engines run in turn, each as a whole process, at a short and a long number of rounds. A steady round is the difference
+of the two, so that start-up cancels. Memory is read in runs of its own, because reading it costs time. The networks of
+all engines are compared. The table is printed and written to benchmarks/engine.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+from work import WORKS, Work
+
+HERE = Path(__file__).parent
+CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    wall_s: float
+    cpu_s: float  # user and system time of the whole process tree
+    peak_mib: float  # summed proportional set size of the tree; 0 where it was not asked for
+    rounds_s: list[float]  # as the engine itself saw them
+
+
+def tree(root: int) -> list[int]:
+    """A process and all its descendants."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [root]
+    while queue:
+        found.append(queue.pop())
+        queue += parents.get(found[-1], [])
+    return found
+
+
+def memory_mib(root: int) -> float:
+    total = 0
+    for process in tree(root):
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def measure(command: list[str], rounds: Callable[[str], list[float]], *, memory: bool) -> Measured:
+    """Run a command to its end, orphans included."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "FLWR_TELEMETRY_ENABLED": "0"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        peak, done = [0.0], threading.Event()
+
+        def poll() -> None:
+            while not done.wait(0.3):
+                peak[0] = max(peak[0], memory_mib(child.pid))
+
+        poller = threading.Thread(target=poll)
+        if memory:
+            poller.start()
+        out, err = child.communicate()
+        done.set()
+        if memory:
+            poller.join()
+    wall = time.perf_counter() - started
+    while True:  # Ray's orphans come to us, the subreaper
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+    if child.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{err[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(wall, cpu, peak[0], rounds(out))
+
+
+def run_file(name: str, work: Work, rounds: int, folder: Path, *, full: bool) -> Path:
+    sites = ", ".join(f'"{name}-{number}"' for number in range(work.sites))
+    every = 1 if full else 10**6
+    path = folder / f"{name}-{rounds}-{full}.toml"
+    path.write_text(
+        f"""
+[model]
+name = "{work.network}"
+in-channels = {work.channels}
+[task]
+labels = [{", ".join(f'"l{label}"' for label in range(work.labels))}]
+[data]
+sites = [{sites}]
+server = "{f"{name}-server" if full else ""}"
+dataset = "work:dataset"
+[train]
+rounds = {rounds}
+batch-size = {work.batch}
+optimizer = "sgd"
+learning-rate = {work.learning_rate}
+weight-decay = 0.0
+[strategy]
+checkpoint-every = {every}
+[evaluate]
+every = {every}
+site-share = 0.0
+bootstrap = 0
+keep = "last"
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def floor(name: str, rounds: int, folder: Path, *, full: bool, memory: bool) -> Measured:
+    out = folder / f"floor-{name}-{rounds}"
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, str(HERE / "floor.py"), name, str(rounds), "--processes", str(CORES), "--out", str(out)]
+    return measure(command + (["--full"] if full else []), lambda text: json.loads(text)["round_s"], memory=memory)
+
+
+def fedmed(name: str, rounds: int, folder: Path, *, full: bool, memory: bool, engine: str = "local") -> Measured:
+    out = folder / f"{engine}-{name}-{rounds}"
+    shutil.rmtree(out, ignore_errors=True)
+    path = run_file(name, WORKS[name], rounds, folder, full=full)
+    command = [sys.executable, "-m", "fedmed", "simulate", str(path), "--quiet", "--engine", engine, "--out", str(out)]
+
+    def rounds_of(_: str) -> list[float]:
+        events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        return [event["seconds"] for event in events if event["kind"] == "round_finished"]
+
+    return measure(command, rounds_of, memory=memory)
+
+
+def ray(name: str, rounds: int, folder: Path, *, full: bool, memory: bool) -> Measured:
+    return fedmed(name, rounds, folder, full=full, memory=memory, engine="ray")
+
+
+ENGINES: dict[str, Callable[..., Measured]] = {"plain PyTorch": floor, "fedmed": fedmed, "Flower's Ray": ray}
+
+
+def weights(engine: str, name: str, rounds: int, folder: Path) -> np.ndarray:
+    if engine == "plain PyTorch":
+        return np.load(folder / f"floor-{name}-{rounds}" / "floor.npy")
+    run = folder / f"{'local' if engine == 'fedmed' else 'ray'}-{name}-{rounds}" / "checkpoints"
+    return load_file(run / f"round-{rounds:04d}.safetensors")["parameters"]
+
+
+def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: bool) -> list[str]:
+    """Rows of the table for one kind of work."""
+    short, long = WORKS[name].rounds
+    samples: dict[str, list[tuple[Measured, Measured]]] = {engine: [] for engine in engines}
+    for repeat in range(repeats):
+        for engine in engines:
+            pair = tuple(ENGINES[engine](name, rounds, folder, full=full, memory=False) for rounds in (short, long))
+            samples[engine].append(pair)
+            print(
+                f"  {name} {'full' if full else 'bare'} {repeat + 1}/{repeats} {engine}: "
+                f"{pair[0].wall_s:.1f} s, {pair[1].wall_s:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    peaks = {e: 0.0 if full else ENGINES[e](name, short + 2, folder, full=full, memory=True).peak_mib for e in engines}
+    steady = {e: [(b.wall_s - a.wall_s) / (long - short) for a, b in samples[e]] for e in engines}
+    processor = {e: [(b.cpu_s - a.cpu_s) / (long - short) for a, b in samples[e]] for e in engines}
+    reference = weights(engines[0], name, long, folder)
+    rows = []
+    for engine in engines:
+        wall, base = statistics.median(steady[engine]), statistics.median(steady[engines[0]])
+        cpu, cpu_base = statistics.median(processor[engine]), statistics.median(processor[engines[0]])
+        first = statistics.median(pair[1].rounds_s[0] for pair in samples[engine])
+        inner = statistics.median(value for pair in samples[engine] for value in pair[1].rounds_s[1:])
+        whole = statistics.median(pair[0].wall_s for pair in samples[engine])
+        apart = float(np.abs(weights(engine, name, long, folder) - reference).max())
+        memory = f"{peaks[engine]:.0f} | {peaks[engine] / peaks[engines[0]]:.2f}" if peaks[engine] else "– | –"
+        rows.append(
+            f"| {name}{', evaluation and checkpoints on' if full else ''} | {engine} | {wall:.3f} "
+            f"({min(steady[engine]):.3f}-{max(steady[engine]):.3f}) | {wall / base:.2f} | {cpu:.3f} | "
+            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {apart:.0e} |"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=[*WORKS], action="append", help="default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-ray", action="store_true")
+    given = parser.parse_args()
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    engines = [engine for engine in ENGINES if not (given.without_ray and engine == "Flower's Ray")]
+    rows: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="fedmed-bench-") as temporary:
+        for name in given.work or WORKS:
+            rows += compare(name, engines, given.repeats, Path(temporary), full=False)
+            rows += compare(name, engines[:2], given.repeats, Path(temporary), full=True)
+    head = (
+        "| work | engine | steady round, s (min-max) | wall ratio | CPU s a round | CPU ratio | first / steady round "
+        "| peak MiB | memory ratio | whole command at the short run, s | largest difference of a weight |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    rounds = ", ".join(f"{name}: {work.rounds[0]} and {work.rounds[1]}" for name, work in WORKS.items())
+    text = (
+        "# One-machine engine\n\n"
+        f"`{' '.join(['python', 'benchmarks/engine.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, {CORES} cores, "
+        f"{platform.processor() or platform.machine()}, no GPU, {given.repeats} repeats, engines in turn. "
+        f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch.\n\n" + "\n".join([head, *rows])
+    )
+    print(text)
+    if given.work is None:
+        (HERE / "engine.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
