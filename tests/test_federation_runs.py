@@ -174,14 +174,14 @@ def test_messages_hold_no_identifier_either(toy_config, tmp_path):
             receive(worker, data)
 
         grid._answered = record
-        keep = folder.clear_spool
+        keep = folder.close
 
         def scan() -> None:
             for path in folder.spool.iterdir():
                 crossed.extend(path.read_bytes())
             keep()
 
-        object.__setattr__(folder, "clear_spool", scan)
+        object.__setattr__(folder, "close", scan)
         run_on(grid, config, folder, lambda event: None)
     assert len(crossed) > 10_000
     assert PLANTED.encode() not in crossed

@@ -102,9 +102,9 @@ def score(event: Event, primary: str) -> str:
 
 
 def interval(metric: Mapping[str, Any] | None) -> str:
-    """A metric as text: value and 95 % interval."""
+    """A metric as text: value and 95 % interval; without both classes, or without cases, it is not defined."""
     if metric is None or metric["value"] is None:
-        return "null (undefined)"
+        return "null (one class)"
     if metric["low"] is None:
         return f"{metric['value']:.3f}"
     return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"

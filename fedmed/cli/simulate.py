@@ -104,6 +104,19 @@ def _show_plan(config: RunConfig, parameters: int) -> None:
     )
 
 
+def _show_sites(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from fedmed.cli.display import console, interval
+
+    primary = result["primary"]
+    table = Table("site", "patients", "images", "rounds", f"{primary} on its held-out patients", box=None)
+    for site in result["sites"]:
+        metric = interval(site["metrics"].get(primary))
+        table.add_row(site["site"], *(str(site[key]) for key in ("patients", "images", "rounds_joined")), metric)
+    console().print(table)
+
+
 def _show_result(result: dict[str, Any], path: Path, *, as_json: bool) -> None:
     from fedmed.cli.display import interval
     from fedmed.errors import RunFailed
@@ -117,6 +130,7 @@ def _show_result(result: dict[str, Any], path: Path, *, as_json: bool) -> None:
         for name, metric in result["server"]["metrics"].items():
             if name == primary or name.startswith(f"{primary}/"):
                 print(f"  {name:<24} {interval(metric)}")
+        _show_sites(result)
         if result["status"] == "degraded":
             print(f"  dropped: {result['reason']}")
         print(f"report: {path / 'report.html'}")

@@ -24,13 +24,13 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the received network on this site's images."""
-    return _answer(message, context, _update_from(train_round))
+    return _answer(message, context, _update_from(train_round, context))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received network on the patients that this site holds out."""
-    return _answer(message, context, _update_from(evaluate_round))
+    return _answer(message, context, _update_from(evaluate_round, context))
 
 
 @app.query("hello")
@@ -58,8 +58,9 @@ def public_reason(error: Exception) -> str:
     return f"{type(error).__name__}{place}"
 
 
-def _update_from(run: Callable[[Task, Site], Update]) -> Callable[[Task, Site], RecordDict]:
-    return lambda task, site: encode_update(run(task, site))
+def _update_from(run: Callable[[Task, Site], Update], context: Context) -> Callable[[Task, Site], RecordDict]:
+    copy = not context.node_config.get("virtual")  # fedmed's workers write the reply to shared memory themselves
+    return lambda task, site: encode_update(run(task, site), copy=copy)
 
 
 def _answer(message: Message, context: Context, act: Callable[[Task, Site], RecordDict]) -> Message:

@@ -20,6 +20,7 @@ from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, RunFailed, UpdateRefused
 from fedmed.federated.aggregation import WeightedMean, validated_weights
 from fedmed.federated.exchange import Failure, Member, ask, greet
+from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import (
     Status,
@@ -48,19 +49,11 @@ class Federation:
     """One run: its configuration, its folder, its grid. `run_federation` is the way in."""
 
     def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder, watch: Watch, cache_dir: Path | None) -> None:
-        """Build the server's network and load its held-out set.
-
-        Raises:
-            FedmedError: the configuration asks for what there is not, or the server's set cannot be used.
-        """
+        """Nothing is built or asked before `run`."""
         self.grid, self.config, self.folder, self.watch = grid, config, folder, watch
+        self.cache_dir = cache_dir
         self.step = server_step(config.strategy)
-        device = torch.device(server_device(config))
-        outputs = len(config.task.labels)
-        self.network = FlatNetwork(build(config.model, outputs=outputs, seed=config.seed), device)
-        self.layout = self.network.layout
         self.settings = settings_for_sites(config)
-        self.evaluation = ServerEvaluation.load(config, self.network, cache_dir)
         self.progress = Progress()
         self.members: list[Member] = []
         self.server_metrics: dict[str, Any] = {}
@@ -117,9 +110,15 @@ class Federation:
     # Before the first round.
 
     def _start(self) -> tuple[Weights, Mapping[str, Any]]:
+        """Build the network, load the server's set, and take up the last checkpoint if there is one."""
+        outputs = len(self.config.task.labels)
+        module = build(self.config.model, outputs=outputs, seed=self.config.seed)
+        network = FlatNetwork(module, torch.device(server_device(self.config)))
+        self.layout = network.layout
+        self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir)
         saved = self.folder.checkpoint()
         if saved is None:
-            return self.network.weights(), self.step.start(self.layout)
+            return network.weights(), self.step.start(self.layout)
         facts, weights, state = saved
         self.progress = Progress.from_json(facts)
         return weights, state
@@ -163,7 +162,8 @@ class Federation:
 
     def _ask(self, task: Task, nodes: Mapping[str, int]) -> Any:
         timeout_s = self.config.strategy.round_timeout_s
-        return ask(self.grid, encode_task(task), task.kind, nodes, group=str(task.round), timeout_s=timeout_s)
+        content = encode_task(task, copy=not isinstance(self.grid, LocalGrid))
+        return ask(self.grid, content, task.kind, nodes, group=str(task.round), timeout_s=timeout_s)
 
     def _admitted(self, answer: RecordDict | str) -> tuple[Update, Weights]:
         if isinstance(answer, str):
@@ -319,7 +319,7 @@ def run_federation(
         with suppress(OSError):  # on a full disk the first error is the one to tell
             folder.write_json("result.json", result)
             watch(folder.event("run_finished", result["rounds"], status=status, reason=result["reason"]))
-        folder.clear_spool()
+        folder.close()
     return result
 
 

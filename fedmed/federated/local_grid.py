@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import multiprocessing.connection
+import selectors
 import socket
 import time
 from collections import Counter, deque
@@ -34,7 +34,7 @@ from fedmed.federated.spool import Spool
 PULL_WAIT_S = 1.0  # how long a pull waits for a reply before it returns nothing
 
 
-@dataclass
+@dataclass(eq=False)
 class Worker:
     """One worker process and what it is doing."""
 
@@ -100,6 +100,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Reply] = {}
         self._run = Run.create_empty(RUN_ID)
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
+        self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
         for number in range(max(1, min(workers, len(self._nodes)))):
             self._workers.append(self._fork(devices[number % len(devices)]))
@@ -120,6 +121,7 @@ class LocalGrid(Grid):
         for worker in self._workers:
             worker.process.join()
         self._workers.clear()
+        self._selector.close()
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -193,10 +195,11 @@ class LocalGrid(Grid):
     def _written(self, content: RecordDict) -> tuple[bytes, str]:
         """The header and slot of a content, writing it if it is not the one written last."""
         if content is not self._pushed[0]:
-            slot, (_, _, old) = self._slot(), self._pushed
-            self._pushed = (content, self._spool.write(slot, content), slot)
+            old = self._pushed[2]
             if old and not self._users[old]:
                 self._free.append(old)
+            slot = self._slot()
+            self._pushed = (content, self._spool.write(slot, content), slot)
         return self._pushed[1], self._pushed[2]
 
     def _slot(self) -> str:
@@ -215,9 +218,12 @@ class LocalGrid(Grid):
         )
         process.start()
         theirs.close()
-        return Worker(process, ours, device)
+        worker = Worker(process, ours, device)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        return worker
 
     def _dispatch(self) -> None:
+        """Give every idle worker a message."""
         for worker in self._workers:
             if worker.doing or not self._waiting:
                 continue
@@ -231,22 +237,22 @@ class LocalGrid(Grid):
                 "group": metadata.group_id,
                 "slot": worker.slot,
             }
-            with contextlib.suppress(OSError):  # a worker that is gone is noticed by its sentinel
+            with contextlib.suppress(OSError):  # a worker that is gone is noticed when its channel is read
                 worker.channel.sendall(json.dumps(envelope).encode() + b"\n" + self._sent[number].header)
 
     def _receive(self, timeout_s: float) -> bool:
         """Wait for one worker to answer or to die; False when none did in time."""
-        busy = {worker.channel: worker for worker in self._workers if worker.doing}
-        dead = {worker.process.sentinel: worker for worker in self._workers}
-        ready = multiprocessing.connection.wait([*busy, *dead], timeout=max(timeout_s, 0)) if busy else []
-        for event in ready:
-            if isinstance(event, socket.socket) and event in busy:
-                worker = busy.pop(event)
-                data = event.recv(HEADER_LIMIT)
-                if data:
-                    self._answered(worker, data)
-            elif isinstance(event, int) and dead[event] in self._workers:
-                self._died(dead[event])
+        ready = self._selector.select(max(timeout_s, 0))
+        for key, _ in ready:
+            worker: Worker = key.data
+            try:
+                data = worker.channel.recv(HEADER_LIMIT)
+            except ConnectionError:
+                data = b""
+            if data:
+                self._answered(worker, data)
+            else:  # a worker's end of the channel closes with it
+                self._died(worker)
         self._dispatch()
         return bool(ready)
 
@@ -274,6 +280,7 @@ class LocalGrid(Grid):
         self._replace(worker, Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process {how}"))
 
     def _replace(self, worker: Worker, error: Error) -> None:
+        self._selector.unregister(worker.channel)
         worker.channel.close()
         if worker.doing:
             self._settle(worker.doing, Reply(error=error))
@@ -285,11 +292,11 @@ class LocalGrid(Grid):
         """Answer for messages whose time to live is over, and end the workers that hang on them."""
         now = time.monotonic()
         late = Error(ErrorCode.NODE_UNAVAILABLE, "no answer before the round's deadline")
-        for number in [number for number in self._waiting if self._sent[number].deadline <= now]:
-            self._waiting.remove(number)
-            self._settle(number, Reply(error=late))
-        for worker in [worker for worker in self._workers if worker.doing]:
-            if self._sent[worker.doing].deadline <= now:
+        for worker in list(self._workers):
+            if worker.doing and self._sent[worker.doing].deadline <= now:
                 worker.process.kill()
                 worker.process.join()
                 self._replace(worker, late)
+        for number in [number for number in self._waiting if self._sent[number].deadline <= now]:
+            self._waiting.remove(number)
+            self._settle(number, Reply(error=late))

@@ -64,14 +64,14 @@ def work(
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what training frees, up to a gigabyte, for the next step.
+    """Have glibc keep what training frees, in pieces of up to 16 MiB, for the next step.
 
     It would give every large activation back to the kernel and fault it in again, a quarter of a U-Net's step. The
-    peak is not touched: the next step needs the same memory again.
+    peak is not touched: the next step needs the same memory again. Whole networks go back.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt, or another one
         c_library = ctypes.CDLL(None)
-        c_library.mallopt(M_MMAP_THRESHOLD, 1073741824)
+        c_library.mallopt(M_MMAP_THRESHOLD, 16 << 20)
         c_library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 

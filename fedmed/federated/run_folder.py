@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,12 @@ class RunFolder:
     def event(self, kind: str, round: int, **facts: Any) -> dict[str, Any]:
         """Append one line to `events.jsonl` and return it."""
         line = {"time": now(), "round": round, "kind": kind, **facts}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        os.write(self._events, json.dumps(line, allow_nan=False).encode() + b"\n")
         return line
+
+    @cached_property
+    def _events(self) -> int:
+        return os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def save_checkpoint(
         self, round: int, weights: Weights, state: Mapping[str, FloatVector], progress: Mapping[str, Any]
@@ -108,9 +112,11 @@ class RunFolder:
         """Write a JSON file atomically; NaN is an error, undefined values are null."""
         write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
-    def clear_spool(self) -> None:
-        """Remove the messages of the run."""
+    def close(self) -> None:
+        """Remove the messages of the run and close its log; a further event opens it again."""
         shutil.rmtree(self.spool, ignore_errors=True)
+        if "_events" in self.__dict__:
+            os.close(self.__dict__.pop("_events"))
 
 
 def now() -> str:

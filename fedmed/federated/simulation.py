@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def prepare_fork() -> None:
     """Import what workers need and start no thread, so that a fork is safe and a worker's first step is fast."""
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
+    gc.collect()
+    gc.freeze()  # a collection in a worker would touch, and so copy, every page of what was imported here
 
 
 def devices(config: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,7 @@ def site_names(config: RunConfig) -> tuple[str, ...]:
         ConfigError: two sites have the same name.
     """
     names = tuple(map(site_name, config.data.sites))
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ConfigError(f'data.sites: two sites are called "{twice[0]}"; a site is named by its manifest\'s folder')
     return names
@@ -72,26 +73,26 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
         return read_site(Path(str(node["site"])))
     if not node.get("virtual") and "ray" not in sys.modules:
         raise ConfigError("start this SuperNode with --node-config 'site=\"/path/to/site.toml\"'")
-    return virtual_site(_simulation(os.environ.get(SIMULATION, ""), tuple(sorted(flat.items()))), node)
+    sites = virtual_sites(os.environ.get(SIMULATION, ""), tuple(flat.items()), str(node.get("device", "cpu")))
+    number = int(node["partition-id"])
+    if number >= len(sites):
+        raise ConfigError(f"there are {len(sites)} data.sites, but more virtual nodes; make them equal")
+    return sites[number]
 
 
 @lru_cache(maxsize=4)
-def _simulation(path: str, flat: tuple[tuple[str, Any], ...]) -> RunConfig:
-    return with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
-
-
-def virtual_site(config: RunConfig, node: Mapping[str, Any]) -> Site:
-    """The virtual hospital of a partition."""
-    number = int(node["partition-id"])
-    if number >= len(config.data.sites):
-        raise ConfigError(f"there are {len(config.data.sites)} data.sites, but more virtual nodes; make them equal")
-    reference = config.data.sites[number]
-    return Site(
-        name=site_names(config)[number],
-        manifest=Path(reference),
-        dataset=config.data.dataset,
-        cache_dir=cache_folder(),
-        device=str(node.get("device", "cpu")),
+def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> tuple[Site, ...]:
+    """All virtual hospitals of a simulation, from its run file or from Flower's run configuration."""
+    config = with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
+    return tuple(
+        Site(
+            name=name,
+            manifest=Path(reference),
+            dataset=config.data.dataset,
+            cache_dir=cache_folder(),
+            device=device,
+        )
+        for name, reference in zip(site_names(config), config.data.sites, strict=True)
     )
 
 

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed.errors import UpdateRefused
-from fedmed.types import FloatVector, Scalar, Task, Update, Weights
+from fedmed.types import Task, Update, Weights
 
 STYPE = "fedmed.raw"  # Array.stype: raw little-endian bytes, no header
 
 
-def encode_vector(vector: NDArray[np.float32] | NDArray[np.float64]) -> Array:
-    """One flat vector as a Flower array (a copy)."""
+def encode_vector(vector: NDArray[np.float32] | NDArray[np.float64], *, copy: bool = True) -> Array:
+    """One flat vector as a Flower array.
+
+    Flower's own transports want bytes, a copy. Where the message is written into shared memory at once (`LocalGrid`),
+    a view of the vector does.
+    """
     little = vector.astype(vector.dtype.newbyteorder("<"), copy=False)
-    return Array(dtype=str(vector.dtype), shape=(vector.size,), stype=STYPE, data=little.tobytes())
+    array = Array(dtype=str(vector.dtype), shape=(vector.size,), stype=STYPE, data=b"")
+    array.data = little.tobytes() if copy else cast(bytes, little.view(np.uint8).data)
+    return array
 
 
 def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32") -> NDArray[np.float32]:
@@ -40,50 +46,49 @@ def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32"
     return np.frombuffer(array.data, dtype=np.dtype(dtype).newbyteorder("<"))
 
 
-def encode_task(task: Task) -> RecordDict:
-    """A task as the content of a Flower message."""
+def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
+    """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
     facts = {"round": task.round, "kind": task.kind, "layout": task.layout, "evaluate": task.evaluate}
-    return RecordDict({"task": ConfigRecord({**facts, "settings": task.settings}), "network": _network(task.weights)})
+    return RecordDict({"task": _facts({**facts, "settings": task.settings}), "network": _network(task.weights, copy)})
 
 
 def decode_task(content: RecordDict) -> Task:
-    """The inverse of `encode_task`."""
-    record = content["task"]
-    assert_record(record, ConfigRecord)
-    facts = cast(Mapping[str, Scalar], record)
-    return Task(
-        kind=cast(Literal["train", "evaluate"], str(facts["kind"])),
-        round=int(facts["round"]),
-        settings=str(facts["settings"]),
-        layout=str(facts["layout"]),
-        evaluate=bool(facts["evaluate"]),
-        weights=_weights(content),
-    )
+    """The inverse of `encode_task`.
+
+    Raises:
+        UpdateRefused: the message is no task.
+    """
+    try:
+        facts = _read_facts(content, "task")
+        return Task(
+            kind=cast(Literal["train", "evaluate"], facts["kind"]),
+            round=int(facts["round"]),
+            settings=str(facts["settings"]),
+            layout=str(facts["layout"]),
+            evaluate=bool(facts["evaluate"]),
+            weights=_weights(content),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UpdateRefused(f"the message is no task: {type(error).__name__} on {error}") from None
 
 
-def encode_update(update: Update) -> RecordDict:
+def encode_update(update: Update, *, copy: bool = True) -> RecordDict:
     """An update as the content of a Flower reply: the network, and all sums in one float64 vector."""
-    names = {name: int(values.size) for name, values in update.metrics.items()}
-    content = RecordDict(
-        {
-            "update": ConfigRecord(
-                {
-                    "layout": update.layout,
-                    "encoding": update.encoding,
-                    "num-examples": update.num_examples,
-                    "facts": json.dumps(dict(update.facts), allow_nan=True),
-                    "sums": json.dumps(names),
-                }
-            )
-        }
-    )
+    facts = {
+        "layout": update.layout,
+        "encoding": update.encoding,
+        "num-examples": update.num_examples,
+        "facts": dict(update.facts),
+        "sums": {name: int(values.size) for name, values in update.metrics.items()},
+    }
+    content = RecordDict({"update": _facts(facts)})
     if update.metrics:
         flat = np.concatenate([np.ravel(values) for values in update.metrics.values()]).astype(np.float64)
         content["metrics"] = _record({"sums": encode_vector(flat)})
     if update.vectors:
         content["vectors"] = _record({name: encode_vector(vector) for name, vector in update.vectors.items()})
     if update.weights is not None:
-        content["network"] = _network(update.weights)
+        content["network"] = _network(update.weights, copy)
     return content
 
 
@@ -94,9 +99,9 @@ def decode_update(content: RecordDict) -> Update:
         UpdateRefused: a record is missing or malformed.
     """
     try:
-        facts = cast(Mapping[str, Scalar], content["update"])
-        names = json.loads(str(facts["sums"]))
+        facts = _read_facts(content, "update")
         metrics: dict[str, NDArray[np.float64]] = {}
+        names: Mapping[str, int] = facts["sums"]
         if names:
             flat = decode_vector(cast(ArrayRecord, content["metrics"])["sums"], "float64").astype(np.float64)
             if flat.size != sum(names.values()):
@@ -114,20 +119,30 @@ def decode_update(content: RecordDict) -> Update:
             num_examples=int(facts["num-examples"]),
             metrics=metrics,
             vectors={name: decode_vector(array) for name, array in vectors},
-            facts=json.loads(str(facts["facts"])),
+            facts=dict(facts["facts"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UpdateRefused(f"the reply is no update: {type(error).__name__} on {error}") from None
 
 
-def assert_record(record: object, kind: type) -> None:
-    """Refuse a message whose record is of another kind than agreed."""
-    if not isinstance(record, kind):
-        raise UpdateRefused(f"expected a {kind.__name__}, got a {type(record).__name__}")
+def _facts(values: Mapping[str, Any]) -> ConfigRecord:
+    """Plain values as one JSON text: Flower checks the type of every entry of a record, again at every hop."""
+    return ConfigRecord({"json": json.dumps(values)})
 
 
-def _network(weights: Weights) -> ArrayRecord:
-    return _record({"parameters": encode_vector(weights.parameters), "buffers": encode_vector(weights.buffers)})
+def _read_facts(content: RecordDict, name: str) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], json.loads(str(cast(ConfigRecord, content[name])["json"])))
+
+
+def _network(weights: Weights, copy: bool) -> ArrayRecord:
+    vectors = {"parameters": weights.parameters, "buffers": weights.buffers}
+    return _record({name: encode_vector(vector, copy=copy) for name, vector in vectors.items() if vector.size})
+
+
+def _weights(content: RecordDict) -> Weights:
+    network, empty = cast(ArrayRecord, content["network"]), np.zeros(0, np.float32)
+    vectors = {name: decode_vector(network[name]) if name in network else empty for name in ("parameters", "buffers")}
+    return Weights(**vectors)
 
 
 def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -135,9 +150,3 @@ def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
     for name, array in arrays.items():
         record[name] = array
     return record
-
-
-def _weights(content: RecordDict) -> Weights:
-    network = cast(ArrayRecord, content["network"])
-    parameters: FloatVector = decode_vector(network["parameters"])
-    return Weights(parameters=parameters, buffers=decode_vector(network["buffers"]))

@@ -59,14 +59,14 @@ class Dataset:
             Images (n, C, S, S) float32 in [0, 1], and targets float32: (n, labels) or (n, labels, S, S).
         """
         stored = self._order[rows]
-        pixels = self.images[stored].astype(np.float32)
+        pixels = self.images[stored].astype(np.float32, copy=False)  # the gather is already a copy
         if self.images.dtype == np.uint16:
             pixels *= np.float32(1 / 65535)
         images = torch.from_numpy(pixels)
         if self.channels > images.shape[1]:
             images = images.repeat(1, self.channels // images.shape[1], 1, 1)
         targets = self.targets[stored if self.targets.ndim == 4 else rows]
-        return images, torch.from_numpy(targets.astype(np.float32))
+        return images, torch.from_numpy(targets.astype(np.float32, copy=False))
 
     def select(self, keep: NDArray[np.bool_]) -> Dataset:
         """The rows where `keep` (N,) is true; pixels are shared."""

@@ -23,9 +23,11 @@ def masked_bce(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A scalar; 0 with a zero gradient when no label of the batch is known.
     """
-    known = ~torch.isnan(targets)
+    unknown = torch.isnan(targets)
+    if not targets.is_cuda and not unknown.any():  # on a GPU, asking would wait for it
+        return F.binary_cross_entropy_with_logits(logits, targets)
     losses = F.binary_cross_entropy_with_logits(logits, torch.nan_to_num(targets), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
+    return losses.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp(min=1)
 
 
 def dice_bce(logits: Tensor, targets: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
-    data = site_data(site, settings_from(task.settings))
+    data = site_data(site, task.settings)
     return {
         "site": site.name,
         "patients": len(set(data.patients)),
@@ -114,13 +114,10 @@ def site_generator(seed: int, site: str, round: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def site_data(site: Site, config: RunConfig) -> Dataset:
-    """The site's data set, kept by this process between tasks."""
-    return _loaded(site, config.model_copy(update={"train": run_file.TrainConfig(), "name": "data"}))
-
-
 @lru_cache(maxsize=256)
-def _loaded(site: Site, config: RunConfig) -> Dataset:
+def site_data(site: Site, settings: str) -> Dataset:
+    """The site's data set, kept by this process between tasks."""
+    config = settings_from(settings)
     if site.dataset:
         return custom_dataset(site.dataset)(site.manifest, config)
     return load_dataset(
@@ -154,7 +151,7 @@ def custom_dataset(reference: str) -> Callable[[Path, RunConfig], Dataset]:
 def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     config = settings_from(task.settings)
     torch.set_num_threads(config.train.threads)
-    data = site_data(site, config)
+    data = site_data(site, task.settings)
     network = resident_network(config.model, len(config.task.labels), config.seed, site.device)
     if network.layout.hash != task.layout:
         raise ModelError("the server's network has another layout than the one built here; compare the versions")

@@ -19,5 +19,5 @@ class ServerStep(Protocol):
         ...
 
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
-        """One round; nothing that was given is changed."""
+        """One round. `current` and `state` are never changed; the aggregate is handed over, to be used up."""
         ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedmed.config import StrategyConfig
 from fedmed.federated.aggregation import Aggregate
 from fedmed.federated.strategies.base import State
@@ -25,4 +27,5 @@ class FedAvg:
 
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
         """The mean of the sites' networks is the next network."""
-        return Weights(parameters=current.parameters + aggregate.change, buffers=aggregate.buffers), state
+        parameters = np.add(current.parameters, aggregate.change, out=aggregate.change)
+        return Weights(parameters=parameters, buffers=aggregate.buffers), state
