@@ -300,6 +300,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     key, kind = ".".join(location), problem["type"]
     if kind == "extra_forbidden":
         known = [name for name, _ in _known_keys()] + list(RunConfig.model_fields)
+        known = list(RunConfig.model_fields) if isinstance(problem["input"], Mapping) else known
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         near = near or [name for name in known if name.rpartition(".")[2] == location[-1]][:1]
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")

@@ -86,7 +86,7 @@ def test_the_best_network_on_the_selection_part_is_kept_and_the_test_part_report
     result, folder = simulate(config)
     chosen = [event for event in events(folder) if event["kind"] == "evaluated"]
     best = max(chosen, key=lambda event: event["selection"])
-    assert result["best_round"] == best["round"]
+    assert json.loads((folder.path / "model.json").read_text())["round"] == best["round"]
     assert result["server"]["metrics"] == best["metrics"]
     n = result["server"]["metrics"]["auroc"]["n"]
     assert 0 < n < 30, "the test part holds some of the server's 30 patients, not all"
@@ -96,8 +96,9 @@ def test_early_stopping_ends_after_patience(toy_config, simulate):
     config = toy_config(
         *SITES, server="server-60", train={"rounds": 50, "learning_rate": 1e-9}, evaluate={"patience": 2}
     )
-    result, _ = simulate(config)
-    assert (result["rounds"], result["best_round"], result["status"]) == (3, 1, "completed")
+    result, folder = simulate(config)
+    assert (result["rounds"], result["status"]) == (3, "completed")
+    assert json.loads((folder.path / "model.json").read_text())["round"] == 1
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_an_update_with_nan_is_refused_and_named(toy_config, simulate):
 def test_too_few_sites_fail_before_the_first_round_with_one_line(toy_config, tmp_path):
     config = toy_config("a-40", "broken-9", strategy={"min_sites": 2})
     folder = RunFolder.create(tmp_path / "run", config)
-    with local_grid(config, folder) as grid, pytest.raises(RunFailed, match="1 of 1 sites took part; 2 are needed"):
+    with local_grid(config, folder) as grid, pytest.raises(RunFailed, match="1 of 2 sites took part; 2 are needed"):
         run_on(grid, config, folder, lambda event: None)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"

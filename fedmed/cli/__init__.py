@@ -28,6 +28,8 @@ def main() -> None:
     """Run a command; end with 0, or 1 and one line, or 2 for bad syntax, or 130 after Ctrl-C."""
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            _say("interrupted")
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -51,6 +51,8 @@ class Live:
         kind, progress = event["kind"], self._progress
         if kind == "round_started":
             self._losses = []
+            for line in left_out(event):
+                progress.console.print(line, highlight=False)
             progress.reset(self._sites, total=len(event["sites"]), description=f"round {event['round']}", facts="")
         elif kind == "update_received":
             self._losses += [event["loss"]] if event["loss"] is not None else []
@@ -80,6 +82,8 @@ class Lines:
         kind = event["kind"]
         if kind == "round_started":
             self._losses, self._joined, self._score = [], 0, ""
+            for line in left_out(event):
+                self._print(line)
         elif kind == "update_received":
             self._losses += [event["loss"]] if event["loss"] is not None else []
             self._joined += 1
@@ -94,6 +98,15 @@ class Lines:
     @staticmethod
     def _print(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+def left_out(event: Event) -> list[str]:
+    """One line for every site with images that could not be read."""
+    counts = event.get("unreadable", {})
+    return [
+        f"{site}: {count} image{'s' if count > 1 else ''} left out, unreadable (fewer than data.max-unreadable)"
+        for site, count in counts.items()
+    ]
 
 
 def score(event: Event, primary: str) -> str:

@@ -38,27 +38,30 @@ def simulate(
     from fedmed import config as run_file
     from fedmed.cli.display import bar
     from fedmed.errors import ConfigError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a service manager: as by Ctrl-C
+    if resume is not None and (run is not None or out is not None or assignments):
+        raise ConfigError("--resume takes the run folder alone; its run.toml says the rest")
+    path = resume / "run.toml" if resume is not None else run
+    config = run_file.load(path, assignments) if path else run_file.validate(run_file.override({}, assignments))
+
+    # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
     from fedmed.federated.run_folder import RunFolder, now
 
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    if resume is not None:
-        if run is not None or out is not None or assignments:
-            raise ConfigError("--resume takes the run folder alone; its run.toml says the rest")
-        config, folder = run_file.load(resume / "run.toml"), RunFolder(resume)
-    else:
-        config = run_file.load(run, assignments) if run else run_file.validate(run_file.override({}, assignments))
-        with bar("phantom hospitals") as progress:
-            config = with_phantoms(config, progress)
+    with bar("phantom hospitals") as progress:
+        config = with_phantoms(config, progress)
     parameters = _check(config)
     if dry_run:
         _show_plan(config, parameters)
         return
-    if resume is None:
+    if resume is not None:
+        folder = RunFolder(resume)
+    else:
         stamp = now()[:19].replace(":", "").replace("-", "")
         folder = RunFolder.create(out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-"), config)
     result = _run(config, folder, engine, quiet=quiet)
-    _show_result(result, folder.path, as_json=as_json)
+    _show_result(result, config, folder.path, as_json=as_json)
 
 
 def _check(config: RunConfig) -> int:
@@ -104,12 +107,11 @@ def _show_plan(config: RunConfig, parameters: int) -> None:
     )
 
 
-def _show_sites(result: dict[str, Any]) -> None:
+def _show_sites(result: dict[str, Any], primary: str) -> None:
     from rich.table import Table
 
     from fedmed.cli.display import console, interval
 
-    primary = result["primary"]
     table = Table("site", "patients", "images", "rounds", f"{primary} on its held-out patients", box=None)
     for site in result["sites"]:
         metric = interval(site["metrics"].get(primary))
@@ -117,20 +119,21 @@ def _show_sites(result: dict[str, Any]) -> None:
     console().print(table)
 
 
-def _show_result(result: dict[str, Any], path: Path, *, as_json: bool) -> None:
+def _show_result(result: dict[str, Any], config: RunConfig, path: Path, *, as_json: bool) -> None:
     from fedmed.cli.display import interval
     from fedmed.errors import RunFailed
 
     if as_json:
         print(json.dumps(result))
     else:
-        best = f", the network of round {result['best_round']} kept" if result["best_round"] else ""
+        model = path / "model.json"
+        best = f", the network of round {json.loads(model.read_text())['round']} kept" if model.exists() else ""
         print(f"{result['status']}: {result['rounds']} rounds{best}, {result['timing']['total_s']:.0f} s")
-        primary = result["primary"]
+        primary = config.primary
         for name, metric in result["server"]["metrics"].items():
             if name == primary or name.startswith(f"{primary}/"):
                 print(f"  {name:<24} {interval(metric)}")
-        _show_sites(result)
+        _show_sites(result, primary)
         if result["status"] == "degraded":
             print(f"  dropped: {result['reason']}")
         print(f"report: {path / 'report.html'}")

@@ -27,6 +27,7 @@ class Member:
     patients: int
     images: int
     held_out_patients: int
+    unreadable: int  # images that were left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,5 +107,6 @@ def greet(
                 patients=int(card["patients"]),
                 images=int(card["images"]),
                 held_out_patients=int(card["held-out-patients"]),
+                unreadable=int(card["unreadable"]),
             )
     return [members[name] for name in sorted(members)], failures

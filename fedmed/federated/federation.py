@@ -68,7 +68,7 @@ class Federation:
             # ── select and configure ──────────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
             nodes = {member.name: member.node for member in self.members}
-            self._tell("round_started", round, sites=sorted(nodes))
+            self._tell("round_started", round, sites=sorted(nodes), **(self._left_out() if round == 1 else {}))
             task = self._task("train", round, weights)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
@@ -87,7 +87,7 @@ class Federation:
                 self._tell("update_received", round, site=site, **self._public_facts(update))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = self._missing(joined)
+            missing = self._missing(joined, known=len(nodes))
             if missing:
                 self._log(round, joined, failed, seconds, {})
                 return "paused", missing
@@ -132,7 +132,7 @@ class Federation:
         self.progress.absent = [asdict(failure) for failure in absent]
         for failure in absent:
             self._tell("site_failed", 0, **asdict(failure))
-        missing = self._missing([member.name for member in members])
+        missing = self._missing([member.name for member in members], known=len(nodes))
         if missing:
             raise RunFailed(f"{missing}. {summary_of(absent) or ''}".strip())
         return members
@@ -146,6 +146,11 @@ class Federation:
                 )
             time.sleep(0.5)
         return nodes
+
+    def _left_out(self) -> dict[str, Any]:
+        """How many images which site could not read."""
+        counts = {member.name: member.unreadable for member in self.members if member.unreadable}
+        return {"unreadable": counts} if counts else {}
 
     # In a round.
 
@@ -181,10 +186,9 @@ class Federation:
         metrics = metrics_from(update.metrics, self.config.task) if update.metrics else {}
         return {"images": update.num_examples, **known, **({"metrics": dict(metrics)} if metrics else {})}
 
-    def _missing(self, joined: list[str]) -> str | None:
+    def _missing(self, joined: list[str], *, known: int) -> str | None:
         """Why these sites are too few, or None."""
         strategy = self.config.strategy
-        known = max(len(self.members), len(joined))
         needed = max(strategy.min_sites, math.ceil(strategy.min_fraction * known))
         absent = sorted(set(strategy.required_sites) - set(joined))
         if absent:

@@ -42,7 +42,10 @@ def work(
         other.close()
     spool = Spool(folder)
     while True:
-        data = channel.recv(HEADER_LIMIT)
+        try:
+            data = channel.recv(HEADER_LIMIT)
+        except ConnectionError:
+            return
         if not data:
             return
         first, _, header = data.partition(b"\n")
@@ -60,7 +63,10 @@ def work(
         except Exception as error:  # an app's own exception is its node's failure, not the worker's end
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
             answer = f"error\n{ErrorCode.CLIENT_APP_RAISED_EXCEPTION} {reason}".encode()
-        channel.sendall(answer)
+        try:
+            channel.sendall(answer)
+        except ConnectionError:  # the grid was closed while this worker was busy
+            return
 
 
 def _keep_freed_memory() -> None:

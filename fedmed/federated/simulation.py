@@ -22,6 +22,7 @@ from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.sites import SIMULATION, cache_folder, site_names
 from fedmed.federated.strategies import server_step
 from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.reading import preset_named
 from fedmed.models import build
 from fedmed.training.site_round import custom_dataset
 
@@ -41,6 +42,7 @@ def check(config: RunConfig) -> int:
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
     server_step(config.strategy)
+    preset_named(config.data.preset)
     if config.data.dataset:
         custom_dataset(config.data.dataset)
     else:

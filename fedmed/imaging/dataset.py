@@ -160,9 +160,11 @@ def _decode(row: Row, *, preset: str, size: int, labels: int) -> Decoded:
         return small, None
     mask = read_mask(row.mask)
     if mask.shape != image.shape[1:]:
-        raise DataError(f"row {row.number}: the mask is {_size(mask.shape)}, its image {_size(image.shape[1:])}")
+        text = f"row {row.number}: the mask is {_size(mask.shape)}, its image {_size(image.shape[1:])}"
+        raise DataError(text, public=text)
     if labels > 1 and mask.max() > labels:
-        raise DataError(f"row {row.number}: the mask holds {mask.max()}, but the task has {labels} labels")
+        text = f"row {row.number}: the mask holds {mask.max()}, but the task has {labels} labels"
+        raise DataError(text, public=text)
     planes = mask[None] != 0 if labels == 1 else mask[None] == np.arange(1, labels + 1)[:, None, None]
     return small, letterbox_mask(planes.astype(np.uint8), size)
 
@@ -179,4 +181,5 @@ def _check_unreadable(unreadable: Mapping[int, str], total: int, most: float) ->
     first = ", ".join(f"row {number} ({reason})" for number, reason in sorted(unreadable.items())[:5])
     more = ", …" if count > 5 else ""
     rule = "" if count == total else f", above data.max-unreadable = {100 * most:g} %"
-    raise DataError(f"{count} of {total} images ({100 * count / total:.1f} %) cannot be read{rule}: {first}{more}")
+    text = f"{count} of {total} images ({100 * count / total:.1f} %) cannot be read{rule}: {first}{more}"
+    raise DataError(text, public=text)  # numbers of rows, and what was wrong with the bytes

@@ -1,0 +1,160 @@
+"""What the documents say is true: keys, commands, links and examples."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from fedmed.cli import app
+from fedmed.config import RunConfig, flatten, load
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path for pattern in ("*.md", "docs/*.md", "simulations/*/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern)
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+ROW = re.compile(r"^\| `([a-z-]+(?:\.[a-z-]+)?)` \| `([^`]*)` \|", re.MULTILINE)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+def fedmed_lines() -> Iterator[tuple[str, str]]:
+    """Every command line of a code block that starts with `fedmed`, with the document that shows it."""
+    for path in DOCUMENTS:
+        for _, text in BLOCK.findall(path.read_text(encoding="utf-8")):
+            for line in text.replace("\\\n", " ").splitlines():
+                if line.startswith("fedmed "):
+                    yield name(path), line
+
+
+def parse(words: list[str]) -> None:
+    """Parse as `fedmed` would, without running anything. Its groups have no options of their own."""
+    command = typer.main.get_command(app)
+    while isinstance(command, click.Group):
+        first, *words = words or [""]
+        if first not in command.commands:
+            raise click.UsageError(f"no such command: {first}")
+        command = command.commands[first]
+    command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize(("document", "line"), sorted(set(fedmed_lines())))
+def test_shown_commands_parse(document, line):
+    parse(shlex.split(line, comments=True)[1:])
+
+
+def test_the_check_of_commands_can_fail():
+    parse(shlex.split("simulate run.toml --dry-run"))
+    for line in ("simulate run.toml --dri-run", "sweep run.toml", "data sint x", "simulate a.toml b.toml"):
+        with pytest.raises(click.UsageError):
+            parse(shlex.split(line))
+
+
+def test_readme_shows_every_command():
+    shown = {" ".join(line.split()[:2]) for _, line in fedmed_lines()}
+    assert {f"fedmed {command}" for command in typer.main.get_command(app).commands} <= shown
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_relative_links_lead_somewhere(path):
+    for target in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def test_configuration_table_is_the_configuration():
+    shown = ROW.findall((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"))
+    assert len(shown) == len(dict(shown)), "a key is there twice"
+    assert dict(shown) == {key: written(value) for key, value in defaults().items()}
+
+
+def defaults() -> dict[str, object]:
+    lists = {"task.labels", "data.sites", "strategy.required-sites"}
+    return {key: [] if key in lists else value for key, value in flatten(RunConfig()).items()}
+
+
+def written(value: object) -> str:
+    """A value as the table and a run file write it."""
+    return json.dumps(value)
+
+
+def test_flower_gets_the_same_defaults():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shown = {}
+    for key, value in project["tool"]["flwr"]["app"]["config"].items():
+        shown |= {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
+    assert shown == flatten(RunConfig())
+
+
+def test_shown_run_files_are_valid(tmp_path):
+    shown = [text for path in DOCUMENTS for text in blocks(path, "toml")]
+    assert shown
+    for number, text in enumerate(shown):
+        run = tmp_path / f"{number}.toml"
+        run.write_text(text, encoding="utf-8")
+        load(run)
+
+
+def test_own_network_and_data_example_runs(fedmed, tmp_path):
+    page = ROOT / "docs" / "your-own-network-and-data.md"
+    (module,), (run,) = blocks(page, "python"), blocks(page, "toml")
+    (tmp_path / "hospital.py").write_text(module, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(run, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = fedmed("simulate", "run.toml", "--out", "out", "--json", cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["status"] == "completed"
+    assert [site["site"] for site in result["sites"]] == ["east", "west"]
+    assert all(site["metrics"]["auroc"]["value"] is not None for site in result["sites"])
+    assert result["server"]["metrics"]["auroc"]["value"] > 0.8
+
+
+@pytest.mark.simulation
+@pytest.mark.timeout(240)
+def test_flower_demo_runs_and_leaves_nothing_running(tmp_path):
+    keys = 'model.name="toy:network" task.labels="a,b" data.dataset="toy:dataset" data.sites="a-40,b-20" train.rounds=1'
+    script = ROOT / "simulations" / "flower-demo" / "run.py"
+    with tempfile.TemporaryDirectory() as temporary:  # not tmp_path, which is too long for Ray's sockets
+        done = subprocess.run(
+            [sys.executable, str(script), "--supernodes", "2", "-c", keys],
+            env={**os.environ, "FEDMED_RUNS": str(tmp_path / "runs"), "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            timeout=220,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert list(Path(temporary).glob("fedmed-flower-*")) == []
+        assert processes_with(temporary.encode()) == []
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.splitlines()[-1] == f"completed: {folder}"
+    assert (folder / "report.html").exists()
+
+
+def processes_with(text: bytes) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            content = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        found += [int(folder.name)] if text in content else []
+    return found
