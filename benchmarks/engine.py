@@ -226,7 +226,7 @@ def main() -> None:
     rounds = ", ".join(f"{name}: {work.rounds[0]} and {work.rounds[1]}" for name, work in WORKS.items())
     text = (
         "# One-machine engine\n\n"
-        f"`{' '.join(['python', 'benchmarks/engine.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, {CORES} cores, "
+        f"`{' '.join(['python benchmarks/engine.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, {CORES} cores, "
         f"{platform.processor() or platform.machine()}, no GPU, {given.repeats} repeats, engines in turn. "
         f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch.\n\n" + "\n".join([head, *rows])
     )

@@ -156,6 +156,10 @@ class RunConfig(Section):
     def _sections_agree(self) -> RunConfig:
         if self.data.sites and not self.task.labels:
             raise ValueError("task.labels is empty: name the label columns of the manifests")
+        metric, slash, label = self.primary.partition("/")
+        known = {"classification": ("auroc", "auprc"), "segmentation": ("dice", "micro-dice", "iou")}[self.task.kind]
+        if metric not in known or (slash and label not in self.task.labels):
+            raise ValueError(f'evaluate.primary = "{self.primary}": expected {", ".join(known)}, or one with /LABEL')
         if self.privacy.mode != "none":
             raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
         return self
@@ -211,7 +215,7 @@ def validate(values: Mapping[str, Any], *, source: str = "run configuration") ->
         ConfigError: one line for the first thing that is wrong.
     """
     try:
-        return RunConfig.model_validate(_tuples(values))
+        return RunConfig.model_validate(tuples(values))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -289,10 +293,11 @@ def _parse(text: str, *, listed: bool) -> Any:
         return _split(text) if listed else text
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: frozen sections hold no lists."""
     if isinstance(value, Mapping):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+        return {key: tuples(entry) for key, entry in value.items()}
+    return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

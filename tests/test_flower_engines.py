@@ -156,7 +156,9 @@ def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_sit
         wait_for(port)
         for name, reference in (("a-40", "a-40"), ("b-20", "b-20"), ("c-30", "broken-30")):
             site = tmp_path / f"{name}.toml"
-            site.write_text(f'name = "{name}"\nmanifest = "{reference}"\ndataset = "toy:dataset"\n')
+            site.write_text(
+                f'name = "{name}"\nmanifest = "{reference}"\ndataset = "toy:dataset"\nnetworks = ["toy:network"]\n'
+            )
             start(
                 f"node-{name}",
                 *("flower-supernode", "--insecure", "--superlink", link, "--port", str(free_port())),

@@ -30,6 +30,7 @@ class SiteConfig(Section):
     dataset: str = ""
     cache_dir: str = ""
     device: str = "cpu"
+    networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
 
 
 def site_name(reference: str) -> str:
@@ -104,7 +105,7 @@ def read_site(path: Path) -> Site:
         ConfigError: the file is missing or wrong.
     """
     try:
-        values = SiteConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
     except ValidationError as error:
@@ -112,4 +113,11 @@ def read_site(path: Path) -> Site:
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     cache = path.parent / values.cache_dir if values.cache_dir else None
     manifest = path.parent / values.manifest
-    return Site(name=values.name, manifest=manifest, dataset=values.dataset, cache_dir=cache, device=values.device)
+    return Site(
+        name=values.name,
+        manifest=manifest,
+        dataset=values.dataset,
+        cache_dir=cache,
+        device=values.device,
+        networks=values.networks,
+    )

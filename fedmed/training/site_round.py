@@ -39,6 +39,7 @@ class Site:
     dataset: str = ""  # "module:function" for data that are no images
     cache_dir: Path | None = None  # decoded images; None keeps them in memory
     device: str = "cpu"
+    networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
 
 
 def settings_for_sites(config: RunConfig) -> str:
@@ -150,6 +151,11 @@ def custom_dataset(reference: str) -> Callable[[Path, RunConfig], Dataset]:
 
 def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     config = settings_from(task.settings)
+    if site.networks is not None and ":" in config.model.name and config.model.name not in site.networks:
+        text = (
+            f'this site imports no network "{config.model.name}"; it would have to stand in networks of its site.toml'
+        )
+        raise ConfigError(text, public=text)
     torch.set_num_threads(config.train.threads)
     data = site_data(site, task.settings)
     network = resident_network(config.model, len(config.task.labels), config.seed, site.device)
