@@ -1,6 +1,6 @@
 """Time fedmed's one-machine engine against plain PyTorch and against Flower's Ray simulation of the same app.
 
-    make bench                                  # all of it, about ten minutes; run nothing beside it
+    make bench                                  # all of it, about twenty minutes; run nothing beside it
     .venv/bin/python benchmarks/engine.py --work small-cnn-32 --repeats 1
 
 Engines run in turn, each as a whole process, at a short and a long number of rounds. A steady round is the difference

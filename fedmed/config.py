@@ -154,6 +154,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
+        if any("," in site for site in self.data.sites):
+            raise ValueError("data.sites: a path must not hold a comma, which separates sites in Flower's run config")
         if self.data.sites and not self.task.labels:
             raise ValueError("task.labels is empty: name the label columns of the manifests")
         metric, slash, label = self.primary.partition("/")

@@ -124,3 +124,35 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         parent.kill()
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not alive
+
+
+def test_workers_are_dealt_the_devices_in_turn(tmp_path):
+    """What places several hospitals on several GPUs, with the one device that is always there."""
+    where = ClientApp()
+
+    @where.query("hello")
+    def hello(message, context):
+        device = str(context.node_config["device"])
+        return Message(RecordDict({"where": ConfigRecord({"device": device, "pid": os.getpid()})}), reply_to=message)
+
+    with LocalGrid(where, [{}] * 4, {}, workers=2, spool=tmp_path, devices=("cpu", "cpu:0")) as grid:
+        messages = [Message(RecordDict(), node, "query.hello", group_id="1") for node in range(1, 5)]
+        seen = {}
+        for number in list(grid.push_messages(messages)):
+            while not (replies := list(grid.pull_messages([number]))):
+                pass
+            where_from = replies[0].content["where"]
+            seen[where_from["pid"]] = where_from["device"]
+        assert [seen.get(pid, device) for pid, device in zip(grid.worker_pids, ("cpu", "cpu:0"), strict=True)] == [
+            "cpu",
+            "cpu:0",
+        ]
+
+
+def test_one_process_per_core_or_a_few_per_gpu(toy_config):
+    from fedmed.federated.simulation import worker_count
+
+    many = toy_config(*(f"s{number}-4" for number in range(100)), simulation={"workers": 0})
+    assert worker_count(many, ["cpu"]) == len(os.sched_getaffinity(0))
+    assert worker_count(many, ["cuda:0"]) <= 4
+    assert worker_count(toy_config("a-4", "b-4", simulation={"workers": 9}), ["cpu"]) == 2

@@ -11,7 +11,7 @@ import typer
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write RUN/report.html, one page that opens offline.
 
-    Example: fedmed report runs/20260102-1500-quickstart
+    Example: fedmed report runs/20260102T150000-quickstart
     """
     from fedmed.reporting import write_report
 

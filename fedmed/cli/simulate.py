@@ -65,9 +65,8 @@ def simulate(
 
 
 def _check(config: RunConfig) -> int:
-    from fedmed.federated.simulation import check, prepare_fork
+    from fedmed.federated.simulation import check
 
-    prepare_fork()
     return check(config)
 
 

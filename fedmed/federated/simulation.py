@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def check(config: RunConfig) -> int:
         for path in [*config.data.sites, *([config.data.server] if config.data.server else [])]:
             if len(read_manifest(Path(path), config.task).rows) == 0:
                 raise DataError(f"{path}: the manifest has no rows")
+    torch.set_num_threads(1)  # no thread pool may exist when the workers are forked
     network = build(config.model, outputs=len(config.task.labels), seed=config.seed)
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -117,7 +119,9 @@ def run_with_ray(config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str
     def main(grid: Grid, context: Context) -> None:
         results.append(run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder()))
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # it warns that this door will move; the pin keeps it here
     os.environ[SIMULATION] = str(folder.path / "run.toml")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, instead of its warning
     try:
         run_simulation(
             server_app=server,
