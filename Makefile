@@ -1,7 +1,9 @@
 # fedmed's habits. `make` lists them.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(if $(shell command -v python$(v)),python$(v))) python3)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
+  $$each -c '$(FITS)' 2>/dev/null && echo $$each && break; done)
 BIN := .venv/bin
 TASK ?= cxr
 
@@ -9,8 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
-	  || { echo "fedmed needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.x"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "fedmed needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.x"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv sync --quiet --all-extras
