@@ -160,12 +160,26 @@ def ray(name: str, rounds: int, folder: Path, *, full: bool, memory: bool) -> Me
     return fedmed(name, rounds, folder, full=full, memory=memory, engine="ray")
 
 
-ENGINES: dict[str, Callable[..., Measured]] = {"plain PyTorch": floor, "fedmed": fedmed, "Flower's Ray": ray}
+def flower(name: str, rounds: int, folder: Path, *, full: bool, memory: bool) -> Measured:
+    out = folder / f"flower-{name}-{rounds}"
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, str(HERE / "flower_own.py"), name, str(rounds), "--out", str(out)]
+    return measure(command, lambda text: json.loads(text.splitlines()[-1])["round_s"], memory=memory)
+
+
+ENGINES: dict[str, Callable[..., Measured]] = {
+    "plain PyTorch": floor,
+    "fedmed": fedmed,
+    "fedmed over Flower's Ray": ray,
+    "Flower's FedAvg.start over Ray": flower,
+}
 
 
 def weights(engine: str, name: str, rounds: int, folder: Path) -> np.ndarray:
     if engine == "plain PyTorch":
         return np.load(folder / f"floor-{name}-{rounds}" / "floor.npy")
+    if engine == "Flower's FedAvg.start over Ray":
+        return np.load(folder / f"flower-{name}-{rounds}" / "flower.npy")
     run = folder / f"{'local' if engine == 'fedmed' else 'ray'}-{name}-{rounds}" / "checkpoints"
     return load_file(run / f"round-{rounds:04d}.safetensors")["parameters"]
 
@@ -212,7 +226,7 @@ def main() -> None:
     parser.add_argument("--without-ray", action="store_true")
     given = parser.parse_args()
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    engines = [engine for engine in ENGINES if not (given.without_ray and engine == "Flower's Ray")]
+    engines = [engine for engine in ENGINES if not (given.without_ray and "Ray" in engine)]
     rows: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fedmed-bench-") as temporary:
         for name in given.work or WORKS:
