@@ -13,7 +13,7 @@ from fedmed import config as run_file
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import load_server_data
 from fedmed.federated.simulation import local_grid, run_on
-from fedmed.imaging import dicom
+from fedmed.imaging.dicom import grey as dicom
 from fedmed.metrics import auroc
 from fedmed.models import build
 from fedmed.training.evaluate import predictions

@@ -27,8 +27,8 @@ from pydicom.uid import (
 )
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging import dicom
-from fedmed.imaging.dicom_pixels import significant_bits
+from fedmed.imaging.dicom import grey as dicom
+from fedmed.imaging.dicom.pixels import significant_bits
 from fedmed.imaging.reading import read_image
 
 SHAPE = (96, 80)

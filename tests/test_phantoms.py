@@ -18,13 +18,13 @@ from sklearn.preprocessing import StandardScaler
 
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError
-from fedmed.imaging import dicom
 from fedmed.imaging.dataset import Dataset, load_dataset
-from fedmed.imaging.findings import FINDINGS
-from fedmed.imaging.phantom_dicom import LABELS, radiograph, synthesize
-from fedmed.imaging.phantom_object import Patient, write_object
+from fedmed.imaging.dicom import grey as dicom
+from fedmed.imaging.phantoms.dicom_object import Patient, write_object
+from fedmed.imaging.phantoms.findings import FINDINGS
+from fedmed.imaging.phantoms.hospitals import LABELS, radiograph, synthesize
+from fedmed.imaging.phantoms.scanner import SCANNERS, Scanner
 from fedmed.imaging.reading import read_image
-from fedmed.imaging.scanner import SCANNERS, Scanner
 
 TASK = TaskConfig(labels=LABELS)
 SITES = ("site-1", "site-2", "site-3", "site-4")

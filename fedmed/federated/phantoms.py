@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedmed.config import RunConfig, flatten, unflatten, validate
-from fedmed.imaging.phantom_dicom import synthesize
+from fedmed.imaging.phantoms.hospitals import synthesize
 
 Kind = Literal["cxr", "lung-seg"]
 SITES, PATIENTS, SEED = 4, 100, 7

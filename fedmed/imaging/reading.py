@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from pydicom.errors import InvalidDicomError
 
 from fedmed.errors import ConfigError, UnreadableImage
-from fedmed.imaging.colour import displayed_colour
-from fedmed.imaging.dicom import displayed
-from fedmed.imaging.dicom_pixels import MAX_PIXEL_BYTES
+from fedmed.imaging.dicom.colour import displayed_colour
+from fedmed.imaging.dicom.grey import displayed
+from fedmed.imaging.dicom.pixels import MAX_PIXEL_BYTES
 
 Pixels = NDArray[np.float32]
 

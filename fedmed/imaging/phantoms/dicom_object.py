@@ -21,7 +21,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
 )
 
-from fedmed.imaging.scanner import LUT_BITS, LUT_ENTRIES, Scanner, first_mapped, lut, stored
+from fedmed.imaging.phantoms.scanner import LUT_BITS, LUT_ENTRIES, Scanner, first_mapped, lut, stored
 
 IMPLEMENTATION = UID("2.25.316514389105204517034592071134860541183")
 CHEST = ("51185008", "SCT", "Chest")  # CID 4031

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.dicom_pixels import stored_values
+from fedmed.imaging.dicom.pixels import stored_values
 
 Plane = NDArray[np.float32]
 Window = Callable[[Plane, float, float], Plane]

@@ -8,7 +8,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.dicom_pixels import check_header
+from fedmed.imaging.dicom.pixels import check_header
 
 
 def displayed_colour(ds: Dataset) -> NDArray[np.float32]:

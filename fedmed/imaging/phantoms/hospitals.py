@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedmed.errors import ConfigError
-from fedmed.imaging.findings import FINDINGS
-from fedmed.imaging.phantom import Thorax, chest
-from fedmed.imaging.phantom_object import Patient, write_object
-from fedmed.imaging.scanner import SCANNERS, Scanner
+from fedmed.imaging.phantoms.chest import Thorax, chest
+from fedmed.imaging.phantoms.dicom_object import Patient, write_object
+from fedmed.imaging.phantoms.findings import FINDINGS
+from fedmed.imaging.phantoms.scanner import SCANNERS, Scanner
 
 LABELS = tuple(FINDINGS)
 Progress = Callable[[int, int], None]

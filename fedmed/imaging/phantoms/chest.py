@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.imaging.findings import FINDINGS, stamp_
+from fedmed.imaging.phantoms.findings import FINDINGS, stamp_
 
 Plane = NDArray[np.float32]
 

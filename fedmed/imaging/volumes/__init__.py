@@ -1,0 +1,1 @@
+"""Volumes with geometry: from DICOM series, enhanced multi-frame objects and NIfTI; resampling; targets."""
