@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from fedmed.cli import app
-from fedmed.config import RunConfig, flatten, load
+from fedmed.config import RunConfig, flatten, load, nested
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -86,8 +86,13 @@ def test_configuration_table_is_the_configuration():
 
 
 def defaults() -> dict[str, object]:
-    lists = {"task.labels", "data.sites", "strategy.required-sites"}
-    return {key: [] if key in lists else value for key, value in flatten(RunConfig()).items()}
+    values = nested(RunConfig())
+
+    def listed(key: str) -> bool:
+        section, _, name = key.partition(".")
+        return bool(name) and isinstance(values[section][name], list)
+
+    return {key: [] if listed(key) else value for key, value in flatten(RunConfig()).items()}
 
 
 def written(value: object) -> str:

@@ -1,0 +1,39 @@
+"""The run configuration: one frozen, validated value behind every command and every Flower app."""
+
+from fedmed.config.files import flatten, load, nested, override, resolve_paths, to_toml, tuples, unflatten, validate
+from fedmed.config.sections import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    Name,
+    PrivacyConfig,
+    RunConfig,
+    Section,
+    SimulationConfig,
+    StrategyConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "Name",
+    "PrivacyConfig",
+    "RunConfig",
+    "Section",
+    "SimulationConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "flatten",
+    "load",
+    "nested",
+    "override",
+    "resolve_paths",
+    "to_toml",
+    "tuples",
+    "unflatten",
+    "validate",
+]

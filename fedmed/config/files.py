@@ -1,0 +1,171 @@
+"""Run files: read, override, check, write; and their flat form, which is Flower's run config.
+
+A run file is TOML with kebab-case keys. Every mistake in one is a `ConfigError` of one line that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fedmed.config.sections import RunConfig, Section
+from fedmed.errors import ConfigError
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `KEY=VALUE` overrides, and make its paths absolute.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or holds a value that cannot work. The message names the key,
+            and for an unknown key the nearest known one.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return resolve_paths(validate(override(values, overrides), source=str(path)), path.absolute().parent)
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return `values` with `section.key=VALUE` assignments applied.
+
+    VALUE is TOML, a bare string, or `a,b` where a list is expected.
+    """
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as train.rounds=3")
+        target = result
+        *sections, key = dotted.strip().split(".")
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment}: {section} is a value, not a section")
+        target[key] = _parse(text.strip(), listed=_is_list(dotted.strip()))
+    return result
+
+
+def validate(values: Mapping[str, Any], *, source: str = "run configuration") -> RunConfig:
+    """Build a `RunConfig` from nested values.
+
+    Raises:
+        ConfigError: one line for the first thing that is wrong.
+    """
+    try:
+        return RunConfig.model_validate(tuples(values))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{source}: {_explain(problems[0])}{more}") from None
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Return `config` with every path absolute, taken relative to `folder`."""
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).absolute()) if path else ""
+
+    data = config.data.model_copy(
+        update={"sites": tuple(map(absolute, config.data.sites)), "server": absolute(config.data.server)}
+    )
+    return config.model_copy(
+        update={
+            "data": data,
+            "model": config.model.model_copy(update={"weights": absolute(config.model.weights)}),
+            "simulation": config.simulation.model_copy(update={"policy": absolute(config.simulation.policy)}),
+        }
+    )
+
+
+def nested(config: RunConfig) -> dict[str, Any]:
+    """Every key and value, nested by section, in the spelling of the run file."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as a run file with every default written out."""
+    return tomli_w.dumps(nested(config))
+
+
+def flatten(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """Flower's flat run config: `section.key` to a scalar, lists comma-joined."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in nested(config).items():
+        entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= {
+            name: ",".join(map(str, entry)) if isinstance(entry, list) else entry for name, entry in entries.items()
+        }
+    return flat
+
+
+def unflatten(flat: Mapping[str, str | int | float | bool], *, source: str = "run config") -> RunConfig:
+    """The inverse of `flatten`; keys that Flower did not get keep their defaults."""
+    values: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        section, _, key = dotted.rpartition(".")
+        entry = _split(value) if _is_list(dotted) and isinstance(value, str) else value
+        (values.setdefault(section, {}) if section else values)[key] = entry
+    return validate(values, source=source)
+
+
+def _known_keys() -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in RunConfig.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            for key, entry in info.annotation.model_fields.items():
+                yield f"{name}.{entry.alias or key}", entry
+        else:
+            yield name, info
+
+
+def _is_list(dotted: str) -> bool:
+    return any(key == dotted and isinstance(info.default, tuple) for key, info in _known_keys())
+
+
+def _joined(entries: Sequence[Any]) -> str:
+    return ",".join(map(str, entries))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parse(text: str, *, listed: bool) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return _split(text) if listed else text
+
+
+def tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: frozen sections hold no lists."""
+    if isinstance(value, Mapping):
+        return {key: tuples(entry) for key, entry in value.items()}
+    return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key, kind = ".".join(location), problem["type"]
+    if kind == "extra_forbidden":
+        known = [name for name, _ in _known_keys()] + list(RunConfig.model_fields)
+        known = list(RunConfig.model_fields) if isinstance(problem["input"], Mapping) else known
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [name for name in known if name.rpartition(".")[2] == location[-1]][:1]
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message.replace('input should', 'should')}, got {problem['input']!r}"

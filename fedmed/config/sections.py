@@ -1,0 +1,194 @@
+"""The sections of a run file: every key, its type, its default, and what must agree with what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _three_or_none(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(values) not in (0, 3):
+        raise ValueError(f"expected three numbers: depth, height, width; got {len(values)}")
+    return values
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Number = TypeVar("Number", int, float)
+Triple = Annotated[tuple[Number, ...], AfterValidator(_three_or_none)]
+Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, kebab-case, and no unknown key."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    """Which network, and how it is built."""
+
+    name: Annotated[str, Field(description='a built-in network, or "module:function"')] = "chexnet"
+    norm: Literal["batch", "group", "instance"] = "group"
+    width: Annotated[Count, Field(description="base channels; 0 = the paper's")] = 0
+    in_channels: Positive = 1
+    weights: Annotated[str, Field(description="a local file of weights; never a download")] = ""
+
+
+class TaskConfig(Section):
+    """What the network learns."""
+
+    kind: Literal["classification", "segmentation"] = "classification"
+    labels: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> TaskConfig:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        return self
+
+
+class DataConfig(Section):
+    """Where simulated hospitals and the server find their data, and how images become tensors."""
+
+    sites: tuple[str, ...] = ()
+    server: str = ""
+    dataset: Annotated[str, Field(description='"module:function" for data that are no images')] = ""
+    preset: str = "cxr"
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 64
+    items: Annotated[
+        Literal["images", "slices", "volumes", "patches"],
+        Field(description="what one row of a batch is; slices, volumes and patches are cut from 3D images"),
+    ] = "images"
+    spacing_mm: Annotated[
+        Triple[Annotated[float, Field(gt=0, strict=False)]],
+        Field(description="volumes are resampled to this spacing along depth, height, width; empty = as acquired"),
+    ] = ()
+    volume_size: Annotated[
+        Triple[Annotated[int, Field(ge=1, strict=False)]],
+        Field(description="depth, height, width in voxels of a volume, cropped or padded at its centre, or of a patch"),
+    ] = ()
+    max_unreadable: Annotated[Fraction, Field(description="share of unreadable images above which a run refuses")] = (
+        0.05
+    )
+    cache_gib: Annotated[
+        float, Field(gt=0, description="size of the cache of decoded images, above which the oldest sets are removed")
+    ] = 50.0
+
+    @model_validator(mode="after")
+    def _volumes_have_a_size(self) -> DataConfig:
+        if self.items in ("volumes", "patches") and not self.volume_size:
+            raise ValueError(f'data.items = "{self.items}" needs data.volume-size = [DEPTH, HEIGHT, WIDTH], in voxels')
+        return self
+
+
+class TrainConfig(Section):
+    """What a site does in one round."""
+
+    rounds: Positive = 5
+    local_epochs: Positive = 1
+    local_steps: Annotated[Count, Field(description="optimizer steps per round; 0 = local-epochs decides")] = 0
+    batch_size: Positive = 16
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    augment: Annotated[
+        tuple[Literal["flip", "rotate", "scale", "shift", "contrast", "noise"], ...],
+        Field(description="random changes of training images, drawn anew for every batch"),
+    ] = ()
+    threads: Positive = 1
+
+
+class StrategyConfig(Section):
+    """How the server turns updates into the next global network."""
+
+    name: str = "fedavg"
+    weight_by: Literal["images", "patients", "uniform"] = "images"
+    min_sites: Positive = 2
+    min_fraction: Fraction = 0.0
+    required_sites: tuple[Name, ...] = ()
+    round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
+    server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of the training."""
+
+    mode: Literal["none", "dp-sgd", "central"] = "none"
+    unit: Literal["patient", "image"] = "patient"
+    epsilon: Annotated[float, Field(gt=0)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    images_per_patient: Positive = 8
+    noise: Literal["secure", "insecure-test"] = "secure"
+
+
+class EvaluateConfig(Section):
+    """How networks are judged and which one is kept."""
+
+    every: Positive = 1
+    primary: Annotated[str, Field(description='the metric that selects; "" = auroc or dice by task')] = ""
+    keep: Literal["best", "last"] = "best"
+    patience: Annotated[Count, Field(description="evaluations without improvement before stopping; 0 = never")] = 0
+    selection_share: Annotated[Share, Field(description="share of the server's patients that select the network")] = 0.3
+    site_share: Annotated[Share, Field(description="share of each site's patients held out for evaluation")] = 0.2
+    sites: Annotated[
+        Literal["final", "every"], Field(description="when sites evaluate on their own held-out patients")
+    ] = "final"
+    bootstrap: Annotated[Count, Field(description="patient-bootstrap replicates behind each interval")] = 1000
+
+
+class SimulationConfig(Section):
+    """How many virtual hospitals run at once on this machine."""
+
+    workers: Annotated[Count, Field(description="worker processes; 0 = as many as cores")] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    partition: Literal["as-given"] = "as-given"
+    policy: str = ""
+
+
+class RunConfig(Section):
+    """One federation, completely described. No `data.sites` means the built-in phantom hospitals."""
+
+    name: Name = "quickstart"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 7
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if any("," in site for site in self.data.sites):
+            raise ValueError("data.sites: a path must not hold a comma, which separates sites in Flower's run config")
+        if self.data.sites and not self.task.labels:
+            raise ValueError("task.labels is empty: name the label columns of the manifests")
+        metric, slash, label = self.primary.partition("/")
+        known = {"classification": ("auroc", "auprc"), "segmentation": ("dice", "micro-dice", "iou")}[self.task.kind]
+        if metric not in known or (slash and label not in self.task.labels):
+            raise ValueError(f'evaluate.primary = "{self.primary}": expected {", ".join(known)}, or one with /LABEL')
+        if self.privacy.mode != "none":
+            raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
+        return self
+
+    @property
+    def primary(self) -> str:
+        """The metric that selects a network."""
+        return self.evaluate.primary or ("auroc" if self.task.kind == "classification" else "dice")
