@@ -84,6 +84,8 @@ class Task:
     settings: str  # the run configuration without its `data` section, as JSON
     layout: str  # Layout.hash of the server's network
     weights: Weights
+    learning_rate_factor: float = 1.0  # what a plateau of the server's metric has come to
+    centres: tuple[float, ...] = ()  # around which score histograms are finest, one per label; empty = 0
     evaluate: bool = True  # whether a train reply also evaluates the received network at the site
 
 

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError
+from fedmed.imaging import decoding
 from fedmed.imaging.dataset import Dataset, load_dataset
+from fedmed.imaging.stored import Slots, Tiles, grid
+from fedmed.imaging.volumes.nifti import write_nifti
+from fedmed.imaging.volumes.volume import Volume
 
 LABELS = TaskConfig(labels=("a", "b"))
 LUNG = TaskConfig(kind="segmentation", labels=("lung",))
 THREE = TaskConfig(kind="segmentation", labels=("left", "right", "heart"))
+
+
+@pytest.fixture
+def processes_apart() -> None:
+    """For the tests that are about processes."""
+
+
+@pytest.fixture(autouse=True)
+def _decoding_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Starting a process for each of the others would take longer than the tests."""
+    if "processes_apart" not in request.fixturenames:
+        monkeypatch.setattr(decoding, "apart", decoding.here)
 
 
 def load(path: Path, task: TaskConfig = LABELS, **changes: Any) -> Dataset:
@@ -51,6 +65,19 @@ def masked_site(folder: Path, mask: np.ndarray) -> Path:
     Image.new("L", (16, 20), 100).save(folder / "i.png")
     Image.fromarray(mask).save(folder / "m.png")
     (folder / "manifest.csv").write_text("patient_id,image,mask\nP1,i.png,m.png\n")
+    return folder / "manifest.csv"
+
+
+def volumes(folder: Path, shapes: list[tuple[int, int, int]]) -> Path:
+    """NIfTI volumes with masks of two classes, one per patient."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, affine = np.random.default_rng(5), np.eye(4)[[2, 1, 0, 3]]
+    lines = ["patient_id,image,mask,a,b"]
+    for i, shape in enumerate(shapes):
+        write_nifti(Volume(values=rng.random(shape, np.float32), affine=affine), folder / f"{i}.nii.gz")
+        write_nifti(Volume(values=rng.integers(0, 3, shape).astype(np.uint8), affine=affine), folder / f"{i}m.nii.gz")
+        lines.append(f"P{i},{i}.nii.gz,{i}m.nii.gz,{i % 2},1")
+    (folder / "manifest.csv").write_text("\n".join(lines))
     return folder / "manifest.csv"
 
 
@@ -173,108 +200,198 @@ def test_masks_that_do_not_fit_name_their_row(tmp_path: Path) -> None:
         load(masked_site(tmp_path / "b", np.full((20, 16), 7, np.uint8)), THREE)
 
 
-def test_cache_gives_the_same_and_is_used(tmp_path: Path) -> None:
-    path, cache = site(tmp_path / "site"), tmp_path / "cache"
-    (tmp_path / "site/3.png").write_bytes(b"")
-    plain = load(path, max_unreadable=0.5)
-    first, second = (load(path, max_unreadable=0.5, cache_dir=cache) for _ in range(2))
-    for dataset in (first, second):
-        assert isinstance(dataset.images, np.memmap)
-        assert dataset.unreadable == plain.unreadable == (5,)
-        for one, two in zip(everything(dataset), everything(plain), strict=True):
-            assert torch.equal(one.nan_to_num(9), two.nan_to_num(9))
-    (folder,) = cache.iterdir()
-    assert folder.stat().st_mode & 0o077 == 0  # pixels are for their owner alone
+def test_a_data_set_says_how_many_rows_it_left_out_and_why(tmp_path: Path) -> None:
+    path = site(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"")
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    (tmp_path / "5.png").unlink()
+    dataset = load(path, max_unreadable=0.5)
+    assert dict(dataset.reasons) == {"neither DICOM, PNG nor JPEG": 2, "no such file": 1}
+    assert sum(dataset.reasons.values()) == len(dataset.unreadable) == 3
+    assert dataset.rows.tolist() == [2, 3, 4, 8, 9]
 
 
-def test_masks_are_cached_too(tmp_path: Path) -> None:
-    mask = np.random.default_rng(0).integers(0, 2, (20, 16)).astype(np.uint8)
-    path = masked_site(tmp_path / "site", mask)
-    plain, cached = everything(load(path, LUNG)), everything(load(path, LUNG, cache_dir=tmp_path / "cache"))
-    assert torch.equal(plain[1], cached[1])
-    assert torch.equal(plain[0], cached[0])
+def test_no_representation_holds_a_patient(tmp_path: Path) -> None:
+    assert "P0" not in repr(load(site(tmp_path)))
 
 
-def test_a_changed_file_size_or_setting_is_another_cache(tmp_path: Path) -> None:
-    path, cache = site(tmp_path / "site"), tmp_path / "cache"
-    load(path, cache_dir=cache)
-    load(path, cache_dir=cache, seed=5, site_share=0.5)  # neither touches pixels
-    assert len(list(cache.iterdir())) == 1
-    load(path, cache_dir=cache, image_size=8)
-    assert len(list(cache.iterdir())) == 2
-    os.utime(tmp_path / "site/0.png", ns=(1, 1))
-    load(path, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 3
+def test_sources_of_eight_and_of_sixteen_bits_mix_in_one_batch(tmp_path: Path) -> None:
+    path = site(tmp_path)
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "4.png")
+    dataset = load(path)
+    assert isinstance(dataset.images, Slots)
+    assert sorted(source.dtype.name for source in dataset.images.sources) == ["uint16", "uint8"]
+    images, _ = dataset.batch(np.array([7, 4, 0, 4]))
+    np.testing.assert_allclose(images[1, 0].numpy(), deep / 65535, atol=1e-7)
+    assert torch.equal(images[1], images[3])
+    for row in (7, 0):
+        assert torch.equal(dataset.batch(np.array([row]))[0][0], images[0 if row == 7 else 2])
+    assert images.max() <= 1
 
 
-def test_a_moved_site_keeps_its_cache(tmp_path: Path) -> None:
-    load(site(tmp_path / "one"), cache_dir=tmp_path / "cache")
-    shutil.move(tmp_path / "one", tmp_path / "two")
-    load(tmp_path / "two/manifest.csv", cache_dir=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+def test_slices_repeat_their_patient_labels_and_row(tmp_path: Path) -> None:
+    path = volumes(tmp_path, [(3, 6, 5), (5, 6, 5), (2, 7, 5), (4, 6, 6)])
+    dataset = load(path, preset="mr", items="slices")
+    counts = [3, 5, 2, 4]
+    assert dataset.patients == tuple(f"P{i}" for i, count in enumerate(counts) for _ in range(count))
+    assert dataset.rows.tolist() == [i + 2 for i, count in enumerate(counts) for _ in range(count)]
+    images, targets = everything(dataset)
+    assert images.shape == (14, 1, 16, 16) and targets.shape == (14, 2)
+    assert targets[:, 0].tolist() == [i % 2 for i, count in enumerate(counts) for _ in range(count)]
+    held = [set(dataset.evaluation[dataset.rows == row].tolist()) for row in range(2, 6)]
+    assert all(len(side) == 1 for side in held) and dataset.evaluation.any()
 
 
-def test_damaged_cache_says_what_to_do(tmp_path: Path) -> None:
-    path, cache = site(tmp_path / "site"), tmp_path / "cache"
-    load(path, cache_dir=cache)
-    (folder,) = cache.iterdir()
-    (folder / "images.raw").write_bytes(b"")
-    with pytest.raises(DataError, match="image cache cannot be used"):
-        load(path, cache_dir=cache)
+@pytest.mark.parametrize("cached", [False, True])
+def test_slices_volumes_and_patches_have_masks_of_their_own_shape(tmp_path: Path, cached: bool) -> None:
+    path = volumes(tmp_path / "site", [(3, 6, 5), (5, 6, 5)])
+    task = TaskConfig(kind="segmentation", labels=("one", "two"))
+    options = {"preset": "mr", "volume_size": (4, 4, 4), "cache_dir": tmp_path / "cache" if cached else None}
+    for items, count, shape in (("slices", 8, (16, 16)), ("volumes", 2, (4, 4, 4)), ("patches", 12, (4, 4, 4))):
+        dataset = load(path, task, items=items, **options)
+        images, masks = everything(dataset)
+        assert images.shape == (count, 1, *shape) and masks.shape == (count, 2, *shape)
+        assert set(masks.unique().tolist()) == {0, 1} and masks.sum(1).max() == 1
 
 
-def test_cache_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="image cache cannot be used"):
-        load(site(tmp_path / "site"), cache_dir=tmp_path / "file")
+@pytest.mark.parametrize("cached", [False, True])
+def test_patches_put_together_are_the_volume_and_its_mask(tmp_path: Path, cached: bool) -> None:
+    path = volumes(tmp_path / "site", [(9, 6, 5), (3, 11, 8)])
+    options = {"preset": "mr", "volume_size": (4, 4, 6), "cache_dir": tmp_path / "cache" if cached else None}
+    task = TaskConfig(kind="segmentation", labels=("one", "two"))
+    dataset = load(path, task, items="patches", **options)
+    tiles = dataset.tiles
+    assert tiles is not None and isinstance(dataset.images, Tiles)
+    images, masks = everything(dataset)
+    for row, number in ((2, 0), (3, 1)):
+        whole = dataset.images.volumes[number][0] / 65535
+        shape = tuple(tiles.whole[tiles.volume == row][0])
+        assert shape == whole.shape
+        padded = np.maximum(shape, (4, 4, 6))
+        together, times, mask = np.zeros(padded), np.zeros(padded), np.zeros((2, *padded))
+        for item in np.flatnonzero(tiles.volume == row):
+            box = tuple(slice(low, low + side) for low, side in zip(tiles.corner[item], (4, 4, 6), strict=True))
+            together[box] += images[item, 0].numpy()
+            times[box] += 1
+            mask[(slice(None), *box)] = masks[item].numpy()
+        assert times.min() >= 1
+        inside = tuple(slice(0, side) for side in shape)
+        np.testing.assert_allclose((together / times)[inside], whole, atol=1e-6)
+        outside = np.ones(padded, bool)
+        outside[inside] = False
+        assert not together[outside].any() and not mask[:, outside].any()
+        classes = dataset.targets.volumes[number][0]
+        np.testing.assert_array_equal(mask[(slice(None), *inside)], classes == np.array([1, 2]).reshape(2, 1, 1, 1))
 
 
-def _load_after(barrier: Any, path: Path, cache: Path) -> None:
-    barrier.wait(20)
-    assert len(load(path, cache_dir=cache)) == 60
+@given(length=st.tuples(*[st.integers(1, 40)] * 3), size=st.tuples(*[st.integers(1, 20)] * 3))
+def test_a_grid_covers_every_voxel_half_a_box_apart_and_stays_inside(
+    length: tuple[int, int, int], size: tuple[int, int, int]
+) -> None:
+    corners = grid(length, size)
+    assert len({tuple(corner) for corner in corners.tolist()}) == len(corners)
+    for axis, (long, side) in enumerate(zip(length, size, strict=True)):
+        starts = sorted(set(corners[:, axis].tolist()))
+        assert starts[0] == 0 and starts[-1] == max(long - side, 0)
+        assert all(0 < after - before <= max(1, side // 2) for before, after in itertools.pairwise(starts))
 
 
-def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
-    path, cache = site(tmp_path / "site", 60), tmp_path / "cache"
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    workers = [context.Process(target=_load_after, args=(barrier, path, cache)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len(list(cache.iterdir())) == 1
+def test_training_may_move_patches_a_little_and_their_masks_with_them(tmp_path: Path) -> None:
+    path = volumes(tmp_path, [(16, 16, 16), (9, 16, 12)])
+    task = TaskConfig(kind="segmentation", labels=("one", "two"))
+    dataset = load(path, task, preset="mr", items="patches", volume_size=(8, 8, 8))
+    rows = np.arange(len(dataset))
+    plain = dataset.batch(rows)
+    one, again, other = (dataset.batch(rows, generator=np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
+    assert not torch.equal(one[0], other[0]) and not torch.equal(one[0], plain[0])
+    for images in (one[0], other[0]):
+        assert images.amin((1, 2, 3, 4)).gt(0).any()
+    assert isinstance(dataset.images, Tiles)
+    corners = dataset.images.jittered(rows, np.random.default_rng(1))
+    assert np.abs(corners - dataset.images.corner).max() <= 2
+    for item in (0, len(rows) - 1):
+        (d, h, w), number = corners[item], dataset.images.volume[item]
+        box = (0, slice(d, d + 8), slice(h, h + 8), slice(w, w + 8))
+        np.testing.assert_allclose(one[0][item, 0], dataset.images.volumes[number][box] / 65535, atol=1e-6)
+        np.testing.assert_array_equal(one[1][item, 0], dataset.targets.volumes[number][box] == 1)
 
 
-KILLED = """
-import sys, time
+def test_a_generator_changes_nothing_where_items_are_whole(tmp_path: Path) -> None:
+    dataset = load(site(tmp_path))
+    rows = np.arange(8)
+    assert torch.equal(dataset.batch(rows, generator=np.random.default_rng(0))[0], dataset.batch(rows)[0])
+    assert dataset.tiles is None
+
+
+def test_selected_patches_keep_their_places(tmp_path: Path) -> None:
+    dataset = load(volumes(tmp_path, [(9, 6, 5), (3, 11, 8)]), preset="mr", items="patches", volume_size=(4, 4, 6))
+    keep = np.arange(len(dataset)) % 3 == 1
+    part, tiles = dataset.select(keep), dataset.tiles
+    assert part.tiles is not None and tiles is not None
+    for name in ("volume", "corner", "whole"):
+        np.testing.assert_array_equal(getattr(part.tiles, name), getattr(tiles, name)[keep])
+    assert torch.equal(everything(part)[0], dataset.batch(np.flatnonzero(keep))[0])
+
+
+def test_three_dimensional_grey_is_repeated_for_a_network_of_two_channels(tmp_path: Path) -> None:
+    dataset = load(volumes(tmp_path, [(4, 4, 4)] * 2), preset="mr", items="volumes", volume_size=(4, 4, 4),
+                   in_channels=2)  # fmt: skip
+    assert everything(dataset)[0].shape == (2, 2, 4, 4, 4)
+
+
+def test_masks_given_as_planes_follow_the_order() -> None:
+    masks = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(4, 2).repeat(4, 3) % 2
+    dataset = Dataset(np.zeros((3, 1, 4, 4), np.float32), masks, ("a", "b", "c"))
+    part = dataset.select(np.array([False, True, True]))
+    assert part.targets is masks
+    assert part.batch(np.array([1, 0]))[1].mean((1, 2, 3)).tolist() == [0, 1]
+
+
+ABORTING = """
+import os
 from pathlib import Path
-import fedmed.imaging.dataset as dataset
-from tests.test_imaging_dataset import load
-slow = dataset.read_image
-def read_image(path, *, preset):
-    print("reading", flush=True)
-    time.sleep(0.2)
-    return slow(path, preset=preset)
-dataset.read_image = read_image
-load(Path(sys.argv[1]), cache_dir=Path(sys.argv[2]))
+from fedmed.imaging.items import item
+def fragile(**settings):
+    if Path(settings["image"]).read_bytes() == b"fatal":
+        os.abort()
+    return item(**settings)
+JOBS = {"item": fragile}
 """
 
 
-def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    path, cache = site(tmp_path / "site"), tmp_path / "cache"
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), str(cache)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
-    ) as process:
-        assert process.stdout is not None
-        for _ in range(3):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-    (left,) = cache.iterdir()
-    assert left.name.startswith("building-")
-    long_ago = time.time() - 2 * 24 * 3600
-    os.utime(left, (long_ago, long_ago))
-    assert len(load(path, cache_dir=cache)) == 8
-    assert not left.exists()
-    assert len(list(cache.iterdir())) == 1
+@pytest.mark.usefixtures("processes_apart")
+def test_a_decoder_that_ends_its_process_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = site(tmp_path)
+    (tmp_path / "4.png").write_bytes(b"fatal")
+    (tmp_path / "aborting.py").write_text(ABORTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decoding, "DecodingProcess", functools.partial(decoding.DecodingProcess, jobs="aborting"))
+    dataset = load(path, max_unreadable=0.5, cache_dir=tmp_path / "cache")
+    assert dataset.unreadable == (6,) and dict(dataset.reasons) == {"its decoder crashed": 1}
+    Image.new("L", (16, 20), 9).save(tmp_path / "4.png")
+    assert load(path, cache_dir=tmp_path / "cache").reasons == {}
+
+
+@pytest.mark.usefixtures("processes_apart")
+def test_several_processes_give_the_same_in_the_same_order(tmp_path: Path) -> None:
+    path = site(tmp_path, 12)
+    (tmp_path / "3.png").write_bytes(b"")
+    two = load(path, max_unreadable=0.5, processes=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decoding, "apart", decoding.here)
+        one = load(path, max_unreadable=0.5)
+    assert torch.equal(everything(one)[0], everything(two)[0])
+    assert one.unreadable == two.unreadable == (5,)
+
+
+@pytest.mark.usefixtures("processes_apart")
+def test_an_error_of_the_set_ends_all_its_processes(tmp_path: Path) -> None:
+    site(tmp_path, 3)
+    (tmp_path / "m.csv").write_text("patient_id,image,mask\n" + "".join(f"P,{i}.png,m.png\n" for i in range(3)))
+    Image.new("L", (15, 20)).save(tmp_path / "m.png")
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(DataError, match="row 2: the mask is 20 by 15 pixels"):
+        load(tmp_path / "m.csv", LUNG, processes=2)
+    assert {child.pid for child in psutil.Process().children()} == before

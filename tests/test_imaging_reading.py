@@ -1,18 +1,22 @@
-"""Files that are no DICOM, and the geometry of resizing."""
+"""Files that are no DICOM, what presets make of a picture, and the geometry of resizing."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dicom_files import cells_of, image_object, item_of, picture, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, MRImageStorage
 
 from fedmed.errors import ConfigError, UnreadableImage
-from fedmed.imaging.reading import read_image, read_mask
+from fedmed.imaging.reading import PRESETS, read_frames, read_image, read_mask, to_unit_range
 from fedmed.imaging.resize import fitted, letterbox, letterbox_mask
 
 
@@ -83,7 +87,7 @@ def test_huge_png_header_is_refused_before_decoding(tmp_path: Path) -> None:
 
 
 def test_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cxr, color"):
+    with pytest.raises(ConfigError, match="there are cxr, cxr-sc, ct-lung"):
         read_image(tmp_path / "a.png", preset="ct")
 
 
@@ -111,10 +115,18 @@ def test_letterbox_keeps_aspect_and_centres(height: int, width: int, size: int) 
     assert max(rows.sum(), columns.sum()) == size
 
 
-def test_letterbox_is_torchs_antialiased_bilinear() -> None:
-    image = np.random.default_rng(0).random((1, 100, 100), dtype=np.float32)
-    expected = torch.nn.functional.interpolate(torch.from_numpy(image)[None], (40, 40), mode="bilinear", antialias=True)
-    np.testing.assert_allclose(letterbox(image, 40), expected[0].numpy(), atol=1e-6)
+@pytest.mark.parametrize("size", [40, 100, 173])
+def test_letterbox_is_torchs_antialiased_bilinear(size: int) -> None:
+    image = np.random.default_rng(0).random((3, 100, 100), dtype=np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(image)[None], (size, size), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(letterbox(image, size), expected[0].numpy(), atol=1e-5)
+
+
+def test_reading_and_resizing_need_no_torch() -> None:
+    code = "import sys, fedmed.imaging.reading, fedmed.imaging.resize; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_mask_and_image_stay_in_register() -> None:
@@ -123,3 +135,99 @@ def test_mask_and_image_stay_in_register() -> None:
     small, mask = letterbox(image, 32)[0], letterbox_mask(image.astype(np.uint8), 32)[0]
     centre = [(np.indices(a.shape) * a).sum((1, 2)) / a.sum() for a in (small, mask.astype(float))]
     np.testing.assert_allclose(centre[0], centre[1], atol=0.35)
+
+
+HU = np.linspace(-1500, 3000, 96 * 80).reshape(96, 80).round()
+
+
+def ct(path: Path, **tags: object) -> Path:
+    cells = (HU + 1500).astype(np.uint16)
+    about = {"SOPClassUID": CTImageStorage, "RescaleSlope": 1, "RescaleIntercept": -1500, "WindowCenter": 999,
+             "WindowWidth": 7}  # fmt: skip
+    return written(image_object(cells, bits=16, **{**about, **tags}), path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "low", "high"),
+    [("ct-lung", -1350, 150), ("ct-soft", -160, 240), ("ct-brain", 0, 80), ("ct-bone", -450, 1050)],
+)
+def test_ct_presets_cut_their_window_in_hu_whatever_the_file_says(
+    tmp_path: Path, preset: str, low: int, high: int
+) -> None:
+    shown = read_image(ct(tmp_path / "x"), preset=preset)[0]
+    np.testing.assert_allclose(shown, np.clip((HU - low) / (high - low), 0, 1), atol=1e-5)
+    inverted = read_image(ct(tmp_path / "y", PhotometricInterpretation="MONOCHROME1"), preset=preset)[0]
+    np.testing.assert_array_equal(inverted, shown)  # HU are quantities
+
+
+def test_ct_presets_refuse_what_has_no_hounsfield_units(tmp_path: Path) -> None:
+    for tags, reason in (
+        ({"SOPClassUID": MRImageStorage}, "not an image of modality CT"),
+        ({"RescaleSlope": None}, "without rescale"),
+        ({"RescaleType": "MGML"}, "another unit"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason):
+            read_image(ct(tmp_path / "x", **tags), preset="ct-soft")
+    assert read_image(ct(tmp_path / "x", RescaleType="HU"), preset="ct-soft").any()
+
+
+def test_padding_of_ct_is_black_in_every_window(tmp_path: Path) -> None:
+    path = ct(tmp_path / "x", PixelPaddingValue=int(HU[95, 79] + 1500))
+    assert read_image(path, preset="ct-bone")[0, 95, 79] == 0
+    assert read_image(path, preset="ct-bone")[0, 95, 78] == 1
+
+
+def test_enhanced_ct_says_its_rescale_for_each_frame(tmp_path: Path) -> None:
+    cells = np.stack([(HU + 1500).astype(np.uint16)] * 2)
+    groups = [
+        item_of(PixelValueTransformationSequence=[item_of(RescaleSlope=1, RescaleIntercept=offset, RescaleType="HU")])
+        for offset in (-1500, -1400)
+    ]
+    ds = image_object(cells, bits=16, SOPClassUID=EnhancedCTImageStorage, PerFrameFunctionalGroupsSequence=groups)
+    first, second = read_frames(written(ds, tmp_path / "x"), "ct-soft")
+    np.testing.assert_allclose(first[0], np.clip((HU + 160) / 400, 0, 1), atol=1e-5)
+    np.testing.assert_allclose(second[0], np.clip((HU + 260) / 400, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("highest", [112.0, 1.7e6])
+def test_mr_is_the_same_picture_on_every_scale(highest: float) -> None:
+    volume = np.zeros((6, 40, 40), np.float32)
+    volume[1:-1, 5:-5, 5:-5] = 1 + np.random.default_rng(0).random((4, 30, 30))
+    scaled = to_unit_range(volume * np.float32(highest / 2), "mr")
+    np.testing.assert_allclose(scaled, to_unit_range(volume, "mr"), atol=1e-5)
+    inside = np.sort(volume[volume > 0])
+    low, high = np.percentile(inside, [0.5, 99.5])
+    np.testing.assert_allclose(scaled[volume > 0], np.clip((volume[volume > 0] - low) / (high - low), 0, 1), atol=1e-4)
+    assert not scaled[volume == 0].any()
+
+
+def test_background_of_a_volume_that_was_centred_is_black() -> None:
+    volume = np.full((5, 20, 20), 0, np.float32)
+    volume[:, 4:16, 4:16] = np.random.default_rng(0).normal(size=(5, 12, 12))  # as z-scored brains have it
+    assert not to_unit_range(volume, "mr")[:, :4].any()
+
+
+def test_what_is_not_valid_neither_counts_nor_shows() -> None:
+    values = np.array([[1.0, 2.0, 3.0], [4.0, 9999.0, 2.5]], np.float32)
+    valid = values < 1000
+    kept = values.copy()
+    scaled = to_unit_range(values, "us", valid=valid)
+    np.testing.assert_allclose(scaled, [[0, 1 / 3, 2 / 3], [1, 0, 0.5]], atol=1e-6)
+    np.testing.assert_array_equal(values, kept)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("values", [np.zeros((4, 4)), np.full((4, 4), -7.5), np.array([[1.0]]), np.zeros((0, 3))])
+def test_flat_and_empty_values_are_in_range(preset: str, values: np.ndarray) -> None:
+    scaled = to_unit_range(values.astype(np.float32), preset, valid=np.zeros(values.shape, bool))
+    assert scaled.shape == values.shape
+    assert not scaled.any()
+
+
+def test_mr_with_low_values_white_is_turned(tmp_path: Path) -> None:
+    cells = cells_of(picture())
+    plain = written(image_object(cells, SOPClassUID=MRImageStorage), tmp_path / "x")
+    turned = image_object(4095 - cells, SOPClassUID=MRImageStorage, PhotometricInterpretation="MONOCHROME1")
+    shown = read_image(plain, preset="mr")
+    np.testing.assert_allclose(read_image(written(turned, tmp_path / "y"), preset="mr"), shown, atol=1e-5)
+    assert (shown.min(), shown.max()) == (0, 1)

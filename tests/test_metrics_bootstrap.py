@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from fedmed.errors import DataError
 from fedmed.metrics import (
@@ -37,7 +37,10 @@ def images(count: int = 40, seed: int = 2) -> tuple[np.ndarray, np.ndarray, list
 def segmented(count: int = 20) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng(1)
     masks = (rng.random((count, 2, 4, 4)) < 0.2).astype(np.float64)
-    return rng.normal(2 * masks - 1, 1.0), masks, [f"p{i // 2}" for i in range(count)]
+    masks[:3, 0] = 0
+    logits = rng.normal(2 * masks - 1, 1.0)
+    logits[2:5, 0] = -1  # of the first label, masks are empty in truth, in both, in prediction
+    return logits, masks, [f"p{i // 2}" for i in range(count)]
 
 
 def resamples(patients: list[str], replicates: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -54,9 +57,17 @@ def percentiles(values: list[float | None]) -> tuple[float, float]:
     return tuple(np.percentile(defined, [2.5, 97.5]))
 
 
+def sensitivity(targets: np.ndarray, logits: np.ndarray) -> float:
+    false, true, _ = roc_curve(targets, logits, drop_intermediate=False)
+    return true[false <= 0.1 + 1e-12].max()
+
+
 def exact(logits: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = {}
-    for name, score in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+    """Ranking metrics by scikit-learn; the others from sums, which lose nothing of them."""
+    sums = classification_sums(logits, targets, ["any"] * len(logits))
+    metrics = classification_metrics(sums, LABELS)
+    rankings = {"auroc": roc_auc_score, "auprc": average_precision_score, "sensitivity-at-90-specificity": sensitivity}
+    for name, score in rankings.items():
         values = []
         for i, label in enumerate(LABELS):
             known = ~np.isnan(targets[:, i])
@@ -65,8 +76,7 @@ def exact(logits: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
             metrics[f"{name}/{label}"] = values[-1]
         defined = [value for value in values if value is not None]
         metrics[name] = float(np.mean(defined)) if defined else None
-    sums = classification_sums(logits, targets, ["any"] * len(logits))
-    return metrics | {"loss": classification_metrics(sums, LABELS)["loss"]}
+    return metrics
 
 
 def test_classification_equals_a_loop_over_the_same_resamples() -> None:
@@ -91,26 +101,31 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
     found = intervals_segmentation(cases, patients, LABELS, REPLICATES, np.random.default_rng(5))
     looped = [metrics(chosen) for chosen in resamples(patients, REPLICATES, np.random.default_rng(5))]
     value = metrics(np.arange(len(logits)))
+    true, predicted = masks.any(axis=(2, 3)), (logits > 0).any(axis=(2, 3))
+    counted = {"hd95": true & predicted, "assd": true & predicted, "lesion-sensitivity": true}
     assert sorted(found) == sorted(value)
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
         assert (interval.low, interval.high) == pytest.approx(percentiles([r[name] for r in looped]), abs=1e-12)
-        assert interval.n == 10
+        metric, _, label = name.partition("/")
+        has = counted.get(metric, np.ones_like(true))
+        of_label = has[:, LABELS.index(label)] if label else has.any(axis=1)
+        assert interval.n == len({patient for patient, has_it in zip(patients, of_label, strict=True) if has_it})
 
 
 def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*images(), LABELS, REPLICATES)
     whole = intervals_classification(*arguments, np.random.default_rng(5))
-    monkeypatch.setattr("fedmed.metrics.bootstrap.CELLS", 7 * 40)  # seven replicates at once
+    monkeypatch.setattr("fedmed.metrics.resampling.CELLS", 7 * 40)  # seven replicates at once
     assert intervals_classification(*arguments, np.random.default_rng(5)) == whole
 
 
 def test_n_counts_patients_with_a_known_target() -> None:
     targets = np.array([[1.0, np.nan], [0.0, np.nan], [1.0, 1.0], [np.nan, np.nan]])
     found = intervals_classification(np.zeros((4, 2)), targets, list("aabc"), LABELS, 20, np.random.default_rng(0))
-    patients = {"loss": 2, "auroc": 2, "auroc/effusion": 2, "auroc/nodule": 1}
-    patients |= {"auprc": 2, "auprc/effusion": 2, "auprc/nodule": 1}
-    assert {name: interval.n for name, interval in found.items()} == patients
+    assert {name: interval.n for name, interval in found.items()} == {
+        name: 1 if name.endswith("/nodule") else 2 for name in found
+    }
     assert found["auroc/nodule"] == Interval(value=None, low=None, high=None, n=1)
 
 
@@ -182,7 +197,7 @@ def test_intervals_over_patients_cover_where_intervals_over_images_do_not() -> N
     assert covered["images"] / 150 < 0.8
 
 
-def test_five_hundred_images_take_a_blink() -> None:
+def test_a_thousand_resamples_are_no_loop_over_resamples() -> None:
     rng = np.random.default_rng(0)
     targets = (rng.random((500, 4)) < 0.3).astype(np.float64)
     logits = rng.normal(targets, 1.0)
@@ -192,4 +207,4 @@ def test_five_hundred_images_take_a_blink() -> None:
         start = time.perf_counter()
         intervals_classification(logits, targets, patients, list("abcd"), 1000, rng)
         fastest = min(fastest, time.perf_counter() - start)
-    assert fastest < 0.5
+    assert fastest < 2.5  # 0.1 s alone on one core; a loop over scikit-learn takes half a minute

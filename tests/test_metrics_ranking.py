@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from fedmed.metrics.ranking import auprc, auroc, ranking_metrics, roc_curve
+from fedmed.metrics.ranking import auprc, auroc, ranking_metrics, roc_curve, sensitivity_at_specificity
 
 # Few distinct scores, so that ties are common.
 cases = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
@@ -31,6 +31,23 @@ def test_auprc_by_hand() -> None:
     assert auprc([4, 3, 2], [1, 0, 1]) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
 
 
+def test_sensitivity_by_hand() -> None:
+    # ten negatives allow one false positive: the threshold 8 finds 9 and 8, and 7 of the two positives at 7 and 3 not
+    scores, targets = [9, 8.5, 8, 7, 7, 3, *range(-6, 1)], [1, 0, 1, 0, 1, 1, *[0] * 7]
+    targets += [0]
+    scores += [-7]
+    assert sensitivity_at_specificity(scores, targets) == 2 / 4
+
+
+@settings(deadline=None)
+@given(cases)
+def test_sensitivity_equals_scikit_learns_curve(pairs: list[tuple[int, bool]]) -> None:
+    scores, targets = columns(pairs)
+    false, true, _ = sklearn_roc_curve(targets, scores, drop_intermediate=False)
+    assert sensitivity_at_specificity(scores, targets) == pytest.approx(true[false <= 0.1 + 1e-12].max())
+
+
+@settings(deadline=None)
 @given(cases)
 def test_exact_metrics_equal_scikit_learns(pairs: list[tuple[int, bool]]) -> None:
     scores, targets = columns(pairs)
@@ -42,6 +59,7 @@ def test_exact_metrics_equal_scikit_learns(pairs: list[tuple[int, bool]]) -> Non
         np.testing.assert_allclose(mine, theirs)
 
 
+@settings(deadline=None)
 @given(cases, st.randoms(use_true_random=False))
 def test_order_of_cases_changes_nothing(pairs: list[tuple[int, bool]], random: object) -> None:
     scores, targets = columns(pairs)
@@ -58,7 +76,9 @@ def test_weighted_metrics_equal_scikit_learns(levels: int, integer: bool) -> Non
     scores, targets = rng.integers(levels, size=60) / levels, rng.integers(2, size=60).astype(float)
     weights = rng.integers(0, 4, size=(60, 20)).astype(float) if integer else rng.random((60, 20))
     found = ranking_metrics(scores, targets, weights)
-    for column, area, average in zip(weights.T, found.auroc, found.auprc, strict=True):
+    for column, area, average, sensitivity in zip(weights.T, *found, strict=True):
+        false, true, _ = sklearn_roc_curve(targets, scores, sample_weight=column, drop_intermediate=False)
+        assert sensitivity == pytest.approx(true[false <= 0.1 + 1e-12].max(), abs=1e-12)
         assert area == pytest.approx(roc_auc_score(targets, scores, sample_weight=column), abs=1e-12)
         assert average == pytest.approx(average_precision_score(targets, scores, sample_weight=column), abs=1e-12)
 
@@ -69,6 +89,7 @@ def test_undefined_without_both_classes(targets: list[float]) -> None:
     assert auroc(scores, targets) is None
     assert auprc(scores, targets) is None
     assert roc_curve(scores, targets) is None
+    assert sensitivity_at_specificity(scores, targets) is None
 
 
 def test_unknown_targets_are_left_out() -> None:
@@ -79,3 +100,4 @@ def test_column_without_a_class_is_nan_and_spoils_no_other() -> None:
     found = ranking_metrics([1, 2], [0, 1], np.array([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
     np.testing.assert_array_equal(found.auroc, [1, np.nan, np.nan, np.nan])
     np.testing.assert_array_equal(found.auprc, [1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(found.sensitivity, [1, np.nan, np.nan, np.nan])

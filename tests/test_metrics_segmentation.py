@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, jaccard_score, log_loss
 
@@ -42,9 +42,12 @@ def test_dice_and_iou_equal_scikit_learns() -> None:
         pooled = masks[:, i].ravel(), logits[:, i].ravel() > 0
         assert metrics[f"dice/{label}"] == pytest.approx(dice[:, i].mean())
         assert metrics[f"micro-dice/{label}"] == pytest.approx(f1_score(*pooled))
-        assert metrics[f"iou/{label}"] == pytest.approx(jaccard_score(*pooled))
+        assert metrics[f"micro-iou/{label}"] == pytest.approx(jaccard_score(*pooled))
+        each = [jaccard_score(masks[n, i].ravel(), logits[n, i].ravel() > 0) for n in range(len(logits))]
+        assert metrics[f"iou/{label}"] == pytest.approx(np.mean(each))
     assert metrics["dice"] == pytest.approx(dice.mean())
     assert metrics["micro-dice"] == pytest.approx(f1_score(masks.ravel(), logits.ravel() > 0))
+    assert metrics["micro-iou"] == pytest.approx(jaccard_score(masks.ravel(), logits.ravel() > 0))
     assert metrics["iou"] == pytest.approx(np.mean([metrics[f"iou/{label}"] for label in LABELS]))
 
 
@@ -61,7 +64,64 @@ def test_dice_of_empty_masks_is_one_and_of_one_empty_mask_zero() -> None:
     assert dice_per_case(nothing, something) == 0
     assert dice_per_case(something, np.zeros((1, 1, 2, 2))) == 0
     metrics = segmentation_metrics(segmentation_sums(nothing, np.zeros((1, 1, 2, 2)), ["a"]), ["x"])
-    assert [metrics[name] for name in ("dice", "micro-dice", "iou")] == [1, 1, 1]
+    assert [metrics[name] for name in ("dice", "micro-dice", "iou", "micro-iou")] == [1, 1, 1, 1]
+
+
+def volumes() -> tuple[np.ndarray, np.ndarray]:
+    """Logits and masks (5, 1, 4, 6, 6): a shifted box, a perfect one, a missed one, an invented one, and nothing."""
+    masks, logits = np.zeros((5, 1, 4, 6, 6)), -np.ones((5, 1, 4, 6, 6))
+    masks[0, 0, 1:3, 1:3, 1:3] = masks[1, 0, 1:3, 1:3, 1:3] = masks[2, 0, 0, 0, 0] = 1
+    logits[0, 0, 1:3, 1:3, 2:4] = logits[1, 0, 1:3, 1:3, 1:3] = logits[3, 0, 3, 5, 5] = 1
+    return logits, masks
+
+
+def test_metrics_of_volumes_by_hand() -> None:
+    sums = segmentation_sums(*volumes(), list("aabcd"), spacing_mm=(3.0, 1.0, 0.5))
+    metrics = segmentation_metrics(sums, ["x"])
+    # the shifted box: half of its voxels overlap, half of both surfaces is one voxel of 0.5 mm away
+    assert metrics["dice"] == pytest.approx((0.5 + 1 + 0 + 0 + 1) / 5)
+    assert metrics["iou"] == pytest.approx((4 / 12 + 1 + 0 + 0 + 1) / 5)
+    assert metrics["micro-dice"] == pytest.approx(2 * 12 / (16 + 16 + 1 + 1))
+    assert metrics["micro-iou"] == pytest.approx(12 / 22)
+    assert metrics["hd95"] == pytest.approx((0.5 + 0) / 2)
+    assert metrics["assd"] == pytest.approx((0.25 + 0) / 2)
+    assert metrics["hd95-excluded"] == 2  # missed, invented; the case without anything counts for no distance
+    assert metrics["lesion-sensitivity"] == pytest.approx(2 / 3)
+    assert metrics["lesion-false-positives"] == pytest.approx(1 / 5)
+    assert (sums["measured"], sums["excluded"], sums["cases"], sums["patients"]) == (2, 2, 5, 4)
+
+
+def test_spacing_may_differ_from_case_to_case() -> None:
+    logits, masks = volumes()
+    spacing = np.full((5, 3), 1.0)
+    spacing[0, 2] = 7
+    assert score_cases(logits, masks, spacing).hd95[:2, 0].tolist() == [7, 0]
+    assert score_cases(logits, masks, 2).hd95[:2, 0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("spacing", [0, -1, np.nan, np.inf, (1, 1), (1, 0, 1), np.ones((4, 3))])
+def test_refuses_a_spacing_that_is_none(spacing: object) -> None:
+    with pytest.raises(DataError, match="spacing"):
+        score_cases(*volumes(), spacing)
+
+
+def test_without_distances_everything_else_stays() -> None:
+    logits, masks = volumes()
+    patients = list("aabcd")
+    quick = segmentation_metrics(case_sums(score_cases(logits, masks, distances=False), patients), ["x"])
+    full = segmentation_metrics(case_sums(score_cases(logits, masks), patients), ["x"])
+    unmeasured = {name for name in full if name.partition("/")[0] in ("hd95", "assd")}
+    assert quick == {name: None if name in unmeasured else value for name, value in full.items()}
+
+
+def test_labels_are_averaged_where_defined_and_counts_are_added() -> None:
+    logits, masks = volumes()
+    logits, masks = np.concatenate((logits, logits), axis=1), np.concatenate((masks, np.zeros_like(masks)), axis=1)
+    metrics = segmentation_metrics(segmentation_sums(logits, masks, list("aabcd")), LABELS)
+    assert metrics["hd95/right lung"] is metrics["lesion-sensitivity/right lung"] is None
+    assert metrics["hd95"] == metrics["hd95/left lung"]
+    assert metrics["hd95-excluded"] == metrics["hd95-excluded/left lung"] + metrics["hd95-excluded/right lung"] == 5
+    assert metrics["lesion-false-positives"] == pytest.approx((1 / 5 + 3 / 5) / 2)
 
 
 def test_a_logit_of_zero_is_background() -> None:
@@ -77,6 +137,7 @@ def test_spread_of_the_cases_follows_from_the_sums() -> None:
     assert sums["images"] == sums["known"] == 12
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=6, max_size=6))
 def test_sums_over_any_partition_of_sites_equal_the_pooled_sums(site_of_patient: list[int]) -> None:
     logits, masks, patients = data()
@@ -87,6 +148,7 @@ def test_sums_over_any_partition_of_sites_equal_the_pooled_sums(site_of_patient:
         np.testing.assert_allclose(added[name], values, rtol=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.permutations(range(12)))
 def test_order_of_images_changes_nothing(order: list[int]) -> None:
     logits, masks, patients = data()

@@ -73,7 +73,7 @@ def test_width_is_the_growth_rate() -> None:
     assert network(torch.zeros(2, 1, 32, 48)).shape == (2, 5)
 
 
-@pytest.mark.parametrize(("norm", "smallest"), [("batch", 29), ("group", 29), ("instance", 61)])
+@pytest.mark.parametrize(("norm", "smallest"), [("batch", 29), ("group", 29), ("instance", 61), ("none", 29)])
 def test_smallest_image_runs_and_a_smaller_one_is_refused(norm: str, smallest: int) -> None:
     network = chexnet(in_channels=1, outputs=1, norm=norm, width=2)
     assert network(torch.randn(2, 1, smallest, smallest)).isfinite().all()

@@ -27,15 +27,31 @@ def test_group_counts_by_hand(channels: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("batch", nn.BatchNorm2d), ("group", nn.GroupNorm), ("instance", nn.InstanceNorm2d)]
+    ("kind", "dimensions", "layer"),
+    [
+        ("batch", 2, nn.BatchNorm2d),
+        ("batch", 3, nn.BatchNorm3d),
+        ("group", 2, nn.GroupNorm),
+        ("group", 3, nn.GroupNorm),
+        ("instance", 2, nn.InstanceNorm2d),
+        ("instance", 3, nn.InstanceNorm3d),
+    ],
 )
-def test_every_kind_has_a_scale_and_a_shift(kind: str, layer: type[nn.Module]) -> None:
-    norm = norm_layer(kind, 12)
+def test_every_kind_has_a_scale_and_a_shift(kind: str, dimensions: int, layer: type[nn.Module]) -> None:
+    norm = norm_layer(kind, 12, dimensions)
     assert isinstance(norm, layer)
     assert {name: p.shape for name, p in norm.named_parameters()} == {"weight": (12,), "bias": (12,)}
-    assert norm(torch.randn(2, 12, 4, 4)).shape == (2, 12, 4, 4)
+    sides = [4] * dimensions
+    assert norm(torch.randn(2, 12, *sides)).shape == (2, 12, *sides)
 
 
-def test_refuses_an_unknown_kind() -> None:
+def test_none_changes_nothing() -> None:
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(norm_layer("none", 3)(images), images)
+
+
+def test_refuses_an_unknown_kind_or_dimension() -> None:
     with pytest.raises(ModelError, match="expected batch, group or instance"):
         norm_layer("layer", 4)
+    with pytest.raises(ModelError, match="2 or 3 dimensions"):
+        norm_layer("batch", 4, dimensions=1)

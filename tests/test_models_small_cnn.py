@@ -16,12 +16,14 @@ def test_parameter_count_by_hand() -> None:
     assert sum(p.numel() for p in small_cnn().parameters()) == convolutions + norms + classifier == 97_650
 
 
-@pytest.mark.parametrize(("norm", "smallest"), [("batch", 8), ("group", 8), ("instance", 16)])
-def test_smallest_image_runs_and_a_smaller_one_is_refused(norm: str, smallest: int) -> None:
-    network = small_cnn(in_channels=3, outputs=5, norm=norm, width=4)
-    assert network(torch.randn(2, 3, smallest, smallest)).shape == (2, 5)
+@pytest.mark.parametrize(("norm", "smallest"), [("batch", 8), ("group", 8), ("instance", 16), ("none", 8)])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_smallest_image_runs_and_a_smaller_one_is_refused(norm: str, smallest: int, dimensions: int) -> None:
+    network = small_cnn(in_channels=3, outputs=5, norm=norm, width=4, dimensions=dimensions)
+    sides = [smallest] * dimensions
+    assert network(torch.randn(2, 3, *sides)).shape == (2, 5)
     with pytest.raises(ModelError, match="small-cnn needs images"):
-        network(torch.zeros(2, 3, smallest, smallest - 1))
+        network(torch.zeros(2, 3, *sides[1:], smallest - 1))
 
 
 def test_learns_to_tell_bright_from_dark() -> None:

@@ -14,6 +14,7 @@ from fedmed.errors import DataError
 from fedmed.imaging.dataset import Dataset
 
 LABELS = ("a", "b")
+FRAGILE = "FEDMED_TEST_FRAGILE"  # names a file; without it, `fragile` kills its process once and writes it
 PLANTED = "PLANTED-IDENTIFIER"  # no outbound byte may hold it
 
 
@@ -59,3 +60,23 @@ def heavy(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module
             return self.head(images.flatten(1)) + self.ballast[0]
 
     return Heavy()
+
+
+def fragile(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:
+    """A network whose fifteenth batch in training kills the process, once."""
+
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(in_channels=in_channels, outputs=outputs, norm=norm, width=width)
+            self.seen = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            marker = os.environ.get(FRAGILE)
+            self.seen += self.training
+            if marker and self.seen == 15 and not Path(marker).exists():
+                Path(marker).write_text("killed")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.inner(images)
+
+    return Fragile()

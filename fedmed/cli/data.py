@@ -44,3 +44,26 @@ def synth(
     with bar(f"{sites} hospitals") as progress:
         make_phantoms(folder, task.value, sites=sites, patients=patients, seed=seed, progress=progress)
     print(f"wrote {folder}; next: fedmed simulate {folder / 'run.toml'}")
+
+
+@app.command("cache")
+def cache(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="a cache folder, else $FEDMED_CACHE, else ~/.fedmed/cache")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(min=0, metavar="GIB", help="remove the sets used longest ago until the rest fits")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="remove everything that no process uses")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read everything and remove what is damaged")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
+) -> None:
+    """Show the decoded images that are kept: how they were read, how many, their size and when they were last used.
+
+    What a running process uses is never removed.
+
+    Example: fedmed data cache --keep 20
+    """
+    from fedmed.cli.cache import show_cache
+
+    show_cache(folder, keep_gib=0.0 if clear else keep, verify=verify, as_json=as_json)

@@ -99,14 +99,54 @@ class TrainConfig(Section):
     local_epochs: Positive = 1
     local_steps: Annotated[Count, Field(description="optimizer steps per round; 0 = local-epochs decides")] = 0
     batch_size: Positive = 16
+    accumulate: Annotated[Positive, Field(description="batches whose gradients make one optimizer step")] = 1
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    layer_decay: Annotated[
+        float, Field(gt=0, le=1, description="learning rate of a stage of the network as a share of the next one's")
+    ] = 1.0
+    schedule: Annotated[
+        Literal["constant", "cosine", "plateau"], Field(description="of the learning rate, over all rounds")
+    ] = "constant"
+    warmup_rounds: Annotated[float, Field(ge=0, description="rounds in which the learning rate rises to its value")] = (
+        0.0
+    )
+    plateau_patience: Annotated[
+        Positive, Field(description="evaluations without improvement before the learning rate falls")
+    ] = 3
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    ema: Annotated[
+        float, Field(ge=0, lt=1, description="decay of the moving average of weights that a site sends; 0 = none")
+    ] = 0.0
+    patience: Annotated[
+        Count, Field(description="local epochs without improvement at the site before it stops; 0 = never")
+    ] = 0
+    loss: Annotated[
+        Literal["auto", "bce", "focal", "dice-bce", "dice-ce", "tversky"],
+        Field(description="auto = bce for classification, dice-bce for segmentation"),
+    ] = "auto"
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    tversky_alpha: Annotated[float, Field(gt=0, lt=1, description="weight of false positives against misses")] = 0.3
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"], Field(description="weight of positives in the loss, from the site's own counts")
+    ] = "none"
+    sampling: Annotated[
+        Literal["shuffle", "balanced"], Field(description="balanced = images with rare labels come up more often")
+    ] = "shuffle"
     augment: Annotated[
         tuple[Literal["flip", "rotate", "scale", "shift", "contrast", "noise"], ...],
         Field(description="random changes of training images, drawn anew for every batch"),
     ] = ()
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="of activations; weights stay in float32")
+    ] = "float32"
+    channels_last: Annotated[bool, Field(description="memory order of images; faster on GPUs with bfloat16")] = False
+    save_every_s: Annotated[
+        float, Field(ge=0, description="seconds between saves of a site's unfinished round; 0 = never")
+    ] = 300.0
     threads: Positive = 1
 
 
@@ -119,6 +159,7 @@ class StrategyConfig(Section):
     min_fraction: Fraction = 0.0
     required_sites: tuple[Name, ...] = ()
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    retries: Annotated[Count, Field(description="how often a site whose process died is asked again in a round")] = 1
     checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
     server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
@@ -181,12 +222,25 @@ class RunConfig(Section):
         if self.data.sites and not self.task.labels:
             raise ValueError("task.labels is empty: name the label columns of the manifests")
         metric, slash, label = self.primary.partition("/")
-        known = {"classification": ("auroc", "auprc"), "segmentation": ("dice", "micro-dice", "iou")}[self.task.kind]
+        known = {
+            "classification": ("auroc", "auprc", "sensitivity-at-90-specificity", "f1"),
+            "segmentation": ("dice", "iou", "micro-dice", "micro-iou", "lesion-sensitivity"),
+        }[self.task.kind]
         if metric not in known or (slash and label not in self.task.labels):
             raise ValueError(f'evaluate.primary = "{self.primary}": expected {", ".join(known)}, or one with /LABEL')
+        fits = {"classification": ("bce", "focal"), "segmentation": ("bce", "focal", "dice-bce", "dice-ce", "tversky")}
+        if self.train.loss not in ("auto", *fits[self.task.kind]):
+            raise ValueError(f'train.loss = "{self.train.loss}" is no loss for {self.task.kind}')
+        if self.train.patience and self.train.local_steps:
+            raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
         if self.privacy.mode != "none":
             raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
         return self
+
+    @property
+    def dimensions(self) -> int:
+        """Of what the network sees: 2 for images and slices, 3 for volumes and patches."""
+        return 3 if self.data.items in ("volumes", "patches") else 2
 
     @property
     def primary(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 import fedmed
@@ -39,19 +40,34 @@ class Failure:
 
 
 def ask(
-    grid: Grid, content: RecordDict, kind: str, nodes: Mapping[str, int], *, group: str, timeout_s: float
+    grid: Grid,
+    content: RecordDict,
+    kind: str,
+    nodes: Mapping[str, int],
+    *,
+    group: str,
+    timeout_s: float,
+    retries: int = 0,
 ) -> Iterator[tuple[str, RecordDict | str]]:
     """Send one content to many sites and yield (site, answer or reason for none), in the order of the sites' names.
 
     Answers are pulled one by one in that order, so that sums do not depend on who is fast, and one answer is in memory
     at a time; others wait where they are: in the local spool, or in the SuperLink's database. An answer's arrays are
-    valid until the next one is asked for.
+    valid until the next one is asked for. A site whose process died is asked again, `retries` times at most.
     """
     names = sorted(nodes)
-    messages = [Message(content, nodes[name], kind, ttl=timeout_s, group_id=group) for name in names]
     deadline = time.monotonic() + timeout_s + GRACE_S
-    for name, number in zip(names, list(grid.push_messages(messages)), strict=True):
+
+    def push(sites: Iterable[str]) -> list[str]:
+        left_s = max(deadline - GRACE_S - time.monotonic(), 1.0)
+        return list(grid.push_messages([Message(content, nodes[s], kind, ttl=left_s, group_id=group) for s in sites]))
+
+    for name, number in zip(names, push(names), strict=True):
         reply = _await(grid, number, deadline)
+        left = retries
+        while left and reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED:
+            left -= 1
+            reply = _await(grid, push([name])[0], deadline)
         if reply is None:
             yield name, LATE
         elif reply.has_error():

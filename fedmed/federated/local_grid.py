@@ -1,23 +1,19 @@
 """A Flower `Grid` on one machine: every node is a function call in a pre-forked worker process.
 
 Workers are forked before any thread pool exists and import nothing afterwards; the network of a worker stays resident
-and only its weights are swapped. A worker gets its next message the moment it answers, without polling. Replies may be
-pulled in any order; those pulled late wait in the spool, on disk.
+and only its weights are swapped. A worker gets its next message the moment it answers, or a little before, without
+polling. Replies may be pulled in any order; those pulled late wait in the spool, on disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import multiprocessing
-import selectors
 import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +24,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
+from fedmed.federated.local_pool import Given, Worker, WorkerPool
+from fedmed.federated.local_worker import RUN_ID, work
 from fedmed.federated.spool import Spool
 
 PULL_WAIT_S = 1.0  # how long a pull waits for a reply before it returns nothing
-
-
-@dataclass(eq=False)
-class Worker:
-    """One worker process and what it is doing."""
-
-    process: BaseProcess
-    channel: socket.socket
-    device: str
-    slot: str = ""  # where its answer will lie
-    doing: str = ""  # the message that it works on, or nothing
 
 
 @dataclass(frozen=True)
@@ -100,10 +86,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Reply] = {}
         self._run = Run.create_empty(RUN_ID)
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
-        self._selector = selectors.DefaultSelector()
-        self._workers: list[Worker] = []
-        for number in range(max(1, min(workers, len(self._nodes)))):
-            self._workers.append(self._fork(devices[number % len(devices)]))
+        self._pool = WorkerPool(self._work, devices, max(1, min(workers, len(self._nodes))))
 
     def __enter__(self) -> LocalGrid:
         """The grid itself."""
@@ -115,18 +98,12 @@ class LocalGrid(Grid):
 
     def close(self) -> None:
         """End every worker process, at once and by its pid."""
-        for worker in self._workers:
-            worker.channel.close()
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
-        self._workers.clear()
-        self._selector.close()
+        self._pool.close()
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """Process ids of the workers."""
-        return tuple(worker.process.pid or 0 for worker in self._workers)
+        return self._pool.pids
 
     # Flower's interface.
 
@@ -205,66 +182,45 @@ class LocalGrid(Grid):
     def _slot(self) -> str:
         return self._free.pop() if self._free else f"slot-{next(self._slots)}"
 
-    def _fork(self, device: str) -> Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
-        inherited = [worker.channel for worker in self._workers] + [ours]
-        process = multiprocessing.get_context("fork").Process(
-            target=work,
-            args=(theirs, inherited, self._client, self._nodes, self._run_config, self._folder, device),
-            daemon=True,
-        )
-        process.start()
-        theirs.close()
-        worker = Worker(process, ours, device)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
-        return worker
+    def _work(self, channel: socket.socket, inherited: Iterable[socket.socket], device: str) -> None:
+        work(channel, inherited, self._client, self._nodes, self._run_config, self._folder, device)
 
     def _dispatch(self) -> None:
-        """Give every idle worker a message."""
-        for worker in self._workers:
-            if worker.doing or not self._waiting:
-                continue
-            number = self._waiting.popleft()
-            worker.slot, worker.doing = self._slot(), number
-            metadata = self._sent[number].message.metadata
-            envelope = {
-                "id": number,
-                "node": metadata.dst_node_id,
-                "type": metadata.message_type,
-                "group": metadata.group_id,
-                "slot": worker.slot,
-            }
-            with contextlib.suppress(OSError):  # a worker that is gone is noticed when its channel is read
-                worker.channel.sendall(json.dumps(envelope).encode() + b"\n" + self._sent[number].header)
+        """Give every worker that has room a message."""
+        for worker in self._pool:
+            if self._waiting and worker.has_room:
+                given = Given(self._waiting.popleft(), self._slot())
+                sent = self._sent[given.number]
+                metadata = sent.message.metadata
+                envelope = {
+                    "id": given.number,
+                    "node": metadata.dst_node_id,
+                    "type": metadata.message_type,
+                    "group": metadata.group_id,
+                    "slot": given.slot,
+                }
+                self._pool.give(worker, given, json.dumps(envelope).encode() + b"\n" + sent.header)
 
     def _receive(self, timeout_s: float) -> bool:
         """Wait for one worker to answer or to die; False when none did in time."""
-        ready = self._selector.select(max(timeout_s, 0))
-        for key, _ in ready:
-            worker: Worker = key.data
-            try:
-                data = worker.channel.recv(HEADER_LIMIT)
-            except ConnectionError:
-                data = b""
+        heard = False
+        for worker, data in self._pool.answers(timeout_s):
+            heard = True
             if data:
-                self._answered(worker, data)
-            else:  # a worker's end of the channel closes with it
-                self._died(worker)
+                self._answered(self._pool.finished(worker), data)
+            else:
+                self._replace(worker)
         self._dispatch()
-        return bool(ready)
+        return heard
 
-    def _answered(self, worker: Worker, data: bytes) -> None:
+    def _answered(self, given: Given, data: bytes) -> None:
         kind, _, body = data.partition(b"\n")
         if kind == b"error":
             code, _, reason = body.decode().partition(" ")
-            self._free.append(worker.slot)
-            self._settle(worker.doing, Reply(error=Error(int(code), reason)))
+            self._free.append(given.slot)
+            self._settle(given.number, Reply(error=Error(int(code), reason)))
         else:
-            self._settle(worker.doing, Reply(header=body, slot=worker.slot))
-        worker.doing = ""
+            self._settle(given.number, Reply(header=body, slot=given.slot))
 
     def _settle(self, number: str, reply: Reply) -> None:
         self._replies[number] = reply
@@ -273,29 +229,24 @@ class LocalGrid(Grid):
         if not self._users[slot] and slot != self._pushed[2]:
             self._free.append(slot)
 
-    def _died(self, worker: Worker) -> None:
-        worker.process.join()
-        status = worker.process.exitcode or 0
+    def _replace(self, worker: Worker, error: Error | None = None) -> None:
+        """Replace a worker that died or hangs: its first message failed, a second one goes back into the queue."""
+        status = self._pool.replace(worker)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        self._replace(worker, Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process {how}"))
-
-    def _replace(self, worker: Worker, error: Error) -> None:
-        self._selector.unregister(worker.channel)
-        worker.channel.close()
-        if worker.doing:
-            self._settle(worker.doing, Reply(error=error))
-        place = self._workers.index(worker)
-        self._workers.remove(worker)
-        self._workers.insert(place, self._fork(worker.device))
+        died = Error(ErrorCode.CLIENT_APP_CRASHED, f"the worker process {how}")
+        for place, given in enumerate(worker.given):
+            self._free.append(given.slot)
+            if place == 0:
+                self._settle(given.number, Reply(error=error or died))
+            else:
+                self._waiting.appendleft(given.number)
 
     def _expire(self) -> None:
         """Answer for messages whose time to live is over, and end the workers that hang on them."""
         now = time.monotonic()
         late = Error(ErrorCode.NODE_UNAVAILABLE, "no answer before the round's deadline")
-        for worker in list(self._workers):
-            if worker.doing and self._sent[worker.doing].deadline <= now:
-                worker.process.kill()
-                worker.process.join()
+        for worker in list(self._pool):
+            if worker.given and self._sent[worker.given[0].number].deadline <= now:
                 self._replace(worker, late)
         for number in [number for number in self._waiting if self._sent[number].deadline <= now]:
             self._waiting.remove(number)

@@ -37,7 +37,7 @@ def work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
-    _keep_freed_memory()
+    keep_freed_memory()
     for other in inherited:
         other.close()
     spool = Spool(folder)
@@ -69,7 +69,7 @@ def work(
             return
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what training frees, in pieces of up to 16 MiB, for the next step.
 
     It would give every large activation back to the kernel and fault it in again, a quarter of a U-Net's step. The

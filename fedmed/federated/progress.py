@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed.federated.exchange import Failure
@@ -26,8 +26,8 @@ class Progress:
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
+        """Everything but the log of the rounds, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "rounds"}
 
     @property
     def round(self) -> int:

@@ -32,8 +32,9 @@ from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
 from fedmed.federated.strategies import server_step
 from fedmed.federated.wire import decode_update, encode_task
 from fedmed.models import build
-from fedmed.training.evaluate import metrics_from
+from fedmed.training.evaluate import checked_sums, metrics_from
 from fedmed.training.network import FlatNetwork
+from fedmed.training.schedule import plateau_factor
 from fedmed.training.site_round import settings_for_sites
 from fedmed.types import Task, Update, Weights
 
@@ -55,12 +56,14 @@ class Federation:
         self.server_metrics: dict[str, Any] = {}
         self.site_metrics: dict[str, dict[str, Any]] = {}
         self._best: tuple[int, Judgement] | None = None
+        self._centres: tuple[float, ...] = ()
 
     def run(self) -> tuple[Status, str | None]:
         """Train all rounds, keep the best network, and have every site evaluate it. The protocol, on one screen."""
         weights, state = self._start()
         self.members = self._gather()
-        for round in range(self.progress.round + 1, self.config.train.rounds + 1):
+        saved = self.progress.round
+        for round in range(saved + 1, self.config.train.rounds + 1):
             # ── select and configure ──────────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
             nodes = {member.name: member.node for member in self.members}
@@ -94,7 +97,9 @@ class Federation:
             self._log(round, joined, failed, seconds, metrics_json(judgement.metrics) if judgement else {})
             stop = self._stops(judgement)
             if stop or round == self.config.train.rounds or round % self.config.strategy.checkpoint_every == 0:
-                self.folder.save_checkpoint(round, weights, state, self.progress.to_json())
+                since = [entry for entry in self.progress.rounds if entry["round"] > saved]
+                self.folder.save_checkpoint(round, weights, state, self.progress.to_json(), since)
+                saved = round
                 self._tell("checkpoint_saved", round)
             self._tell("round_finished", round, seconds=time.perf_counter() - started)
             if stop:
@@ -108,7 +113,7 @@ class Federation:
     def _start(self) -> tuple[Weights, Mapping[str, Any]]:
         """Build the network, load the server's set, and take up the last checkpoint if there is one."""
         outputs = len(self.config.task.labels)
-        module = build(self.config.model, outputs=outputs, seed=self.config.seed)
+        module = build(self.config.model, outputs=outputs, seed=self.config.seed, dimensions=self.config.dimensions)
         network = FlatNetwork(module, torch.device(server_device(self.config)))
         self.layout = network.layout
         self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir)
@@ -158,18 +163,28 @@ class Federation:
             settings=self.settings,
             layout=self.layout.hash,
             weights=weights,
+            learning_rate_factor=plateau_factor(self.config.train, self.progress.stale),
+            centres=self._centres,
             evaluate=every,
         )
 
     def _ask(self, task: Task, nodes: Mapping[str, int]) -> Any:
-        timeout_s = self.config.strategy.round_timeout_s
-        content = encode_task(task, copy=not isinstance(self.grid, LocalGrid))
-        return ask(self.grid, content, task.kind, nodes, group=str(task.round), timeout_s=timeout_s)
+        return ask(
+            self.grid,
+            encode_task(task, copy=not isinstance(self.grid, LocalGrid)),
+            task.kind,
+            nodes,
+            group=str(task.round),
+            timeout_s=self.config.strategy.round_timeout_s,
+            retries=self.config.strategy.retries,
+        )
 
     def _admitted(self, answer: RecordDict | str) -> tuple[Update, Weights]:
         if isinstance(answer, str):
             raise UpdateRefused(answer)
         update = decode_update(answer)
+        if update.metrics:
+            checked_sums(update.metrics, self.config.task)
         return update, validated_weights(update, self.layout)
 
     def _weight(self, update: Update) -> float:
@@ -198,6 +213,7 @@ class Federation:
         if self.evaluation is None or not due:
             return None
         judgement = self.evaluation.judge(weights, replicates=self.config.evaluate.bootstrap)
+        self._centres = judgement.centres
         if self.progress.select(round, judgement.selection) and self.config.evaluate.keep == "best":
             self.folder.save_best(weights)
             self._best = (round, judgement)
@@ -231,23 +247,28 @@ class Federation:
         if self.config.evaluate.keep == "best" and self.progress.best_round:
             kept, round = self.folder.best(), self.progress.best_round
         if self.evaluation is not None:
-            known = self._best is not None and self._best[0] == round
-            judgement = (
-                self._best[1]
-                if known and self._best
-                else self.evaluation.judge(kept, replicates=self.config.evaluate.bootstrap)
-            )
+            distances = self.config.task.kind == "segmentation" and bool(self.config.data.spacing_mm)
+            if self._best is not None and self._best[0] == round and not distances:
+                judgement = self._best[1]
+            else:
+                replicates = self.config.evaluate.bootstrap
+                judgement = self.evaluation.judge(kept, replicates=replicates, distances=distances)
+            self._centres = judgement.centres
             self.server_metrics = metrics_json(judgement.metrics)
-            self.folder.write_json("evaluation.json", judgement.details)
+            self.folder.write_json("evaluation.json", self.evaluation.details(judgement))
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
         nodes = {member.name: member.node for member in self.members if member.held_out_patients}
         failed = []
         for site, answer in self._ask(self._task("evaluate", round, kept), nodes) if nodes else ():
-            if isinstance(answer, str):
-                failed.append({"site": site, "reason": f"final evaluation: {answer}"})
+            try:
+                if isinstance(answer, str):
+                    raise UpdateRefused(answer)
+                received = decode_update(answer).metrics
+                sums = checked_sums(received, self.config.task) if received else {}
+            except UpdateRefused as error:
+                failed.append({"site": site, "reason": f"final evaluation: {error}"})
                 self._tell("site_failed", round, **failed[-1])
                 continue
-            sums = decode_update(answer).metrics
             patients = int(sums["patients"][0]) if "patients" in sums else 0
             values = metrics_from(sums, self.config.task) if sums else {}
             self.site_metrics[site] = {name: metric(value, n=patients) for name, value in values.items()}

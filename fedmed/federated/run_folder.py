@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -61,18 +61,38 @@ class RunFolder:
     def _events(self) -> int:
         return os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
+    @cached_property
+    def _rounds(self) -> int:
+        return os.open(self.path / "checkpoints" / "rounds.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
     def save_checkpoint(
-        self, round: int, weights: Weights, state: Mapping[str, FloatVector], progress: Mapping[str, Any]
+        self,
+        round: int,
+        weights: Weights,
+        state: Mapping[str, FloatVector],
+        progress: Mapping[str, Any],
+        log: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the network and the strategy's state after a round; `progress` is what resuming needs besides."""
+        """Write all that resuming after a round needs.
+
+        Args:
+            round: the round that ended.
+            weights: the global network.
+            state: the strategy's vectors.
+            progress: what else changes, and is small.
+            log: the entries of the rounds since the last checkpoint.
+        """
         name = f"round-{round:04d}.safetensors"
         vectors = {f"state/{key}": vector for key, vector in state.items()}
         save_vectors(
             self.path / "checkpoints" / name,
             {"parameters": weights.parameters, "buffers": weights.buffers, **vectors},
         )
+        lines = b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in log)
+        os.write(self._rounds, lines)
+        os.fsync(self._rounds)
         facts = {"round": round, "checkpoint": name, **progress}
-        write_atomically(self.path / "checkpoints" / "state.json", json.dumps(facts, indent=1).encode())
+        write_atomically(self.path / "checkpoints" / "state.json", json.dumps(facts).encode())
         for old in sorted((self.path / "checkpoints").glob("round-*.safetensors"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
@@ -89,14 +109,29 @@ class RunFolder:
         return Weights(parameters=vectors["parameters"], buffers=vectors["buffers"])
 
     def checkpoint(self) -> tuple[dict[str, Any], Weights, dict[str, FloatVector]] | None:
-        """The last checkpoint: progress, weights, strategy state; None before the first round ended."""
+        """The last checkpoint: progress, weights, strategy state; None before the first round ended.
+
+        The log of the rounds, "rounds" in the progress, is a file that grows by a line a round. What a killed process
+        wrote there after the last complete checkpoint is cut off.
+        """
         index = self.path / "checkpoints" / "state.json"
         if not index.exists():
             return None
         facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        facts["rounds"] = self._rounds_until(facts["round"])
         vectors = load_file(self.path / "checkpoints" / facts["checkpoint"])
         state = {key.removeprefix("state/"): vector for key, vector in vectors.items() if key.startswith("state/")}
         return facts, Weights(parameters=vectors["parameters"], buffers=vectors["buffers"]), state
+
+    def _rounds_until(self, last: int) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = []
+        end = 0
+        with (self.path / "checkpoints" / "rounds.jsonl").open("rb+") as file:
+            while not entries or entries[-1]["round"] < last:
+                entries.append(json.loads(file.readline()))
+                end = file.tell()
+            file.truncate(end)
+        return entries
 
     def save_model(self, weights: Weights, layout: Layout, facts: Mapping[str, Any]) -> None:
         """Write the global network tensor by tensor, and how to build it."""
@@ -113,10 +148,11 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        """Remove the messages of the run and close its log; a further event opens it again."""
+        """Remove the messages of the run and close its logs; a further event opens them again."""
         shutil.rmtree(self.spool, ignore_errors=True)
-        if "_events" in self.__dict__:
-            os.close(self.__dict__.pop("_events"))
+        for log in ("_events", "_rounds"):
+            if log in self.__dict__:
+                os.close(self.__dict__.pop(log))
 
 
 def now() -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +14,22 @@ from fedmed.config import RunConfig
 from fedmed.errors import DataError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.imaging.split import held_out
-from fedmed.metrics.bootstrap import Interval, intervals_classification, intervals_segmentation
-from fedmed.metrics.ranking import roc_curve
-from fedmed.metrics.segmentation import join_cases, score_cases
-from fedmed.training.evaluate import predictions
+from fedmed.metrics import (
+    Cases,
+    Interval,
+    bin_centres,
+    intervals_classification,
+    intervals_segmentation,
+    join_cases,
+    roc_curve,
+)
+from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.network import FlatNetwork
 from fedmed.training.site_round import custom_dataset
 from fedmed.types import Weights
 
 Metrics = Mapping[str, Interval]
+Scores = Cases | tuple[NDArray[np.float32], NDArray[np.float32]]  # of images: overlaps, or logits and targets (N, L)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,12 @@ class Judgement:
 
     metrics: Metrics  # on the test part, with intervals
     selection: float | None  # the primary metric on the selection part
-    details: Mapping[str, Any]  # curves or cases of the test part, for the report
+    scores: Scores  # of the test part
+
+    @property
+    def centres(self) -> tuple[float, ...]:
+        """The middle of each label's logits, which tells sites where histograms must be finest; none for masks."""
+        return () if isinstance(self.scores, Cases) else tuple(bin_centres(self.scores[0]))
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,7 @@ class ServerEvaluation:
     config: RunConfig
     network: FlatNetwork
     data: Dataset
-    selection: NDArray[np.int64]  # rows
-    test: NDArray[np.int64]  # rows
+    chooses: NDArray[np.bool_]  # (N,) images of the selection part; the others are the test part
 
     @classmethod
     def load(cls, config: RunConfig, network: FlatNetwork, cache_dir: Path | None) -> ServerEvaluation | None:
@@ -55,32 +66,68 @@ class ServerEvaluation:
             return None
         data = load_server_data(config, cache_dir)
         chooses = held_out(data.patients, share=config.evaluate.selection_share, seed=config.seed, name="server")
-        test = np.flatnonzero(~chooses)
-        if len(test) == 0:
+        if chooses.all():
             raise DataError("the server's set has no patient left to report on; lower evaluate.selection-share")
-        return cls(config, network, data, np.flatnonzero(chooses), test)
+        return cls(config, network, data, chooses)
 
-    def judge(self, weights: Weights, *, replicates: int) -> Judgement:
-        """Evaluate a network on both parts; intervals are percentile bootstraps by patient."""
+    def judge(self, weights: Weights, *, replicates: int, distances: bool = False) -> Judgement:
+        """Evaluate a network on both parts in one pass.
+
+        Args:
+            weights: the network.
+            replicates: of the percentile bootstrap by patient behind each interval.
+            distances: whether to measure distances between surfaces, which takes longer than all else.
+        """
         self.network.load_(weights)
-        metrics, details = self._evaluate(self.test, replicates)
-        primary = self._evaluate(self.selection, 0)[0].get(self.config.primary) if len(self.selection) else None
-        return Judgement(metrics, primary.value if primary else None, details)
+        test, selection = _Part([], []), _Part([], [])
+        for rows, logits, targets in predictions(self.network, self.data, np.arange(len(self.data))):
+            for part, mine in ((selection, self.chooses[rows]), (test, ~self.chooses[rows])):
+                if mine.any():
+                    part.scores.append(self._scored(logits[mine], targets[mine], distances))
+                    part.patients.extend(self.data.patients[row] for row in rows[mine])
+        scores = _joined(test.scores)
+        metrics = self._metrics(scores, test.patients, replicates)
+        primary = None
+        if selection.scores:
+            primary = self._metrics(_joined(selection.scores), selection.patients, 0).get(self.config.primary)
+        return Judgement(metrics, primary.value if primary else None, scores)
 
-    def _evaluate(self, rows: NDArray[np.int64], replicates: int) -> tuple[Metrics, Mapping[str, Any]]:
-        labels, patients = self.config.task.labels, [self.data.patients[row] for row in rows]
-        rng = np.random.default_rng(self.config.seed)
-        batches = list(predictions(self.network, self.data, rows))
-        if self.config.task.kind == "segmentation":
-            scored = join_cases([score_cases(logits, targets) for _, logits, targets in batches])
-            cases = {label: [round(float(value), 4) for value in scored.dice[:, k]] for k, label in enumerate(labels)}
-            details = {"kind": "segmentation", "labels": list(labels), "cases": cases}
-            return intervals_segmentation(scored, patients, labels, replicates, rng), details
-        logits = np.concatenate([logits for _, logits, _ in batches])
-        targets = np.concatenate([targets for _, _, targets in batches])
+    def details(self, judgement: Judgement) -> Mapping[str, Any]:
+        """Curves or cases of the test part, for the report."""
+        labels, scores = list(self.config.task.labels), judgement.scores
+        if isinstance(scores, Cases):
+            cases = {label: [round(float(value), 4) for value in scores.dice[:, k]] for k, label in enumerate(labels)}
+            return {"kind": "segmentation", "labels": labels, "cases": cases}
+        logits, targets = scores
         curves = {label: curve(logits[:, k], targets[:, k]) for k, label in enumerate(labels)}
-        details = {"kind": "classification", "labels": list(labels), "curves": curves}
-        return intervals_classification(logits, targets, patients, labels, replicates, rng), details
+        return {"kind": "classification", "labels": labels, "curves": curves}
+
+    def _scored(self, logits: NDArray[np.float32], targets: NDArray[np.float32], distances: bool) -> Scores:
+        if self.config.task.kind == "classification":
+            return logits, targets
+        return scored_cases(logits, targets, self.config.data.spacing_mm if distances else ())
+
+    def _metrics(self, scores: Scores, patients: Sequence[str], replicates: int) -> Metrics:
+        labels, rng = self.config.task.labels, np.random.default_rng(self.config.seed)
+        if isinstance(scores, Cases):
+            return intervals_segmentation(scores, patients, labels, replicates, rng)
+        return intervals_classification(*scores, patients, labels, replicates, rng)
+
+
+class _Part(NamedTuple):
+    """The scores of one part of the set, batch by batch, and whose they are."""
+
+    scores: list[Scores]
+    patients: list[str]
+
+
+def _joined(scores: Sequence[Scores]) -> Scores:
+    """The scores of several batches as one."""
+    cases = [each for each in scores if isinstance(each, Cases)]
+    if cases:
+        return join_cases(cases)
+    logits, targets = zip(*scores, strict=True)
+    return np.concatenate(logits), np.concatenate(targets)
 
 
 def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:
@@ -99,6 +146,10 @@ def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:
         seed=config.seed,
         name="server",
         cache_dir=cache_dir,
+        items=config.data.items,
+        spacing_mm=config.data.spacing_mm,
+        volume_size=config.data.volume_size,
+        cache_gib=config.data.cache_gib,
     )
 
 

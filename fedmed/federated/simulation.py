@@ -19,6 +19,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.sites import SIMULATION, cache_folder, site_names
 from fedmed.federated.strategies import server_step
@@ -86,7 +87,10 @@ def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(
         client_app.app,
-        [{"partition-id": number, "virtual": True} for number in range(len(config.data.sites))],
+        [
+            {"partition-id": number, "virtual": True, "states": str(folder.path / "sites")}
+            for number in range(len(config.data.sites))
+        ],
         run_file.flatten(config),
         workers=worker_count(config, places),
         spool=folder.spool,
@@ -97,6 +101,7 @@ def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
 def run_on(grid: LocalGrid, config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str, Any]:
     """Run a federation over forked workers; the server evaluates on all cores while they wait."""
     torch.set_num_threads(os.cpu_count() or 1)
+    keep_freed_memory()
     return run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder(), processes=grid.worker_pids)
 
 

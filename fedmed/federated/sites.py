@@ -7,11 +7,12 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig, Section
@@ -29,7 +30,10 @@ class SiteConfig(Section):
     manifest: str
     dataset: str = ""
     cache_dir: str = ""
+    cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    state_dir: str = "state"
     device: str = "cpu"
+    metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
     networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
 
 
@@ -78,7 +82,8 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
     number = int(node["partition-id"])
     if number >= len(sites):
         raise ConfigError(f"there are {len(sites)} data.sites, but more virtual nodes; make them equal")
-    return sites[number]
+    states = str(node.get("states", ""))
+    return replace(sites[number], state_dir=Path(states) / sites[number].name) if states else sites[number]
 
 
 @lru_cache(maxsize=4)
@@ -91,6 +96,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
             manifest=Path(reference),
             dataset=config.data.dataset,
             cache_dir=cache_folder(),
+            cache_gib=config.data.cache_gib,
             device=device,
         )
         for name, reference in zip(site_names(config), config.data.sites, strict=True)
@@ -118,6 +124,9 @@ def read_site(path: Path) -> Site:
         manifest=manifest,
         dataset=values.dataset,
         cache_dir=cache,
+        cache_gib=values.cache_gib,
+        state_dir=path.parent / values.state_dir if values.state_dir else None,
         device=values.device,
+        metrics=values.metrics,
         networks=values.networks,
     )

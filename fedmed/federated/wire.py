@@ -48,8 +48,9 @@ def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32"
 
 def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
     """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
-    facts = {"round": task.round, "kind": task.kind, "layout": task.layout, "evaluate": task.evaluate}
-    return RecordDict({"task": _facts({**facts, "settings": task.settings}), "network": _network(task.weights, copy)})
+    names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings")
+    facts = {name: getattr(task, name) for name in names}
+    return RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
 
 
 def decode_task(content: RecordDict) -> Task:
@@ -66,6 +67,8 @@ def decode_task(content: RecordDict) -> Task:
             settings=str(facts["settings"]),
             layout=str(facts["layout"]),
             evaluate=bool(facts["evaluate"]),
+            learning_rate_factor=float(facts["learning_rate_factor"]),
+            centres=tuple(float(centre) for centre in facts["centres"]),
             weights=_weights(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,75 +16,128 @@ from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError
-from fedmed.imaging.cache import Decoded, Pixels, decode_all, key_of
-from fedmed.imaging.manifest import Manifest, Row, read_manifest
-from fedmed.imaging.reading import preset_named, read_image, read_mask
-from fedmed.imaging.resize import letterbox, letterbox_mask
+from fedmed.imaging.cache.kept import Progress, kept
+from fedmed.imaging.manifest import Manifest, read_manifest
+from fedmed.imaging.memory import in_memory
+from fedmed.imaging.reading import preset_named
+from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.split import evaluation_rows
+from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Where the boxes of a data set were cut, so that what is predicted for them can be put together again."""
+
+    volume: Numbers  # (n,) manifest row of the volume
+    corner: Numbers  # (n, 3) its lowest voxel, along depth, height, width
+    whole: Numbers  # (n, 3) voxels of the volume; a smaller volume than the box lies at the box's corner
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images, targets and whose they are.
+    """Images, targets and whose they are: pictures (C, S, S), or volumes and boxes of volumes (C, D, H, W).
 
-    `select` shares pixels instead of copying them: row i of the data set is row `order[i]` of `images` (and of
-    `targets` when these are masks). Read rows by `batch`.
+    `select` shares pixels instead of copying them: item i of the data set is item `order[i]` of `images` (and of
+    `targets` when these are masks). Read items by `batch`.
     """
 
-    images: NDArray[Any]  # (N, C, S, S): uint16, the value times 65535, maybe memory-mapped; or float32
-    targets: NDArray[Any]  # (N, labels) float32, NaN = unknown; or (N, labels, S, S) uint8, 0 or 1
-    patients: tuple[str, ...]  # one per row
+    # N items (C, …); a plain array holds float32, or shares of 255 or 65535
+    images: NDArray[Any] | Slots | Tiles = field(repr=False)
+    # (N, labels) float32, NaN = unknown; or masks (N, labels, …) of 0 and 1; or N items of class numbers (1, …)
+    targets: NDArray[Any] | Slots | Tiles = field(repr=False)
+    patients: tuple[str, ...] = field(repr=False)  # one per item
     unreadable: tuple[int, ...] = ()  # rows of the manifest that were left out
     evaluation: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # (N,) held out
     channels: int = 0  # of a batch: one grey channel is repeated to so many; 0 = as stored
-    order: NDArray[np.int64] | None = None
+    order: Numbers | None = None
+    rows: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) manifest row that an item is of
+    labels: int = 0  # of masks kept as class numbers
+    reasons: Mapping[str, int] = field(default_factory=dict)  # why rows were left out, and how many for each reason
 
     def __post_init__(self) -> None:
-        """Without `evaluation` no row is held out; without `order` the rows are as stored."""
+        """Without `evaluation` no item is held out; without `order` the items are as stored, each its own row."""
+        count = len(self.patients)
         if self.order is None:
             object.__setattr__(self, "order", np.arange(len(self.images)))
         if not len(self.evaluation):
-            object.__setattr__(self, "evaluation", np.zeros(len(self.patients), bool))
-        if not len(self.patients) == len(self.evaluation) == len(self._order):
-            raise DataError(f"{len(self.patients)} patients do not fit {len(self._order)} images")
+            object.__setattr__(self, "evaluation", np.zeros(count, bool))
+        if not len(self.rows):
+            object.__setattr__(self, "rows", np.arange(count))
+        if not count == len(self.evaluation) == len(self.rows) == len(self._order):
+            raise DataError(f"{count} patients do not fit {len(self._order)} images")
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of items."""
         return len(self.patients)
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some rows as tensors.
+    def batch(
+        self, rows: NDArray[np.int64], *, generator: np.random.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some items as tensors.
 
         Args:
             rows: (n,) indices below `len(self)`.
+            generator: if given, boxes of volumes are cut up to a quarter of a box away from their place, anew in
+                every batch; nothing else changes. For training.
 
         Returns:
-            Images (n, C, S, S) float32 in [0, 1], and targets float32: (n, labels) or (n, labels, S, S).
+            Images (n, C, …) float32 in [0, 1], and targets float32: (n, labels) or masks (n, labels, …).
         """
         stored = self._order[rows]
-        pixels = self.images[stored].astype(np.float32, copy=False)  # the gather is already a copy
-        if self.images.dtype == np.uint16:
-            pixels *= np.float32(1 / 65535)
-        images = torch.from_numpy(pixels)
-        if self.channels > images.shape[1]:
-            images = images.repeat(1, self.channels // images.shape[1], 1, 1)
-        targets = self.targets[stored if self.targets.ndim == 4 else rows]
-        return images, torch.from_numpy(targets.astype(np.float32, copy=False))
+        images = self._images
+        corners = images.jittered(stored, generator) if isinstance(images, Tiles) and generator is not None else None
+        pixels = torch.from_numpy(_gathered(images, stored, corners))
+        if self.channels > pixels.shape[1]:
+            pixels = pixels.repeat(1, self.channels // pixels.shape[1], *[1] * (pixels.ndim - 2))
+        return pixels, torch.from_numpy(self._targets(rows, stored, corners))
 
     def select(self, keep: NDArray[np.bool_]) -> Dataset:
-        """The rows where `keep` (N,) is true; pixels are shared."""
+        """The items where `keep` (N,) is true; pixels are shared."""
         rows = np.flatnonzero(keep)
         return replace(
             self,
-            targets=self.targets if self.targets.ndim == 4 else self.targets[rows],
+            targets=self._labelled[rows] if self._labelled is not None else self.targets,
             patients=tuple(self.patients[row] for row in rows),
             evaluation=self.evaluation[rows],
             order=self._order[rows],
+            rows=self.rows[rows],
         )
 
     @property
-    def _order(self) -> NDArray[np.int64]:
+    def tiles(self) -> Tile | None:
+        """Where each item was cut out of which volume; None if items are whole."""
+        if not isinstance(self.images, Tiles):
+            return None
+        order = self._order
+        return Tile(
+            volume=self.rows,
+            corner=self.images.corner[order],
+            whole=self.images.shapes[self.images.volume[order]],
+        )
+
+    @property
+    def _labelled(self) -> NDArray[Any] | None:
+        """The targets of a classification, which follow the items; masks stay where they are, as pixels do."""
+        return self.targets if isinstance(self.targets, np.ndarray) and self.targets.ndim == 2 else None
+
+    @property
+    def _order(self) -> Numbers:
         return np.arange(len(self.images)) if self.order is None else self.order
+
+    @cached_property
+    def _images(self) -> Slots | Tiles:
+        return Slots.of(self.images) if isinstance(self.images, np.ndarray) else self.images
+
+    def _targets(self, rows: Numbers, stored: Numbers, corners: Numbers | None) -> NDArray[np.float32]:
+        if isinstance(self.targets, np.ndarray):
+            values: NDArray[np.float32] = self.targets[stored if self._labelled is None else rows].astype(np.float32)
+            return values
+        classes = _gathered(self.targets, stored, corners, scaled=False)  # (n, 1, …)
+        if self.labels == 1:
+            return classes
+        numbers = np.arange(1, self.labels + 1, dtype=np.float32).reshape(-1, *[1] * (classes.ndim - 2))
+        return np.equal(classes, numbers).astype(np.float32)
 
 
 def load_dataset(
@@ -96,6 +152,12 @@ def load_dataset(
     seed: int,
     name: str,
     cache_dir: Path | None,
+    items: str = "images",
+    spacing_mm: tuple[float, ...] = (),
+    volume_size: tuple[int, ...] = (),
+    cache_gib: float = 50.0,
+    processes: int = 1,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Everything a manifest names, decoded, resized and split.
 
@@ -103,74 +165,85 @@ def load_dataset(
         manifest_path: the site's CSV.
         task: labels, and classification or segmentation.
         preset: how pictures are read, a key of `reading.PRESETS`.
-        image_size: side of the square that a picture is fitted into, pixels.
+        image_size: side of the square that a picture or a slice is fitted into, pixels.
         in_channels: of the network; a multiple of what the preset gives.
         max_unreadable: share of unreadable images above which the set is refused.
         site_share: share of patients held out for evaluation, unless the manifest has splits.
         seed: of the split.
         name: of the site.
         cache_dir: where decoded images are kept; None = memory.
+        items: what a row of a batch is: images, slices, volumes or patches.
+        spacing_mm: to which volumes are resampled, along depth, height, width; empty = as acquired.
+        volume_size: voxels of a volume, cropped or padded at its centre, or of a patch.
+        cache_gib: size above which the sets that were used longest ago leave the cache.
+        processes: decoding processes, for what is not in the cache.
+        progress: told (done, all) while images are decoded into the cache.
 
     Raises:
         DataError: the manifest is wrong, too many images cannot be read, or a mask does not fit.
         ConfigError: the preset is unknown or does not fit the network.
     """
-    channels = preset_named(preset).channels
+    recipe = Recipe.of(
+        preset=preset, items=items, image_size=image_size, spacing_mm=spacing_mm, volume_size=volume_size,
+        labels=task.labels if task.kind == "segmentation" else (),
+    )  # fmt: skip
+    channels = 1 if recipe.depth else preset_named(preset).channels
     if in_channels % channels:
         raise ConfigError(
             f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
         )
     manifest = read_manifest(manifest_path, task)
     held = evaluation_rows(manifest, site_share, seed, name)
-    pixels = _pixels(manifest, task, preset, image_size, cache_dir)
+    if cache_dir is None:
+        pixels = in_memory(manifest.rows, recipe, processes=processes)
+    else:
+        pixels = kept(manifest.rows, recipe, cache_dir, limit_gib=cache_gib, processes=processes, progress=progress)
     _check_unreadable(pixels.unreadable, len(manifest.rows), max_unreadable)
-    readable = [index for index, row in enumerate(manifest.rows) if row.number not in pixels.unreadable]
+    return _assembled(manifest, held, pixels, recipe, volume_size, in_channels)
+
+
+def _assembled(
+    manifest: Manifest,
+    held: NDArray[np.bool_],
+    stored: Stored,
+    recipe: Recipe,
+    volume_size: tuple[int, ...],
+    in_channels: int,
+) -> Dataset:
+    """One data set of items; what a row says holds for all items of it."""
+    readable = [index for index, row in enumerate(manifest.rows) if row.number not in stored.unreadable]
+    tiles = recipe.items == "patches"
+    images = _items(stored.images, volume_size if tiles else ())
+    if isinstance(images, Tiles):
+        of_row = images.volume
+    else:
+        of_row = np.repeat(np.arange(len(readable)), [place.shape[0] for place in stored.images])
     rows = [manifest.rows[index] for index in readable]
+    masks = _items(stored.masks, volume_size if tiles else ()) if recipe.labels else None
     return Dataset(
-        images=pixels.images,
-        targets=np.array([row.labels for row in rows], np.float32) if pixels.masks is None else pixels.masks,
-        patients=tuple(row.patient for row in rows),
-        unreadable=tuple(sorted(pixels.unreadable)),
-        evaluation=held[readable],
+        images=images,
+        targets=np.array([row.labels for row in rows], np.float32)[of_row] if masks is None else masks,
+        patients=tuple(rows[index].patient for index in of_row),
+        unreadable=tuple(sorted(stored.unreadable)),
+        evaluation=held[readable][of_row],
         channels=in_channels,
+        rows=np.array([row.number for row in rows], np.int64)[of_row],
+        labels=recipe.labels,
+        reasons=MappingProxyType(dict(Counter(stored.unreadable.values()).most_common())),
     )
 
 
-def _pixels(manifest: Manifest, task: TaskConfig, preset: str, size: int, cache_dir: Path | None) -> Pixels:
-    rows = manifest.rows
-    folder = None
-    if cache_dir is not None:
-        files = [path for row in rows for path in (row.image, row.mask) if path is not None]
-        settings = {"preset": preset, "size": size, "kind": task.kind, "masks": len(task.labels)}
-        if task.kind == "classification":
-            del settings["masks"]  # the labels of a classification are not in the cache
-        folder = cache_dir / key_of(files, base=manifest.path.parent, settings=settings)
-
-    def decode(index: int) -> Decoded:
-        return _decode(rows[index], preset=preset, size=size, labels=len(task.labels))
-
-    return decode_all(decode, [row.number for row in rows], folder)
+def _items(places: Sequence[Located], box: tuple[int, ...]) -> Slots | Tiles:
+    """Every item at these places; boxes of that size out of them if there is one."""
+    return Tiles.over([place.view()[0] for place in places], box) if box else Slots.at(places)
 
 
-def _decode(row: Row, *, preset: str, size: int, labels: int) -> Decoded:
-    """One row's image as (C, S, S) uint16 and mask as (L, S, S) uint8."""
-    image = read_image(row.image, preset=preset)
-    small = np.rint(letterbox(image, size).clip(0, 1) * 65535).astype(np.uint16)
-    if row.mask is None:
-        return small, None
-    mask = read_mask(row.mask)
-    if mask.shape != image.shape[1:]:
-        text = f"row {row.number}: the mask is {_size(mask.shape)}, its image {_size(image.shape[1:])}"
-        raise DataError(text, public=text)
-    if labels > 1 and mask.max() > labels:
-        text = f"row {row.number}: the mask holds {mask.max()}, but the task has {labels} labels"
-        raise DataError(text, public=text)
-    planes = mask[None] != 0 if labels == 1 else mask[None] == np.arange(1, labels + 1)[:, None, None]
-    return small, letterbox_mask(planes.astype(np.uint8), size)
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} by {shape[1]} pixels"
+def _gathered(
+    items: Slots | Tiles, rows: Numbers, corners: Numbers | None, *, scaled: bool = True
+) -> NDArray[np.float32]:
+    if isinstance(items, Tiles):
+        return items.gather(rows, scaled=scaled, corners=corners)
+    return items.gather(rows, scaled=scaled)
 
 
 def _check_unreadable(unreadable: Mapping[int, str], total: int, most: float) -> None:

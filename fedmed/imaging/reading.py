@@ -5,23 +5,30 @@ What a picture has to become depends on the work: a `Preset` says so. The table 
 
 from __future__ import annotations
 
-import warnings
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from pydicom.errors import InvalidDicomError
+from pydicom.dataset import Dataset
 
 from fedmed.errors import ConfigError, UnreadableImage
-from fedmed.imaging.dicom.colour import displayed_colour
-from fedmed.imaging.dicom.grey import displayed
-from fedmed.imaging.dicom.pixels import MAX_PIXEL_BYTES
+from fedmed.imaging.dicom.colour import displayed_colours, luma
+from fedmed.imaging.dicom.frames import frame_values, transformation
+from fedmed.imaging.dicom.grey import displayed_frames
+from fedmed.imaging.dicom.kinds import check_kind
+from fedmed.imaging.dicom.opening import is_dicom, open_dicom
+from fedmed.imaging.dicom.pixels import check_single, declared
+from fedmed.imaging.plain_errors import plain_errors, plainly
+from fedmed.imaging.raster import raster, read_raster
 
 Pixels = NDArray[np.float32]
+
+ROBUST_PERCENTILES = (0.5, 99.5)
+SAMPLE = 2**21  # values from which percentiles are taken: 2 million move a percentile by less than 0.02 of itself
+HOUNSFIELD = ("HU", "HU_MOD", "US", "")  # Rescale Type (0028,1054); US is "unspecified", and CT without a type has HU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +36,30 @@ class Preset:
     """What a picture becomes."""
 
     channels: int
+    intensity: Literal["display", "window", "robust"] = "display"
+    window_hu: tuple[float, float] = (0.0, 0.0)  # centre and width, for "window"
+    modalities: frozenset[str] = frozenset()  # DICOM kinds that are let in; empty = all that are images
+    secondary_captures: bool = False
+    colour: Literal["refuse", "luma", "keep"] = "refuse"  # what becomes of a DICOM object in colour
 
 
+_CT = frozenset({"ct"})
 PRESETS = {
-    "cxr": Preset(channels=1),  # projection radiographs: VOI, polarity, grey
-    "color": Preset(channels=3),  # fundus, skin, endoscopy; a grey picture becomes three equal channels
+    "cxr": Preset(channels=1),  # projection radiographs: as displayed, polarity undone
+    "cxr-sc": Preset(channels=1, secondary_captures=True),  # some public sets hold radiographs as secondary captures
+    # Windows in HU are convention, as on a CT workstation, centre and width; those of the file are ignored
+    "ct-lung": Preset(channels=1, intensity="window", window_hu=(-600, 1500), modalities=_CT),
+    "ct-soft": Preset(channels=1, intensity="window", window_hu=(40, 400), modalities=_CT),
+    "ct-brain": Preset(channels=1, intensity="window", window_hu=(40, 80), modalities=_CT),
+    "ct-bone": Preset(channels=1, intensity="window", window_hu=(300, 1500), modalities=_CT),
+    "mr": Preset(channels=1, intensity="robust"),  # arbitrary units: maxima from 112 to 1.7 million in one real set
+    "us": Preset(channels=1, colour="luma"),  # grey ultrasound is often stored as RGB or YBR
+    "color": Preset(channels=3, secondary_captures=True, colour="keep"),  # fundus, skin, endoscopy, many of them SC
 }
+
+
+def _rule(preset: str | Preset) -> Preset:
+    return preset_named(preset) if isinstance(preset, str) else preset
 
 
 def preset_named(name: str) -> Preset:
@@ -56,24 +81,28 @@ def read_image(path: Path, *, preset: str = "cxr") -> Pixels:
         preset: a key of `PRESETS`.
 
     Returns:
-        (C, H, W) in [0, 1]; C = 1 for "cxr", 3 for "color".
+        (C, H, W) in [0, 1]; C = 3 for "color", else 1. Grey under "color" is one plane seen three times, read-only.
 
     Raises:
         UnreadableImage: for whatever reason it cannot be read. The message names neither file nor patient.
         ConfigError: the preset is unknown.
     """
-    channels = preset_named(preset).channels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's and Pillow's may quote the header
-            pixels = _read_dicom(path, channels) if is_dicom(path) else _read_raster(path, channels)
-    except UnreadableImage:
-        raise
-    except Exception as error:  # decoders raise anything at all; the text may quote the header, so it is dropped
-        raise UnreadableImage(_reason(error)) from None
-    if not np.isfinite(pixels).all():
-        raise UnreadableImage("pixels that are not numbers")
-    return pixels
+    return next(_frames(Path(path), preset_named(preset), single=True))
+
+
+def read_frames(path: Path, preset: str = "cxr") -> Iterator[Pixels]:
+    """Read every frame of a file, one at a time: ultrasound loops, angiography, enhanced objects.
+
+    With "mr" each frame has a range of its own; volumes take theirs together, see `to_unit_range`.
+
+    Yields:
+        As `read_image`.
+
+    Raises:
+        UnreadableImage: as `read_image`, on the first frame or later.
+        ConfigError: the preset is unknown.
+    """
+    return _frames(Path(path), preset_named(preset), single=False)
 
 
 def read_mask(path: Path) -> NDArray[np.int64]:
@@ -83,72 +112,126 @@ def read_mask(path: Path) -> NDArray[np.int64]:
         UnreadableImage: it cannot be read, or has colours.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mask = _raster(path)
-    except UnreadableImage:
-        raise
-    except Exception as error:
-        raise UnreadableImage(f"mask: {_reason(error)}") from None
-    if mask.ndim != 2:
-        raise UnreadableImage("mask has colours")
+        with plain_errors():
+            mask = raster(path, indices=True)
+            if mask.ndim != 2:
+                raise UnreadableImage("it has colours")
+    except UnreadableImage as error:
+        raise UnreadableImage(f"mask: {error}") from None
     return mask.astype(np.int64)
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether the file has DICOM's preamble (PS3.10 7.1). Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def to_unit_range(
+    values: NDArray[np.float32], preset: str | Preset, *, valid: NDArray[np.bool_] | None = None
+) -> Pixels:
+    """Quantities in the units of their modality as [0, 1], by the preset's rule.
+
+    Args:
+        values: of any shape: a plane, or a whole volume, which so has one scale.
+        preset: "ct-*" cut a fixed window in HU; "mr" stretches the 0.5th to 99.5th percentile of what is neither
+            padding nor background; the others stretch the whole range.
+        valid: of the same shape; False = padding, which becomes 0.
+
+    Returns:
+        A new array of the same shape.
+    """
+    return _to_unit_range_(np.array(values, np.float32), _rule(preset), valid)
 
 
-def _read_dicom(path: Path, channels: int) -> Pixels:
-    ds = pydicom.dcmread(path)
-    if "TransferSyntaxUID" not in ds.file_meta:
-        raise UnreadableImage("header lacks TransferSyntaxUID")
-    if channels == 1:
-        return displayed(ds)[None]
-    if ds.get("SamplesPerPixel") == 1 and str(ds.get("PhotometricInterpretation")).startswith("MONOCHROME"):
-        return np.repeat(displayed(ds)[None], channels, axis=0)
-    return displayed_colour(ds)
+def _to_unit_range_(values: Pixels, rule: Preset, valid: NDArray[np.bool_] | None) -> Pixels:
+    """The same in the array that is given."""
+    if rule.intensity == "window":
+        centre, width = rule.window_hu
+        low, high, background = centre - width / 2, centre + width / 2, None
+    else:
+        low, high, background = _range(values, valid, robust=rule.intensity == "robust")
+    values -= np.float32(low)
+    values /= np.float32(high - low if high > low else 1)
+    np.clip(values, 0, 1, out=values)
+    if background is not None:
+        np.copyto(values, 0, where=background)
+    if valid is not None:
+        np.copyto(values, 0, where=~valid)
+    return values
 
 
-def _read_raster(path: Path, channels: int) -> Pixels:
-    pixels = _raster(path, indices=False)
-    highest = {"b": 1, "u": 2 ** (8 * pixels.dtype.itemsize) - 1}[pixels.dtype.kind]
-    scaled: Pixels = np.asarray(pixels / highest, np.float32)
-    if scaled.ndim == 3 and channels == 1:
-        scaled = scaled @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 luma, as Pillow's "L"
-    return scaled.transpose(2, 0, 1) if scaled.ndim == 3 else np.repeat(scaled[None], channels, axis=0)
+def _range(
+    values: Pixels, valid: NDArray[np.bool_] | None, *, robust: bool
+) -> tuple[float, float, NDArray[np.bool_] | None]:
+    """Low and high end, and what is background: of volumes cut free, the value in all corners, whatever it is."""
+    background = None
+    if robust and values.size:
+        corners = values[np.ix_(*((0, -1) for _ in values.shape))]
+        background = values == corners.flat[0] if (corners == corners.flat[0]).all() else None
+    keep = _kept(valid, background)
+    if robust:
+        step = max(1, values.size // SAMPLE) | 1  # odd, so that it does not walk down a column
+        sample = values.reshape(-1)[::step][... if keep is None else keep.reshape(-1)[::step]]
+        low, high = np.percentile(sample, ROBUST_PERCENTILES) if sample.size else (0, 0)
+        if high > low:
+            return float(low), float(high), background
+    low = values.min(where=True if keep is None else keep, initial=np.inf)
+    high = values.max(where=True if keep is None else keep, initial=-np.inf)
+    return (float(low), float(high), background) if low <= high else (0.0, 0.0, background)
 
 
-def _raster(path: Path, *, indices: bool = True) -> NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.bool_]:
-    """(H, W) or (H, W, 3) as stored. `indices`: a palette's numbers rather than its colours."""
-    with Image.open(path, formats=("PNG", "JPEG")) as image:
-        if image.width * image.height * 4 > MAX_PIXEL_BYTES:
-            raise UnreadableImage(f"larger than {MAX_PIXEL_BYTES >> 20} MiB")
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)  # 16-bit PNG
-        if image.mode in ("1", "L") or (image.mode == "P" and indices):
-            return np.asarray(image)
-        return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
+def _kept(valid: NDArray[np.bool_] | None, background: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """What is neither padding nor background; None = everything."""
+    if background is None:
+        return valid
+    keep = ~background
+    if valid is not None:
+        keep &= valid
+    return keep
 
 
-def _reason(error: Exception) -> str:
-    """A reason without any text from the file."""
-    match error:
-        case FileNotFoundError():
-            return "no such file"
-        case IsADirectoryError():
-            return "a folder, not a file"
-        case PermissionError():
-            return "no permission to read it"
-        case InvalidDicomError() | UnidentifiedImageError():
-            return "neither DICOM, PNG nor JPEG"
-        case EOFError() | zlib.error():
-            return "truncated file"
-        case OSError() if "truncated" in str(error).lower():
-            return "truncated file"
-        case Image.DecompressionBombError():
-            return f"larger than {MAX_PIXEL_BYTES >> 20} MiB"
-        case _:
-            return f"cannot be decoded ({type(error).__name__})"
+def _frames(path: Path, rule: Preset, *, single: bool) -> Iterator[Pixels]:
+    for pixels in plainly(_read(path, rule, single=single)):
+        if not np.isfinite(pixels.sum(dtype=np.float64)):  # of values in [0, 1]: without an array of truth values
+            raise UnreadableImage("pixels that are not numbers")
+        yield pixels
+
+
+def _read(path: Path, rule: Preset, *, single: bool) -> Iterator[Pixels]:
+    if is_dicom(path):
+        yield from _read_dicom(open_dicom(path), rule, single=single)
+    else:
+        yield read_raster(path, rule.channels)
+
+
+def _read_dicom(ds: Dataset, rule: Preset, *, single: bool) -> Iterator[Pixels]:
+    check_kind(ds, secondary_captures=rule.secondary_captures, modalities=rule.modalities)
+    claims = declared(ds)
+    if single:
+        check_single(claims)
+    if claims.photometric.startswith("MONOCHROME"):
+        planes = displayed_frames(ds) if rule.intensity == "display" else _quantities(ds, rule)
+        for plane in planes:
+            yield np.broadcast_to(plane, (rule.channels, *plane.shape)) if rule.channels > 1 else plane[None]
+    elif rule.colour == "refuse":
+        raise UnreadableImage("colour image")
+    else:
+        yield from (luma(colours) if rule.colour == "luma" else colours for colours in displayed_colours(ds))
+
+
+def _quantities(ds: Dataset, rule: Preset) -> Iterator[Pixels]:
+    """Frames by the preset's own range. HU are not inverted: what MONOCHROME1 says of them is for a screen."""
+    for index, frame in enumerate(frame_values(ds)):
+        if rule.intensity == "window":
+            check_hounsfield(ds, index)
+        elif frame.lowest_is_white:
+            np.negative(frame.values, out=frame.values)
+        yield _to_unit_range_(frame.values, rule, ~frame.padding if frame.padding.any() else None)
+
+
+def check_hounsfield(ds: Dataset, index: int) -> None:
+    """Refuse CT values that are not in Hounsfield units, so that a window in HU would mean nothing (C.11.1.1.2).
+
+    Raises:
+        UnreadableImage: there is no rescale, or its type is another one.
+    """
+    source = transformation(ds, index)
+    if source.get("RescaleSlope") is None or source.get("RescaleIntercept") is None:
+        raise UnreadableImage("CT without rescale to Hounsfield units")
+    if str(source.get("RescaleType") or "").strip().upper() not in HOUNSFIELD:
+        raise UnreadableImage("CT values in another unit than Hounsfield's")

@@ -1,19 +1,21 @@
-"""Pictures and masks to a square of fixed size, keeping their aspect ratio (a stretched heart looks enlarged)."""
+"""Pictures and masks to a square of fixed size, keeping their aspect ratio (a stretched heart looks enlarged).
+
+Pillow does it, and not torch, because the processes that decode must start fast and stay small.
+"""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
+from PIL import Image
 
 Pixel = TypeVar("Pixel", bound=np.generic)
 
 
 def letterbox(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Scale the long side to `size` (antialiased bilinear), centre, pad with 0.
+    """Scale the long side to `size` (bilinear, antialiased when it shrinks), centre, pad with 0.
 
     Args:
         image: (C, H, W).
@@ -23,9 +25,11 @@ def letterbox(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
         (C, size, size).
     """
     height, width = fitted(image.shape[1:], size)
-    pixels = torch.from_numpy(np.ascontiguousarray(image))[None]
-    scaled = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    return _centred(scaled[0].numpy(), size)
+    scaled = np.empty((image.shape[0], height, width), np.float32)
+    for channel, plane in zip(scaled, image, strict=True):
+        whole = Image.fromarray(np.ascontiguousarray(plane, np.float32))  # mode "F"
+        channel[...] = np.asarray(whole.resize((width, height), Image.Resampling.BILINEAR))
+    return _centred(scaled, size)
 
 
 def letterbox_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

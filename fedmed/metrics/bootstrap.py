@@ -1,54 +1,28 @@
-"""Percentile intervals by resampling patients (Efron and Tibshirani 1993, chapter 13; clusters: Field and Welsh 2007).
+"""Every metric with its interval over patients, computed from the cases themselves: for the server's own set.
 
-Images of one patient resemble each other, so the patient is what is drawn: a replicate draws as many patients as there
-are, with replacement, and counts each image as often as its patient was drawn. Counts are weights, so a replicate is a
-column of a weight matrix, and each statistic is computed for all columns at once.
+The values are exact, where those that sites' sums amount to come from histograms. All metrics of one call come from the
+same resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.metrics.calibration import (
+    CALIBRATION_BINS,
+    calibration_bins,
+    ece_of_sums,
+    probabilities,
+    squared_errors,
+)
+from fedmed.metrics.cases import Cases, overlap
+from fedmed.metrics.classification import SENSITIVITY, f1
 from fedmed.metrics.ranking import ranking_metrics
-from fedmed.metrics.segmentation import Cases, overlap
-from fedmed.metrics.sums import Array, check_cases, check_labels, check_patients, cross_entropy
-
-Statistic = Callable[[Array], Array]  # weights (N, R) of R replicates -> values (R,) or (K, R), NaN where undefined
-CELLS = 2_000_000  # images times replicates in memory at once: 16 MB
-LEVEL = 0.95  # of every interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A metric with its 95 % interval."""
-
-    value: float | None  # on the data as they are; None if undefined
-    low: float | None  # None if there is no interval
-    high: float | None
-    n: int  # patients that count for this metric
-
-
-def bootstrap_patients(
-    statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator
-) -> tuple[float | None, float | None]:
-    """Returns the 2.5 % and 97.5 % points of a statistic over resampled patients.
-
-    Replicates in which the statistic is undefined are left out.
-
-    Args:
-        statistic: Maps weights (N, R), one column per replicate, to values (R,), NaN where undefined.
-        patients: N patient ids, one per image.
-        replicates: How many resamples; with 0 there is no interval.
-        rng: Source of the resamples.
-
-    Returns:
-        (low, high), or (None, None) if fewer than half of the replicates are defined, or there are not two patients.
-    """
-    return _percentiles(_replicate(statistic, patients, replicates, rng)[0], patients)
+from fedmed.metrics.resampling import Interval, intervals
+from fedmed.metrics.sums import Array, check_cases, check_labels, check_patients, cross_entropy, quotient
 
 
 def intervals_classification(
@@ -59,11 +33,10 @@ def intervals_classification(
     replicates: int,
     rng: np.random.Generator,
 ) -> dict[str, Interval]:
-    """Returns `loss`, `auroc`, `auroc/<label>`, `auprc` and `auprc/<label>` with intervals, from the same resamples.
+    """Returns every metric of `classification_metrics` with its interval, from the same resamples.
 
-    The values are exact, where those of `classification_metrics` come from histograms. As there, `auroc` is the mean
-    over the labels that have both classes, in each replicate anew. A patient counts for a label if any of its images
-    has a known target.
+    As there, `<metric>` is the mean over the labels for which it is defined, in each replicate anew. A patient counts
+    for a label if any of its images has a known target.
 
     Args:
         logits: (N, L), finite.
@@ -81,26 +54,45 @@ def intervals_classification(
     check_patients(patients, len(logits))
     check_labels(labels, logits.shape[1])
     known = ~np.isnan(targets)  # (N, L)
-    loss = np.where(known, cross_entropy(logits.astype(np.float64), np.where(known, targets, 0)), 0)
+    target = np.where(known, targets, 0).astype(np.float64)
+    declared = np.where(known, logits > 0, 0.0)
+    loss = np.where(known, cross_entropy(logits.astype(np.float64), target), 0)
+    brier = np.where(known, squared_errors(logits, target), 0)
+    probability = np.where(known, probabilities(logits), 0)
+    bins = calibration_bins(probability)[..., None] == np.arange(CALIBRATION_BINS)  # (N, L, 15)
+    expected, observed = bins * probability[..., None], bins * target[..., None]  # of one image, by bin
 
     def statistic(weights: Array) -> Array:
         ranking = [ranking_metrics(logits[:, i], targets[:, i], weights) for i in range(len(labels))]
-        auroc = np.reshape([metrics.auroc for metrics in ranking], (len(labels), -1))
-        auprc = np.reshape([metrics.auprc for metrics in ranking], (len(labels), -1))
-        mean_loss = _quotient(loss.sum(axis=1) @ weights, known.sum(axis=1) @ weights)
-        return np.vstack((mean_loss, _mean(auroc), auroc, _mean(auprc), auprc))
+        area, average, sensitivity = np.reshape(ranking, (len(labels), 3, -1)).swapaxes(0, 1)  # each (L, R)
+        count = known.T @ weights
+        ece = [
+            ece_of_sums(expected[:, i].T @ weights, observed[:, i].T @ weights, count[i]) for i in range(len(labels))
+        ]
+        return np.vstack(
+            (
+                quotient(loss.sum(axis=1) @ weights, known.sum(axis=1) @ weights),
+                _under_mean(area),
+                _under_mean(average),
+                _under_mean(sensitivity),
+                _under_mean(f1((declared * target).T @ weights, declared.T @ weights, target.T @ weights)),
+                _under_mean(quotient(brier.T @ weights, count)),
+                _under_mean(np.reshape(ece, (len(labels), -1))),
+            )
+        )
 
-    names = ["loss", "auroc", *(f"auroc/{label}" for label in labels)]
-    names += ["auprc", *(f"auprc/{label}" for label in labels)]
-    anywhere = known.any(axis=1)[:, None]
-    counts = np.hstack((anywhere, anywhere, known, anywhere, known))  # (N, K)
-    return _intervals(names, statistic, counts, patients, replicates, rng)
+    metrics = ("auroc", "auprc", SENSITIVITY, "f1", "brier", "ece")
+    counts = np.hstack((known.any(axis=1)[:, None], *[_under_any(known)] * len(metrics)))  # (N, K)
+    return intervals(_names(metrics, labels), statistic, counts, patients, replicates, rng)
 
 
 def intervals_segmentation(
     cases: Cases, patients: Sequence[str], labels: Sequence[str], replicates: int, rng: np.random.Generator
 ) -> dict[str, Interval]:
     """Returns every metric of `segmentation_metrics` with its interval, from the same resamples.
+
+    A patient counts for a distance of a label if it has a case of which neither mask is empty, for `lesion-sensitivity`
+    if it has a lesion, and for everything else always.
 
     Args:
         cases: Scores of N cases and L labels.
@@ -114,78 +106,55 @@ def intervals_segmentation(
     """
     check_patients(patients, len(cases.loss))
     check_labels(labels, cases.total.shape[1])
+    hd95, assd = np.nan_to_num(cases.hd95), np.nan_to_num(cases.assd)
 
     def statistic(weights: Array) -> Array:
         count = weights.sum(axis=0)  # (R,)
         intersection, total = cases.intersection.T @ weights, cases.total.T @ weights  # (L, R), (L, R)
-        dice = _quotient(cases.dice.T @ weights, count)
-        pooled = overlap(2 * intersection.sum(axis=0), total.sum(axis=0))
-        micro = overlap(2 * intersection, total)
-        iou = overlap(intersection, total - intersection)
-        rows = np.vstack((_quotient(cases.loss @ weights, count), _mean(dice), dice, pooled, micro, _mean(iou), iou))
+        union, measured = total - intersection, cases.measured.T @ weights
+        excluded = cases.excluded.T @ weights
+        rows = np.vstack(
+            (
+                quotient(cases.loss @ weights, count),
+                _under_mean(quotient(cases.dice.T @ weights, count)),
+                _under_mean(quotient(cases.iou.T @ weights, count)),
+                overlap(2 * intersection.sum(axis=0), total.sum(axis=0)),
+                overlap(2 * intersection, total),
+                overlap(intersection.sum(axis=0), union.sum(axis=0)),
+                overlap(intersection, union),
+                _under_mean(quotient(hd95.T @ weights, measured)),
+                _under_mean(quotient(assd.T @ weights, measured)),
+                excluded.sum(axis=0),
+                excluded,
+                _under_mean(quotient(cases.lesions_found.T @ weights, cases.lesions.T @ weights)),
+                _under_mean(quotient(cases.lesions_invented.T @ weights, count)),
+            )
+        )
         return np.where(count > 0, rows, np.nan)
 
-    names = ["loss"]
-    for metric in ("dice", "micro-dice", "iou"):
-        names += [metric, *(f"{metric}/{label}" for label in labels)]
-    counts = np.ones((len(cases.loss), len(names)), dtype=np.bool_)
-    return _intervals(names, statistic, counts, patients, replicates, rng)
+    everybody: NDArray[np.bool_] = np.ones(cases.dice.shape, dtype=np.bool_)
+    counts: dict[str, NDArray[np.bool_]] = {
+        **dict.fromkeys(("dice", "iou", "micro-dice", "micro-iou"), everybody),
+        **dict.fromkeys(("hd95", "assd"), cases.measured),
+        "hd95-excluded": everybody,
+        "lesion-sensitivity": cases.lesions > 0,
+        "lesion-false-positives": everybody,
+    }
+    counted = np.hstack((everybody[:, :1], *[_under_any(of_label) for of_label in counts.values()]))  # (N, K)
+    return intervals(_names(tuple(counts), labels), statistic, counted, patients, replicates, rng)
 
 
-def _intervals(
-    names: Sequence[str],
-    statistic: Statistic,
-    counts: NDArray[np.bool_],
-    patients: Sequence[str],
-    replicates: int,
-    rng: np.random.Generator,
-) -> dict[str, Interval]:
-    """Judges each of K metrics by the patients with an image that `counts` (N, K) for it."""
-    values = statistic(np.ones((len(patients), 1)))[:, 0]  # (K,)
-    drawn = _replicate(statistic, patients, replicates, rng)  # (K, replicates)
-    ids = np.asarray(patients)
-    result = {}
-    for k, name in enumerate(names):
-        counted = ids[counts[:, k]]
-        defined = not np.isnan(values[k])
-        low, high = _percentiles(drawn[k], counted) if defined else (None, None)
-        result[name] = Interval(
-            value=float(values[k]) if defined else None, low=low, high=high, n=len(np.unique(counted))
-        )
-    return result
+def _names(metrics: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Returns `loss`, and each metric followed by itself for each label."""
+    return ["loss", *(name for metric in metrics for name in (metric, *(f"{metric}/{label}" for label in labels)))]
 
 
-def _replicate(statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Array:
-    """Returns the statistic of each resample, (K, replicates)."""
-    distinct, patient = np.unique(np.asarray(patients), return_inverse=True)  # (P,), (N,)
-    rows = [np.atleast_2d(statistic(np.ones((len(patient), 1))))[:, :0]]  # (K, 0): tells K without replicates too
-    at_once = max(1, CELLS // max(1, len(patient)))
-    for start in range(0, replicates if len(distinct) else 0, at_once):
-        count = min(at_once, replicates - start)
-        draws = rng.integers(len(distinct), size=(count, len(distinct)))  # (R, P) patients drawn
-        cells = draws * count + np.arange(count)[:, None]
-        times = np.bincount(cells.ravel(), minlength=len(distinct) * count).reshape(len(distinct), count)  # (P, R)
-        rows.append(np.atleast_2d(statistic(times[patient].astype(np.float64))))
-    return np.concatenate(rows, axis=1)
-
-
-def _percentiles(values: Array, patients: Sequence[str] | NDArray[np.str_]) -> tuple[float | None, float | None]:
-    """Returns (low, high) of replicates (R,), as `bootstrap_patients` defines them."""
-    defined = values[~np.isnan(values)]
-    if len(defined) == 0 or 2 * len(defined) < len(values) or len(set(patients)) < 2:
-        return None, None
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _quotient(numerator: Array, denominator: Array) -> Array:
-    """Returns the quotient, NaN where the denominator is 0."""
-    full = np.broadcast_to(denominator, np.shape(numerator))
-    quotient: Array = np.divide(numerator, full, out=np.full(np.shape(numerator), np.nan), where=full > 0)
-    return quotient
-
-
-def _mean(values: Array) -> Array:
-    """Returns the mean (R,) over labels of (L, R), leaving out NaN; NaN if all are."""
+def _under_mean(values: Array) -> Array:
+    """Returns the values (L, R) under their mean over the labels, NaN left out: (1 + L, R)."""
     defined = ~np.isnan(values)
-    return _quotient(np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0))
+    return np.vstack((quotient(np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0)), values))
+
+
+def _under_any(counts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Returns which images count for each label, (N, L), beside which count for any: (N, 1 + L)."""
+    return np.hstack((counts.any(axis=1, keepdims=True), counts))

@@ -1,4 +1,4 @@
-"""Exact ranking metrics of one label: ROC curve, AUROC and average precision, also for weighted cases.
+"""Exact ranking metrics of one label, also for weighted cases: ROC curve, AUROC, average precision, sensitivity.
 
 A case whose target is NaN is unknown and left out. All metrics are undefined unless both classes are present.
 """
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+SPECIFICITY = 0.9  # of the threshold at which sensitivity is reported
+SLACK = 1e-9  # 1 - 0.9 is a little less than the 1/10 that a count can reach
 
 
 def auroc(scores: ArrayLike, targets: ArrayLike) -> float | None:
@@ -33,6 +35,18 @@ def auprc(scores: ArrayLike, targets: ArrayLike) -> float | None:
     return _or_none(ranking_metrics(scores, targets).auprc[0])
 
 
+def sensitivity_at_specificity(scores: ArrayLike, targets: ArrayLike) -> float | None:
+    """Returns the largest sensitivity of a threshold whose specificity is at least 0.90.
+
+    A threshold is one of the scores, or lies above them all; nothing is interpolated between two points of the curve.
+
+    Args:
+        scores: (N,), higher means positive.
+        targets: (N,) 0, 1 or NaN.
+    """
+    return _or_none(ranking_metrics(scores, targets).sensitivity[0])
+
+
 def roc_curve(scores: ArrayLike, targets: ArrayLike) -> tuple[Array, Array, Array] | None:
     """Returns the ROC curve as (false positive rates, true positive rates, thresholds), or None without both classes.
 
@@ -50,14 +64,15 @@ def roc_curve(scores: ArrayLike, targets: ArrayLike) -> tuple[Array, Array, Arra
 
 
 class RankingMetrics(NamedTuple):
-    """AUROC and average precision, one per column of weights; NaN where a class has no weight."""
+    """AUROC, average precision, sensitivity at 0.90 specificity by column of weights; NaN where a class is absent."""
 
     auroc: Array  # (R,)
     auprc: Array  # (R,)
+    sensitivity: Array  # (R,)
 
 
 def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: Array | None = None) -> RankingMetrics:
-    """Returns both metrics for each column of case weights, at the cost of one sort.
+    """Returns the metrics for each column of case weights, at the cost of one sort.
 
     Args:
         scores: (N,), higher means positive.
@@ -69,10 +84,10 @@ def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: Array | None
 
 
 def metrics_of_counts(true: Array, false: Array) -> RankingMetrics:
-    """Returns both metrics from the positives and negatives, (K, R), at or above each of K descending thresholds."""
+    """Returns the metrics from the positives and negatives, (K, R), at or above each of K descending thresholds."""
     if len(true) == 0:
         undefined = np.full(true.shape[1], np.nan)
-        return RankingMetrics(undefined, undefined)
+        return RankingMetrics(undefined, undefined, undefined)
     new_true = np.diff(true, axis=0, prepend=0)  # positives at the threshold itself
     new_false = np.diff(false, axis=0, prepend=0)
     positives, negatives = true[-1], false[-1]
@@ -81,7 +96,11 @@ def metrics_of_counts(true: Array, false: Array) -> RankingMetrics:
         area = np.einsum("kr,kr->r", new_true, negatives - false + 0.5 * new_false) / (positives * negatives)
         precision = true / np.maximum(true + false, np.finfo(np.float64).tiny)
         average = np.einsum("kr,kr->r", new_true, precision) / positives
-    return RankingMetrics(area, np.where(negatives > 0, average, np.nan))
+        allowed = np.count_nonzero(false <= (1 - SPECIFICITY + SLACK) * negatives, axis=0)  # (R,) thresholds from above
+        found = np.where(allowed > 0, true[allowed - 1, np.arange(true.shape[1])], 0)
+        sensitivity = found / positives
+    both = (positives > 0) & (negatives > 0)
+    return RankingMetrics(area, np.where(both, average, np.nan), np.where(both, sensitivity, np.nan))
 
 
 class _Ranked(NamedTuple):

@@ -1,90 +1,40 @@
-"""Segmentation with several labels: scores of each case, the sums that a site sends, and the metrics of the sums.
+"""Segmentation with several labels: the sums that a site sends, and the metrics that the server computes from them.
 
-A case is one image. A pixel belongs to a label if its logit is above 0 (probability above ½). The Dice coefficient of
-two empty masks is 1 by convention: finding nothing where nothing is, is right.
+The headline is the mean over cases, in which a small organ counts as much as a large one. The same ratio of summed
+numerators and denominators, in which every voxel counts alike, is called micro.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from fedmed.metrics.sums import (
-    Array,
-    Metrics,
-    check_cases,
-    check_labels,
-    check_patients,
-    cross_entropy,
-    mean_of_defined,
-    ratio,
-)
+from fedmed.metrics.cases import Cases, overlap, score_cases
+from fedmed.metrics.sums import Array, Metrics, by_label, check_labels, check_patients, quotient, ratio
 from fedmed.types import Sums
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cases:
-    """Scores of N cases and L labels. Small, whatever the size of the images; it never leaves a site."""
-
-    loss: Array  # (N,) mean cross-entropy over pixels and labels
-    intersection: Array  # (N, L) pixels |A ∩ B| of predicted mask A and true mask B
-    total: Array  # (N, L) pixels |A| + |B|
-
-    @property
-    def dice(self) -> Array:
-        """Returns 2 |A ∩ B| / (|A| + |B|) (Dice 1945) as (N, L); 1 where both masks are empty."""
-        return overlap(2 * self.intersection, self.total)
-
-
-def score_cases(logits: NDArray[np.floating], targets: NDArray[np.generic]) -> Cases:
-    """Returns the scores of a batch; join batches with `join_cases`.
-
-    Args:
-        logits: (N, L, H, W), finite.
-        targets: (N, L, H, W) masks of 0 and 1, of any type; NaN is no mask.
-
-    Raises:
-        ModelError: If a logit is NaN or infinite.
-        DataError: If shapes disagree or a mask holds anything but 0 and 1.
-    """
-    check_cases(logits, targets, unknown=False)
-    predicted, true = logits > 0, targets.astype(np.bool_)
-    pixels = tuple(range(2, logits.ndim))
-    loss = cross_entropy(logits.astype(np.float64), true.astype(np.float64))
-    return Cases(
-        loss=loss.reshape(len(loss), -1).mean(axis=1) if loss.size else np.zeros(len(loss)),
-        intersection=(predicted & true).sum(axis=pixels).astype(np.float64),
-        total=(predicted.sum(axis=pixels) + true.sum(axis=pixels)).astype(np.float64),
-    )
-
-
-def join_cases(batches: Sequence[Cases]) -> Cases:
-    """Returns the cases of all batches, in order; at least one batch."""
-    return Cases(**{f.name: np.concatenate([getattr(batch, f.name) for batch in batches]) for f in fields(Cases)})
-
-
-def dice_per_case(logits: NDArray[np.floating], targets: NDArray[np.generic]) -> Array:
-    """Returns the Dice coefficient of each case and label, (N, L), for logits and masks (N, L, H, W)."""
-    return score_cases(logits, targets).dice
-
-
 def segmentation_sums(
-    logits: NDArray[np.floating], targets: NDArray[np.generic], patients: Sequence[str]
+    logits: NDArray[np.floating],
+    targets: NDArray[np.generic],
+    patients: Sequence[str],
+    spacing_mm: ArrayLike = 1.0,
 ) -> dict[str, Array]:
-    """Returns `case_sums` of a whole data set at once, from logits and masks (N, L, H, W) and N patient ids."""
-    return case_sums(score_cases(logits, targets), patients)
+    """Returns `case_sums` of a whole data set at once, from logits and masks (N, L, [D,] H, W) and N patient ids."""
+    return case_sums(score_cases(logits, targets, spacing_mm), patients)
 
 
 def case_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:
     """Returns what a site contributes to the metrics; sums over sites equal the sums of the pooled cases.
 
     Returns:
-        `loss` (1,), each case's mean over pixels and labels, summed over cases; `known` (1,) and `images` (1,), the
-        number of cases; `patients` (1,), distinct ones; and for each label (L,): `dice` and `dice-square`, the sums of
-        each case's coefficient and of its square; `cases`; `intersection` and `total`, in pixels.
+        `loss` (1,), each case's mean over voxels and labels, summed over cases; `known` (1,) and `images` (1,), the
+        number of cases; `patients` (1,), distinct ones; and for each label (L,): `cases`; `dice`, `dice-square` and
+        `iou`, the sums of each case's coefficient, of its square, and of its IoU; `intersection` and `total`, in
+        voxels; `hd95` and `assd`, sums in mm over the `measured` cases; `excluded`, cases of which exactly one mask is
+        empty; `lesions`, `lesions-found` and `lesions-invented`.
 
     Raises:
         DataError: If there is not one patient for each case.
@@ -94,11 +44,19 @@ def case_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:
     return {
         "loss": np.array([cases.loss.sum()]),
         "known": count,
+        "cases": np.full(cases.dice.shape[1], count[0]),
         "dice": cases.dice.sum(axis=0),
         "dice-square": np.square(cases.dice).sum(axis=0),
-        "cases": np.full(cases.dice.shape[1], count[0]),
+        "iou": cases.iou.sum(axis=0),
         "intersection": cases.intersection.sum(axis=0),
         "total": cases.total.sum(axis=0),
+        "hd95": np.nansum(cases.hd95, axis=0),
+        "assd": np.nansum(cases.assd, axis=0),
+        "measured": cases.measured.sum(axis=0).astype(np.float64),
+        "excluded": cases.excluded.sum(axis=0).astype(np.float64),
+        "lesions": cases.lesions.sum(axis=0),
+        "lesions-found": cases.lesions_found.sum(axis=0),
+        "lesions-invented": cases.lesions_invented.sum(axis=0),
         "patients": np.array([len(set(patients))], dtype=np.float64),
         "images": count.copy(),
     }
@@ -112,31 +70,40 @@ def segmentation_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:
         labels: L names, in the order of the logits.
 
     Returns:
-        `loss`; `dice/<label>`, the mean over cases, and `dice`, the mean over labels; `micro-dice/<label>`, the
-        coefficient of all cases' pixels pooled, and `micro-dice`, of all labels' pixels too; `iou/<label>`, |A ∩ B| /
-        (|A| + |B| - |A ∩ B|) of all cases' pixels pooled, and `iou`, the mean over labels. None where there is no case.
+        `loss`, and by label, as `<metric>/<label>`:
+
+        * `dice` and `iou`, means over cases;
+        * `micro-dice` and `micro-iou`, the coefficients of all cases' voxels pooled;
+        * `hd95` and `assd`, means in mm over the cases of which neither mask is empty, and `hd95-excluded`, the number
+          of cases of which exactly one is;
+        * `lesion-sensitivity`, the share of all true lesions that were found;
+        * `lesion-false-positives`, the mean number per case of predicted lesions where none is.
+
+        `<metric>` is the mean over the labels for which it is defined; only of `micro-dice` and `micro-iou` the
+        coefficient of all labels' voxels pooled too, and of `hd95-excluded` the sum. None where undefined: there is no
+        case, or none that counts.
 
     Raises:
         DataError: If the sums are those of another number of labels.
     """
     check_labels(labels, len(sums["cases"]))
-    judged = sums["cases"] > 0  # (L,)
-    dice = [ratio(*pair) for pair in zip(sums["dice"], sums["cases"], strict=True)]
-    micro = overlap(2 * sums["intersection"], sums["total"])
-    iou = overlap(sums["intersection"], sums["total"] - sums["intersection"])
-    pooled = overlap(2 * sums["intersection"].sum(), sums["total"].sum())
-    by_label = {
-        "dice": dice,
-        "micro-dice": [float(value) if known else None for value, known in zip(micro, judged, strict=True)],
-        "iou": [float(value) if known else None for value, known in zip(iou, judged, strict=True)],
+    cases, union = sums["cases"], sums["total"] - sums["intersection"]
+    micro_dice, micro_iou = overlap(2 * sums["intersection"], sums["total"]), overlap(sums["intersection"], union)
+    pooled_dice = overlap(2 * sums["intersection"].sum(), sums["total"].sum())
+    pooled_iou = overlap(sums["intersection"].sum(), union.sum())
+    judged = np.where(cases > 0, 1.0, np.nan)  # (L,)
+    pooled = bool((cases > 0).any())
+    return {
+        "loss": ratio(sums["loss"][0], sums["known"][0]),
+        **by_label("dice", quotient(sums["dice"], cases), labels),
+        **by_label("iou", quotient(sums["iou"], cases), labels),
+        **by_label("micro-dice", micro_dice * judged, labels),
+        "micro-dice": float(pooled_dice) if pooled else None,
+        **by_label("micro-iou", micro_iou * judged, labels),
+        "micro-iou": float(pooled_iou) if pooled else None,
+        **by_label("hd95", quotient(sums["hd95"], sums["measured"]), labels),
+        **by_label("assd", quotient(sums["assd"], sums["measured"]), labels),
+        **by_label("hd95-excluded", sums["excluded"] * judged, labels, add=True),
+        **by_label("lesion-sensitivity", quotient(sums["lesions-found"], sums["lesions"]), labels),
+        **by_label("lesion-false-positives", quotient(sums["lesions-invented"], cases), labels),
     }
-    metrics: Metrics = {"loss": ratio(sums["loss"][0], sums["known"][0])}
-    for name, values in by_label.items():
-        metrics[name] = mean_of_defined(values)
-        metrics.update({f"{name}/{label}": value for label, value in zip(labels, values, strict=True)})
-    return metrics | {"micro-dice": float(pooled) if judged.any() else None}
-
-
-def overlap(numerator: Array, denominator: Array) -> Array:
-    """Returns the quotient, element by element; 1 where the denominator is 0: both masks are empty."""
-    return np.divide(numerator, denominator, out=np.ones(np.shape(denominator)), where=np.asarray(denominator) > 0)

@@ -1,4 +1,4 @@
-"""What all metrics share: adding the sites' sums, the cross-entropy, ratios that may be undefined."""
+"""What all metrics share: adding the sites' sums, the cross-entropy, ratios that may be undefined, their names."""
 
 from __future__ import annotations
 
@@ -47,10 +47,27 @@ def ratio(numerator: float | np.floating, denominator: float | np.floating) -> f
     return float(numerator) / float(denominator) if denominator else None
 
 
-def mean_of_defined(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of the values that are not None, or None if there are none."""
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None
+def quotient(numerator: Array, denominator: Array) -> Array:
+    """Returns the quotient, element by element and broadcast, NaN where the denominator is 0."""
+    shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
+    full = np.broadcast_to(denominator, shape)
+    result: Array = np.divide(numerator, full, out=np.full(shape, np.nan), where=full > 0)
+    return result
+
+
+def by_label(name: str, values: Array, labels: Sequence[str], *, add: bool = False) -> Metrics:
+    """Returns the L values as `<name>/<label>`, after their mean over the labels as `<name>`; None stands for NaN.
+
+    Args:
+        name: Of the metric.
+        values: (L,), NaN where undefined; the mean leaves these out.
+        labels: L names.
+        add: Whether `<name>` is the sum over the labels, for counts.
+    """
+    defined = values[~np.isnan(values)]
+    overall = defined.sum() if add else defined.mean() if len(defined) else np.nan
+    pairs = zip((name, *(f"{name}/{label}" for label in labels)), (overall, *values), strict=True)
+    return {key: None if np.isnan(value) or not len(defined) else float(value) for key, value in pairs}
 
 
 def check_cases(logits: NDArray[np.floating], targets: NDArray[np.generic], *, unknown: bool) -> None:

@@ -1,5 +1,24 @@
 """Networks: each in one readable file, behind one door, `build`."""
 
-from fedmed.models.registry import MODELS, build
+from fedmed.models.attention_unet import gate_maps
+from fedmed.models.conversion import Converted, group_normalized
+from fedmed.models.registry import MODELS, Built, build, build_with_report
+from fedmed.models.stages import Stage, freeze_, parameter_groups, stages
+from fedmed.models.tiles import logits_by_tiles
+from fedmed.models.weights import Loaded
 
-__all__ = ["MODELS", "build"]
+__all__ = [
+    "MODELS",
+    "Built",
+    "Converted",
+    "Loaded",
+    "Stage",
+    "build",
+    "build_with_report",
+    "freeze_",
+    "gate_maps",
+    "group_normalized",
+    "logits_by_tiles",
+    "parameter_groups",
+    "stages",
+]

@@ -8,12 +8,14 @@ weights load as they are. Unlike torchvision's, no operation works in place: per
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmed.models.norms import Norm, norm_layer, require_size
+from fedmed.models.norms import Norm, norm_layer
+from fedmed.models.spatial import require_size
 
 LAYERS = (6, 12, 24, 16)  # dense layers of the four blocks
 
@@ -22,7 +24,8 @@ def chexnet(*, in_channels: int = 3, outputs: int = 14, norm: Norm = "batch", wi
     """Returns DenseNet-121 with logits for `outputs` findings.
 
     Takes images (N, in_channels, H, W) of at least 29 x 29 pixels (61 x 61 with `instance`, which cannot normalize a
-    single pixel) and returns logits (N, outputs), without the sigmoid.
+    single pixel) and returns logits (N, outputs), without the sigmoid. Stages for fine-tuning: stem block1 block2
+    block3 block4 head.
 
     Args:
         in_channels: Channels of an image; the paper repeats the gray image three times.
@@ -42,7 +45,7 @@ class CheXNet(nn.Module):
         self.smallest = 61 if norm == "instance" else 29
         channels = 2 * growth
         stages: OrderedDict[str, nn.Module] = OrderedDict(
-            conv0=nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
+            conv0=nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=norm == "none"),
             norm0=norm_layer(norm, channels),
             relu0=nn.ReLU(),
             pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
@@ -56,6 +59,12 @@ class CheXNet(nn.Module):
         stages["norm5"] = norm_layer(norm, channels)
         self.features = nn.Sequential(stages)
         self.classifier = nn.Linear(channels, outputs)
+        self.stage_prefixes: Mapping[str, tuple[str, ...]] = {
+            "stem": ("features.conv0.", "features.norm0."),
+            **{f"block{n}": (f"features.denseblock{n}.", f"features.transition{n}.") for n in range(1, len(LAYERS))},
+            "block4": ("features.denseblock4.", "features.norm5."),
+            "head": ("classifier.",),
+        }
         initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,9 +90,9 @@ class DenseLayer(nn.Module):
         """Reads `channels` feature maps."""
         super().__init__()
         self.norm1 = norm_layer(norm, channels)
-        self.conv1 = nn.Conv2d(channels, 4 * growth, kernel_size=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 4 * growth, kernel_size=1, bias=norm == "none")
         self.norm2 = norm_layer(norm, 4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, kernel_size=3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(4 * growth, growth, kernel_size=3, padding=1, bias=norm == "none")
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns (N, C + k, H, W) for features (N, C, H, W)."""
@@ -100,16 +109,16 @@ def transition(channels: int, norm: Norm) -> nn.Sequential:
         OrderedDict(
             norm=norm_layer(norm, channels),
             relu=nn.ReLU(),
-            conv=nn.Conv2d(channels, channels // 2, kernel_size=1, bias=False),
+            conv=nn.Conv2d(channels, channels // 2, kernel_size=1, bias=norm == "none"),
             pool=nn.AvgPool2d(kernel_size=2, stride=2),
         )
     )
 
 
 def initialize(network: nn.Module) -> None:
-    """Draws He-normal convolutions and zeroes the linear bias, as torchvision does, from torch's global generator."""
+    """Draws He-normal convolutions and zeroes biases, as torchvision does, from torch's global generator."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedmed.errors import ModelError
 
-Norm = Literal["batch", "group", "instance"]
+Norm = Literal["batch", "group", "instance", "none"]
 MOST_GROUPS = 32  # Wu & He 2018, arXiv:1803.08494, table 3
 
 
-def norm_layer(kind: Norm, channels: int) -> nn.Module:
-    """Returns a normalization layer for feature maps (N, channels, H, W), with a learned scale and shift.
+def norm_layer(kind: Norm, channels: int, dimensions: int = 2) -> nn.Module:
+    """Returns a normalization layer for feature maps (N, channels, [D,] H, W), with a learned scale and shift.
 
     `batch` mixes the images of a batch and keeps running statistics, so it has no per-image gradient and cannot train
     under DP-SGD. `group` and `instance` look at one image at a time and keep no state. `instance` is undefined on
-    feature maps of a single pixel.
+    feature maps of a single pixel. `none` is the identity; the convolution before it then needs a bias.
 
     Args:
-        kind: `batch`, `group` (see `group_count`) or `instance`.
+        kind: `batch`, `group` (see `group_count`), `instance` or `none`.
         channels: Number of channels, at least 1.
+        dimensions: 2 for images, 3 for volumes.
 
     Raises:
-        ModelError: If `kind` is none of the three.
+        ModelError: If `kind` is none of the four, or `dimensions` is neither 2 nor 3.
     """
+    if dimensions not in (2, 3):
+        raise ModelError(f"a network has 2 or 3 dimensions, got {dimensions}")
     match kind:
         case "batch":
-            return nn.BatchNorm2d(channels)
+            return nn.BatchNorm2d(channels) if dimensions == 2 else nn.BatchNorm3d(channels)
         case "group":
             return nn.GroupNorm(group_count(channels), channels)
         case "instance":
-            return nn.InstanceNorm2d(channels, affine=True)
-    raise ModelError(f"model.norm is {kind!r}; expected batch, group or instance")
+            layer = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
+            return layer(channels, affine=True)
+        case "none":
+            return nn.Identity()
+    raise ModelError(f"model.norm is {kind!r}; expected batch, group or instance, or none for a network without")
 
 
 def group_count(channels: int) -> int:
@@ -44,17 +50,3 @@ def group_count(channels: int) -> int:
     """
     most = min(MOST_GROUPS, channels // 2)
     return max((groups for groups in range(1, most + 1) if channels % groups == 0), default=1)
-
-
-def require_size(network: str, images: Tensor, smallest: int) -> None:
-    """Refuses images (N, C, H, W) that the network would shrink to nothing.
-
-    Raises:
-        ModelError: If H or W is below `smallest` pixels.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) < smallest:
-        raise ModelError(
-            f"{network} needs images of at least {smallest} x {smallest} pixels with this normalization, "
-            f"got {height} x {width}; raise data.image-size"
-        )

@@ -9,6 +9,15 @@ from fedmed.reporting.facts import Estimate, Privacy, RunFacts
 
 UNDEFINED = "–"
 NAMES = {
+    "f1": "F1",
+    "brier": "Brier score",
+    "assd": "ASSD",
+    "micro-dice": "Micro-Dice",
+    "micro-iou": "Micro-IoU",
+    "sensitivity-at-90-specificity": "Sensitivity at 90 % specificity",
+    "hd95-excluded": "Cases without HD95",
+    "lesion-sensitivity": "Lesion sensitivity",
+    "lesion-false-positives": "False lesions per case",
     "chexnet": "CheXNet",
     "resnet50": "ResNet-50",
     "vgg16": "VGG-16",
@@ -31,7 +40,7 @@ NAMES = {
     "ece": "ECE",
     "loss": "Loss",
 }
-LOWER_IS_BETTER = frozenset({"loss", "brier", "ece", "hd95", "assd"})
+LOWER_IS_BETTER = frozenset({"loss", "brier", "ece", "hd95", "assd", "hd95-excluded", "lesion-false-positives"})
 
 
 def title(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 from fedmed.config import TaskConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import (
+    Cases,
+    Form,
+    add_sums,
     case_sums,
     classification_metrics,
     classification_sums,
     join_cases,
+    released,
     score_cases,
     segmentation_metrics,
 )
+from fedmed.training.losses import Loss
 from fedmed.training.network import FlatNetwork
+from fedmed.training.tiles import volume_predictions
 from fedmed.types import Sums
 
 BATCH_SIZE = 32  # images in one forward pass; memory, not accuracy, depends on it
@@ -27,29 +33,91 @@ BATCH_SIZE = 32  # images in one forward pass; memory, not accuracy, depends on 
 def predictions(
     network: FlatNetwork, data: Dataset, rows: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
-    """Yield (rows, logits, targets) batch by batch, in order, the network in evaluation mode."""
+    """Yield (rows, logits, targets) batch by batch, in order, the network in evaluation mode.
+
+    Tiles of segmented volumes are put together: a case is then a volume, and its row that of its first tile.
+    """
     network.module.eval()
     with torch.inference_mode():
+        if data.tiles is not None and data.labels:
+            yield from volume_predictions(network, data, rows)
+            return
         for start in range(0, len(rows), BATCH_SIZE):
             chosen = rows[start : start + BATCH_SIZE]
             images, targets = data.batch(chosen)
-            logits = network.module(images.to(network.device))
+            logits = network(images.to(network.device))
             yield chosen, logits.float().cpu().numpy(), targets.numpy()
 
 
-def evaluation_sums(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], task: TaskConfig) -> Sums:
+def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss: Loss) -> float:
+    """The loss on some rows, in evaluation mode, each batch weighing as many images as it has."""
+    network.module.eval()
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(rows), BATCH_SIZE):
+            images, targets = data.batch(rows[start : start + BATCH_SIZE])
+            value = loss(network(images.to(network.device)), targets.to(network.device))
+            total += float(value) * len(images)
+    return total / len(rows)
+
+
+def evaluation_sums(
+    network: FlatNetwork,
+    data: Dataset,
+    rows: NDArray[np.int64],
+    task: TaskConfig,
+    *,
+    form: Form = "histogram",
+    centres: Sequence[float] = (),
+    spacing_mm: tuple[float, ...] = (),
+) -> Sums:
     """What a site sends of its evaluation: counts, histograms and summed losses, never a ratio or a case.
 
     Made once from all cases and not added up over batches: a patient with images in two batches counts once.
+
+    Args:
+        network: the network to be judged.
+        data: the site's images.
+        rows: of the held-out patients; without any there is nothing to send.
+        task: classification or segmentation.
+        form: in which the site lets scores leave; "none" = nothing at all.
+        centres: logits around which histograms are finest, one for each label; empty = 0.
+        spacing_mm: of voxels; distances of surfaces are only measured where it is known.
     """
-    patients = [data.patients[row] for row in rows]
+    if form == "none" or len(rows) == 0:
+        return {}
     if task.kind == "segmentation":
-        scored = [score_cases(logits, targets) for _, logits, targets in predictions(network, data, rows)]
+        scored, patients = [], []
+        for chosen, logits, targets in predictions(network, data, rows):
+            scored.append(scored_cases(logits, targets, spacing_mm))
+            patients += [data.patients[row] for row in chosen]
         return case_sums(join_cases(scored), patients)
     batches = list(predictions(network, data, rows))
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])
-    return classification_sums(logits, targets, patients)
+    patients = [data.patients[row] for row in rows]
+    return released(form, logits, targets, patients, in_house=False, centres=centres or None)
+
+
+def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
+    """A site's sums, if they have the names and shapes that they must have and could be true.
+
+    Raises:
+        UpdateRefused: they do not or could not.
+    """
+    none, labels = np.zeros((0, len(task.labels))), len(task.labels)
+    if task.kind == "segmentation":
+        empty = case_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
+    else:
+        empty = classification_sums(none, none, [])
+    return add_sums([empty, sums])
+
+
+def scored_cases(
+    logits: NDArray[np.float32], targets: NDArray[np.float32], spacing_mm: tuple[float, ...] = ()
+) -> Cases:
+    """The scores of segmented cases, with distances in mm where the spacing of voxels is known."""
+    return score_cases(logits, targets, spacing_mm or 1.0, distances=bool(spacing_mm))
 
 
 def metrics_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmed.config import TrainConfig
 from fedmed.errors import DataError
+from fedmed.imaging import augment
 from fedmed.imaging.dataset import Dataset
-from fedmed.training.losses import Loss
+from fedmed.models.stages import parameter_groups
+from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
+from fedmed.training.sampling import Rows, batches, batches_in_a_pass
+from fedmed.training.schedule import learning_rate_factor
+from fedmed.training.unfinished import Unfinished
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,28 +35,30 @@ class Trained:
     steps: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What besides data and settings decides how a round is trained."""
+
+    round: int = 1
+    plateau: float = 1.0  # factor of the learning rate that the server has come to
+    weights: NDArray[np.float64] | None = None  # (n,) chances of the rows; None = each once in every pass
+    unfinished: Unfinished | None = None  # where a long round is saved
+    validation: Callable[[], float] | None = None  # loss on patients that are held out, for local early stopping
+
+
 def optimizer_for(config: TrainConfig, network: FlatNetwork) -> torch.optim.Optimizer:
-    """A fresh optimizer over the network's parameters, fused: one pass over them instead of one per operation."""
+    """A fresh optimizer over the trainable parameters, fused: one pass over them instead of one per operation."""
     extra: dict[str, float] = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     make: Callable[..., torch.optim.Optimizer] = OPTIMIZERS[config.optimizer]
     return make(
-        network.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True, **extra
+        parameter_groups(network.module, learning_rate=config.learning_rate, decay=config.layer_decay)
+        if config.layer_decay < 1
+        else [parameter for parameter in network.module.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+        **extra,
     )
-
-
-def batches(
-    rows: NDArray[np.int64], config: TrainConfig, generator: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
-    """Shuffled batches of row numbers: `local-steps` of them, or `local-epochs` passes with the last batch kept."""
-    passes = config.local_epochs if config.local_steps == 0 else 10**9
-    left = config.local_steps or 10**9
-    for _ in range(passes):
-        shuffled = generator.permutation(rows)
-        for start in range(0, len(rows), config.batch_size):
-            if left == 0:
-                return
-            left -= 1
-            yield shuffled[start : start + config.batch_size]
 
 
 @contextmanager
@@ -73,10 +83,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def train_(
     network: FlatNetwork,
     data: Dataset,
-    rows: NDArray[np.int64],
+    rows: Rows,
     config: TrainConfig,
     loss: Loss,
     generator: np.random.Generator,
+    given: Circumstances | None = None,
 ) -> Trained:
     """Train `network` in place on the given rows of `data`.
 
@@ -85,17 +96,141 @@ def train_(
     """
     if len(rows) == 0:
         raise DataError("no image is left to train on", public="no image is left to train on")
-    optimizer = optimizer_for(config, network)
-    network.module.train()
-    total, steps = torch.zeros((), device=network.device), 0
-    with seeded(int(generator.integers(2**63)), network.device):  # dropout inside the network, if it has any
-        for chosen in batches(rows, config, generator):
-            images, targets = data.batch(chosen)
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(network.module(images.to(network.device)), targets.to(network.device))
+    given = given or Circumstances()
+    seed = int(generator.integers(2**63))
+    order = list(batches(rows, config, generator, given.weights))
+    with seeded(seed, network.device):  # dropout inside the network, if it has any
+        training = _Training(network, config, deeply_supervised(loss), given, -(-len(order) // config.accumulate))
+        training.take_up()
+        first = training.step * config.accumulate
+        network.module.train()
+        parts = (_batch(data, chosen, config, (seed, first + number)) for number, chosen in enumerate(order[first:]))
+        while group := list(islice(parts, config.accumulate)):
+            training.step_(group)
+            if training.over(at_end_of_pass=_ends_a_pass(training.step, rows, config)):
+                break
+    return training.result_()
+
+
+def _batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, int]) -> Batch:
+    """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone."""
+    if not config.augment:
+        return data.batch(chosen)
+    generator = np.random.default_rng(seed)
+    images, targets = data.batch(chosen, generator=generator)
+    drawn = augment.sample(config.augment, images.shape[1:], len(images), generator)
+    if targets.ndim == images.ndim:
+        return augment.apply(images, targets, drawn)
+    return augment.apply(images, None, drawn)[0], targets
+
+
+def _ends_a_pass(step: int, rows: Rows, config: TrainConfig) -> bool:
+    return config.local_steps == 0 and step * config.accumulate % batches_in_a_pass(rows, config) == 0
+
+
+class _Training:
+    """The state of one round's training: the network, its optimizer, and what has been seen so far."""
+
+    def __init__(
+        self,
+        network: FlatNetwork,
+        config: TrainConfig,
+        loss: Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor],
+        given: Circumstances,
+        steps: int,
+    ) -> None:
+        self.network, self.config, self.loss, self.given, self.steps = network, config, loss, given, steps
+        self.optimizer = optimizer_for(config, network)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.total, self.step = torch.zeros((), device=network.device), 0
+        self.average = network.vector.clone() if config.ema else None
+        self.best: tuple[float, Tensor] | None = None  # validation loss and weights of the best pass
+        self.stale = 0
+        self.half: AbstractContextManager[object] = nullcontext()
+        if config.precision == "bfloat16":
+            self.half = torch.autocast(network.device.type, torch.bfloat16)
+
+    def step_(self, group: list[Batch]) -> None:
+        """One optimizer step on the mean gradient of some batches, each weighing as many images as it has."""
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        images_in_all = sum(len(images) for images, _ in group)
+        for images, targets in group:
+            with self.half:
+                outputs = self.network(images.to(self.network.device), channels_last=self.config.channels_last)
+            value = self.loss(outputs, targets.to(self.network.device)) * (len(images) / images_in_all)
             value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-            optimizer.step()
-            total += value.detach()
-            steps += 1
-    optimizer.zero_grad(set_to_none=True)  # their memory serves the copy of the weights that leaves now
-    return Trained(loss=float(total) / steps, steps=steps)
+            self.total += value.detach()
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.lerp_(self.network.vector, 1 - self.config.ema)
+
+    def over(self, *, at_end_of_pass: bool) -> bool:
+        """Save if it is time to, and say whether the round is to end early."""
+        if at_end_of_pass and self.config.patience and self.given.validation is not None:
+            value = self.given.validation()
+            self.network.module.train()
+            if self.best is None or value < self.best[0]:
+                self.best, self.stale = (value, self.network.vector.clone()), 0
+            else:
+                self.stale += 1
+        if self.given.unfinished is not None and self.given.unfinished.due and self.step < self.steps:
+            self.given.unfinished.save(*self._state())
+        return 0 < self.config.patience <= self.stale
+
+    def result_(self) -> Trained:
+        """Leave the network with the weights that the site is to send."""
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the copy of the weights that leaves now
+        if self.best is not None:
+            self.network.vector.copy_(self.best[1])
+        elif self.average is not None:
+            self.network.vector.copy_(self.average)
+        return Trained(loss=float(self.total) / self.step, steps=self.step)
+
+    def take_up(self) -> None:
+        """Go on where a process of this round was killed, if there was one."""
+        saved = self.given.unfinished.load() if self.given.unfinished is not None else None
+        if saved is None:
+            return
+        numbers, tensors = saved
+        self.step, self.stale = int(numbers["step"]), int(numbers["stale"])
+        self.total.fill_(numbers["total"])
+        self.network.restore_(tensors)
+        if self.average is not None:
+            self.average.copy_(tensors["average"])
+        if "best" in tensors:
+            self.best = (numbers["best"], tensors["best"].to(self.network.device))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                key, _, index = rest.rpartition("/")
+                moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        torch.default_generator.set_state(tensors["random"])
+        if self.network.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random-device"], self.network.device)
+
+    def _state(self) -> tuple[Mapping[str, float], Mapping[str, Tensor]]:
+        moments = {
+            f"optimizer/{key}/{index}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        tensors = {**self.network.state(), **moments, "random": torch.default_generator.get_state()}
+        if self.network.device.type == "cuda":
+            tensors["random-device"] = torch.cuda.get_rng_state(self.network.device)
+        if self.average is not None:
+            tensors["average"] = self.average
+        numbers = {"step": self.step, "stale": self.stale, "total": float(self.total)}
+        if self.best is not None:
+            numbers["best"], tensors["best"] = self.best
+        return numbers, tensors
+
+    def _set_learning_rate(self) -> None:
+        progress = self.given.round - 1 + (self.step + 0.5) / self.steps
+        factor = learning_rate_factor(self.config, progress, self.given.plateau)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor

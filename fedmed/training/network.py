@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -13,15 +14,17 @@ from fedmed.errors import ModelError
 from fedmed.models import build
 from fedmed.types import Entry, Layout, Weights
 
+MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def layout_of(module: nn.Module) -> Layout:
     """The flat layout of a network: parameters and buffers in the order in which the module declares them."""
-    parameters = _entries([(name, tensor) for name, tensor in module.named_parameters()])
-    buffers = _entries([(name, tensor) for name, tensor in module.named_buffers()])
+    parameters = _entries(module.named_parameters())
+    buffers = _entries(module.named_buffers())
     return Layout(parameters, buffers)
 
 
-def _entries(tensors: list[tuple[str, Tensor]]) -> tuple[Entry, ...]:
+def _entries(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Entry, ...]:
     entries, start = [], 0
     for name, tensor in tensors:
         entry = Entry(name=name, shape=tuple(tensor.shape), start=start, integer=not tensor.is_floating_point())
@@ -52,6 +55,29 @@ class FlatNetwork:
                 tensor.data = view.copy_(tensor)
         self._buffers = list(module.buffers())
 
+    def __call__(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
+        """Logits of images; a tuple of them, finest first, from a network in training that gives coarser ones too."""
+        if channels_last:
+            images = images.contiguous(memory_format=MEMORY_FORMATS[images.ndim])
+        logits: Tensor = self.module(images)
+        return logits
+
+    @property
+    def vector(self) -> Tensor:
+        """All parameters as one vector on the network's device: the parameters themselves, not a copy."""
+        return self._parameters
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights as tensors to be saved: bit for bit, where `weights` gives what travels."""
+        return {"parameters": self._parameters, **{f"buffer/{n}": tensor for n, tensor in enumerate(self._buffers)}}
+
+    @torch.no_grad()
+    def restore_(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self._parameters.copy_(state["parameters"])
+        for number, tensor in enumerate(self._buffers):
+            tensor.copy_(state[f"buffer/{number}"])
+
     @torch.no_grad()
     def load_(self, weights: Weights) -> None:
         """Swap in `weights`.
@@ -79,6 +105,6 @@ class FlatNetwork:
 
 
 @lru_cache(maxsize=1)
-def resident_network(model: ModelConfig, outputs: int, seed: int, device: str) -> FlatNetwork:
+def resident_network(model: ModelConfig, outputs: int, seed: int, device: str, dimensions: int = 2) -> FlatNetwork:
     """The network that this process keeps between tasks."""
-    return FlatNetwork(build(model, outputs=outputs, seed=seed), torch.device(device))
+    return FlatNetwork(build(model, outputs=outputs, seed=seed, dimensions=dimensions), torch.device(device))

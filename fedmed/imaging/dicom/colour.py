@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.dicom.pixels import check_header
+from fedmed.imaging.dicom.decoding import stored_frames
+from fedmed.imaging.dicom.pixels import check_single, declared
+from fedmed.imaging.plain_errors import plainly
+
+DIRECT = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+
+Colours = NDArray[np.float32]
 
 
-def displayed_colour(ds: Dataset) -> NDArray[np.float32]:
-    """RGB of a single-frame colour image, converted once.
-
-    pydicom's decoder turns YBR_FULL and YBR_FULL_422 into RGB and undoes PlanarConfiguration; JPEG 2000 undoes
-    YBR_ICT and YBR_RCT itself.
+def displayed_colour(ds: Dataset) -> Colours:
+    """RGB of a single-frame colour image.
 
     Returns:
         (3, H, W) float32 in [0, 1].
@@ -23,13 +29,46 @@ def displayed_colour(ds: Dataset) -> NDArray[np.float32]:
     Raises:
         UnreadableImage: the header or the pixels cannot be used.
     """
-    if ds.get("PhotometricInterpretation") == "PALETTE COLOR":
-        check_header(ds, samples=1)
-        rgb = apply_color_lut(ds.pixel_array, ds)
-        bits = rgb.dtype.itemsize * 8
-    else:
-        check_header(ds, samples=3)
-        rgb, bits = ds.pixel_array, int(ds.BitsStored)
-    if rgb.ndim != 3 or rgb.shape[-1] != 3:
+    check_single(declared(ds))
+    return next(displayed_colours(ds))
+
+
+def displayed_colours(ds: Dataset) -> Iterator[Colours]:
+    """RGB of every frame, converted once.
+
+    pydicom's decoder turns YBR_FULL and YBR_FULL_422 into RGB and undoes PlanarConfiguration; JPEG 2000 undoes
+    YBR_ICT and YBR_RCT itself.
+
+    Yields:
+        (3, H, W) float32 in [0, 1].
+
+    Raises:
+        UnreadableImage: the header or the pixels cannot be used.
+    """
+    return plainly(_displayed_colours(ds))
+
+
+def luma(colours: Colours) -> Colours:
+    """(3, H, W) as one grey channel (1, H, W); grey that was stored as three equal channels is unchanged."""
+    grey: Colours = colours[0] * np.float32(LUMA[0])
+    for channel, weight in zip(colours[1:], LUMA[1:], strict=True):
+        grey += channel * np.float32(weight)
+    np.clip(grey, 0, 1, out=grey)
+    return grey.reshape(1, *grey.shape)
+
+
+def _displayed_colours(ds: Dataset) -> Iterator[Colours]:
+    claims = declared(ds)
+    palette = claims.photometric == "PALETTE COLOR"
+    if not palette and claims.photometric not in DIRECT:
         raise UnreadableImage("not a colour image")
-    return np.asarray(np.clip(rgb.transpose(2, 0, 1) / (2**bits - 1), 0, 1), np.float32)
+    if claims.keyword != "PixelData" or claims.samples != (1 if palette else 3) or claims.allocated not in (8, 16):
+        raise UnreadableImage("not a colour image")
+    for _, stored in zip(range(claims.frames), stored_frames(ds), strict=False):
+        rgb = apply_color_lut(stored, ds) if palette else stored
+        bits = rgb.dtype.itemsize * 8 if palette else claims.stored
+        shown = np.empty((3, *rgb.shape[:2]), np.float32)
+        shown[...] = rgb.transpose(2, 0, 1)[:3]
+        shown /= np.float32(2**bits - 1)
+        np.clip(shown, 0, 1, out=shown)
+        yield shown

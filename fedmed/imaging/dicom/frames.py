@@ -1,0 +1,84 @@
+"""Grey frames in the units of their modality, one at a time, so that memory holds one frame and not the object.
+
+Enhanced objects say slope, intercept and window for each frame or for all in functional groups (DICOM PS3.3
+C.7.6.16); the others say it once, at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from fedmed.imaging.dicom.decoding import stored_frames
+from fedmed.imaging.dicom.modality import Plane, modality_values, padding_mask
+from fedmed.imaging.dicom.pixels import check_grey, declared
+from fedmed.imaging.plain_errors import plainly
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameValues:
+    """One grey frame."""
+
+    values: Plane  # (H, W) in the units of the modality: HU for CT
+    padding: NDArray[np.bool_]  # (H, W) pixels outside the image
+    lowest_is_white: bool  # how `values` are to be shown; they are not inverted
+
+
+def frame_values(ds: Dataset) -> Iterator[FrameValues]:
+    """Every frame of a grey object, after modality LUT or rescale (PS3.3 C.11.1, per frame C.7.6.16.2.9).
+
+    Args:
+        ds: an object with its pixels. Whether its kind may be used at all is for `kinds.check_kind` to say.
+
+    Raises:
+        UnreadableImage: on the first frame if the header is wrong, later if a frame cannot be decoded.
+    """
+    return plainly(_frame_values(ds))
+
+
+def functional_group(ds: Dataset, index: int, keyword: str) -> Dataset | None:
+    """One frame's functional group, its own before the one that all share (C.7.6.16); None if there is neither."""
+    groups = ds.get("PerFrameFunctionalGroupsSequence") or []
+    shared = ds.get("SharedFunctionalGroupsSequence") or []
+    for group in (*groups[index : index + 1], *shared[:1]):
+        sequence = group.get(keyword)
+        if sequence:
+            found: Dataset = sequence[0]
+            return found
+    return None
+
+
+def transformation(ds: Dataset, index: int) -> Dataset:
+    """Where slope and intercept of a frame stand: its Pixel Value Transformation, else the object itself."""
+    found = functional_group(ds, index, "PixelValueTransformationSequence")
+    return ds if found is None else found
+
+
+def values_of_interest(ds: Dataset, index: int) -> Dataset:
+    """Where the window of a frame stands: its Frame VOI LUT (C.7.6.16.2.10), else the object itself."""
+    found = functional_group(ds, index, "FrameVOILUTSequence")
+    return ds if found is None else found
+
+
+def lowest_is_white(ds: Dataset) -> bool:
+    """Whether the picture is to be inverted, once.
+
+    MONOCHROME1 (C.7.6.3.1.2) and Presentation LUT Shape INVERSE (C.11.6, for DX C.8.11.3.1.2) say the same thing, and
+    a DX image that says one must say the other.
+    """
+    return bool(ds.PhotometricInterpretation == "MONOCHROME1" or ds.get("PresentationLUTShape") == "INVERSE")
+
+
+def _frame_values(ds: Dataset) -> Iterator[FrameValues]:
+    claims = declared(ds)
+    check_grey(claims)
+    for index, stored in zip(range(claims.frames), stored_frames(ds), strict=False):
+        yield FrameValues(
+            values=modality_values(transformation(ds, index), stored),
+            padding=padding_mask(ds, stored),
+            lowest_is_white=lowest_is_white(ds),
+        )

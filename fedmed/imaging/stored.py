@@ -1,0 +1,185 @@
+"""Where the items of a data set lie, and how some of them are gathered as float32.
+
+Both kinds refer to larger arrays, in memory or memory-mapped, and copy nothing until items are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.errors import DataError
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+LEVELS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # the number that stands for 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """An array that lies somewhere in a flat one."""
+
+    lane: Array  # (elements,)
+    offset: int  # elements
+    shape: tuple[int, ...]
+
+    def view(self) -> Array:
+        """It, sharing memory with the lane."""
+        return self.lane[self.offset : self.offset + math.prod(self.shape)].reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """The readable rows of a manifest, in order, and why the others are not there."""
+
+    images: tuple[Located, ...]  # each (n, C, …): a row gives n items
+    masks: tuple[Located, ...]  # empty, or one for each row
+    unreadable: Mapping[int, str]  # row number -> reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """N items of one shape, each a slot of one of a few arrays."""
+
+    sources: tuple[Array, ...]  # each (slots, C, …), uint8, uint16 or a float
+    source: Numbers  # (N,) which of them
+    slot: Numbers  # (N,)
+
+    @classmethod
+    def of(cls, array: Array) -> Slots:
+        """The rows of one array (N, C, …)."""
+        return cls(sources=(array,), source=np.zeros(len(array), np.int64), slot=np.arange(len(array)))
+
+    @classmethod
+    def at(cls, places: Sequence[Located]) -> Slots:
+        """The items of one or more arrays (n, C, …), which lie in a few lanes at whole multiples of an item's size.
+
+        Raises:
+            DataError: the items are not of one shape.
+        """
+        shapes = {place.shape[1:] for place in places}
+        if len(shapes) != 1:
+            raise DataError("the items of this set differ in shape; one preset gives them different channels")
+        shape = shapes.pop()
+        lanes = {id(place.lane): place.lane for place in places}
+        order, size = list(lanes), math.prod(shape)
+        counts = [place.shape[0] for place in places]
+        first = np.array([place.offset // size for place in places])
+        within = np.arange(sum(counts)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return cls(
+            sources=tuple(lane[: len(lane) // size * size].reshape(-1, *shape) for lane in lanes.values()),
+            source=np.repeat([order.index(id(place.lane)) for place in places], counts),
+            slot=np.repeat(first, counts) + within,
+        )
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.slot)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one item."""
+        return tuple(self.sources[0].shape[1:])
+
+    def gather(self, rows: Numbers, *, scaled: bool = True) -> Floats:
+        """Items as float32, a copy.
+
+        Args:
+            rows: (n,) indices below `len(self)`.
+            scaled: whole numbers become shares of the highest one, in [0, 1]; else they stay numbers.
+
+        Returns:
+            (n, C, …).
+        """
+        if len(self.sources) == 1:
+            return _floats(self.sources[0][self.slot[rows]], scaled=scaled)
+        gathered = np.empty((len(rows), *self.shape), np.float32)
+        of_rows = self.source[rows]
+        for number in np.unique(of_rows):
+            here = of_rows == number
+            gathered[here] = _floats(self.sources[number][self.slot[rows[here]]], scaled=scaled)
+        return gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """N boxes of one size cut out of volumes of any size; beyond the far edge of a smaller volume there is 0."""
+
+    volumes: tuple[Array, ...]  # each (C, D, H, W)
+    volume: Numbers  # (N,) which of them
+    corner: Numbers  # (N, 3) the box's lowest voxel
+    size: tuple[int, int, int]
+
+    @classmethod
+    def over(cls, volumes: Sequence[Array], size: tuple[int, ...]) -> Tiles:
+        """All boxes of the regular grid over every volume (`grid`)."""
+        grids = [grid(volume.shape[1:], size) for volume in volumes]
+        return cls(
+            volumes=tuple(volumes),
+            volume=np.repeat(np.arange(len(grids)), [len(corners) for corners in grids]),
+            corner=np.concatenate(grids) if grids else np.zeros((0, 3), np.int64),
+            size=(size[0], size[1], size[2]),
+        )
+
+    def __len__(self) -> int:
+        """Number of boxes."""
+        return len(self.volume)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one box: (C, *size)."""
+        return (self.volumes[0].shape[0], *self.size)
+
+    @cached_property
+    def shapes(self) -> Numbers:
+        """(V, 3) voxels of every volume."""
+        return np.array([volume.shape[1:] for volume in self.volumes], np.int64).reshape(-1, 3)
+
+    def jittered(self, rows: Numbers, generator: np.random.Generator) -> Numbers:
+        """Corners (n, 3) moved by up to half a step of the grid, and never over the edge."""
+        steps = np.maximum(np.array(self.size) // 2, 1) // 2
+        moved = self.corner[rows] + generator.integers(-steps, steps, (len(rows), 3), endpoint=True)
+        room: Numbers = np.maximum(self.shapes[self.volume[rows]] - np.array(self.size), 0)
+        inside: Numbers = np.clip(moved, 0, room)
+        return inside
+
+    def gather(self, rows: Numbers, *, scaled: bool = True, corners: Numbers | None = None) -> Floats:
+        """Boxes as float32 (n, C, *size), a copy; cut at `corners` (n, 3) instead of their own if given."""
+        places = self.corner[rows] if corners is None else corners
+        gathered = np.zeros((len(rows), *self.shape), np.float32)
+        for box, number, (d, h, w) in zip(gathered, self.volume[rows], places, strict=True):
+            part = self.volumes[number][:, d : d + self.size[0], h : h + self.size[1], w : w + self.size[2]]
+            box[:, : part.shape[1], : part.shape[2], : part.shape[3]] = _floats(part, scaled=scaled)
+        return gathered
+
+
+def grid(shape: tuple[int, ...], size: tuple[int, ...]) -> Numbers:
+    """The corners of boxes that cover a volume: half a box apart, the last one flush with the far edge.
+
+    Args:
+        shape: of the volume, voxels.
+        size: of a box.
+
+    Returns:
+        (n, 3), in order; only the origin along an axis that is not longer than the box.
+    """
+    starts = []
+    for length, side in zip(shape, size, strict=True):
+        last = max(length - side, 0)
+        starts.append([*range(0, last, max(1, side // 2)), last])
+    return np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int64)
+
+
+def _floats(values: Array, *, scaled: bool) -> Floats:
+    """As float32, whole numbers as shares of the highest one if `scaled`: one pass, in which numpy converts."""
+    levels = LEVELS.get(values.dtype)
+    if scaled and levels is not None:
+        return np.multiply(values, np.float32(1 / levels), dtype=np.float32)
+    return values.astype(np.float32, copy=False)

@@ -1,0 +1,75 @@
+"""A round that a site has begun, on its own disk, so that a killed process goes on with it and not from the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedmed.errors import DataError
+
+
+@dataclass(kw_only=True)
+class Unfinished:
+    """Where the state of a long round is kept, and when it was last written."""
+
+    path: Path
+    identify: Callable[[], str]  # a hash of all that decides the round; a state of another task is ignored
+    every_s: float
+    _saved: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def task(self) -> str:
+        """Of the round; computed when it is first needed, as most rounds end before they are saved."""
+        return self.identify()
+
+    def load(self) -> tuple[dict[str, float], dict[str, Tensor]] | None:
+        """The numbers and the tensors that were saved for this task, or None."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                if facts.pop("task", "") != self.task:
+                    return None
+                return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):
+            return None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self._saved >= self.every_s
+
+    def save(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
+        """Replace what was saved, atomically and durably.
+
+        Raises:
+            DataError: the disk is full or read-only.
+        """
+        partial = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            facts = json.dumps({"task": self.task, **numbers})
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"facts": facts})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            text = "the site's state of an unfinished round cannot be written"
+            raise DataError(text, public=text) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Forget the state: the round is over."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""A site's training in one round: optimizer steps, schedules, averages, early stopping, and going on after a kill."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+from torch.nn import functional as F
+from toy import FRAGILE
+
+from fedmed import config as run_file
+from fedmed.imaging.dataset import Dataset
+from fedmed.training.loop import Circumstances, train_
+from fedmed.training.losses import masked_bce
+from fedmed.training.network import FlatNetwork
+from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
+from fedmed.training.schedule import learning_rate_factor, plateau_factor
+from fedmed.training.unfinished import Unfinished
+
+SGD = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 8}
+
+
+def train_config(**keys):
+    return run_file.validate({"train": {**SGD, **{k.replace("_", "-"): v for k, v in keys.items()}}}).train
+
+
+def data_of(rows: int) -> Dataset:
+    rng = np.random.default_rng(3)
+    images = rng.random((rows, 1, 4, 4), dtype=np.float32)
+    targets = (images.mean((1, 2, 3))[:, None] > 0.5).astype(np.float32)
+    return Dataset(images=images, targets=targets, patients=tuple(map(str, range(rows))))
+
+
+def linear() -> FlatNetwork:
+    torch.manual_seed(0)
+    return FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), torch.device("cpu"))
+
+
+def trained(config, *, rows: int = 24, given: Circumstances | None = None) -> np.ndarray:
+    network, data = linear(), data_of(rows)
+    train_(network, data, np.arange(rows), config, masked_bce, np.random.default_rng(5), given)
+    return network.weights().parameters
+
+
+def test_accumulated_batches_are_one_step_of_the_whole_batch():
+    whole, parts = train_config(batch_size=24), train_config(batch_size=8, accumulate=3)
+    np.testing.assert_allclose(trained(parts), trained(whole), atol=1e-6)
+
+
+def test_a_last_group_of_fewer_images_is_a_mean_over_them():
+    # 20 images: batches of 8, 8 and 4, accumulated in pairs; the second step has 4 images alone.
+    network, data = linear(), data_of(20)
+    train_(network, data, np.arange(20), train_config(accumulate=2), masked_bce, np.random.default_rng(5))
+    generator = np.random.default_rng(5)
+    generator.integers(2**63)
+    order, by_hand = generator.permutation(np.arange(20)), linear()
+    optimizer = torch.optim.SGD(by_hand.module.parameters(), lr=0.1)
+    for chosen in (order[:16], order[16:]):
+        images, targets = data.batch(chosen)
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(by_hand(images), targets).backward()
+        optimizer.step()
+    np.testing.assert_allclose(network.weights().parameters, by_hand.weights().parameters, atol=1e-6)
+
+
+def test_the_moving_average_is_what_a_site_sends():
+    config = train_config(ema=0.5, batch_size=8)
+    path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
+    average = linear().weights().parameters
+    for weights in path:
+        average = 0.5 * average + 0.5 * weights
+    np.testing.assert_allclose(trained(config), average, atol=1e-6)
+
+
+def test_early_stopping_keeps_the_best_pass():
+    losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
+    given = Circumstances(validation=lambda: next(losses))
+    stopped = trained(train_config(local_epochs=5, patience=2), given=given)
+    assert next(losses) == 0.5, "two passes without improvement end the round"
+    np.testing.assert_array_equal(stopped, trained(train_config(local_epochs=2)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "progress", "factor"),
+    [
+        ({}, 3.2, 1.0),
+        ({"schedule": "cosine", "rounds": 10}, 0.0, 1.0),
+        ({"schedule": "cosine", "rounds": 10}, 5.0, 0.5),
+        ({"schedule": "cosine", "rounds": 10}, 10.0, 0.0),
+        ({"warmup_rounds": 2.0}, 0.5, 0.25),
+        ({"warmup_rounds": 2.0, "schedule": "cosine", "rounds": 10}, 5.0, 0.5),
+        ({"schedule": "plateau"}, 1.0, 0.09),
+    ],
+)
+def test_learning_rate_factor_by_hand(keys, progress, factor):
+    assert learning_rate_factor(train_config(**keys), progress, 0.09) == pytest.approx(factor)
+
+
+def test_plateau_falls_once_for_every_patience():
+    config = train_config(schedule="plateau", plateau_patience=2, plateau_factor=0.1)
+    assert [plateau_factor(config, stale) for stale in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_a_warm_up_trains_less_in_the_first_round():
+    start = linear().weights().parameters
+    warm = trained(train_config(warmup_rounds=2.0), given=Circumstances(round=1))
+    full = trained(train_config(warmup_rounds=2.0), given=Circumstances(round=3))
+    assert np.abs(warm - start).max() < 0.5 * np.abs(full - start).max()
+
+
+def test_bfloat16_stays_close_and_keeps_weights_in_float32():
+    half, full = trained(train_config(precision="bfloat16")), trained(train_config())
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - full).max() < 0.01
+
+
+def test_channels_last_changes_nothing_but_the_order_of_memory():
+    np.testing.assert_allclose(trained(train_config(channels_last=True)), trained(train_config()), atol=1e-6)
+
+
+def test_augmentation_depends_on_the_seed_alone():
+    changed = train_config(augment=["flip", "noise"])
+    np.testing.assert_array_equal(trained(changed), trained(changed))
+    assert np.abs(trained(changed) - trained(train_config())).max() > 0
+
+
+def test_frozen_parameters_stay():
+    network, data = linear(), data_of(8)
+    network.module[1].bias.requires_grad_(False)
+    before = network.weights().parameters.copy()
+    train_(network, data, np.arange(8), train_config(optimizer="adamw"), masked_bce, np.random.default_rng(1))
+    assert network.weights().parameters[16] == before[16]
+    assert (network.weights().parameters[:16] != before[:16]).all()
+
+
+def test_balanced_sampling_brings_rare_labels_as_often():
+    targets = np.zeros((100, 2), np.float32)
+    targets[:4, 0] = 1
+    data = Dataset(images=np.zeros((100, 1, 2, 2), np.float32), targets=targets, patients=tuple(map(str, range(100))))
+    rows = np.arange(100)
+    task = run_file.validate({"task": {"labels": ["a", "b"]}}).task
+    weights = balanced_weights(data, rows, task)
+    assert weights[:4].sum() == pytest.approx(weights[4:].sum())
+    drawn = np.concatenate(list(batches(rows, train_config(local_epochs=20), np.random.default_rng(0), weights)))
+    assert len(drawn) == 2000
+    assert 0.45 < (drawn < 4).mean() < 0.55
+
+
+def test_balanced_class_weights_by_hand():
+    targets = np.array([[1, 1], [0, 1], [0, 1], [np.nan, 1]], np.float32)
+    data = Dataset(images=np.zeros((4, 1, 2, 2), np.float32), targets=targets, patients=tuple("abcd"))
+    np.testing.assert_allclose(balanced_positive_weights(data, np.arange(4)), [2, 1])  # no negative: left alone
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_round_that_was_cut_off_ends_with_the_same_bits(tmp_path, optimizer, at):
+    config = train_config(optimizer=optimizer, momentum=0.9, local_epochs=2, ema=0.9, augment=["noise"])
+
+    def unfinished(task: str) -> Unfinished:
+        return Unfinished(path=tmp_path / "state" / "round.safetensors", identify=lambda: task, every_s=0.0)
+
+    def network() -> FlatNetwork:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        return FlatNetwork(module, torch.device("cpu"))
+
+    def go(flat: FlatNetwork, loss, where: Unfinished | None) -> np.ndarray:
+        given = Circumstances(unfinished=where)
+        train_(flat, data_of(24), np.arange(24), config, loss, np.random.default_rng(5), given)
+        return flat.weights().parameters
+
+    steps = 0
+
+    def loss_that_is_killed(logits, targets):
+        nonlocal steps
+        steps += 1
+        if steps > at:
+            raise Killed
+        return masked_bce(logits, targets)
+
+    whole = go(network(), masked_bce, None)
+    with pytest.raises(Killed):
+        go(network(), loss_that_is_killed, unfinished("this"))
+    steps = at - 100  # from here on it counts how many steps the second process takes
+    np.testing.assert_array_equal(go(network(), loss_that_is_killed, unfinished("this")), whole)
+    assert steps == 6 - 100, "only the missing steps were taken"
+    assert unfinished("another").load() is None
+
+
+def test_an_unreadable_state_of_a_round_is_ignored(tmp_path):
+    path = tmp_path / "round.safetensors"
+    path.write_bytes(b"torn")
+    assert Unfinished(path=path, identify=lambda: "x", every_s=0.0).load() is None
+
+
+@pytest.mark.simulation
+def test_a_site_killed_inside_a_round_goes_on_in_that_round(toy_config, simulate, tmp_path, monkeypatch):
+    train = {"local_epochs": 4, "save_every_s": 1e-6, "batch_size": 8, "rounds": 2}
+    parameters = {}
+    for name, marker in (("whole", ""), ("killed", str(tmp_path / "marker"))):
+        monkeypatch.setenv(FRAGILE, marker)
+        result, folder = simulate(toy_config("a-40", "b-40", model={"name": "toy:fragile"}, train=train))
+        assert result["status"] == "completed", result["reason"]
+        parameters[name] = load_file(folder.path / "checkpoints" / "round-0002.safetensors")["parameters"]
+        assert not list((folder.path / "sites").glob("*/*")), "a finished round leaves no state"
+    assert (tmp_path / "marker").read_text() == "killed"
+    np.testing.assert_array_equal(parameters["killed"], parameters["whole"])
