@@ -143,6 +143,7 @@ def test_unreadable_images_are_counted_and_refused_above_the_share(fedmed, hospi
     assert allowed.returncode == 0, allowed.stderr
     assert json.loads((hospitals / "allowed" / "result.json").read_text())["sites"][0]["images"] == 11
     assert "one: 1 image left out" in allowed.stderr
+    assert "neither DICOM, PNG nor JPEG: 1" in allowed.stderr
 
 
 def test_bad_command_line_syntax_is_status_2(fedmed):

@@ -24,7 +24,7 @@ from test_imaging_dataset import LABELS, LUNG, everything, load, site, volumes
 
 from fedmed.errors import DataError
 from fedmed.imaging import decoding
-from fedmed.imaging.cache import digests, kept, upkeep
+from fedmed.imaging.cache import digests, joining, kept, upkeep
 from fedmed.imaging.cache.index import Index
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Slots
@@ -180,9 +180,37 @@ def test_one_new_row_decodes_one_row_and_another_setting_all(path: Path, cache: 
     assert decodings.rows == 9
 
 
-def test_equal_files_are_kept_once_and_a_series_by_what_its_files_hold(
-    tmp_path: Path, cache: Path, decodings: Count
-) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_small_additions_become_one_segment(tmp_path: Path, cache: Path, decodings: Count, masked: bool) -> None:
+    """As at a hospital that adds an image a day."""
+    path = site(tmp_path / "site", 24)
+    text = "patient_id,image,mask,a,b\n" if masked else "patient_id,image,a,b\n"
+    rows = [f"P{i},{i}.png,{f'{i}m.png,' if masked else ''}1,0\n" for i in range(24)]
+    for i in range(24):
+        mask = np.random.default_rng(i).integers(0, 2, (20, 16), dtype=np.uint8)
+        Image.fromarray(mask).save(path.parent / f"{i}m.png")
+    task = LUNG if masked else LABELS
+    most = 0
+    for day in range(1, 25):
+        path.write_text(text + "".join(rows[:day]))
+        held = load(path, task, cache_dir=cache)  # the one of yesterday is in use while this one is made
+        most = max(most, len(segments(cache)))
+    lanes = 2 if masked else 1
+    assert decodings.rows == 24
+    assert most <= lanes * 2 * (joining.MOST_SEGMENTS + 1)
+    del held
+    with closing(Index(folder_of(cache))) as index:
+        upkeep.keep_within(folder_of(cache), index, 1e12)
+        assert len(index.segments()) <= joining.MOST_SEGMENTS
+        assert sum(index.rows_in().values()) == 24
+        assert set(index.rows_in()) == {segment.name for segment in index.segments()}
+    decodings.rows = 0
+    kept_set = load(path, task, cache_dir=cache)
+    assert decodings.rows == 0
+    assert_equal(kept_set, load(path, task))
+
+
+def test_equal_files_are_kept_once(tmp_path: Path, cache: Path, decodings: Count) -> None:
     path = site(tmp_path / "site")
     shutil.copy(path.parent / "0.png", path.parent / "1.png")
     dataset = load(path, cache_dir=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 from pathlib import Path
@@ -38,6 +39,9 @@ def _decoding_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
     """Starting a process for each of the others would take longer than the tests."""
     if "processes_apart" not in request.fixturenames:
         monkeypatch.setattr(decoding, "apart", decoding.here)
+
+
+REAL = Path(__file__).parents[2] / "shared" / "data"  # kept apart from the project; see its README there
 
 
 def load(path: Path, task: TaskConfig = LABELS, **changes: Any) -> Dataset:
@@ -395,3 +399,35 @@ def test_an_error_of_the_set_ends_all_its_processes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 2: the mask is 20 by 15 pixels"):
         load(tmp_path / "m.csv", LUNG, processes=2)
     assert {child.pid for child in psutil.Process().children()} == before
+
+
+@pytest.mark.skipif(not (REAL / "vol3d").is_dir(), reason="the real volumes are not on this machine")
+@pytest.mark.parametrize("items", ["slices", "volumes", "patches"])
+def test_real_volumes_become_items_with_masks_of_their_labels(tmp_path: Path, items: str) -> None:
+    with (REAL / "vol3d" / "dev" / "metadata.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == "msd_hippocampus"][:12]
+    lines = [f"{row['patient_id']},{REAL / 'vol3d' / row['image']},{REAL / 'vol3d' / row['label']}" for row in rows]
+    (tmp_path / "manifest.csv").write_text("\n".join(["patient_id,image,mask", *lines]))
+    task = TaskConfig(kind="segmentation", labels=("anterior", "posterior"))
+    options = {"preset": "mr", "items": items, "image_size": 48, "volume_size": (32, 48, 32)}
+    dataset = load(tmp_path / "manifest.csv", task, cache_dir=tmp_path / "cache", **options)
+    assert not dataset.unreadable and len(set(dataset.rows.tolist())) == len(rows) == 12
+    images, masks = dataset.batch(np.arange(len(dataset)))
+    assert images.min() == 0 and images.max() == 1 and 0.1 < images.mean() < 0.6
+    assert masks.sum(1).max() == 1 and masks.sum(tuple(i for i in range(masks.ndim) if i != 1)).min() > 500
+    inside = masks.amax(1, keepdim=True) > 0
+    for axis in range(2, images.ndim):  # one tissue where the mask lies, several where it does not
+        assert images[inside].std() < 0.9 * images[inside.roll(8, axis)].std()
+
+
+@pytest.mark.skipif(not (REAL / "dicom" / "dev").is_dir(), reason="the real series are not on this machine")
+def test_real_series_are_read_or_left_out_with_a_reason(tmp_path: Path) -> None:
+    folders = sorted(folder for folder in (REAL / "dicom" / "dev" / "series").iterdir() if folder.is_dir())
+    lines = [f"P{number},{folder},1,0" for number, folder in enumerate(folders)]
+    (tmp_path / "manifest.csv").write_text("\n".join(["patient_id,image,a,b", *lines]))
+    dataset = load(tmp_path / "manifest.csv", preset="mr", items="slices", max_unreadable=0.9)
+    assert sum(dataset.reasons.values()) == len(dataset.unreadable) > 0
+    assert len(set(dataset.rows.tolist())) == len(folders) - len(dataset.unreadable) > 0
+    number = next(n for n, folder in enumerate(folders) if "epi_interleaved" in folder.name)
+    assert number + 2 in dataset.unreadable  # several time points at one place are no volume
+    assert everything(dataset)[0].amax((1, 2, 3)).median() > 0.5

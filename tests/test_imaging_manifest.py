@@ -53,6 +53,7 @@ def test_reads_rows_labels_and_paths(tmp_path: Path) -> None:
         (f"{HEADER}\nP1,,1,0", "row 2 has no image"),
         (f"{HEADER},nodule\nP1,a,1,0,1", "appears twice"),
         (f"{HEADER}\nP1,a,1,0\nP2,b,1,0\nP1,./a,1,0", "rows 2 and 4 name the same image"),
+        (f"{HEADER}\nP1,ct/,1,0\nP2,b,1,0\nP3,./ct/sub/3.dcm,1,0", "row 2 names the folder in which row 4's"),
         (f"{HEADER},split\nP1,a,1,0,train\nP1,b,1,0,test\nP2,c,1,0,val",
          r"1 patient is in more than one split \(rows 2, 3\)"),
         (f"{HEADER},split\nP1,a,1,0,train\nP2,b,1,0,", r"1 rows have no split while others have \(row 3\)"),
@@ -82,6 +83,14 @@ def test_segmentation_needs_a_mask(tmp_path: Path) -> None:
     row = read_manifest(manifest(tmp_path, "patient_id,image,mask\nP1,a,m.png"), LUNG).rows[0]
     assert row.mask == tmp_path / "m.png"
     assert row.labels == ()
+
+
+def test_a_row_may_name_a_file_a_folder_or_a_volume(tmp_path: Path) -> None:
+    names = ["a.dcm", "series/", "b.nii.gz", "series-2", "../elsewhere/c.png"]
+    rows = "\n".join(f"P{i},{name},m{i}/" for i, name in enumerate(names))
+    read = read_manifest(manifest(tmp_path, f"patient_id,image,mask\n{rows}"), LUNG)
+    assert [row.image for row in read.rows] == [tmp_path / name for name in names]
+    assert read.rows[1].mask == tmp_path / "m1"
 
 
 def test_a_manifests_own_split_wins(tmp_path: Path) -> None:

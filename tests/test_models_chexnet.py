@@ -66,6 +66,12 @@ def test_trains_as_torchvision(pair: tuple[torch.nn.Module, DenseNet], images: t
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.slow
+def test_papers_image_gives_fourteen_logits() -> None:
+    with torch.no_grad():
+        assert chexnet()(torch.randn(1, 3, 224, 224)).shape == (1, 14)
+
+
 def test_width_is_the_growth_rate() -> None:
     network = chexnet(in_channels=1, outputs=5, norm="group", width=8)
     assert network.get_parameter("features.conv0.weight").shape == (16, 1, 7, 7)

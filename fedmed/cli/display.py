@@ -102,10 +102,10 @@ class Lines:
 
 def left_out(event: Event) -> list[str]:
     """One line for every site with images that could not be read."""
-    counts = event.get("unreadable", {})
     return [
-        f"{site}: {count} image{'s' if count > 1 else ''} left out, unreadable (fewer than data.max-unreadable)"
-        for site, count in counts.items()
+        f"{site}: {facts['images']} image{'s' if facts['images'] > 1 else ''} left out, unreadable "
+        f"(fewer than data.max-unreadable): {facts['reasons']}"
+        for site, facts in event.get("unreadable", {}).items()
     ]
 
 

@@ -29,6 +29,7 @@ class Member:
     images: int
     held_out_patients: int
     unreadable: int  # images that were left out
+    reasons: str  # why, and how many for each reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,5 +125,6 @@ def greet(
                 images=int(card["images"]),
                 held_out_patients=int(card["held-out-patients"]),
                 unreadable=int(card["unreadable"]),
+                reasons=str(card["reasons"]),
             )
     return [members[name] for name in sorted(members)], failures

@@ -149,9 +149,9 @@ class Federation:
         return nodes
 
     def _left_out(self) -> dict[str, Any]:
-        """How many images which site could not read."""
-        counts = {member.name: member.unreadable for member in self.members if member.unreadable}
-        return {"unreadable": counts} if counts else {}
+        """How many images which site could not read, and why."""
+        left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in self.members if m.unreadable}
+        return {"unreadable": left_out} if left_out else {}
 
     # In a round.
 

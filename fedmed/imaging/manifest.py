@@ -2,6 +2,10 @@
 
 `patient_id` and `image` are required; `mask` for segmentation; for classification one column per label with 0, 1 or
 nothing (unknown). Paths are relative to the manifest. Every refusal is one line that names a row, never a patient.
+
+`image` names a DICOM, PNG or JPEG file, the folder of a DICOM series, a multi-frame DICOM file, or a NIfTI; `mask` a
+PNG beside a picture, and beside a volume a NIfTI, a DICOM segmentation, an RT structure set or a series of class
+numbers. Which of them a run can use depends on its data.items, and is found out when they are read.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ LABEL_VALUES = {0.0, 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image."""
+    """One picture or volume."""
 
     number: int  # line in the CSV, the header being line 1
     patient: str
@@ -139,6 +143,12 @@ def _check_images_differ(path: Path, rows: Sequence[Row]) -> None:
         first = seen.setdefault(os.path.normpath(row.image), row.number)
         if first != row.number:
             raise DataError(f"{path}: rows {first} and {row.number} name the same image")
+    for row in rows:  # a slice of a volume that is another row's would be trained on twice, or tested on
+        for folder in Path(os.path.normpath(row.image)).parents:
+            if str(folder) in seen:
+                raise DataError(
+                    f"{path}: row {seen[str(folder)]} names the folder in which row {row.number}'s image lies"
+                )
 
 
 def _check_splits(path: Path, rows: Sequence[Row]) -> None:

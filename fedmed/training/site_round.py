@@ -121,6 +121,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "patients": len(set(data.patients)),
         "images": len(data),
         "unreadable": len(data.unreadable),
+        "reasons": "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
     }
 

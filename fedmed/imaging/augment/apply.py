@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedmed.errors import DataError
-from fedmed.imaging.augment import planar, spatial
+from fedmed.imaging.augment import spatial
 from fedmed.imaging.augment.parameters import Parameters
 
 Masks = TypeVar("Masks", torch.Tensor, None)
@@ -46,6 +46,8 @@ def _placed(images: torch.Tensor, parameters: Parameters, *, nearest: bool) -> t
     if not parameters.moves:
         return images
     if images.ndim == 4:
+        from fedmed.imaging.augment import planar  # heavy: torchvision
+
         return planar.moved(images, parameters, nearest=nearest)
     return spatial.moved(images, parameters, nearest=nearest)
 

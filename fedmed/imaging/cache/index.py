@@ -127,6 +127,19 @@ class Index:
                 [(key, reason, decoders) for key, reason in failures.items()],
             )
 
+    def move(self, segment: str, recipe: str, entries: Mapping[bytes, Entry]) -> None:
+        """Say where these rows lie now, and forget the segments in which nothing is left."""
+        with self._transaction():
+            self._rows.execute("INSERT INTO segments VALUES (?, ?, ?)", [segment, recipe, time.time()])
+            self._rows.executemany(
+                "UPDATE entries SET segment = ?, image = ?, mask = ? WHERE key = ?",
+                [
+                    (entry.segment, _text(entry.image), _text(entry.mask) if entry.mask else None, key)
+                    for key, entry in entries.items()
+                ],
+            )
+            self._rows.execute("DELETE FROM segments WHERE name NOT IN (SELECT segment FROM entries)")
+
     def touch(self, segments: Iterable[str]) -> None:
         """Note that these are used now."""
         with self._transaction():

@@ -17,6 +17,7 @@ from fedmed import __version__
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.cache.digests import Digests
 from fedmed.imaging.cache.index import DAMAGED, Entry, Index, Place
+from fedmed.imaging.cache.joining import joined
 from fedmed.imaging.cache.segments import Flat, SegmentWriter, intact, mapped, segment_file, view
 from fedmed.imaging.cache.upkeep import discard, keep_within, limit_reached, opened_folder, remove
 from fedmed.imaging.decoding import decoded
@@ -103,6 +104,9 @@ def _kept(
     if missing:
         builder = _Builder(index, folder, recipe, limit_gib)
         passing = builder.build(dict(reversed(missing.items())), processes, progress)
+    text = json.dumps(recipe.settings(), sort_keys=True)
+    if joined(index, folder, text, index.entries(wanted)):
+        keep_within(folder, index, limit_gib * GIB)  # removes what was left behind
     entries, failures = index.entries(wanted), {**index.failures(wanted, _decoders()), **passing}
     unreadable |= {number: failures[key] for number, key in keys.items() if key in failures and key not in entries}
     found = {row.number: entries[keys[row.number]] for row in rows if keys.get(row.number) in entries}

@@ -1,0 +1,84 @@
+"""Volumes that are cut into tiles are put together again as if they had been predicted whole."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedmed import config as run_file
+from fedmed.imaging.dataset import Dataset
+from fedmed.imaging.stored import Tiles
+from fedmed.training.evaluate import evaluation_sums, predictions
+from fedmed.training.network import FlatNetwork
+from fedmed.training.sampling import balanced_weights
+from fedmed.training.tiles import tile_window
+
+SHAPES = [(7, 9, 10), (3, 4, 12), (4, 6, 6)]  # one smaller than the box, one just it
+BOX = (4, 6, 6)
+
+
+@pytest.fixture
+def volumes() -> tuple[list[np.ndarray], list[np.ndarray], Dataset]:
+    rng = np.random.default_rng(0)
+    images = [rng.random((1, *shape), dtype=np.float32) for shape in SHAPES]
+    masks = [(image > 0.7).astype(np.uint8) for image in images]
+    tiles = Tiles.over(images, BOX)
+    of_volume = tiles.volume
+    data = Dataset(
+        images=tiles,
+        targets=Tiles.over(masks, BOX),
+        patients=tuple(f"patient-{number}" for number in of_volume),
+        rows=of_volume + 2,
+        labels=1,
+    )
+    return images, masks, data
+
+
+def pointwise() -> FlatNetwork:
+    torch.manual_seed(0)
+    return FlatNetwork(nn.Conv3d(1, 1, 1), torch.device("cpu"))
+
+
+def test_a_pointwise_network_gives_what_it_gives_for_the_whole_volume(volumes):
+    images, masks, data = volumes
+    network = pointwise()
+    found = list(predictions(network, data, np.arange(len(data))))
+    assert len(found) == len(SHAPES)
+    for (rows, logits, targets), image, mask in zip(found, images, masks, strict=True):
+        whole = network(torch.from_numpy(image)[None]).detach().numpy()
+        assert data.rows[rows[0]] == 2 + SHAPES.index(image.shape[1:])
+        np.testing.assert_allclose(logits, whole, atol=1e-5)
+        np.testing.assert_array_equal(targets[0], mask)
+
+
+def test_sums_count_volumes_and_not_tiles(volumes):
+    *_, data = volumes
+    task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a"]}}).task
+    sums = evaluation_sums(pointwise(), data, np.arange(len(data)), task, spacing_mm=(2.0, 1.0, 1.0))
+    assert int(sums["images"][0]) == int(sums["patients"][0]) == len(SHAPES)
+
+
+def test_some_volumes_alone_can_be_predicted(volumes):
+    *_, data = volumes
+    rows = np.flatnonzero(data.rows == 3)
+    ((first, logits, _),) = predictions(pointwise(), data, rows)
+    assert first[0] == rows[0]
+    assert logits.shape == (1, 1, *SHAPES[1])
+
+
+def test_weights_of_a_tile_are_highest_in_its_middle_and_nowhere_zero():
+    window = tile_window((5, 4, 7))
+    assert window.shape == (5, 4, 7)
+    assert float(window.min()) > 0
+    assert window[2, 1:3, 3].min() == window.max()
+    torch.testing.assert_close(window, window.flip(0).flip(1).flip(2))
+
+
+def test_tiles_with_foreground_come_up_as_often_as_those_without(volumes):
+    *_, data = volumes
+    masks = Tiles.over([np.zeros((1, *shape), np.uint8) for shape in SHAPES], BOX)
+    masks.volumes[0][0, 0, 0, 0] = 1  # in one tile alone
+    some = Dataset(images=data.images, targets=masks, patients=data.patients, rows=data.rows, labels=1)
+    task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a"]}}).task
+    weights = balanced_weights(some, np.arange(len(some)), task)
+    assert weights[0] == pytest.approx(weights[1:].sum())
