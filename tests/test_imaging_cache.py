@@ -44,12 +44,12 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> Count:
     count = Count()
 
     @contextlib.contextmanager
-    def counted():
-        with decoding.here() as decode:
+    def counted(recipe):
+        with decoding.here(recipe) as decode:
 
-            def one(row, recipe):
+            def one(row):
                 count.rows += 1
-                return decode(row, recipe)
+                return decode(row)
 
             yield one
 
@@ -220,8 +220,8 @@ def test_equal_files_are_kept_once(tmp_path: Path, cache: Path, decodings: Count
 
 def test_a_failure_that_may_pass_is_tried_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def crashing():
-        def one(row, recipe):
+    def crashing(recipe):
+        def one(row):
             raise decoding.UnreadableImage("its decoder crashed")
 
         yield one
@@ -297,13 +297,13 @@ from fedmed.imaging.recipe import Recipe
 path, cache, size, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 real = decoding.here
 @contextlib.contextmanager
-def told():
-    with real() as decode:
-        def one(row, recipe):
+def told(recipe):
+    with real(recipe) as decode:
+        def one(row):
             if not limit:
                 print("row", flush=True)
                 sys.stdin.readline()
-            return decode(row, recipe)
+            return decode(row)
         yield one
 decoding.apart = told
 kept.COMMIT_S = 0.0  # after every row
@@ -388,7 +388,8 @@ def test_a_build_killed_at_any_moment_leaves_a_cache_that_works(path: Path, cach
             proceed(process, int(rng.integers(0, 6)))
             for _ in range(2):
                 tell(process)
-            time.sleep(float(rng.random()) * 0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(float(rng.random()) * 0.05)
             process.send_signal(signal.SIGKILL)
         assert_equal(load(path, cache_dir=cache), plain)
 

@@ -39,6 +39,7 @@ from fedmed.imaging.reading import PRESETS, read_frames, read_mask
 FIXED = not os.environ.get("FEDMED_FUZZ")
 TIME_S = 5.0
 ROOM_BYTES = 64 * 2**20  # on top of four times what the header declares
+JPEG_FAMILY = b"1.2.840.10008.1.2.4."  # native decoders, which may crash: these are damaged in a child only
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
 
 JOBS = '''
@@ -171,7 +172,8 @@ QUIETLY = {
 def test_damage_ends_in_a_picture_or_one_clean_error(
     tmp_path: Path, number: int, preset: str, edits: list[tuple[str, int, int]]
 ) -> None:
-    whole, secrets = seeds()[number % len(seeds())]
+    plain = [seed for seed in seeds() if JPEG_FAMILY not in seed[0][:600]]
+    whole, secrets = plain[number % len(plain)]
     path = tmp_path / f"{SECRET}.dcm"
     path.write_bytes(damaged(whole, edits))
     start = time.perf_counter()

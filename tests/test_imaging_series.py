@@ -143,6 +143,19 @@ def slowly_tilted() -> list[Dataset]:
     return objects
 
 
+def with_one_shifted_sideways() -> list[Dataset]:
+    objects = slices()
+    objects[6].ImagePositionPatient[0] += 0.15
+    return objects
+
+
+def repeated_at_other_times() -> list[Dataset]:
+    objects = [*slices(), *again(slices())]
+    for number, ds in enumerate(objects):
+        ds.ContentTime = f"12{number:04d}"
+    return objects
+
+
 def drifting() -> list[Dataset]:
     objects = slices()
     for number, ds in enumerate(objects):
@@ -205,6 +218,8 @@ def cine() -> list[Dataset]:
         (drifting, "slices are unevenly spaced"),
         (tilted, "gantry tilt"),
         (slowly_tilted, "gantry tilt"),
+        (with_one_shifted_sideways, "slices are shifted sideways"),
+        (repeated_at_other_times, "24 slices at 12 positions"),
         (of_two_sizes, "slices of different sizes"),
         (of_two_spacings, "slices of different pixel spacing"),
         (unplaced, "slices that do not say where they lie"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
+from fedmed.models import build
 from fedmed.models.unet import unet
 
 LAYERS = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -86,3 +88,16 @@ def test_every_pixel_sees_the_whole_small_image() -> None:
     images = torch.randn(1, 1, 32, 32, dtype=torch.float64, requires_grad=True)
     network(images)[0, 0, 0, 0].backward()
     assert images.grad is not None and bool((images.grad[0, 0, 16:, 16:] != 0).any())
+
+
+@pytest.mark.parametrize("name", ["unet", "attention-unet"])
+@pytest.mark.parametrize("sides", [(33, 48), (17, 20, 24)], ids=["2D", "3D"])
+def test_deep_supervision_adds_coarser_logits_in_training_alone(name, sides):
+    config = ModelConfig(name=name, width=2, deep_supervision=True)
+    network = build(config, outputs=3, seed=0, dimensions=len(sides))
+    images = torch.rand(2, 1, *sides)
+    shapes = [tuple(logits.shape) for logits in network(images)]
+    halves = tuple(-(-side // 2) for side in sides)
+    quarters = tuple(-(-side // 2) for side in halves)
+    assert shapes == [(2, 3, *sides), (2, 3, *halves), (2, 3, *quarters)]
+    assert network.eval()(images).shape == (2, 3, *sides)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make phantom hospitals to try fedmed on.", no_args_is_help=True)
+app = typer.Typer(help="Make phantom hospitals to try fedmed on; see what is kept of images.", no_args_is_help=True)
 
 
 class Kind(enum.StrEnum):

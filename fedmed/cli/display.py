@@ -51,7 +51,7 @@ class Live:
         kind, progress = event["kind"], self._progress
         if kind == "round_started":
             self._losses = []
-            for line in left_out(event):
+            for line in preamble(event):
                 progress.console.print(line, highlight=False)
             progress.reset(self._sites, total=len(event["sites"]), description=f"round {event['round']}", facts="")
         elif kind == "update_received":
@@ -82,7 +82,7 @@ class Lines:
         kind = event["kind"]
         if kind == "round_started":
             self._losses, self._joined, self._score = [], 0, ""
-            for line in left_out(event):
+            for line in preamble(event):
                 self._print(line)
         elif kind == "update_received":
             self._losses += [event["loss"]] if event["loss"] is not None else []
@@ -100,9 +100,10 @@ class Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-def left_out(event: Event) -> list[str]:
-    """One line for every site with images that could not be read."""
-    return [
+def preamble(event: Event) -> list[str]:
+    """What the file of weights gave; and one line for every site with images that could not be read."""
+    weights = [f"weights: {event['weights']}"] if "weights" in event else []
+    return weights + [
         f"{site}: {facts['images']} image{'s' if facts['images'] > 1 else ''} left out, unreadable "
         f"(fewer than data.max-unreadable): {facts['reasons']}"
         for site, facts in event.get("unreadable", {}).items()

@@ -39,10 +39,19 @@ class ModelConfig(Section):
     """Which network, and how it is built."""
 
     name: Annotated[str, Field(description='a built-in network, or "module:function"')] = "chexnet"
-    norm: Literal["batch", "group", "instance"] = "group"
+    norm: Literal["batch", "group", "instance", "none"] = "group"
     width: Annotated[Count, Field(description="base channels; 0 = the paper's")] = 0
     in_channels: Positive = 1
     weights: Annotated[str, Field(description="a local file of weights; never a download")] = ""
+    freeze: Annotated[str, Field(description="stage of the network up to which nothing trains")] = ""
+    residual: Annotated[bool, Field(description="deepmedic: with the residual connections of 2016")] = False
+    deep_supervision: Annotated[
+        bool, Field(description="unet, attention-unet: coarser outputs are trained as well")
+    ] = False
+    fusion: Annotated[
+        Literal["early", "late"], Field(description="of modalities: as channels, or with one encoder for each")
+    ] = "early"
+    modalities: Annotated[Positive, Field(description="of late fusion; in-channels is shared out evenly")] = 1
 
 
 class TaskConfig(Section):

@@ -31,7 +31,7 @@ from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
 from fedmed.federated.strategies import server_step
 from fedmed.federated.wire import decode_update, encode_task
-from fedmed.models import build
+from fedmed.models import build, build_with_report
 from fedmed.training.evaluate import checked_sums, metrics_from
 from fedmed.training.network import FlatNetwork
 from fedmed.training.schedule import plateau_factor
@@ -57,6 +57,7 @@ class Federation:
         self.site_metrics: dict[str, dict[str, Any]] = {}
         self._best: tuple[int, Judgement] | None = None
         self._centres: tuple[float, ...] = ()
+        self.pretrained = ""  # what the file of weights gave, in words
 
     def run(self) -> tuple[Status, str | None]:
         """Train all rounds, keep the best network, and have every site evaluate it. The protocol, on one screen."""
@@ -67,7 +68,7 @@ class Federation:
             # ── select and configure ──────────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
             nodes = {member.name: member.node for member in self.members}
-            self._tell("round_started", round, sites=sorted(nodes), **(self._left_out() if round == 1 else {}))
+            self._tell("round_started", round, sites=sorted(nodes), **(self._preamble() if round == 1 else {}))
             task = self._task("train", round, weights)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
@@ -112,11 +113,19 @@ class Federation:
 
     def _start(self) -> tuple[Weights, Mapping[str, Any]]:
         """Build the network, load the server's set, and take up the last checkpoint if there is one."""
-        outputs = len(self.config.task.labels)
-        module = build(self.config.model, outputs=outputs, seed=self.config.seed, dimensions=self.config.dimensions)
+        outputs, seed, dimensions = len(self.config.task.labels), self.config.seed, self.config.dimensions
+        module = build(self.config.model, outputs=outputs, seed=seed, dimensions=dimensions)
         network = FlatNetwork(module, torch.device(server_device(self.config)))
         self.layout = network.layout
         self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir)
+        if self.config.model.weights:
+            images = (
+                self.evaluation.data.batch(np.arange(min(8, len(self.evaluation.data))))[0] if self.evaluation else None
+            )
+            built = build_with_report(
+                self.config.model, outputs=outputs, seed=seed, dimensions=dimensions, images=images
+            )
+            self.pretrained = str(built)
         saved = self.folder.checkpoint()
         if saved is None:
             return network.weights(), self.step.start(self.layout)
@@ -148,10 +157,11 @@ class Federation:
             time.sleep(0.5)
         return nodes
 
-    def _left_out(self) -> dict[str, Any]:
-        """How many images which site could not read, and why."""
+    def _preamble(self) -> dict[str, Any]:
+        """What the file of weights gave; how many images which site could not read, and why."""
         left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in self.members if m.unreadable}
-        return {"unreadable": left_out} if left_out else {}
+        weights = {"weights": self.pretrained} if self.pretrained else {}
+        return {**weights, **({"unreadable": left_out} if left_out else {})}
 
     # In a round.
 

@@ -19,25 +19,30 @@ from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.recipe import Recipe
 
 Arrays = dict[str, NDArray[Any]]
-Decode = Callable[[Row, Recipe], Arrays]
+Decode = Callable[[Row], Arrays]
 Outcome = Arrays | UnreadableImage
-TIMEOUT_S = 300.0  # for one row: a series of a thousand slices on a slow disk
-MEMORY_BYTES = 12 * 2**30  # for one row: a volume of 2 GiB in float32, its mask, and what resampling needs beside them
+# For a row of volumes: a series of a thousand slices on a slow disk, and 2 GiB of float32 with its mask and what
+# resampling needs beside them. A picture has the process's own limits.
+VOLUME_TIMEOUT_S = 300.0
+VOLUME_BYTES = 12 * 2**30
 AHEAD = 2  # rows that each process has waiting, so that none is idle while results are written
 
 
 @contextmanager
-def apart() -> Iterator[Decode]:
+def apart(recipe: Recipe) -> Iterator[Decode]:
     """Decode in another process: a decoder that crashes, hangs or eats memory costs one row."""
-    with DecodingProcess(timeout_s=TIMEOUT_S, memory_bytes=MEMORY_BYTES) as process:
-        yield lambda row, recipe: process.run("item", **_job(row, recipe))
+    limits: dict[str, Any] = {}
+    if recipe.items != "images":
+        limits = {"timeout_s": VOLUME_TIMEOUT_S, "memory_bytes": VOLUME_BYTES}
+    with DecodingProcess(**limits) as process:
+        yield lambda row: process.run("item", **_job(row, recipe))
 
 
 @contextmanager
-def here() -> Iterator[Decode]:
+def here(recipe: Recipe) -> Iterator[Decode]:
     """Decode in this process: to be put in the place of `apart` for a debugger, or to change how images are read."""
 
-    def decode(row: Row, recipe: Recipe) -> Arrays:
+    def decode(row: Row) -> Arrays:
         with plain_errors():
             return item(**_job(row, recipe))
 
@@ -60,12 +65,12 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
     with ExitStack() as stack:
         idle: SimpleQueue[Decode] = SimpleQueue()
         for _ in range(min(processes, len(rows))):
-            idle.put(stack.enter_context(apart()))
+            idle.put(stack.enter_context(apart(recipe)))
 
         def one(row: Row) -> Outcome:
             decode = idle.get()
             try:
-                return decode(row, recipe)
+                return decode(row)
             except UnreadableImage as error:
                 return error
             except DataError as error:

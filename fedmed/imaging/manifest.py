@@ -143,12 +143,11 @@ def _check_images_differ(path: Path, rows: Sequence[Row]) -> None:
         first = seen.setdefault(os.path.normpath(row.image), row.number)
         if first != row.number:
             raise DataError(f"{path}: rows {first} and {row.number} name the same image")
-    for row in rows:  # a slice of a volume that is another row's would be trained on twice, or tested on
-        for folder in Path(os.path.normpath(row.image)).parents:
-            if str(folder) in seen:
-                raise DataError(
-                    f"{path}: row {seen[str(folder)]} names the folder in which row {row.number}'s image lies"
-                )
+    holders = {str(Path(image).parent): number for image, number in reversed(seen.items())}
+    for folder, number in holders.items():  # a slice of another row's volume would be learnt twice, or tested on
+        for above in (Path(folder), *Path(folder).parents):
+            if str(above) in seen:
+                raise DataError(f"{path}: row {seen[str(above)]} names the folder in which row {number}'s image lies")
 
 
 def _check_splits(path: Path, rows: Sequence[Row]) -> None:

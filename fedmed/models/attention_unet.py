@@ -15,14 +15,20 @@ from torch.nn import functional as F
 from fedmed.errors import ModelError
 from fedmed.models.norms import Norm
 from fedmed.models.spatial import CONVOLUTIONS, cropped, padded, require_size
-from fedmed.models.unet import SHRINK, initialize, two_convolutions
+from fedmed.models.unet import SHRINK, initialize, supervised, two_convolutions
 
 WIDTH = 16  # the authors' networks: the U-Net's 64 divided by four
 LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def attention_unet(
-    *, in_channels: int = 1, outputs: int = 2, norm: Norm = "batch", width: int = 0, dimensions: int = 2
+    *,
+    in_channels: int = 1,
+    outputs: int = 2,
+    norm: Norm = "batch",
+    width: int = 0,
+    dimensions: int = 2,
+    deep_supervision: bool = False,
 ) -> nn.Module:
     """Returns an Attention U-Net with one logit per label and pixel; see `gate_maps` for what it looked at.
 
@@ -36,16 +42,24 @@ def attention_unet(
         norm: `batch` is the authors'.
         width: Channels at full resolution; 0 = the authors' 16 (256 at the bottom), in 2D as in 3D.
         dimensions: 2 for images, 3 for volumes, as in the paper.
+        deep_supervision: In training, the logits are followed by coarser ones of half and a quarter of the sides.
     """
     return AttentionUNet(
-        in_channels=in_channels, outputs=outputs, norm=norm, width=width or WIDTH, dimensions=dimensions
+        in_channels=in_channels,
+        outputs=outputs,
+        norm=norm,
+        width=width or WIDTH,
+        dimensions=dimensions,
+        deep_supervision=deep_supervision,
     )
 
 
 class AttentionUNet(nn.Module):
     """Four steps down, a bottom, four steps up; three of them read the step down of their size through a gate."""
 
-    def __init__(self, *, in_channels: int, outputs: int, norm: Norm, width: int, dimensions: int) -> None:
+    def __init__(
+        self, *, in_channels: int, outputs: int, norm: Norm, width: int, dimensions: int, deep_supervision: bool
+    ) -> None:
         """Builds and initializes the network."""
         super().__init__()
         self.dimensions = dimensions
@@ -64,13 +78,18 @@ class AttentionUNet(nn.Module):
         self.up2 = two_convolutions(6 * width, 2 * width, norm, dimensions)
         self.up1 = two_convolutions(3 * width, width, norm, dimensions)
         self.classifier = CONVOLUTIONS[dimensions](width, outputs, kernel_size=1)
+        coarser = (2 * width, 4 * width) if deep_supervision else ()
+        self.coarser = nn.ModuleList(CONVOLUTIONS[dimensions](each, outputs, kernel_size=1) for each in coarser)
         initialize(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W)."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W).
+
+        In training with deep supervision, a tuple: these, and logits of half and of a quarter of the sides.
+        """
         return self.logits_and_gates(images)[0]
 
-    def logits_and_gates(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def logits_and_gates(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Returns logits (N, outputs, [D,] H, W) and three maps of α, coarsest first, at their own resolutions."""
         require_size("attention-unet", images, self.smallest, self.dimensions)
         sides = images.shape[2:]
@@ -90,7 +109,9 @@ class AttentionUNet(nn.Module):
         up2 = self.up2(torch.cat((alpha2 * down2, twice(up3)), dim=1))  # (N, 32, H/2, W/2)
         up1 = self.up1(torch.cat((down1, twice(up2)), dim=1))  # (N, 16, H, W)
 
-        return cropped(self.classifier(up1), sides), (alpha4, alpha3, alpha2)  # (N, outputs, H, W)
+        logits = cropped(self.classifier(up1), sides)  # (N, outputs, H, W)
+        several = supervised(logits, self.coarser, (up2, up3)) if self.training and len(self.coarser) else logits
+        return several, (alpha4, alpha3, alpha2)
 
 
 class Gate(nn.Module):

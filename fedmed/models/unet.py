@@ -21,7 +21,13 @@ WIDTHS = {2: 64, 3: 32}  # 2D: the paper's. 3D: the first layer of 3D U-Net; 64 
 
 
 def unet(
-    *, in_channels: int = 1, outputs: int = 2, norm: Norm = "batch", width: int = 0, dimensions: int = 2
+    *,
+    in_channels: int = 1,
+    outputs: int = 2,
+    norm: Norm = "batch",
+    width: int = 0,
+    dimensions: int = 2,
+    deep_supervision: bool = False,
 ) -> nn.Module:
     """Returns a U-Net with one logit per label and pixel.
 
@@ -35,15 +41,25 @@ def unet(
         norm: The paper has none.
         width: Channels at full resolution; 0 = the paper's 64 (1024 at the bottom), in 3D 32 (512 at the bottom).
         dimensions: 2 for images, 3 for volumes.
+        deep_supervision: In training, the logits are followed by coarser ones of half and a quarter of the sides.
     """
     width = width or WIDTHS[dimensions]
-    return UNet(in_channels=in_channels, outputs=outputs, norm=norm, width=width, dimensions=dimensions)
+    return UNet(
+        in_channels=in_channels,
+        outputs=outputs,
+        norm=norm,
+        width=width,
+        dimensions=dimensions,
+        deep_supervision=deep_supervision,
+    )
 
 
 class UNet(nn.Module):
     """Four steps down, a bottom, four steps up, each step up reading the step down of its size."""
 
-    def __init__(self, *, in_channels: int, outputs: int, norm: Norm, width: int, dimensions: int) -> None:
+    def __init__(
+        self, *, in_channels: int, outputs: int, norm: Norm, width: int, dimensions: int, deep_supervision: bool
+    ) -> None:
         """Builds and initializes the network."""
         super().__init__()
         self.dimensions = dimensions
@@ -59,10 +75,15 @@ class UNet(nn.Module):
         self.grow2, self.up2 = grow(4 * width, dimensions), two_convolutions(4 * width, 2 * width, norm, dimensions)
         self.grow1, self.up1 = grow(2 * width, dimensions), two_convolutions(2 * width, width, norm, dimensions)
         self.classifier = CONVOLUTIONS[dimensions](width, outputs, kernel_size=1)
+        coarser = (2 * width, 4 * width) if deep_supervision else ()
+        self.coarser = nn.ModuleList(CONVOLUTIONS[dimensions](each, outputs, kernel_size=1) for each in coarser)
         initialize(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W)."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W).
+
+        In training with deep supervision, a tuple: these, and logits of half and of a quarter of the sides.
+        """
         require_size("unet", images, self.smallest, self.dimensions)
         sides = images.shape[2:]
         images = padded(images, SHRINK)
@@ -78,7 +99,17 @@ class UNet(nn.Module):
         up2 = self.up2(torch.cat((down2, self.grow2(up3)), dim=1))  # (N, 128, H/2, W/2)
         up1 = self.up1(torch.cat((down1, self.grow1(up2)), dim=1))  # (N, 64, H, W)
 
-        return cropped(self.classifier(up1), sides)  # (N, outputs, H, W)
+        logits = cropped(self.classifier(up1), sides)  # (N, outputs, H, W)
+        return supervised(logits, self.coarser, (up2, up3)) if self.training and len(self.coarser) else logits
+
+
+def supervised(logits: Tensor, heads: nn.ModuleList, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Returns logits and what the heads make of coarser maps, cropped as the logits were."""
+    coarser, sides = [], tuple(logits.shape[2:])
+    for head, features in zip(heads, maps, strict=True):
+        sides = tuple(-(-side // 2) for side in sides)
+        coarser.append(cropped(head(features), sides))
+    return logits, *coarser
 
 
 def two_convolutions(channels: int, outputs: int, norm: Norm, dimensions: int = 2) -> nn.Sequential:

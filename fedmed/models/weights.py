@@ -66,18 +66,17 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
         fit = _Fit(head=())
         for number, encoder in enumerate(network.encoders):
             fit.to(encoder, body, prefix=f"encoders.{number}.")
-        fit.fresh = [name for name, _ in network.head.named_parameters(prefix="head")]
+        for name, tensor in network.head.state_dict(prefix="head.").items():
+            fit.fresh.append(name)
+            fit.state[name] = tensor
         fit.unused += [name for name in found.state if name.startswith(head)]
-        missing: tuple[str, ...] = tuple(fit.fresh)
     else:
         fit = _Fit(head=stages(network)[-1].parameters)
         fit.to(network, found.state)
-        missing = ()
     if fit.mismatches:
         more = f"; and {len(fit.mismatches) - SHOWN} more" if len(fit.mismatches) > SHOWN else ""
         raise ModelError(f"model.weights does not fit the network: {'; '.join(fit.mismatches[:SHOWN])}{more}")
-    kept = {name: tensor for name, tensor in network.state_dict().items() if name in missing}
-    network.load_state_dict({**fit.state, **kept})
+    network.load_state_dict(fit.state)
     return Loaded(
         layout=found.layout,
         matched=tuple(fit.matched),
@@ -119,8 +118,9 @@ class _Fit:
                 self.mismatches.append(phrase)
             elif norm in norms:
                 scale, shift = norms[norm]
-                self.folded += [prefix + norm] if name.endswith(".weight") else []
                 self.state[full] = scale if name.endswith(".weight") else shift
+                if name.endswith(".weight"):
+                    self.folded.append(prefix + norm)
             elif found[name].shape != tensor.shape:
                 self.adapted.append(full)
                 mean = found[name].mean(dim=1, keepdim=True) * (found[name].shape[1] / tensor.shape[1])
@@ -131,7 +131,8 @@ class _Fit:
         for name in found:
             norm, _, last = name.rpartition(".")
             if last in STATISTICS and norm in norms:
-                self.unused += [] if name in self.unused else [name]
+                if name not in self.unused:  # as another encoder may have said already
+                    self.unused.append(name)
             elif name not in expected:
                 self.mismatches.append(f"{name} is not in the network")
 

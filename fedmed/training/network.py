@@ -18,10 +18,19 @@ MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def layout_of(module: nn.Module) -> Layout:
-    """The flat layout of a network: parameters and buffers in the order in which the module declares them."""
-    parameters = _entries(module.named_parameters())
-    buffers = _entries(module.named_buffers())
-    return Layout(parameters, buffers)
+    """The flat layout of a network, in the order in which the module declares its tensors.
+
+    Frozen parameters are buffers: nothing that changes or clips parameters may reach them.
+    """
+    trained, constant = _parted(module)
+    return Layout(_entries(trained), _entries(constant))
+
+
+def _parted(module: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """(name, tensor) of what trains; and of what does not: frozen parameters, then buffers."""
+    trained: list[tuple[str, Tensor]] = [(name, t) for name, t in module.named_parameters() if t.requires_grad]
+    frozen = [(name, tensor.detach()) for name, tensor in module.named_parameters() if not tensor.requires_grad]
+    return trained, [*frozen, *module.named_buffers()]
 
 
 def _entries(tensors: Iterable[tuple[str, Tensor]]) -> tuple[Entry, ...]:
@@ -45,15 +54,16 @@ class FlatNetwork:
         self.module = module.to(device)
         self.device = device
         self.layout = layout_of(module)
-        for name, tensor in module.named_parameters():
-            if tensor.dtype != torch.float32:
-                raise ModelError(f"parameter {name} is {tensor.dtype}; a network travels as float32")
+        for name, parameter in module.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise ModelError(f"parameter {name} is {parameter.dtype}; a network travels as float32")
         self._parameters = torch.empty(self.layout.num_parameters, device=device)
+        trained, constant = _parted(module)
         with torch.no_grad():
-            for entry, tensor in zip(self.layout.parameters, module.parameters(), strict=True):
+            for entry, (_, tensor) in zip(self.layout.parameters, trained, strict=True):
                 view = self._parameters[entry.span].view(entry.shape)
                 tensor.data = view.copy_(tensor)
-        self._buffers = list(module.buffers())
+        self._buffers = [tensor for _, tensor in constant]
 
     def __call__(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
         """Logits of images; a tuple of them, finest first, from a network in training that gives coarser ones too."""

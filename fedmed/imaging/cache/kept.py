@@ -98,16 +98,15 @@ def _kept(
 ) -> Stored:
     keys, unreadable = _keys(index, rows, recipe)
     wanted = list(keys.values())
-    before = index.entries(wanted).keys() | index.failures(wanted, _decoders()).keys()
-    missing = {keys[row.number]: row for row in reversed(rows) if row.number in keys and keys[row.number] not in before}
-    passing: dict[bytes, str] = {}
+    entries, failures = index.entries(wanted), index.failures(wanted, _decoders())
+    missing = {keys[row.number]: row for row in reversed(rows) if row.number in keys}
+    missing = {key: row for key, row in reversed(missing.items()) if key not in entries and key not in failures}
     if missing:
-        builder = _Builder(index, folder, recipe, limit_gib)
-        passing = builder.build(dict(reversed(missing.items())), processes, progress)
-    text = json.dumps(recipe.settings(), sort_keys=True)
-    if joined(index, folder, text, index.entries(wanted)):
+        passing = _Builder(index, folder, recipe, limit_gib).build(missing, processes, progress)
+        entries, failures = index.entries(wanted), {**index.failures(wanted, _decoders()), **passing}
+    if joined(index, folder, json.dumps(recipe.settings(), sort_keys=True), entries):
         keep_within(folder, index, limit_gib * GIB)  # removes what was left behind
-    entries, failures = index.entries(wanted), {**index.failures(wanted, _decoders()), **passing}
+        entries = index.entries(wanted)
     unreadable |= {number: failures[key] for number, key in keys.items() if key in failures and key not in entries}
     found = {row.number: entries[keys[row.number]] for row in rows if keys.get(row.number) in entries}
     if len(found) + len(unreadable) < len(rows):
@@ -123,14 +122,14 @@ def _kept(
 
 def _keys(index: Index, rows: Sequence[Row], recipe: Recipe) -> tuple[dict[int, bytes], dict[int, str]]:
     """The key of every row by number, and why some have none: files that cannot be read."""
-    digests, keys, unreadable = Digests(index), {}, {}
+    digests, keys, unreadable, settings = Digests(index), {}, {}, recipe.settings()
     for row in rows:
         try:
             files = [(path, digests.of(path).hex()) for path in (row.image, row.mask) if path is not None]
         except UnreadableImage as error:
             unreadable[row.number] = str(error)
             continue
-        facts = [FORMAT, __version__, recipe.settings(), *((_suffix(path), digest) for path, digest in files)]
+        facts = [FORMAT, __version__, settings, *((_suffix(path), digest) for path, digest in files)]
         keys[row.number] = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()
     digests.keep()
     return keys, unreadable

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydicom.uid import JPEGExtended12Bit, RLELossless
+from pydicom.uid import JPEGExtended12Bit, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.pixels import Declared
 
 FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 (ISO 10918-1 B.1.1.3), JPEG-LS SOF55
-ALONE = {0x01, *range(0xD0, 0xDA)}  # markers without a length
+ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+SCAN, END = 0xDA, 0xD9  # markers SOS and EOI
+NEED_END = (JPEGExtended12Bit, JPEGLSLossless, JPEGLSNearLossless)  # libjpeg fills up, CharLS searches for seconds
 MAX_TILES = 65535  # ISO 15444-1 A.4.2
 
 
@@ -38,7 +40,7 @@ def check_codestream(frame: bytes, claims: Declared) -> None:
         _check_rle(frame, claims)
         return
     coded = coded_size(frame)
-    if claims.syntax == JPEGExtended12Bit and b"\xff\xd9" not in frame[-16:]:  # end of image, and padding
+    if claims.syntax in NEED_END and b"\xff\xd9" not in frame[-16:]:  # end of image, and padding
         raise UnreadableImage("truncated compressed pixels")
     if (coded.rows, coded.columns) != (claims.rows, claims.columns) or coded.samples != claims.samples:
         raise UnreadableImage("compressed pixels of another size than the header's")
@@ -61,22 +63,33 @@ def coded_size(frame: bytes) -> Coded:
 
 
 def _jpeg(frame: bytes) -> Coded:
-    """ISO 10918-1 B.2: marker segments up to the frame header."""
-    place = 2
+    """ISO 10918-1 B.2: marker segments, one directly after the other, up to the first scan.
+
+    All are walked, not only those before the frame header: GDCM aborts the process where one has a wrong length.
+    """
+    place, coded = 2, None
     while True:
         if frame[place] != 0xFF:
             raise UnreadableImage("damaged compressed pixels")
         while frame[place + 1] == 0xFF:  # fill bytes
             place += 1
         marker = frame[place + 1]
+        if marker == SCAN and coded is not None:
+            return coded
+        if marker in ALONE:
+            place += 2
+            continue
+        length = _number(frame, place + 2, 2)
+        if marker in (SCAN, 0, END) or length < 2 or (marker in FRAME_HEADERS and coded is not None):
+            raise UnreadableImage("damaged compressed pixels")
         if marker in FRAME_HEADERS:
-            return Coded(
+            coded = Coded(
                 rows=_number(frame, place + 5, 2),
                 columns=_number(frame, place + 7, 2),
                 samples=frame[place + 9],
                 bits=frame[place + 4],
             )
-        place += 2 if marker in ALONE else 2 + max(2, _number(frame, place + 2, 2))
+        place += 2 + length
 
 
 def _codestream_start(frame: bytes) -> int:

@@ -3,9 +3,9 @@
 `benchmarks/data_decode.py` measures them; the order in `DECODERS` is its result. All are permissively licensed but
 one: 12-bit JPEG Extended needs libjpeg of the `gpl-decoders` extra, GPL-3 and therefore not installed by default.
 
-Two that pydicom offers are left out because they may give wrong pixels without a word: libjpeg fills what is missing
-of a truncated JPEG or JPEG-LS (so it is used for 12-bit JPEG only, and only on frames that have their end), and
-Pillow shifts signed JPEG 2000 by half its range.
+Three that pydicom offers are left out. Two may give wrong pixels without a word: libjpeg fills what is missing of a
+truncated JPEG or JPEG-LS (so it is used for 12-bit JPEG only, and only on frames that have their end), and Pillow
+shifts signed JPEG 2000 by half its range. GDCM aborts the process on some damaged JPEG that Pillow refuses.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from fedmed.imaging.dicom.codestream import check_codestream, coded_size
 from fedmed.imaging.dicom.pixels import Declared, declared, significant_bits
 
 DECODERS: dict[UID, tuple[str, ...]] = {  # pydicom's names, the fastest first
-    JPEGBaseline8Bit: ("pillow", "gdcm"),
-    JPEGExtended12Bit: ("pillow", "gdcm", "pylibjpeg"),
+    JPEGBaseline8Bit: ("pillow",),
+    JPEGExtended12Bit: ("pillow", "pylibjpeg"),
     JPEGLossless: ("gdcm",),
     JPEGLosslessSV1: ("gdcm",),
     JPEGLSLossless: ("pyjpegls", "gdcm"),
@@ -98,6 +98,10 @@ def _decompressed(ds: Dataset, claims: Declared, *, gpl: bool) -> Iterator[NDArr
                     yield frame
         except Exception as error:
             failure = error
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # Rust's RLE decoder: the data run over the frame's end
+                raise UnreadableImage("damaged compressed pixels") from None
+            raise
         else:
             return
     if claims.syntax == JPEGExtended12Bit and "pylibjpeg" not in names and _has_12_bits(ds, claims):

@@ -51,7 +51,7 @@ def read_nifti(path: Path, *, labels: bool = False) -> Volume:
     with plain_errors(), _opened(path) as file:
         header = _header(file)
         shape = _shape(header)
-        kind, offset = header.get_data_dtype(), int(header["vox_offset"])
+        kind, offset = _kind(header), int(header["vox_offset"])
         slope, intercept = _scaling(header)
         affine = _affine(header)
         count = int(np.prod(shape)) * kind.itemsize
@@ -133,10 +133,19 @@ def _shape(header: Any) -> tuple[int, int, int]:
     return lengths[0], lengths[1], lengths[2]
 
 
+def _kind(header: Any) -> np.dtype[Any]:
+    """The type of stored numbers."""
+    try:
+        kind: np.dtype[Any] = header.get_data_dtype()
+    except KeyError:  # a code that nobody has defined
+        kind = np.dtype(object)
+    if kind.kind not in "iuf" or kind.itemsize > 8:
+        raise UnreadableImage("a NIfTI of colours, complex or unusual numbers")
+    return kind
+
+
 def _scaling(header: Any) -> tuple[float, float]:
     """Slope and intercept; a slope of 0 or that is no number means no scaling, as in nibabel."""
-    if header.get_data_dtype().kind not in "iuf" or header.get_data_dtype().itemsize > 8:
-        raise UnreadableImage("a NIfTI of colours, complex or unusual numbers")
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError:

@@ -1,0 +1,122 @@
+"""The network that a run kept, rebuilt from model.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError, ModelError
+from fedmed.imaging.reading import preset_named
+from fedmed.imaging.recipe import Recipe
+from fedmed.models import build
+from fedmed.models.attention_unet import AttentionUNet
+from fedmed.training.network import FlatNetwork, layout_of
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A network in evaluation mode, and how images are made ready for it."""
+
+    network: FlatNetwork
+    config: RunConfig  # of which [model], [task] and what prepares images are the run's; the rest are defaults
+    recipe: Recipe
+    round: int  # after which it was kept
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it predicts."""
+        return self.config.task.labels
+
+    @property
+    def segments(self) -> bool:
+        """Whether it outlines the labels, rather than saying whether they are there."""
+        return self.config.task.kind == "segmentation"
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether it is an Attention U-Net."""
+        return isinstance(self.network.module, AttentionUNet)
+
+
+def load_kept(run: Path, *, device: str = "cpu") -> Kept:
+    """Rebuild the network that a run kept. Other files of the run folder are not needed.
+
+    Args:
+        run: a run folder.
+        device: where the network computes.
+
+    Raises:
+        ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
+        ConfigError: the run's images are read by a function of its own, or in a way that this fedmed does not know.
+    """
+    facts = _facts(run)
+    sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
+    config = run_file.validate(sections, source="model.json")
+    if config.data.dataset:
+        raise ConfigError(
+            "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
+            "call the network from Python instead"
+        )
+    data = config.data
+    preset_named(data.preset)
+    recipe = Recipe.of(
+        preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
+        volume_size=data.volume_size, labels=(),
+    )  # fmt: skip
+    module = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
+    if layout_of(module).hash != facts["layout"]:
+        raise ModelError("this fedmed builds another network than the run kept; use the version that model.json names")
+    _load_(module, run / "model.safetensors")
+    module.eval().requires_grad_(False)
+    return Kept(
+        network=FlatNetwork(module, torch.device(device)), config=config, recipe=recipe, round=int(facts["round"])
+    )
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    if not run.is_dir():
+        raise ModelError("there is no such run folder")
+    try:
+        facts = json.loads((run / "model.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError("the run kept no network: its folder has no model.json; did the run end?") from None
+    except (OSError, ValueError):
+        raise ModelError("the run's model.json cannot be read") from None
+    wanted = {"schema": int, "model": dict, "task": dict, "preprocessing": dict, "layout": str, "round": int}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in wanted.items()):
+        raise ModelError(f"the run's model.json is damaged; expected {', '.join(wanted)}")
+    if facts["schema"] != SCHEMA:
+        raise ModelError(f"the run's model.json has schema {facts['schema']}; this fedmed reads schema {SCHEMA}")
+    return facts
+
+
+@torch.no_grad()
+def _load_(module: nn.Module, path: Path) -> None:
+    """Copy the tensors of a file that `RunFolder.save_model` wrote into the network, by name."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ModelError("the run kept no network: its folder has no model.safetensors") from None
+    except (OSError, SafetensorError):
+        raise ModelError("the run's model.safetensors cannot be read; is it complete?") from None
+    mine = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if tensors.keys() != mine.keys():
+        raise ModelError("the run's model.safetensors holds other tensors than its model.json describes")
+    for name, tensor in mine.items():
+        found = tensors[name]
+        if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
+            raise ModelError(f"{name} of the run's model.safetensors has another shape or type than the network's")
+        if not torch.isfinite(found).all():
+            raise ModelError(f"{name} of the run's model.safetensors holds NaN or infinity")
+        tensor.copy_(found)
