@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from fedmed.cli import data, report, simulate
+from fedmed.cli import data, predict, report, simulate
 from fedmed.errors import FedmedError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate)
+app.command("predict")(predict.predict)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 

@@ -15,6 +15,8 @@ from fedmed.federated.identity import versions
 from fedmed.federated.progress import Progress
 from fedmed.federated.server_evaluation import Metrics
 
+# Of [data], what model.json keeps: how an image becomes what the network sees
+PREPROCESSING = {"preset", "image_size", "items", "spacing_mm", "volume_size", "dataset"}
 Status = Literal["completed", "degraded", "paused", "failed"]
 
 
@@ -91,7 +93,7 @@ def model_facts(config: RunConfig, round: int, layout_hash: str) -> dict[str, An
         "schema": 1,
         "model": config.model.model_dump(mode="json", by_alias=True, exclude={"weights"}),
         "task": {"kind": config.task.kind, "labels": list(config.task.labels)},
-        "preprocessing": {"preset": config.data.preset, "image-size": config.data.image_size},
+        "preprocessing": config.data.model_dump(mode="json", by_alias=True, include=PREPROCESSING),
         "round": round,
         "layout": layout_hash,
         "seed": config.seed,

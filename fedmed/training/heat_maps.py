@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,14 +69,11 @@ def grad_cam(network: nn.Module, images: Tensor, labels: Sequence[int]) -> Tenso
     return F.interpolate(torch.stack(maps, dim=1), size=sides, mode=LINEAR[images.ndim])
 
 
-def normalised(maps: Tensor) -> Tensor:
-    """Returns a map divided by its highest value, in [0, 1]; a map without a positive value stays 0.
-
-    Args:
-        maps: (N, …), each of the N by itself.
-    """
-    highest = maps.flatten(1).amax(dim=1).view(-1, *[1] * (maps.ndim - 1))
-    return torch.where(highest > 0, maps / highest.clamp(min=torch.finfo(maps.dtype).tiny), 0).clamp(0, 1)
+def relative(heat: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns heat, at least 0 and of any shape, as shares of its highest value; without any it stays 0."""
+    highest = heat.max(initial=0)
+    shares: NDArray[np.float32] = np.clip(heat / highest, 0, 1) if highest > 0 else heat
+    return shares
 
 
 def is_relu(module: nn.Module) -> bool:
@@ -135,7 +133,7 @@ def _last_convolution(network: nn.Module, images: Tensor) -> nn.Module:
     with ExitStack() as stack, torch.no_grad():
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d | nn.Conv3d):
-                stack.callback(layer.register_forward_hook(partial(note)).remove)
+                stack.callback(layer.register_forward_hook(note).remove)
         network(images)
     if not ran:
         raise ModelError("no heat map: the network has no convolution whose output still has the image's axes")

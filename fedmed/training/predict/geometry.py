@@ -1,4 +1,4 @@
-"""From what the network was shown back to the image as it was given: padding cut off, sizes and orientation restored."""
+"""From what the network was shown back to the image as it was given: without padding, in its size and orientation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Frames:
         """(n, H, W) as on a screen; colours by their luma."""
         if self.planes.shape[1] == 1:
             return self.planes[:, 0]
-        return np.rint(np.einsum("nchw,c->nhw", self.planes.astype(np.float32), LUMA)).astype(np.uint8)
+        luma: Bytes = np.rint(np.einsum("nchw,c->nhw", self.planes.astype(np.float32), LUMA)).astype(np.uint8)
+        return luma
 
     @property
     def pixel_mm(self) -> tuple[float, float]:

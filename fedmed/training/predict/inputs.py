@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.decoding import MEMORY_BYTES, TIMEOUT_S
+from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.items import is_nifti
@@ -27,10 +27,12 @@ class Found:
     passed_over: int  # files in the folders that are no images
 
 
-def decoder() -> DecodingProcess:
+def decoder(items: Items) -> DecodingProcess:
     """A process that reads images, whose crash costs one of them."""
     jobs = "fedmed.training.predict.originals"
-    return DecodingProcess(timeout_s=TIMEOUT_S, memory_bytes=MEMORY_BYTES, jobs=jobs)
+    if items == "images":
+        return DecodingProcess(jobs=jobs)
+    return DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES, jobs=jobs)
 
 
 def find_images(named: Sequence[Path], items: Items, process: DecodingProcess) -> Found:

@@ -97,7 +97,8 @@ def write_png(pixels: Bytes, path: Path) -> None:
 
 def write_mask(classes: Bytes, path: Path) -> None:
     """Write class numbers (H, W): a PNG of one channel with a palette, which programs read as numbers."""
-    image = Image.fromarray(classes).convert("P")
+    height, width = classes.shape
+    image = Image.frombytes("P", (width, height), classes.tobytes())
     image.putpalette(region_colours().tobytes())
     image.save(path, format="PNG")
 
@@ -105,7 +106,9 @@ def write_mask(classes: Bytes, path: Path) -> None:
 def _linear_srgb(lightness: float, chroma: float, hue: float) -> NDArray[np.float64]:
     """OKLCh to linear sRGB (Ottosson 2020)."""
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    to_cones = np.array([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]])
+    to_cones = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.291485548]]
+    )
     to_srgb = np.array(
         [
             [4.0767416621, -3.3077115913, 0.2309699292],
@@ -127,4 +130,5 @@ def _blended(grey: Floats, colours: Bytes, opacity: NDArray[np.floating]) -> Byt
     """Colours (h, w, 3) over grey (h, w), 0 to 255."""
     share = opacity[..., None]
     mixed = grey[..., None] * (1 - share) + colours * share
-    return np.rint(np.clip(mixed, 0, 255)).astype(np.uint8)
+    pixels: Bytes = np.rint(np.clip(mixed, 0, 255)).astype(np.uint8)
+    return pixels

@@ -1,0 +1,219 @@
+"""Images one after the other: what the network says of each, and what is drawn of it. What fails says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmed.errors import ConfigError, FedmedError
+from fedmed.imaging.isolation import DecodingProcess
+from fedmed.imaging.volumes.nifti import write_nifti
+from fedmed.models import gate_maps
+from fedmed.training.heat_maps import grad_cam, relative
+from fedmed.training.predict.dense import Maps, image_logits, image_maps
+from fedmed.training.predict.geometry import Frames, Original, Stack, original_of
+from fedmed.training.predict.kept import Kept
+from fedmed.training.predict.pictures import heat_overlay, region_overlay, write_mask, write_png
+
+GATES = ("gate-1", "gate-2", "gate-3")  # of Attention U-Net, coarsest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A picture that was written."""
+
+    what: str  # a label, a gate, "overlay", or "mask"
+    file: str  # its name in the folder of the results
+    slice: int | None = None  # which one it shows, from 1; None where there is one only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the network says of one image."""
+
+    number: int  # place among the images, from 1
+    image: str  # as it was named
+    probabilities: Mapping[str, float] = field(default_factory=dict)  # of a classifier, by label
+    voxels: Mapping[str, int] = field(default_factory=dict)  # of a segmentation: pixels or voxels of each label
+    voxel_ml: float | None = None  # of one voxel, where a volume says
+    drawn: tuple[Drawn, ...] = ()
+    error: str = ""
+
+
+def check_heat_maps(kept: Kept, labels: Sequence[str]) -> None:
+    """Refuse heat maps that the network cannot give, before any image is read.
+
+    Raises:
+        ConfigError: it knows no such label, or has no heat maps.
+    """
+    if kept.segments and not kept.has_gates:
+        raise ConfigError("heat maps are of classifiers, and of attention-unet; this network draws masks as it is")
+    if kept.segments and labels:
+        raise ConfigError("the gates of attention-unet are of no label; leave --label out")
+    for label in labels:
+        if label not in kept.labels:
+            raise ConfigError(f'the network knows no label "{label}"; there are {", ".join(kept.labels)}')
+
+
+def predict_images(
+    kept: Kept,
+    images: Sequence[Path],
+    folder: Path,
+    process: DecodingProcess,
+    *,
+    heat_maps: bool = False,
+    labels: Sequence[str] = (),
+) -> Iterator[Prediction]:
+    """What the network says of every image, in order, as soon as it is known.
+
+    Args:
+        kept: the network.
+        images: files, or folders of a series each.
+        folder: where pictures and masks are written, as image-0001-… by the images' order.
+        process: in which images are read, as `inputs.decoder` makes it.
+        heat_maps: whether to draw where a classifier looked, or the gates of an Attention U-Net.
+        labels: whose heat maps; none = that of each image's most probable label.
+
+    Yields:
+        A prediction; of an image that cannot be read or that the network cannot take, one with the error.
+
+    Raises:
+        OSError: a result cannot be written.
+    """
+    one = partial(_segmented if kept.segments else _classified, kept, heat_maps=heat_maps, labels=labels)
+    width = max(4, len(str(len(images))))
+    for number, path in enumerate(images, start=1):
+        blank = Prediction(number=number, image=_text(path))
+        place = folder / f"image-{number:0{width}d}"
+        job: dict[str, Any] = {"image": str(path.absolute()), "recipe": kept.recipe.settings()}
+        try:
+            yield one(blank, partial(process.run, **job), place)
+        except FedmedError as error:
+            yield replace(blank, error=str(error))
+
+
+Decode = Callable[..., dict[str, NDArray[Any]]]
+
+
+def _classified(
+    kept: Kept, blank: Prediction, decode: Decode, place: Path, *, heat_maps: bool, labels: Sequence[str]
+) -> Prediction:
+    """Probabilities; of slices and patches their mean, since each was trained with the label of the whole."""
+    images = decode("item", mask="")["images"]
+    logits = torch.from_numpy(image_logits(kept, images)).double()  # (n, labels)
+    values = torch.sigmoid(logits).mean(dim=0).tolist()
+    probabilities = dict(zip(kept.labels, values, strict=True))
+    drawn: tuple[Drawn, ...] = ()
+    if heat_maps:
+        chosen = labels or [max(probabilities, key=lambda label: probabilities[label])]
+        numbers = [kept.labels.index(label) for label in chosen]
+        maps = image_maps(kept, images, lambda tensors: grad_cam(kept.network.module, tensors, numbers))
+        original = _original(kept, decode)
+        drawn = tuple(
+            _heat(relative(each), original, label, place, f"heat-map-{label}")
+            for label, each in zip(chosen, maps, strict=True)
+        )
+    return replace(blank, probabilities=probabilities, drawn=drawn)
+
+
+def _segmented(
+    kept: Kept, blank: Prediction, decode: Decode, place: Path, *, heat_maps: bool, labels: Sequence[str]
+) -> Prediction:
+    """A mask of class numbers: of the labels with more than one half, the most probable; and what it looks like."""
+    images = decode("item", mask="")["images"]
+    logits = image_maps(kept, images, kept.network)
+    original = _original(kept, decode)
+    classes, counts = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
+    drawn = [*_masks(classes, original, place), _overlay(classes, original, place)]
+    if heat_maps:
+        gates = image_maps(
+            kept, images, lambda tensors: torch.cat(gate_maps(kept.network.module, tensors), dim=1).clamp(0, 1)
+        )
+        drawn += [_heat(each, original, gate, place, gate) for gate, each in zip(GATES, gates, strict=True)]
+    return replace(
+        blank,
+        voxels=dict(zip(kept.labels, counts, strict=True)),
+        voxel_ml=float(np.prod(original.volume.spacing_mm)) / 1000 if isinstance(original, Stack) else None,
+        drawn=tuple(drawn),
+    )
+
+
+def classes_of(probabilities: Iterator[Maps], original: Original) -> tuple[NDArray[np.uint8], list[int]]:
+    """Class numbers in the image's own geometry, and how many pixels or voxels of it each label has by itself.
+
+    Probabilities are interpolated, and decided upon afterwards, so that borders do not follow the coarser grid.
+
+    Args:
+        probabilities: label by label, each (n, S, S) or (D, H, W) as the network was shown the image.
+        original: the image.
+
+    Returns:
+        (n, H, W) or (D, H, W), 0 = no label above one half; and the counts, in which labels may overlap.
+    """
+    classes = np.zeros(0, np.uint8)
+    best = np.zeros(0, np.float32)
+    counts = []
+    for number, each in enumerate(probabilities, start=1):
+        there = original.back(each)
+        if number == 1:
+            classes, best = np.zeros(there.shape, np.uint8), np.full(there.shape, 0.5, np.float32)
+        counts.append(int((there > 0.5).sum()))
+        better = there > best
+        classes[better] = number
+        np.maximum(best, there, out=best)
+    return classes, counts
+
+
+def _original(kept: Kept, decode: Decode) -> Original:
+    return original_of(decode("original"), squares=kept.recipe.items == "slices")
+
+
+def _heat(maps: Maps, original: Original, what: str, place: Path, name: str) -> Drawn:
+    """Draw heat (n, …) in [0, 1] on the slice or frame where it is highest."""
+    heat = original.shown(original.back(maps))
+    at = int(heat.reshape(len(heat), -1).max(axis=1).argmax())
+    picture = heat_overlay(original.grey[at], heat[at], original.pixel_mm)
+    return _written(picture, what, place, name, at, len(heat))
+
+
+def _overlay(classes: NDArray[np.uint8], original: Original, place: Path) -> Drawn:
+    """Draw the slice or frame with the most of the mask; without any, the middle one."""
+    regions = original.shown(classes)
+    areas = (regions > 0).reshape(len(regions), -1).sum(axis=1)
+    at = int(areas.argmax()) if areas.any() else len(regions) // 2
+    picture = region_overlay(original.grey[at], regions[at], original.pixel_mm)
+    return _written(picture, "overlay", place, "overlay", at, len(regions))
+
+
+def _written(picture: NDArray[np.uint8], what: str, place: Path, name: str, at: int, count: int) -> Drawn:
+    shown = f"-slice-{at + 1:03d}" if count > 1 else ""
+    path = place.with_name(f"{place.name}-{name}{shown}.png")
+    write_png(picture, path)
+    return Drawn(what=what, file=path.name, slice=at + 1 if count > 1 else None)
+
+
+def _masks(classes: NDArray[np.uint8], original: Original, place: Path) -> Iterator[Drawn]:
+    """Write a NIfTI with the volume's own affine, or a PNG for every frame."""
+    if isinstance(original, Stack):
+        path = place.with_name(f"{place.name}-mask.nii.gz")
+        write_nifti(replace(original.volume, values=classes), path)
+        yield Drawn(what="mask", file=path.name)
+        return
+    assert isinstance(original, Frames)
+    for index, frame in enumerate(classes, start=1):
+        shown = f"-slice-{index:03d}" if len(classes) > 1 else ""
+        path = place.with_name(f"{place.name}-mask{shown}.png")
+        write_mask(frame, path)
+        yield Drawn(what="mask", file=path.name, slice=index if len(classes) > 1 else None)
+
+
+def _text(path: Path) -> str:
+    """A path as text that any program can read: what is no UTF-8 is shown as a question mark."""
+    return str(path).encode("utf-8", "replace").decode()
