@@ -115,6 +115,8 @@ def _load_(module: nn.Module, path: Path) -> None:
         raise ModelError("the run's model.safetensors holds other tensors than its model.json describes")
     for name, tensor in mine.items():
         found = tensors[name]
+        if tensor.ndim == 0 and found.shape == (1,):  # numpy's idea of a contiguous number, in files of save_model
+            found = found[0]
         if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
             raise ModelError(f"{name} of the run's model.safetensors has another shape or type than the network's")
         if not torch.isfinite(found).all():
