@@ -13,6 +13,7 @@ from fedmed import config as run_file
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import load_server_data
 from fedmed.federated.simulation import local_grid, run_on
+from fedmed.imaging import decoding
 from fedmed.imaging.dicom import grey as dicom
 from fedmed.metrics import auroc
 from fedmed.models import build
@@ -73,6 +74,7 @@ def test_the_demo_reaches_auroc_of_085_and_ends_in_a_result(demo):
 def test_breaking_monochrome1_costs_five_points_at_least(demo, monkeypatch):
     right = server_auroc(demo)
     monkeypatch.setattr(dicom, "invert", lambda values: values)
+    monkeypatch.setattr(decoding, "apart", decoding.here)  # in this process, where the patch is
     assert server_auroc(demo) <= right - 0.05
 
 
@@ -131,6 +133,7 @@ def test_the_federation_beats_the_best_single_site_and_nears_pooled_training(dem
 def test_training_with_broken_monochrome1_costs_five_points_at_least(demo, phantoms, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDMED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dicom, "invert", lambda values: values)  # workers are forked from here
+    monkeypatch.setattr(decoding, "apart", decoding.here)  # in this process, where the patch is
     broken = train(run_file.load(phantoms / "run.toml"), tmp_path / "broken")
     print(f"right {value(demo):.3f}, broken {value(broken):.3f}")
     assert value(broken) <= value(demo) - 0.05

@@ -16,6 +16,15 @@ from fedmed.models.fusion import fused
 from fedmed.training.heat_maps import grad_cam, relative
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small networks are faster so, the more where other tests run beside these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def network_of(name: str, dimensions: int = 2, **settings: object) -> nn.Module:
     config = ModelConfig(name=name, norm="batch", **settings)
     return build(config, outputs=3, seed=1, dimensions=dimensions).eval()

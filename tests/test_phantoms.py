@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError
+from fedmed.imaging import decoding
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.imaging.dicom import grey as dicom
 from fedmed.imaging.phantoms.dicom_object import Patient, write_object
@@ -176,6 +177,7 @@ def test_sites_look_alike_once_read_and_not_if_polarity_is_ignored(
 
     assert all(lungs_are_darker(sets[name]) > 0.1 for name in SITES)
     monkeypatch.setattr(dicom, "invert", lambda values: values)
+    monkeypatch.setattr(decoding, "apart", decoding.here)  # in this process, where the patch is
     assert lungs_are_darker(load(phantoms, "site-2")) < -0.1
 
 

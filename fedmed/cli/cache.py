@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import sys
 from contextlib import closing
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from fedmed.cli.display import console
 from fedmed.errors import DataError
+from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.cache.index import Index
 from fedmed.imaging.cache.upkeep import FOLDER, KeptSet, damaged, keep_within, kept_sets, segment_sizes
 
@@ -32,7 +32,7 @@ def show_cache(folder: Path | None, *, keep_gib: float | None, verify: bool, as_
     Raises:
         DataError: the cache cannot be read.
     """
-    kept_in = (folder or Path(os.environ.get("FEDMED_CACHE") or Path.home() / ".fedmed" / "cache")) / FOLDER
+    kept_in = (folder or cache_folder()) / FOLDER
     found: list[KeptSet] = []
     wrong, size = 0, 0
     if kept_in.is_dir():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedmed.training.predict.kept import Kept
 
 ROWS = 50  # of the table that is printed; predictions.csv holds all
-MOST_PROBABLE = 6  # labels that it shows of an image
+WIDE = 6  # labels that have a column each; of more, so many are shown of each image
 
 
 def predict(
@@ -137,6 +137,10 @@ def raise_for(failed: Sequence[Prediction]) -> None:
 def _show(kept: Kept, done: Sequence[Prediction], folder: Path) -> None:
     from fedmed.cli.display import console
 
+    if kept.segments:
+        print(f"{'pixels' if kept.recipe.items == 'images' else 'voxels'} of each label")
+    else:
+        print(f"probabilities{'' if len(kept.labels) <= WIDE else f', the {WIDE} highest of {len(kept.labels)}'}")
     console().print(_table(kept, done[:ROWS]))
     failed = sum(bool(prediction.error) for prediction in done)
     pictures = sum(len(prediction.drawn) for prediction in done)
@@ -147,30 +151,36 @@ def _show(kept: Kept, done: Sequence[Prediction], folder: Path) -> None:
 
 
 def _table(kept: Kept, done: Sequence[Prediction]) -> Table:
+    """A column for every label, or where that is too wide the most probable labels, one below the other."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if kept.segments:
-        what = "voxels" if kept.recipe.items != "images" else "pixels"
-    else:
-        what = "probability" if len(kept.labels) <= MOST_PROBABLE else f"probability, the highest {MOST_PROBABLE}"
-    table = Table("", "image", "label", what, box=box.SIMPLE_HEAD, pad_edge=False)
+    wide = len(kept.labels) <= WIDE
+    table = Table(
+        "", "image", *(kept.labels if wide else ("label", "probability")), box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.columns[1].overflow = "fold"
-    table.columns[3].justify = "right"
+    for column in table.columns[2 if wide else 3 :]:
+        column.justify = "right"
     for prediction in done:
+        number = str(prediction.number)
         name = Text("".join(c if c.isprintable() else "?" for c in prediction.image))
-        rows = [("", prediction.error)] if prediction.error else _values(kept, prediction)
-        for number, (label, value) in enumerate(rows):
-            lead = (str(prediction.number), name) if number == 0 else ("", "")
-            table.add_row(*lead, label, Text(value))
+        values = dict(_values(kept, prediction))
+        if prediction.error:
+            name.append(f"\n{prediction.error}", style="yellow")
+            table.add_row(number, name)
+        elif wide:
+            table.add_row(number, name, *(values[label] for label in kept.labels))
+        else:
+            for label, value in values.items():
+                table.add_row(number, name, label, value)
+                number, name = "", Text()
     return table
 
 
 def _values(kept: Kept, prediction: Prediction) -> list[tuple[str, str]]:
     if kept.segments:
         return [(label, f"{count:,}") for label, count in prediction.voxels.items()]
-    ranked = list(prediction.probabilities.items())
-    if len(ranked) > MOST_PROBABLE:
-        ranked = sorted(ranked, key=lambda pair: -pair[1])[:MOST_PROBABLE]
+    ranked = sorted(prediction.probabilities.items(), key=lambda pair: -pair[1])[:WIDE]
     return [(label, f"{value:.3f}") for label, value in ranked]

@@ -13,7 +13,7 @@ from fedmed.errors import RunFailed
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.run_folder import RunFolder, now
-from fedmed.federated.sites import cache_folder
+from fedmed.imaging.cache import cache_folder
 
 app = ServerApp()
 

@@ -21,8 +21,9 @@ from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.run_folder import RunFolder
-from fedmed.federated.sites import SIMULATION, cache_folder, site_names
+from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
+from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import preset_named
 from fedmed.models import build
@@ -56,9 +57,11 @@ def check(config: RunConfig) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def prepare_fork() -> None:
+def prepare_fork(config: RunConfig) -> None:
     """Import what workers need and start no thread, so that a fork is safe and a worker's first step is fast."""
     torch.set_num_threads(1)
+    if config.train.augment:
+        import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: five seconds
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every page of what was imported here
@@ -82,7 +85,7 @@ def worker_count(config: RunConfig, devices: Sequence[str]) -> int:
 
 def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
     """Fork the workers of a simulation; call it before any thread or progress display is started."""
-    prepare_fork()
+    prepare_fork(config)
     places = devices(config)
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(

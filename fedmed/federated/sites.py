@@ -18,6 +18,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig, Section
 from fedmed.errors import ConfigError
 from fedmed.federated.phantoms import with_phantoms
+from fedmed.imaging.cache import cache_folder
 from fedmed.training.site_round import Site
 
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
@@ -54,11 +55,6 @@ def site_names(config: RunConfig) -> tuple[str, ...]:
     if twice:
         raise ConfigError(f'data.sites: two sites are called "{twice[0]}"; a site is named by its manifest\'s folder')
     return names
-
-
-def cache_folder() -> Path:
-    """Where simulations keep decoded images: `$FEDMED_CACHE`, or `~/.fedmed/cache`."""
-    return Path(os.environ.get("FEDMED_CACHE") or Path.home() / ".fedmed" / "cache")
 
 
 def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:

@@ -14,3 +14,11 @@ go, but never one that is in use (`upkeep`): every reader holds a shared lock fo
 
 The folder is for its owner alone: it holds pixels. It holds no names: a path is kept as a keyed hash.
 """
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where simulations keep decoded images: `$FEDMED_CACHE`, or `~/.fedmed/cache`."""
+    return Path(os.environ.get("FEDMED_CACHE") or Path.home() / ".fedmed" / "cache")

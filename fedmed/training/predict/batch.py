@@ -117,7 +117,7 @@ def _classified(
         maps = image_maps(kept, images, lambda tensors: grad_cam(kept.network.module, tensors, numbers))
         original = _original(kept, decode)
         drawn = tuple(
-            _heat(relative(each), original, label, place, f"heat-map-{label}")
+            _heat(original.back(relative(each)), original, label, place, f"heat-map-{label}")
             for label, each in zip(chosen, maps, strict=True)
         )
     return replace(blank, probabilities=probabilities, drawn=drawn)
@@ -131,12 +131,16 @@ def _segmented(
     logits = image_maps(kept, images, kept.network)
     original = _original(kept, decode)
     classes, counts = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
-    drawn = [*_masks(classes, original, place), _overlay(classes, original, place)]
+    at = _most(original.shown(classes))
+    drawn = [*_masks(classes, original, place), _overlay(classes, original, at, place)]
     if heat_maps:
         gates = image_maps(
             kept, images, lambda tensors: torch.cat(gate_maps(kept.network.module, tensors), dim=1).clamp(0, 1)
         )
-        drawn += [_heat(each, original, gate, place, gate) for gate, each in zip(GATES, gates, strict=True)]
+        drawn += [
+            _heat(original.back(each), original, gate, place, gate, at=at)
+            for gate, each in zip(GATES, gates, strict=True)
+        ]
     return replace(
         blank,
         voxels=dict(zip(kept.labels, counts, strict=True)),
@@ -175,21 +179,25 @@ def _original(kept: Kept, decode: Decode) -> Original:
     return original_of(decode("original"), squares=kept.recipe.items == "slices")
 
 
-def _heat(maps: Maps, original: Original, what: str, place: Path, name: str) -> Drawn:
-    """Draw heat (n, …) in [0, 1] on the slice or frame where it is highest."""
-    heat = original.shown(original.back(maps))
-    at = int(heat.reshape(len(heat), -1).max(axis=1).argmax())
+def _heat(maps: Maps, original: Original, what: str, place: Path, name: str, *, at: int | None = None) -> Drawn:
+    """Draw heat (n, H, W) in [0, 1], on the slice or frame `at`, or else where it is highest."""
+    heat = original.shown(maps)
+    at = int(heat.reshape(len(heat), -1).max(axis=1).argmax()) if at is None else at
     picture = heat_overlay(original.grey[at], heat[at], original.pixel_mm)
     return _written(picture, what, place, name, at, len(heat))
 
 
-def _overlay(classes: NDArray[np.uint8], original: Original, place: Path) -> Drawn:
-    """Draw the slice or frame with the most of the mask; without any, the middle one."""
+def _overlay(classes: NDArray[np.uint8], original: Original, at: int, place: Path) -> Drawn:
+    """Draw the mask on the slice or frame `at`."""
     regions = original.shown(classes)
-    areas = (regions > 0).reshape(len(regions), -1).sum(axis=1)
-    at = int(areas.argmax()) if areas.any() else len(regions) // 2
     picture = region_overlay(original.grey[at], regions[at], original.pixel_mm)
     return _written(picture, "overlay", place, "overlay", at, len(regions))
+
+
+def _most(regions: NDArray[np.uint8]) -> int:
+    """The slice or frame with the most of the mask; without any, the middle one."""
+    areas = (regions > 0).reshape(len(regions), -1).sum(axis=1)
+    return int(areas.argmax()) if areas.any() else len(regions) // 2
 
 
 def _written(picture: NDArray[np.uint8], what: str, place: Path, name: str, at: int, count: int) -> Drawn:
