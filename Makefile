@@ -39,8 +39,10 @@ check: .venv/installed ## style, types and architecture
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: .venv/installed ## time the engine against plain PyTorch and Flower's Ray simulation
+bench: .venv/installed ## time the engine, the reading of images and the networks beside their floors and peers
 	@$(BIN)/python benchmarks/engine.py
+	@$(BIN)/python benchmarks/data.py
+	@$(BIN)/python benchmarks/networks.py
 
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

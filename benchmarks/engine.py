@@ -5,7 +5,8 @@
 
 Engines run in turn, each as a whole process, at a short and a long number of rounds. A steady round is the difference
 of the two, so that start-up cancels. Memory is read in runs of its own, because reading it costs time. The networks of
-all engines are compared. The table is printed and written to benchmarks/engine.md.
+all engines are compared: they add up the same float32 numbers in another order, and training magnifies the last digit
+from round to round. The table is printed and written to benchmarks/engine.md.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def memory_mib(root: int) -> float:
 def measure(command: list[str], rounds: Callable[[str], list[float]], *, memory: bool) -> Measured:
     """Run a command to its end, orphans included."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "FLWR_TELEMETRY_ENABLED": "0"}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "FLWR_TELEMETRY_ENABLED": "0"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
         peak, done = [0.0], threading.Event()
 
@@ -201,7 +202,7 @@ def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: 
     peaks = {e: 0.0 if full else ENGINES[e](name, short + 2, folder, full=full, memory=True).peak_mib for e in engines}
     steady = {e: [(b.wall_s - a.wall_s) / (long - short) for a, b in samples[e]] for e in engines}
     processor = {e: [(b.cpu_s - a.cpu_s) / (long - short) for a, b in samples[e]] for e in engines}
-    reference = weights(engines[0], name, long, folder)
+    reference = {rounds: weights(engines[0], name, rounds, folder) for rounds in (short, long)}
     rows = []
     for engine in engines:
         wall, base = statistics.median(steady[engine]), statistics.median(steady[engines[0]])
@@ -209,12 +210,12 @@ def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: 
         first = statistics.median(pair[1].rounds_s[0] for pair in samples[engine])
         inner = statistics.median(value for pair in samples[engine] for value in pair[1].rounds_s[1:])
         whole = statistics.median(pair[0].wall_s for pair in samples[engine])
-        apart = float(np.abs(weights(engine, name, long, folder) - reference).max())
+        apart = [float(np.abs(weights(engine, name, n, folder) - reference[n]).max()) for n in (short, long)]
         memory = f"{peaks[engine]:.0f} | {peaks[engine] / peaks[engines[0]]:.2f}" if peaks[engine] else "– | –"
         rows.append(
             f"| {name}{', evaluation and checkpoints on' if full else ''} | {engine} | {wall:.3f} "
             f"({min(steady[engine]):.3f}-{max(steady[engine]):.3f}) | {wall / base:.2f} | {cpu:.3f} | "
-            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {apart:.0e} |"
+            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {apart[0]:.0e}, {apart[1]:.0e} |"
         )
     return rows
 
@@ -234,7 +235,7 @@ def main() -> None:
             rows += compare(name, engines[:2], given.repeats, Path(temporary), full=True)
     head = (
         "| work | engine | steady round, s (min-max) | wall ratio | CPU s a round | CPU ratio | first / steady round "
-        "| peak MiB | memory ratio | whole command at the short run, s | largest difference of a weight |\n"
+        "| peak MiB | memory ratio | whole command at the short run, s | largest difference of a weight after the short and the long run |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|"
     )
     rounds = ", ".join(f"{name}: {work.rounds[0]} and {work.rounds[1]}" for name, work in WORKS.items())
