@@ -235,7 +235,8 @@ def main() -> None:
             rows += compare(name, engines[:2], given.repeats, Path(temporary), full=True)
     head = (
         "| work | engine | steady round, s (min-max) | wall ratio | CPU s a round | CPU ratio | first / steady round "
-        "| peak MiB | memory ratio | whole command at the short run, s | largest difference of a weight after the short and the long run |\n"
+        "| peak MiB | memory ratio | whole command at the short run, s | "
+        "largest difference of a weight, short and long run |\n"
         "|---|---|---|---|---|---|---|---|---|---|---|"
     )
     rounds = ", ".join(f"{name}: {work.rounds[0]} and {work.rounds[1]}" for name, work in WORKS.items())

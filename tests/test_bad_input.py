@@ -252,7 +252,7 @@ def test_help_answers_at_once(fedmed):
     done = fedmed("--help")
     assert time.monotonic() - started < 0.5
     assert done.returncode == 0
-    for command in (["simulate"], ["report"], ["data", "synth"]):
+    for command in (["simulate"], ["report"], ["predict"], ["data", "synth"], ["data", "cache"]):
         assert "Example: fedmed" in fedmed(*command, "--help").stdout
     heavy = "import sys, fedmed.cli; sys.exit(any(name in sys.modules for name in ('torch', 'pydantic', 'flwr')))"
     assert subprocess.run([sys.executable, "-c", heavy], check=False, env=os.environ).returncode == 0

@@ -39,6 +39,12 @@ def demo(phantoms) -> RunFolder:
     return train(run_file.load(phantoms / "run.toml"), phantoms.parent / "run")
 
 
+@pytest.fixture(scope="module")
+def short(phantoms) -> RunFolder:
+    """Its first two rounds."""
+    return train(run_file.load(phantoms / "run.toml", ["train.rounds=2"]), phantoms.parent / "short")
+
+
 def train(config, out: Path) -> RunFolder:
     folder = RunFolder.create(out, config)
     with local_grid(config, folder) as grid:
@@ -63,19 +69,17 @@ def server_auroc(folder: RunFolder) -> float:
 
 
 @pytest.mark.timeout(600)
-def test_the_demo_reaches_auroc_of_085_and_ends_in_a_result(demo):
-    result = json.loads((demo.path / "result.json").read_text())
-    assert result["status"] == "completed"
-    assert value(demo) >= 0.85
-    assert all(site["metrics"]["auroc"]["value"] > 0.8 for site in result["sites"])
+def test_two_rounds_of_the_demo_reach_auroc_of_085_and_end_in_a_result(short):
+    assert json.loads((short.path / "result.json").read_text())["status"] == "completed"
+    assert value(short) >= 0.85
 
 
 @pytest.mark.timeout(600)
-def test_breaking_monochrome1_costs_five_points_at_least(demo, monkeypatch):
-    right = server_auroc(demo)
+def test_breaking_monochrome1_costs_five_points_at_least(short, monkeypatch):
+    right = server_auroc(short)
     monkeypatch.setattr(dicom, "invert", lambda values: values)
     monkeypatch.setattr(decoding, "apart", decoding.here)  # in this process, where the patch is
-    assert server_auroc(demo) <= right - 0.05
+    assert server_auroc(short) <= right - 0.05
 
 
 @pytest.mark.timeout(600)
@@ -95,7 +99,16 @@ def test_the_same_seed_gives_the_same_hospitals(fedmed, tmp_path):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
 
 
-# The comparisons below train five more networks: minutes.
+# The comparisons below train six more networks: minutes.
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_learns_the_findings_at_every_site(demo):
+    result = json.loads((demo.path / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert value(demo) >= 0.95
+    assert all(site["metrics"]["auroc"]["value"] > 0.9 for site in result["sites"])
 
 
 def only(config, sites: tuple[str, ...]):

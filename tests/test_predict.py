@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dicom_files import SECRET, cells_of, image_object, picture, written
-from kept_runs import FINDING, LUNG, affine_of, grey_png, kept_run, network_of, pixels, results_of
+from kept_runs import FINDING, LUNG, grey_png, kept_run, network_of, pixels
 from PIL import Image
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
@@ -25,9 +25,6 @@ from fedmed.imaging.reading import read_image, read_mask
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.training.evaluate import predictions
-from fedmed.training.predict.batch import predict_images
-from fedmed.training.predict.inputs import decoder
-from fedmed.training.predict.kept import load_kept
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +52,6 @@ def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return int(end.value.code or 0), said.out, said.err, folder
 
     return run
-
-
-@pytest.fixture(scope="module")
-def process():
-    with decoder("slices") as process:
-        yield process
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -178,15 +169,6 @@ def test_a_cine_has_a_mask_for_every_frame(tmp_path, predict):
     assert "lung" in out and "144" in out
 
 
-def test_the_probability_of_a_volume_is_the_mean_over_its_slices(tmp_path, process):
-    values = np.zeros((2, 8, 8), np.float32)
-    values[1] = 255
-    write_nifti(Volume(values=values, affine=affine_of((1.0, 1.0, 1.0))), tmp_path / "scan.nii")
-    data = {"items": "slices", "image-size": 8}
-    (found,) = results_of(tmp_path / "out", process, "spot", FINDING, tmp_path / "scan.nii", **data)
-    assert found.probabilities["bright"] == pytest.approx((0.5 + 1 / (1 + np.exp(-1))) / 2, abs=1e-6)
-
-
 # What goes wrong
 
 
@@ -281,17 +263,6 @@ def test_a_run_without_a_network_is_one_clear_line(tmp_path, predict):
     (tmp_path / "empty").mkdir()
     status, _, err, _ = predict(tmp_path / "empty", image)
     assert status == 1 and err.startswith("error: the run kept no network") and err.count("\n") == 1
-
-
-def test_an_image_that_the_network_cannot_take_is_a_row(tmp_path, process):
-    volume = np.random.default_rng(0).random((4, 8, 8), np.float32)
-    for name, values in (("a", np.zeros((4, 8, 8), np.float32)), ("b", volume)):
-        write_nifti(Volume(values=values, affine=affine_of((1.0, 1.0, 1.0))), tmp_path / f"{name}.nii")
-    data = {"items": "volumes", "volume-size": [2, 8, 8]}
-    kept = load_kept(kept_run(tmp_path / "run", {"name": "kept_runs:Picky"}, FINDING, **data))
-    first, second = predict_images(kept, [tmp_path / "a.nii", tmp_path / "b.nii"], tmp_path, process)
-    assert first.error == "the network fails on it (ValueError)"
-    assert set(second.probabilities) == {"bright", "dark"}
 
 
 # Where results go

@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kept_runs import FINDING, LUNG, affine_of, colourfulness, grey_png, pixels, results_of
+from kept_runs import FINDING, LUNG, affine_of, colourfulness, grey_png, kept_run, pixels, results_of
 
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.reading import read_mask
 from fedmed.imaging.resize import letterbox
 from fedmed.imaging.volumes.nifti import read_nifti, write_nifti
 from fedmed.imaging.volumes.volume import Volume
-from fedmed.training.predict.batch import Drawn, Prediction
+from fedmed.training.predict.batch import Drawn, Prediction, predict_images
 from fedmed.training.predict.geometry import without_letterbox
 from fedmed.training.predict.inputs import decoder
+from fedmed.training.predict.kept import load_kept
 from fedmed.training.predict.pictures import LONGEST, heat_colours, heat_overlay, region_overlay
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +233,29 @@ def test_heat_below_the_threshold_is_transparent():
     assert overlay[0, 0].tolist() == [90, 90, 90]
     mixed = 0.4 * 90 + 0.6 * heat_colours()[255].astype(float)
     assert np.abs(overlay[3, 3] - mixed).max() <= 0.5
+
+
+# What is said of volumes
+
+
+def test_the_probability_of_a_volume_is_the_mean_over_its_slices(tmp_path, drawn):
+    values = np.zeros((2, 8, 8), np.float32)
+    values[1] = 255
+    write_nifti(Volume(values=values, affine=affine_of((1.0, 1.0, 1.0))), tmp_path / "scan.nii")
+    data = {"items": "slices", "image-size": 8}
+    (found,), _ = drawn("spot", FINDING, tmp_path / "scan.nii", **data)
+    assert found.probabilities["bright"] == pytest.approx((0.5 + 1 / (1 + np.exp(-1))) / 2, abs=1e-6)
+
+
+def test_an_image_that_the_network_cannot_take_is_a_row(tmp_path, process):
+    volume = np.random.default_rng(0).random((4, 8, 8), np.float32)
+    for name, values in (("a", np.zeros((4, 8, 8), np.float32)), ("b", volume)):
+        write_nifti(Volume(values=values, affine=affine_of((1.0, 1.0, 1.0))), tmp_path / f"{name}.nii")
+    data = {"items": "volumes", "volume-size": [2, 8, 8]}
+    kept = load_kept(kept_run(tmp_path / "run", {"name": "kept_runs:Picky"}, FINDING, **data))
+    first, second = predict_images(kept, [tmp_path / "a.nii", tmp_path / "b.nii"], tmp_path, process)
+    assert first.error == "the network fails on it (ValueError)"
+    assert set(second.probabilities) == {"bright", "dark"}
 
 
 # Real images

@@ -139,7 +139,7 @@ class RunFolder:
         for entries, vector in ((layout.parameters, weights.parameters), (layout.buffers, weights.buffers)):
             for entry in entries:
                 tensor = vector[entry.span].reshape(entry.shape)
-                tensors[entry.name] = np.ascontiguousarray(tensor.astype(np.int64) if entry.integer else tensor)
+                tensors[entry.name] = np.asarray(tensor.astype(np.int64) if entry.integer else tensor, order="C")
         save_vectors(self.path / "model.safetensors", tensors)
         write_atomically(self.path / "model.json", json.dumps(facts, indent=2).encode())
 

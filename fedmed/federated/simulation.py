@@ -53,7 +53,7 @@ def check(config: RunConfig) -> int:
             if len(read_manifest(Path(path), config.task).rows) == 0:
                 raise DataError(f"{path}: the manifest has no rows")
     torch.set_num_threads(1)  # no thread pool may exist when the workers are forked
-    network = build(config.model, outputs=len(config.task.labels), seed=config.seed)
+    network = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
