@@ -132,7 +132,7 @@ def test_own_network_and_data_example_runs(fedmed, tmp_path):
     assert result["server"]["metrics"]["auroc"]["value"] > 0.8
 
 
-@pytest.mark.slow  # `make test` runs `flwr run` once, in test_flower_engines.py
+@pytest.mark.slow
 @pytest.mark.simulation
 @pytest.mark.timeout(240)
 def test_flower_demo_runs_and_leaves_nothing_running(tmp_path):

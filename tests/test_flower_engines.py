@@ -104,6 +104,7 @@ def test_ray_engine_gives_the_same_weights_and_names_a_dropped_site(fedmed, toy_
     np.testing.assert_allclose(parameters(tmp_path / "ray"), ours, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow  # a minute; `--engine ray` above runs the same over Ray
 @pytest.mark.simulation
 def test_flwr_run_local_gives_the_same_weights(flower_home, local_parameters, tmp_path):
     port = free_port()

@@ -210,7 +210,8 @@ def test_only_when_every_file_failed_is_it_an_error(cxr_run, mixed, predict):
     assert len(rows(folder)) == 2
 
 
-def test_odd_file_names_do_no_harm(cxr_run, tmp_path, predict):
+def test_odd_file_names_do_no_harm(cxr_run, tmp_path, predict, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # else the table shortens long paths
     good = grey_png(tmp_path / "good.png", np.arange(64 * 64).reshape(64, 64) % 251)
     names = [b"[red]name.png", b"latin-\xe4.png", b"new\nline.png", b"esc\x1b[31m.png", b'comma,"quote".png']
     for name in names:
