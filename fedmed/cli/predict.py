@@ -35,7 +35,7 @@ def predict(
     ] = False,
     label: Annotated[
         list[str], typer.Option(metavar="NAME", help="whose heat map; may be repeated; else the most probable label's")
-    ] = [],  # noqa: B006
+    ] = [],  # noqa: B006  # typer reads the default and never changes it
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
 ) -> None:

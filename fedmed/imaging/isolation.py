@@ -88,8 +88,8 @@ class DecodingProcess:
             try:
                 child = self._started()
                 deadline = time.monotonic() + self._timeout_s
-                child.stdin.write(request)  # type: ignore[union-attr]
-                child.stdin.flush()  # type: ignore[union-attr]
+                child.stdin.write(request)  # type: ignore[union-attr]  # piped when it was started
+                child.stdin.flush()  # type: ignore[union-attr]  # piped when it was started
                 header = self._header(child, deadline)
                 return {name: self._array(child, deadline, *form) for name, *form in header.get("arrays", [])}
             except TimeoutError:
@@ -169,7 +169,7 @@ class DecodingProcess:
 
 def _read(child: subprocess.Popen[bytes], size: int, deadline: float) -> bytearray:
     """Exactly `size` bytes. Raises TimeoutError after the deadline, EOFError if the child ends before."""
-    pipe = child.stdout.fileno()  # type: ignore[union-attr]
+    pipe = child.stdout.fileno()  # type: ignore[union-attr]  # piped when it was started
     buffer = bytearray(size)
     rest = memoryview(buffer)
     waiting = select.poll()
@@ -188,7 +188,7 @@ def _read(child: subprocess.Popen[bytes], size: int, deadline: float) -> bytearr
 def _shut(child: subprocess.Popen[bytes]) -> None:
     for pipe in (child.stdin, child.stdout):
         with contextlib.suppress(OSError):  # a request that the dead child never took is still in the buffer
-            pipe.close()  # type: ignore[union-attr]
+            pipe.close()  # type: ignore[union-attr]  # piped when it was started
 
 
 def _close_all() -> None:

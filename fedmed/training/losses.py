@@ -38,9 +38,17 @@ def masked_bce(logits: Tensor, targets: Tensor, *, positive_weights: Tensor | No
 
 
 def masked_focal(logits: Tensor, targets: Tensor, *, gamma: float, positive_weights: Tensor | None = None) -> Tensor:
-    """Focal loss, Σ -(1 - p)^γ log p over the known labels, p being the probability of the truth (Lin et al. 2017,
-    arXiv:1708.02002, eq. 4); with γ = 0 it is `masked_bce`.
-    """  # noqa: D205
+    """Focal loss: cross-entropy in which images that are already right count less.
+
+    -(1 - p)^γ log p, averaged over the known labels, p being the probability of the truth (Lin et al. 2017,
+    arXiv:1708.02002, eq. 4). With γ = 0 it is `masked_bce`.
+
+    Args:
+        logits: (N, labels, …).
+        targets: the same shape, of values in [0, 1], or NaN where the label is unknown.
+        gamma: γ, at least 0.
+        positive_weights: (labels, …) what a positive weighs, a negative weighing 1.
+    """
     unknown = torch.isnan(targets)
     known = torch.nan_to_num(targets)
     losses = F.binary_cross_entropy_with_logits(logits, known, reduction="none", pos_weight=positive_weights)

@@ -40,7 +40,7 @@ class Unfinished:
                 facts = json.loads((file.metadata() or {}).get("facts", "{}"))
                 if facts.pop("task", "") != self.task:
                     return None
-                return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         except (OSError, SafetensorError, ValueError):
             return None
 

@@ -118,5 +118,5 @@ def like(volume: Volume, target: Volume) -> bool:
 
 def _orientation(affine: Affine) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each of d, h, w the patient axis (0 right, 1 front, 2 head) that it runs along, and its sign."""
-    found: NDArray[np.int64] = io_orientation(affine).astype(np.int64)  # type: ignore[no-untyped-call]
+    found: NDArray[np.int64] = io_orientation(affine).astype(np.int64)  # type: ignore[no-untyped-call]  # nibabel annotates nothing
     return found[:, 0], found[:, 1]
