@@ -86,7 +86,22 @@ class Task:
     weights: Weights
     learning_rate_factor: float = 1.0  # what a plateau of the server's metric has come to
     centres: tuple[float, ...] = ()  # around which score histograms are finest, one per label; empty = 0
+    vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))  # e.g. SCAFFOLD's control
     evaluate: bool = True  # whether a train reply also evaluates the received network at the site
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyEvent:
+    """A release that touched patients' data under differential privacy: what happened, from which any ε follows."""
+
+    mechanism: Literal["gaussian", "sampled-gaussian"]
+    noise_multiplier: float  # σ: standard deviation of the noise / sensitivity
+    sample_rate: float = 1.0  # q of the Poisson sampling of units, 1 where everyone takes part
+    steps: int = 1
+    unit: Literal["patient", "image", "site"] = "patient"
+    images_per_patient: int = 1  # the cap k on what one patient contributes to a step
+    release: Literal["gradients", "metrics", "count", "update"] = "gradients"
+    cohort: str = ""  # a keyed digest that names the set of patients
 
 
 @dataclass(frozen=True, kw_only=True)

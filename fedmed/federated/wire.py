@@ -50,7 +50,10 @@ def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
     """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
     names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings")
     facts = {name: getattr(task, name) for name in names}
-    return RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
+    content = RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
+    if task.vectors:
+        content["vectors"] = _vectors(task.vectors, copy)
+    return content
 
 
 def decode_task(content: RecordDict) -> Task:
@@ -69,6 +72,7 @@ def decode_task(content: RecordDict) -> Task:
             evaluate=bool(facts["evaluate"]),
             learning_rate_factor=float(facts["learning_rate_factor"]),
             centres=tuple(float(centre) for centre in facts["centres"]),
+            vectors=_read_vectors(content),
             weights=_weights(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -89,7 +93,7 @@ def encode_update(update: Update, *, copy: bool = True) -> RecordDict:
         flat = np.concatenate([np.ravel(values) for values in update.metrics.values()]).astype(np.float64)
         content["metrics"] = _record({"sums": encode_vector(flat)})
     if update.vectors:
-        content["vectors"] = _record({name: encode_vector(vector) for name, vector in update.vectors.items()})
+        content["vectors"] = _vectors(update.vectors, copy)
     if update.weights is not None:
         content["network"] = _network(update.weights, copy)
     return content
@@ -113,7 +117,6 @@ def decode_update(content: RecordDict) -> Update:
             for name, size in names.items():
                 metrics[name] = flat[start : start + size]
                 start += size
-        vectors = cast(ArrayRecord, content["vectors"]).items() if "vectors" in content else ()
         if facts["encoding"] != "float32":
             raise UpdateRefused(f"unknown encoding {facts['encoding']}")
         return Update(
@@ -121,7 +124,7 @@ def decode_update(content: RecordDict) -> Update:
             layout=str(facts["layout"]),
             num_examples=int(facts["num-examples"]),
             metrics=metrics,
-            vectors={name: decode_vector(array) for name, array in vectors},
+            vectors=_read_vectors(content),
             facts=dict(facts["facts"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -146,6 +149,15 @@ def _weights(content: RecordDict) -> Weights:
     network, empty = cast(ArrayRecord, content["network"]), np.zeros(0, np.float32)
     vectors = {name: decode_vector(network[name]) if name in network else empty for name in ("parameters", "buffers")}
     return Weights(**vectors)
+
+
+def _vectors(vectors: Mapping[str, NDArray[np.float32]], copy: bool) -> ArrayRecord:
+    return _record({name: encode_vector(vector, copy=copy) for name, vector in vectors.items()})
+
+
+def _read_vectors(content: RecordDict) -> dict[str, NDArray[np.float32]]:
+    arrays = cast(ArrayRecord, content["vectors"]).items() if "vectors" in content else ()
+    return {name: decode_vector(array) for name, array in arrays}
 
 
 def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
