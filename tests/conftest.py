@@ -21,7 +21,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory):
     variables = {"FEDMED_CACHE": "cache", "FEDMED_PHANTOMS": "phantoms", "FEDMED_RUNS": "runs", "FLWR_HOME": "flwr"}
     os.environ.update({name: str(home / folder) for name, folder in variables.items()})
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", TERM="dumb")
-    os.environ["PYTHONPATH"] = str(ROOT / "tests")  # so that child processes find `toy`
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))  # children find `toy`, and this fedmed
 
 
 def toy_run(*sites: str, server: str = "", **sections: dict[str, object]) -> RunConfig:
