@@ -27,6 +27,7 @@ OUTSIDE: dict[str, set[str]] = {  # packages that only some rooms may import
     "flwr": {"federated", "deployment", "cli"},
     "ray": {"federated"},
     "opacus": {"training", "privacy"},
+    "dp_accounting": {"privacy"},
     "pydicom": {"imaging"},
     "nibabel": {"imaging"},
     "highdicom": {"imaging"},

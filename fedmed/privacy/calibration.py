@@ -18,7 +18,7 @@ Bracket = tuple[float, float]
 
 MOST_NOISE = 1e7  # σ; where even this is not enough, the rest of the budget is spent
 LEAST_NOISE = 0.01  # less is no noise worth the name, whatever the budget
-PRECISION = 5e-4  # relative, of σ
+PRECISION = 2e-4  # relative, of σ
 MOST_STEPS = 10**9
 
 

@@ -52,7 +52,7 @@ class AdaptiveClip:
 
 
 def clip_change(change: FloatVector, clip: float) -> Clipped:
-    """change · min(1, clip / ‖change‖); a zero change stays zero.
+    """Change · min(1, clip / ‖change‖); a zero change stays zero.
 
     Args:
         change: trained parameters after minus before, (parameters,).
@@ -154,7 +154,7 @@ def central_events(
     """What so many rounds release: a noised sum each, and a noised count each where the clip adapts.
 
     Everyone takes part in every event, because the server's records show who answered: no sampling hides a hospital.
-    The count's noise multiplier is 2σ_b, its sensitivity being ½ (Andrew et al. 2021, theorem 1, split into two events).
+    The count's noise multiplier is 2σ_b, its sensitivity being ½ (Andrew et al. 2021, theorem 1, as two events).
     """
     update = PrivacyEvent(
         mechanism="gaussian",
