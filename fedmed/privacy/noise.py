@@ -74,7 +74,7 @@ class SecureGenerator:
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals by Box and Muller (1958, doi:10.1214/aoms/1177706645), (size,).
 
-        √(-2 ln u)·(cos 2πv, sin 2πv), with u in (0, 1) from 32 bits, or 85 where u is so small that it makes a tail.
+        √(-2 ln u)·(cos 2πv, sin 2πv), with u in (0, 1] from 32 bits, or 85 where u is so small that it makes a tail.
         """
         out = np.empty(size, np.float32)
         for start in range(0, size, 2 * BLOCK):
