@@ -20,7 +20,7 @@ from work import WORKS, dataset
 
 from fedmed.config import validate
 from fedmed.models import build
-from fedmed.training.site_round import site_generator
+from fedmed.training.own_patients import site_generator
 
 client, server = ClientApp(), ServerApp()
 

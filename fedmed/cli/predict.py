@@ -36,6 +36,9 @@ def predict(
     label: Annotated[
         list[str], typer.Option(metavar="NAME", help="whose heat map; may be repeated; else the most probable label's")
     ] = [],  # noqa: B006  # typer reads the default and never changes it
+    site: Annotated[
+        str, typer.Option(metavar="NAME", help="the own network of this virtual hospital, in place of the shared one")
+    ] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
 ) -> None:
@@ -57,7 +60,7 @@ def predict(
     from fedmed.training.predict.batch import check_heat_maps
     from fedmed.training.predict.kept import load_kept
 
-    kept = load_kept(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    kept = load_kept(run, device="cuda" if torch.cuda.is_available() else "cpu", site=site)
     if heat_map:
         check_heat_maps(kept, label)
     folder, done = _predict(kept, images, out, _name(run), heat_map, label, quiet=quiet)

@@ -172,6 +172,18 @@ class StrategyConfig(Section):
     checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
     server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
+    proximal: Annotated[float, Field(ge=0, description="fedprox: μ, how strongly sites are held near the network")] = (
+        0.01
+    )
+    personal_penalty: Annotated[
+        float, Field(ge=0, description="ditto: λ, how strongly a site's own network is held near the shared one")
+    ] = 0.1
+    personal_steps: Annotated[
+        Count, Field(description="optimizer steps of every site on the kept network, for one of its own; 0 = none")
+    ] = 0
+    personal_learning_rate: Annotated[
+        float, Field(ge=0, description="of a site's own network; 0 = train.learning-rate")
+    ] = 0.0
 
 
 class PrivacyConfig(Section):
@@ -242,9 +254,34 @@ class RunConfig(Section):
             raise ValueError(f'train.loss = "{self.train.loss}" is no loss for {self.task.kind}')
         if self.train.patience and self.train.local_steps:
             raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
+        self._sites_can_do_their_part()
         if self.privacy.mode != "none":
             raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
         return self
+
+    def _sites_can_do_their_part(self) -> None:
+        """Refuse what an algorithm's work at the sites is undefined for."""
+        strategy, train, name = self.strategy, self.train, self.strategy.name
+        if name == "scaffold":
+            if train.optimizer != "sgd":
+                raise ValueError(
+                    f'strategy.name = "{name}" is undefined with "{train.optimizer}": its control variates '
+                    'are means of gradients; set train.optimizer = "sgd"'
+                )
+            changed = {"ema": train.ema > 0, "patience": train.patience > 0, "layer-decay": train.layer_decay < 1}
+            for key in (key for key, used in changed.items() if used):
+                raise ValueError(
+                    f'strategy.name = "{name}" needs the network of the last step, all of it at one learning rate; '
+                    f"leave train.{key} at its default"
+                )
+        if name == "ditto" and strategy.personal_steps:
+            raise ValueError(
+                'strategy.name = "ditto" trains a network for every site; leave strategy.personal-steps at 0'
+            )
+        if name == "feddg-ga" and self.privacy.mode != "none":
+            raise ValueError(
+                'strategy.name = "feddg-ga" needs un-noised losses of the sites; set privacy.mode = "none"'
+            )
 
     @property
     def dimensions(self) -> int:

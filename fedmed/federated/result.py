@@ -94,6 +94,7 @@ def model_facts(config: RunConfig, round: int, layout_hash: str) -> dict[str, An
         "model": config.model.model_dump(mode="json", by_alias=True, exclude={"weights"}),
         "task": {"kind": config.task.kind, "labels": list(config.task.labels)},
         "preprocessing": config.data.model_dump(mode="json", by_alias=True, include=PREPROCESSING),
+        "strategy": config.strategy.name,
         "round": round,
         "layout": layout_hash,
         "seed": config.seed,

@@ -32,7 +32,9 @@ from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
 from fedmed.federated.strategies import server_step
 from fedmed.federated.wire import decode_update, encode_task
 from fedmed.models import build, build_with_report
-from fedmed.training.evaluate import checked_sums, metrics_from
+from fedmed.training.evaluate import PERSONAL, checked_sums, metrics_from, parted_sums
+from fedmed.training.local_algorithms.fedbn import no_single_network
+from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site_round import settings_for_sites
@@ -117,7 +119,8 @@ class Federation:
         module = build(self.config.model, outputs=outputs, seed=seed, dimensions=dimensions)
         network = FlatNetwork(module, torch.device(server_device(self.config)))
         self.layout = network.layout
-        self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir)
+        judged = not no_single_network(self.config.strategy)
+        self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir) if judged else None
         if self.config.model.weights:
             images = (
                 self.evaluation.data.batch(np.arange(min(8, len(self.evaluation.data))))[0] if self.evaluation else None
@@ -161,7 +164,9 @@ class Federation:
         """What the file of weights gave; how many images which site could not read, and why."""
         left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in self.members if m.unreadable}
         weights = {"weights": self.pretrained} if self.pretrained else {}
-        return {**weights, **({"unreadable": left_out} if left_out else {})}
+        reason = no_single_network(self.config.strategy)
+        unjudged = {"server_metrics": f"null: {reason}"} if reason else {}
+        return {**weights, **unjudged, **({"unreadable": left_out} if left_out else {})}
 
     # In a round.
 
@@ -266,22 +271,28 @@ class Federation:
             self._centres = judgement.centres
             self.server_metrics = metrics_json(judgement.metrics)
             self.folder.write_json("evaluation.json", self.evaluation.details(judgement))
+        elif no_single_network(self.config.strategy):
+            self.server_metrics = {self.config.primary: metric(None)}
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
-        nodes = {member.name: member.node for member in self.members if member.held_out_patients}
+        every = has_personal_network(self.config.strategy)  # a site makes its own network when it is asked to evaluate
+        nodes = {member.name: member.node for member in self.members if every or member.held_out_patients}
         failed = []
         for site, answer in self._ask(self._task("evaluate", round, kept), nodes) if nodes else ():
             try:
                 if isinstance(answer, str):
                     raise UpdateRefused(answer)
-                received = decode_update(answer).metrics
-                sums = checked_sums(received, self.config.task) if received else {}
+                parts = parted_sums(decode_update(answer).metrics)
+                shared, own = (checked_sums(part, self.config.task) if part else {} for part in parts)
             except UpdateRefused as error:
                 failed.append({"site": site, "reason": f"final evaluation: {error}"})
                 self._tell("site_failed", round, **failed[-1])
                 continue
-            patients = int(sums["patients"][0]) if "patients" in sums else 0
-            values = metrics_from(sums, self.config.task) if sums else {}
-            self.site_metrics[site] = {name: metric(value, n=patients) for name, value in values.items()}
+            self.site_metrics[site] = {
+                f"{prefix}{name}": metric(value, n=int(sums["patients"][0]))
+                for prefix, sums in (("", shared), (PERSONAL, own))
+                if sums
+                for name, value in metrics_from(sums, self.config.task).items()
+            }
         self.progress.absent += failed
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:

@@ -27,6 +27,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import preset_named
 from fedmed.models import build
+from fedmed.training.local_algorithms.fedbn import require_norms
 from fedmed.training.site_round import custom_dataset
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
@@ -54,6 +55,8 @@ def check(config: RunConfig) -> int:
                 raise DataError(f"{path}: the manifest has no rows")
     torch.set_num_threads(1)  # no thread pool may exist when the workers are forked
     network = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
+    if config.strategy.name == "fedbn":
+        require_norms(network)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -78,7 +78,8 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
     number = int(node["partition-id"])
     if number >= len(sites):
         raise ConfigError(f"there are {len(sites)} data.sites, but more virtual nodes; make them equal")
-    states = str(node.get("states", ""))
+    run = os.environ.get(SIMULATION, "")  # over Ray a run file lies in its run folder, and states beside it
+    states = str(node.get("states", "") or (Path(run).parent / "sites" if run else ""))
     return replace(sites[number], state_dir=Path(states) / sites[number].name) if states else sites[number]
 
 

@@ -27,6 +27,7 @@ from fedmed.training.network import FlatNetwork
 from fedmed.training.tiles import volume_predictions
 from fedmed.types import Sums
 
+PERSONAL = "personal/"  # before the name of a sum, or of a metric, of a site's own network
 BATCH_SIZE = 32  # images in one forward pass; memory, not accuracy, depends on it
 
 
@@ -111,6 +112,18 @@ def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
     else:
         empty = classification_sums(none, none, [])
     return add_sums([empty, sums])
+
+
+def personal_sums(sums: Sums) -> Sums:
+    """Sums of a site's own network, under names that tell them from those of the shared one."""
+    return {f"{PERSONAL}{name}": values for name, values in sums.items()}
+
+
+def parted_sums(sums: Sums) -> tuple[Sums, Sums]:
+    """Sums of the shared network, and of the site's own one; the inverse of joining them with `personal_sums`."""
+    shared = {name: values for name, values in sums.items() if not name.startswith(PERSONAL)}
+    own = {name.removeprefix(PERSONAL): values for name, values in sums.items() if name.startswith(PERSONAL)}
+    return shared, own
 
 
 def scored_cases(

@@ -17,6 +17,7 @@ from fedmed.errors import DataError
 from fedmed.imaging import augment
 from fedmed.imaging.dataset import Dataset
 from fedmed.models.stages import parameter_groups
+from fedmed.training.gradients import Correction
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows, batches, batches_in_a_pass
@@ -44,6 +45,7 @@ class Circumstances:
     weights: NDArray[np.float64] | None = None  # (n,) chances of the rows; None = each once in every pass
     unfinished: Unfinished | None = None  # where a long round is saved
     validation: Callable[[], float] | None = None  # loss on patients that are held out, for local early stopping
+    correction: Correction | None = None  # of the gradient, before every step of the optimizer
 
 
 def optimizer_for(config: TrainConfig, network: FlatNetwork) -> torch.optim.Optimizer:
@@ -161,6 +163,8 @@ class _Training:
             value = self.loss(outputs, targets.to(self.network.device)) * (len(images) / images_in_all)
             value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             self.total += value.detach()
+        if self.given.correction is not None:
+            self.given.correction()
         self.optimizer.step()
         self.step += 1
         if self.average is not None:

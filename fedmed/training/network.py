@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
 from fedmed.models import build
-from fedmed.types import Entry, Layout, Weights
+from fedmed.types import Entry, FloatVector, Layout, Weights
 
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -64,6 +64,7 @@ class FlatNetwork:
                 view = self._parameters[entry.span].view(entry.shape)
                 tensor.data = view.copy_(tensor)
         self._buffers = [tensor for _, tensor in constant]
+        self.parameters = [tensor for _, tensor in trained]  # in the layout's order
 
     def __call__(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
         """Logits of images; a tuple of them, finest first, from a network in training that gives coarser ones too."""
@@ -76,6 +77,14 @@ class FlatNetwork:
     def vector(self) -> Tensor:
         """All parameters as one vector on the network's device: the parameters themselves, not a copy."""
         return self._parameters
+
+    def cut(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector of all parameters, (num_parameters,), in the shapes of `parameters`."""
+        return [vector[entry.span].view(entry.shape) for entry in self.layout.parameters]
+
+    def on_device(self, vector: FloatVector) -> Tensor:
+        """A copy of a vector of all parameters where the network computes."""
+        return torch.from_numpy(np.array(vector, np.float32)).to(self.device)
 
     def state(self) -> dict[str, Tensor]:
         """The weights as tensors to be saved: bit for bit, where `weights` gives what travels."""

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,13 +23,18 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
-from fedmed.training.evaluate import evaluation_sums, mean_loss
-from fedmed.training.loop import Circumstances, train_
-from fedmed.training.losses import loss_for
+from fedmed.training.evaluate import evaluation_sums, personal_sums
+from fedmed.training.gradients import Correction
+from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
+from fedmed.training.local_algorithms.fedbn import with_own_norms
+from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
+from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
+from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
+from fedmed.training.sampling import Rows
+from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import Unfinished
-from fedmed.types import Scalar, Sums, Task, Update
+from fedmed.types import FloatVector, Scalar, Sums, Task, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,32 +80,54 @@ def train_round(task: Task, site: Site) -> Update:
     """
     started = time.perf_counter()
     config, data, network = _prepared(task, site)
+    state = _state(task, site, config)
+    kept = state.before(task.round) if state is not None else {}
+    _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, site) if task.evaluate else {}
-    rows = np.flatnonzero(~data.evaluation)
-    generator = site_generator(config.seed, site.name, task.round)
-    loss = loss_for(config.task, config.train, _positive_weights(network, data, rows, config))
-    unfinished = _unfinished(task, site, config)
-    given = Circumstances(
+    own = OwnPatients(network=network, data=data, config=config, site=site.name)
+    saves = {part: _unfinished(task, site, config, part) for part in ("round", "personal")}
+
+    def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
+        given = Circumstances(
+            round=task.round,
+            plateau=task.learning_rate_factor,
+            unfinished=saves["personal" if personal else "round"],
+            correction=correction,
+        )
+        return own.train_(personal_training(config) if personal else config.train, given)
+
+    visit = Visit(
+        config=config,
         round=task.round,
         plateau=task.learning_rate_factor,
-        weights=balanced_weights(data, rows, config.task) if config.train.sampling == "balanced" else None,
-        unfinished=unfinished,
-        validation=_validation(network, data, config),
+        network=network,
+        received=task.weights,
+        vectors=task.vectors,
+        kept=kept,
+        train_=train,
+        held_out_loss=partial(own.held_out_loss, form=site.metrics),
     )
-    trained = train_(network, data, rows, config.train, loss, generator, given)
-    if unfinished is not None:
-        unfinished.clear()
+    outcome = local_algorithm(config.strategy)(visit)
+    if state is not None and outcome.kept:
+        state.keep(task.round, outcome.kept, reach=resume_reach(config.strategy.checkpoint_every))
+    for saved in saves.values():
+        if saved is not None:
+            saved.clear()
     facts: dict[str, Scalar] = {
-        "patients": len({data.patients[row] for row in rows}),
-        "loss": trained.loss,
-        "steps": trained.steps,
+        "patients": len({data.patients[row] for row in own.rows}),
+        "loss": outcome.trained.loss,
+        "steps": outcome.trained.steps,
+        **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    return _update(network, len(rows), metrics, facts)
+    return _update(network, len(own.rows), metrics, facts, outcome)
 
 
 def evaluate_round(task: Task, site: Site) -> Update:
     """Evaluate the received network on the patients that the site holds out; its weights do not come back.
+
+    Where every site ends with a network of its own, it is made here, evaluated beside the received one, and written to
+    the site's disk.
 
     Raises:
         DataError: the site's data cannot be used.
@@ -108,13 +135,22 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """
     started = time.perf_counter()
     config, data, network = _prepared(task, site)
+    state = _state(task, site, config)
+    kept = state.before() if state is not None else {}
+    _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, site)
+    if state is not None and has_personal_network(config.strategy):
+        own = OwnPatients(network=network, data=data, config=config, site=site.name)
+        if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
+            metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, site))}
+        write_personal(network, state.personal)
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
-    return _update(network, int(data.evaluation.sum()), metrics, facts, weights=False)
+    return _update(network, int(data.evaluation.sum()), metrics, facts)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
+    _state(task, site, settings_from(task.settings))  # refuses before the first round
     data = site_data(site, task.settings)
     return {
         "site": site.name,
@@ -124,12 +160,6 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "reasons": "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
     }
-
-
-def site_generator(seed: int, site: str, round: int) -> np.random.Generator:
-    """The generator of one site in one round: the same for any number of workers and any order of sites."""
-    digest = hashlib.sha256(f"{seed}/{site}/{round}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 @lru_cache(maxsize=256)
@@ -193,45 +223,48 @@ def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task:
     )
 
 
-def _positive_weights(network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig) -> torch.Tensor | None:
-    """What a positive of each label weighs in the loss, ready to be broadcast over pixels."""
-    if config.train.class_weights == "none":
+def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
+    """What the site kept of this run, where its algorithm keeps anything."""
+    if not needs_folder(config.strategy):
         return None
-    weights = torch.from_numpy(balanced_positive_weights(data, rows)).to(network.device)
-    pixels = 0 if config.task.kind == "classification" else config.dimensions
-    return weights.view(-1, *[1] * pixels)
+    return SiteState.of(site.state_dir, run=config.name, settings=task.settings, layout=task.layout)
 
 
-def _validation(network: FlatNetwork, data: Dataset, config: RunConfig) -> Callable[[], float] | None:
-    """The loss on the patients that the site holds out, for early stopping within a round."""
-    rows = np.flatnonzero(data.evaluation)
-    if not config.train.patience or len(rows) == 0:
-        return None
-    return partial(mean_loss, network, data, rows, loss_for(config.task, config.train))
+def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kept: Mapping[str, FloatVector]) -> None:
+    if config.strategy.name == "fedbn":
+        network.load_(with_own_norms(network, task.weights, kept))
 
 
-def _unfinished(task: Task, site: Site, config: RunConfig) -> Unfinished | None:
-    """Where a long round is saved: known again by its settings, its number and the very weights that it began with."""
+def _unfinished(task: Task, site: Site, config: RunConfig, part: str) -> Unfinished | None:
+    """Where a long round is saved: known again by its settings, its number and the very weights that it began with.
+
+    What the site itself kept need not be told apart: in a round of this number it is always the same.
+    """
     if site.state_dir is None or config.train.save_every_s == 0:
         return None
 
     def identity() -> str:
         digest = hashlib.sha256(f"{task.settings}/{task.round}/{task.layout}/{task.learning_rate_factor}/".encode())
-        for vector in (task.weights.parameters, task.weights.buffers):
+        for vector in (task.weights.parameters, task.weights.buffers, *task.vectors.values()):
             digest.update(np.ascontiguousarray(vector).data)
         return digest.hexdigest()
 
-    path = site.state_dir / "unfinished-round.safetensors"
+    path = site.state_dir / f"unfinished-{part}.safetensors"
     return Unfinished(path=path, identify=identity, every_s=config.train.save_every_s)
 
 
 def _update(
-    network: FlatNetwork, num_examples: int, metrics: Sums, facts: dict[str, Scalar], *, weights: bool = True
+    network: FlatNetwork,
+    num_examples: int,
+    metrics: Sums,
+    facts: dict[str, Scalar],
+    outcome: Outcome | None = None,
 ) -> Update:
     return Update(
-        weights=network.weights() if weights else None,
+        weights=outcome.weights if outcome else None,
         layout=network.layout.hash,
         num_examples=num_examples,
         metrics=MappingProxyType(dict(metrics)),
+        vectors=MappingProxyType(dict(outcome.vectors if outcome else {})),
         facts=MappingProxyType(facts),
     )

@@ -10,7 +10,13 @@ from fedmed.federated.strategies.base import ServerStep
 from fedmed.federated.strategies.fedavg import FedAvg
 from fedmed.federated.strategies.fedavgm import FedAvgM
 
-STRATEGIES: dict[str, type[FedAvg] | type[FedAvgM]] = {"fedavg": FedAvg, "fedavgm": FedAvgM}
+STRATEGIES: dict[str, type[FedAvg] | type[FedAvgM]] = {
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedprox": FedAvg,  # what sets these three apart happens at the sites
+    "fedbn": FedAvg,
+    "ditto": FedAvg,
+}
 
 __all__ = ["STRATEGIES", "ServerStep", "server_step"]
 

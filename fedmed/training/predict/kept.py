@@ -20,6 +20,7 @@ from fedmed.imaging.recipe import Recipe
 from fedmed.models import build
 from fedmed.models.attention_unet import AttentionUNet
 from fedmed.training.network import FlatNetwork, layout_of
+from fedmed.training.site_state import PERSONAL
 
 SCHEMA = 1
 
@@ -49,18 +50,25 @@ class Kept:
         return isinstance(self.network.module, AttentionUNet)
 
 
-def load_kept(run: Path, *, device: str = "cpu") -> Kept:
+def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
     """Rebuild the network that a run kept. Other files of the run folder are not needed.
 
     Args:
         run: a run folder.
         device: where the network computes.
+        site: whose own network instead of the shared one, by the name of a virtual hospital.
 
     Raises:
         ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
         ConfigError: the run's images are read by a function of its own, or in a way that this fedmed does not know.
     """
     facts = _facts(run)
+    weights = _personal(run, site) if site else run / "model.safetensors"
+    if not site and facts.get("strategy") == "fedbn":
+        raise ModelError(
+            "the norm layers of this run stayed at its sites (fedbn), so it has no network for everybody; "
+            "name a site whose network is to be used with --site"
+        )
     sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
     config = run_file.validate(sections, source="model.json")
     if config.data.dataset:
@@ -77,11 +85,24 @@ def load_kept(run: Path, *, device: str = "cpu") -> Kept:
     module = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
     if layout_of(module).hash != facts["layout"]:
         raise ModelError("this fedmed builds another network than the run kept; use the version that model.json names")
-    _load_(module, run / "model.safetensors")
+    _load_(module, weights)
     module.eval().requires_grad_(False)
     return Kept(
         network=FlatNetwork(module, torch.device(device)), config=config, recipe=recipe, round=int(facts["round"])
     )
+
+
+def _personal(run: Path, site: str) -> Path:
+    """The file of a virtual hospital's own network.
+
+    Raises:
+        ModelError: there is no such site, or it has no network of its own.
+    """
+    found = {path.parent.parent.name: path for path in sorted(run.glob(f"sites/*/*/{PERSONAL}"))}
+    if site not in found:
+        known = f"; those with one: {', '.join(found)}" if found else "; see strategy.personal-steps"
+        raise ModelError(f'no site "{site}" of this run has a network of its own{known}')
+    return found[site]
 
 
 def _facts(run: Path) -> dict[str, Any]:
@@ -107,18 +128,18 @@ def _load_(module: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise ModelError("the run kept no network: its folder has no model.safetensors") from None
+        raise ModelError(f"the run kept no network: its folder has no {path.name}") from None
     except (OSError, SafetensorError):
-        raise ModelError("the run's model.safetensors cannot be read; is it complete?") from None
+        raise ModelError(f"the run's {path.name} cannot be read; is it complete?") from None
     mine = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if tensors.keys() != mine.keys():
-        raise ModelError("the run's model.safetensors holds other tensors than its model.json describes")
+        raise ModelError(f"the run's {path.name} holds other tensors than its model.json describes")
     for name, tensor in mine.items():
         found = tensors[name]
         if tensor.ndim == 0 and found.shape == (1,):  # numpy's idea of a contiguous number, in files of save_model
             found = found[0]
         if found.shape != tensor.shape or found.is_floating_point() != tensor.is_floating_point():
-            raise ModelError(f"{name} of the run's model.safetensors has another shape or type than the network's")
+            raise ModelError(f"{name} of the run's {path.name} has another shape or type than the network's")
         if not torch.isfinite(found).all():
-            raise ModelError(f"{name} of the run's model.safetensors holds NaN or infinity")
+            raise ModelError(f"{name} of the run's {path.name} holds NaN or infinity")
         tensor.copy_(found)

@@ -1,0 +1,62 @@
+"""SCAFFOLD: control variates take out of each site's steps what sets that site apart from the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedmed.config import TrainConfig
+from fedmed.errors import ModelError
+from fedmed.training.gradients import constant
+from fedmed.training.local_algorithms.visit import Outcome, Visit
+from fedmed.training.schedule import learning_rate_factor
+
+CONTROL = "control"  # the server's c in a task, Δcᵢ in an update, cᵢ on the site's disk
+
+
+def scaffold(visit: Visit) -> Outcome:
+    """Train with corrected gradients, and renew the site's control variate from the way that was gone.
+
+    y ← y − η·(g(y) − cᵢ + c) from y = x, and after K steps, with option II (Karimireddy et al. 2020, arXiv:1910.06378,
+    eq. 3 and 4, algorithm 1):
+
+        cᵢ⁺ = cᵢ − c + (x − y) / (K·η),    Δcᵢ = cᵢ⁺ − cᵢ
+
+    cᵢ stays on the site's disk, Δcᵢ is sent; both variates start at zero. K·η is `path_length`, which is the paper's
+    for plain SGD at one learning rate, and keeps cᵢ⁺ a weighted mean of this round's gradients under momentum and
+    schedules. Option I, a further pass over all images at x, is not offered: without noise it may not be combined with
+    differential privacy, while option II only uses what the steps have released.
+
+    Raises:
+        ModelError: the server's variate has another length than the network.
+    """
+    received = visit.received.parameters
+    zeros = np.zeros(received.size, np.float32)
+    common, own = visit.vectors.get(CONTROL, zeros), visit.kept.get(CONTROL, zeros)
+    if not common.size == own.size == received.size:
+        raise ModelError(f"a control variate has another length than the network's {received.size} parameters")
+    trained = visit.train_(correction=constant(visit.network, common - own))
+    weights = visit.network.weights()
+    length = path_length(visit.config.train, visit.round, visit.plateau, trained.steps)
+    change = (received - weights.parameters) / np.float32(length) - common  # Δcᵢ
+    return Outcome(trained=trained, weights=weights, vectors={CONTROL: change}, kept={CONTROL: own + change})
+
+
+def path_length(config: TrainConfig, round: int, plateau: float, steps: int) -> float:
+    """By how much all of a round's gradients, were they one and the same, would have moved the weights.
+
+    Σ_k η_k·m_k with m_k = β·m_{k−1} + 1, m_0 = 0: the sum of the weights that SGD with momentum β gives the gradients
+    of steps 1 to k. It is K·η for β = 0 and a constant η, and follows from the task alone, so that a round that was
+    killed and taken up again needs nothing more.
+
+    Args:
+        config: learning rate, momentum and schedule.
+        round: 1-based.
+        plateau: factor of the learning rate that the server has come to.
+        steps: of the optimizer, all that the round was to take.
+    """
+    total = momentum = 0.0
+    for step in range(steps):
+        momentum = config.momentum * momentum + 1
+        factor = learning_rate_factor(config, round - 1 + (step + 0.5) / steps, plateau)
+        total += config.learning_rate * factor * momentum
+    return total

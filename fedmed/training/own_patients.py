@@ -1,0 +1,124 @@
+"""A network and the patients of one site: how it trains on them, and what it loses on those held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmed.config import RunConfig, TrainConfig
+from fedmed.errors import ConfigError, DataError
+from fedmed.imaging.dataset import Dataset
+from fedmed.metrics import Form
+from fedmed.training.evaluate import mean_loss
+from fedmed.training.local_algorithms.fine_tune import fine_tuning
+from fedmed.training.loop import Circumstances, Trained, train_
+from fedmed.training.losses import loss_for
+from fedmed.training.network import FlatNetwork
+from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
+from fedmed.training.site_state import write_durably
+from fedmed.types import FloatVector, Weights
+
+
+def site_generator(seed: int, site: str, round: int) -> np.random.Generator:
+    """The generator of one site in one round: the same for any number of workers and any order of sites."""
+    digest = hashlib.sha256(f"{seed}/{site}/{round}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPatients:
+    """The network that a process keeps, and the patients of the site that it stands for."""
+
+    network: FlatNetwork
+    data: Dataset
+    config: RunConfig
+    site: str
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of the training patients."""
+        return np.flatnonzero(~self.data.evaluation)
+
+    @property
+    def held_out(self) -> Rows:
+        """Rows of the patients that the site holds out."""
+        return np.flatnonzero(self.data.evaluation)
+
+    def train_(self, settings: TrainConfig, given: Circumstances) -> Trained:
+        """Train the network in place from the weights that it holds; the order of images follows from the round."""
+        rows, task = self.rows, self.config.task
+        balanced = settings.sampling == "balanced"
+        given = replace(
+            given,
+            weights=balanced_weights(self.data, rows, task) if balanced else None,
+            validation=self._validation(settings),
+        )
+        loss = loss_for(task, settings, self._positive_weights(settings))
+        generator = site_generator(self.config.seed, self.site, given.round)
+        return train_(self.network, self.data, rows, settings, loss, generator, given)
+
+    def held_out_loss(self, *, form: Form) -> float:
+        """The loss on the patients held out, for an algorithm that has to know it.
+
+        Args:
+            form: in which the site lets metrics leave.
+
+        Raises:
+            ConfigError: it lets none leave.
+            DataError: it holds no patient out.
+        """
+        name = self.config.strategy.name
+        if form == "none":
+            text = f'strategy.name = "{name}" needs the loss on held-out patients, and this site lets no metric leave'
+            raise ConfigError(text, public=text)
+        if len(self.held_out) == 0:
+            text = f'strategy.name = "{name}" needs the loss on held-out patients, and this site holds none out'
+            raise DataError(text, public=text)
+        return mean_loss(self.network, self.data, self.held_out, loss_for(self.config.task, self.config.train))
+
+    def _positive_weights(self, settings: TrainConfig) -> torch.Tensor | None:
+        """What a positive of each label weighs in the loss, ready to be broadcast over pixels."""
+        if settings.class_weights == "none":
+            return None
+        weights = torch.from_numpy(balanced_positive_weights(self.data, self.rows)).to(self.network.device)
+        pixels = 0 if self.config.task.kind == "classification" else self.config.dimensions
+        return weights.view(-1, *[1] * pixels)
+
+    def _validation(self, settings: TrainConfig) -> Callable[[], float] | None:
+        """The loss on the patients that the site holds out, for early stopping within a round."""
+        rows = self.held_out
+        if not settings.patience or len(rows) == 0:
+            return None
+        return partial(mean_loss, self.network, self.data, rows, loss_for(self.config.task, settings))
+
+
+def become_personal_(own: OwnPatients, kept: Mapping[str, FloatVector]) -> bool:
+    """Turn the kept network of a run, which `own.network` holds, into the site's own one, in place.
+
+    Returns:
+        Whether it is another network now. Under FedBN without `strategy.personal-steps` it already is the site's own;
+        under Ditto a site that never trained has none but the shared one.
+    """
+    if own.config.strategy.personal_steps:
+        own.train_(fine_tuning(own.config), Circumstances(round=0))  # no round of the run draws from 0
+        return True
+    if own.config.strategy.name == "ditto" and kept:
+        own.network.load_(Weights(parameters=kept["parameters"], buffers=kept["buffers"]))
+        return True
+    return False
+
+
+def write_personal(network: FlatNetwork, path: Path) -> None:
+    """Write a network tensor by tensor, as the `model.safetensors` of a run folder.
+
+    Raises:
+        DataError: the disk is full or read-only.
+    """
+    named = {**dict(network.module.named_parameters()), **dict(network.module.named_buffers())}
+    write_durably(path, {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}, {})

@@ -1,0 +1,148 @@
+"""What a site keeps on its own disk from round to round: one file for every round that a run may come back to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedmed.errors import ConfigError, DataError
+from fedmed.types import FloatVector
+
+FILE = re.compile(r"round-(\d{4,})\.safetensors")
+CHECKPOINTS = 2  # of the server's, back to which a run may be resumed
+PERSONAL = "personal.safetensors"  # a network of the site's own, tensor by tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteState:
+    """The folder of one run at one site. Nothing in it ever leaves."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, state_dir: Path | None, *, run: str, settings: str, layout: str) -> SiteState:
+        """The state of a run, known again by its settings, since a resumed run has no other name at a site.
+
+        Args:
+            state_dir: the site's folder for what it keeps.
+            run: the run's name, for people who look into that folder.
+            settings: of the run, as sent with every task.
+            layout: hash of the network's layout.
+
+        Raises:
+            ConfigError: the site has no such folder.
+        """
+        if state_dir is None:
+            text = (
+                "this strategy needs a folder at the site for what it keeps between rounds, and there is none: "
+                "use fedmed simulate, or a site.toml with state-dir"
+            )
+            raise ConfigError(text, public=text)
+        digest = hashlib.sha256(f"{settings}/{layout}".encode()).hexdigest()
+        return cls(folder=state_dir / f"{run}-{digest[:12]}")
+
+    def before(self, round: int | None = None) -> dict[str, FloatVector]:
+        """The newest vectors kept for a round before the given one, or the newest of all; none in the first round.
+
+        A round that is repeated, because its answer was lost or the run was resumed, therefore starts from what it
+        started from the first time.
+
+        Raises:
+            DataError: they are damaged.
+        """
+        rounds = [kept for kept in self._rounds() if round is None or kept < round]
+        return self._load(rounds[-1]) if rounds else {}
+
+    def keep(self, round: int, vectors: Mapping[str, FloatVector], *, reach: int) -> None:
+        """Keep what a round left behind, atomically and durably.
+
+        Later rounds, which a resumed run goes through again, are removed; so are those that no run can come back to.
+
+        Args:
+            round: the round.
+            vectors: named flat vectors; empty ones are kept too.
+            reach: how many rounds a resumed run may go back.
+
+        Raises:
+            DataError: the disk is full or read-only.
+        """
+        facts = {"round": str(round), "checksum": _checksum(vectors)}
+        write_durably(self.folder / f"round-{round:04d}.safetensors", vectors, facts)
+        kept = self._rounds()
+        oldest = max((other for other in kept if other <= round - reach), default=0)
+        for other in kept:
+            if other > round or other < oldest:
+                (self.folder / f"round-{other:04d}.safetensors").unlink(missing_ok=True)
+
+    @property
+    def personal(self) -> Path:
+        """Where the site's own network is written after the last round."""
+        return self.folder / PERSONAL
+
+    def _rounds(self) -> list[int]:
+        names = [FILE.fullmatch(path.name) for path in self.folder.glob("round-*.safetensors")]
+        return sorted(int(name[1]) for name in names if name)
+
+    def _load(self, round: int) -> dict[str, FloatVector]:
+        try:
+            with safe_open(self.folder / f"round-{round:04d}.safetensors", framework="np") as file:
+                facts = file.metadata() or {}
+                vectors: dict[str, FloatVector] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):
+            vectors, facts = {}, {}
+        if facts != {"round": str(round), "checksum": _checksum(vectors)}:
+            text = (
+                f"what this site kept of round {round} is damaged; without that file it would go on from an older one"
+            )
+            raise DataError(text, public=f"what this site kept of round {round} is damaged")
+        return vectors
+
+
+def resume_reach(checkpoint_every: int) -> int:
+    """How many rounds a resumed run may go back: to the oldest checkpoint that the server keeps."""
+    return CHECKPOINTS * checkpoint_every
+
+
+def write_durably(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
+    """Write a safetensors file; after a crash the old one is there, or the new one whole.
+
+    Raises:
+        DataError: the disk is full or read-only.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, dict(facts))
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        text = "what the site keeps between rounds cannot be written"
+        raise DataError(text, public=text) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _checksum(vectors: Mapping[str, FloatVector]) -> str:
+    """CRC-32 over names and values: against torn and rotten files, not against people."""
+    value = 0
+    for name in sorted(vectors):
+        value = zlib.crc32(np.ascontiguousarray(vectors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
