@@ -260,28 +260,14 @@ class RunConfig(Section):
         return self
 
     def _sites_can_do_their_part(self) -> None:
-        """Refuse what an algorithm's work at the sites is undefined for."""
-        strategy, train, name = self.strategy, self.train, self.strategy.name
-        if name == "scaffold":
-            if train.optimizer != "sgd":
-                raise ValueError(
-                    f'strategy.name = "{name}" is undefined with "{train.optimizer}": its control variates '
-                    'are means of gradients; set train.optimizer = "sgd"'
-                )
-            changed = {"ema": train.ema > 0, "patience": train.patience > 0, "layer-decay": train.layer_decay < 1}
-            for key in (key for key, used in changed.items() if used):
-                raise ValueError(
-                    f'strategy.name = "{name}" needs the network of the last step, all of it at one learning rate; '
-                    f"leave train.{key} at its default"
-                )
-        if name == "ditto" and strategy.personal_steps:
-            raise ValueError(
-                'strategy.name = "ditto" trains a network for every site; leave strategy.personal-steps at 0'
-            )
-        if name == "feddg-ga" and self.privacy.mode != "none":
-            raise ValueError(
-                'strategy.name = "feddg-ga" needs un-noised losses of the sites; set privacy.mode = "none"'
-            )
+        """Refuse what an algorithm's work at the sites is not defined for."""
+        name = f'strategy.name = "{self.strategy.name}"'
+        if self.strategy.name == "scaffold" and self.train.layer_decay < 1:
+            raise ValueError(f"{name} needs one learning rate for all layers; leave train.layer-decay at 1")
+        if self.strategy.name == "ditto" and self.strategy.personal_steps:
+            raise ValueError(f"{name} already trains a network for every site; leave strategy.personal-steps at 0")
+        if self.strategy.name == "feddg-ga" and self.privacy.mode != "none":
+            raise ValueError(f'{name} needs un-noised losses of the sites, which privacy.mode = "none" alone allows')
 
     @property
     def dimensions(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +77,7 @@ class SiteState:
         Raises:
             DataError: the disk is full or read-only.
         """
-        facts = {"round": str(round), "checksum": _checksum(vectors)}
+        facts = {"facts": _facts(round, vectors)}
         write_durably(self.folder / f"round-{round:04d}.safetensors", vectors, facts)
         kept = self._rounds()
         oldest = max((other for other in kept if other <= round - reach), default=0)
@@ -95,11 +97,11 @@ class SiteState:
     def _load(self, round: int) -> dict[str, FloatVector]:
         try:
             with safe_open(self.folder / f"round-{round:04d}.safetensors", framework="np") as file:
-                facts = file.metadata() or {}
+                facts = (file.metadata() or {}).get("facts")
                 vectors: dict[str, FloatVector] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError):
-            vectors, facts = {}, {}
-        if facts != {"round": str(round), "checksum": _checksum(vectors)}:
+            vectors, facts = {}, None
+        if facts != _facts(round, vectors):
             text = (
                 f"what this site kept of round {round} is damaged; without that file it would go on from an older one"
             )
@@ -129,7 +131,8 @@ def write_durably(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
         text = "what the site keeps between rounds cannot be written"
         raise DataError(text, public=text) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is to be removed
+            partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -140,9 +143,9 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def _checksum(vectors: Mapping[str, FloatVector]) -> str:
-    """CRC-32 over names and values: against torn and rotten files, not against people."""
+def _facts(round: int, vectors: Mapping[str, FloatVector]) -> str:
+    """The round, and CRC-32 over names and values: against torn and rotten files, not against people."""
     value = 0
     for name in sorted(vectors):
         value = zlib.crc32(np.ascontiguousarray(vectors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value))
-    return f"{value:08x}"
+    return json.dumps({"round": round, "checksum": f"{value:08x}"})

@@ -9,8 +9,8 @@ from fedmed.types import Scalar
 def feddg_ga(visit: Visit) -> Outcome:
     """Send the held-out loss of the received and of the trained network.
 
-    Their difference is the site's generalization gap, by which the server adjusts weights (Zhang et al. 2023, CVPR,
-    "Federated domain generalization with generalization adjustment").
+    From them the server has the site's generalization gap, by which it adjusts weights (Zhang et al. 2023, CVPR,
+    "Federated Domain Generalization with Generalization Adjustment", algorithm 1).
 
     Raises:
         DataError: the site holds no patient out.

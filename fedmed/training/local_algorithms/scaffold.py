@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedmed.config import TrainConfig
-from fedmed.errors import ModelError
+from fedmed.errors import ConfigError, ModelError
 from fedmed.training.gradients import constant
 from fedmed.training.local_algorithms.visit import Outcome, Visit
 from fedmed.training.schedule import learning_rate_factor
@@ -27,8 +27,10 @@ def scaffold(visit: Visit) -> Outcome:
     differential privacy, while option II only uses what the steps have released.
 
     Raises:
+        ConfigError: the weights that are sent would not be a sum of gradients away from those received.
         ModelError: the server's variate has another length than the network.
     """
+    _require_plain_steps(visit.config.train)
     received = visit.received.parameters
     zeros = np.zeros(received.size, np.float32)
     common, own = visit.vectors.get(CONTROL, zeros), visit.kept.get(CONTROL, zeros)
@@ -39,6 +41,19 @@ def scaffold(visit: Visit) -> Outcome:
     length = path_length(visit.config.train, visit.round, visit.plateau, trained.steps)
     change = (received - weights.parameters) / np.float32(length) - common  # Δcᵢ
     return Outcome(trained=trained, weights=weights, vectors={CONTROL: change}, kept={CONTROL: own + change})
+
+
+def _require_plain_steps(config: TrainConfig) -> None:
+    """The server refuses the same before the run; a site does not rely on that."""
+    undefined = {
+        f'train.optimizer = "{config.optimizer}"': config.optimizer != "sgd",
+        "a moving average of weights (train.ema)": config.ema > 0,
+        "the best of several epochs (train.patience)": config.patience > 0,
+        "a learning rate for every layer (train.layer-decay)": config.layer_decay < 1,
+    }
+    for what in (what for what, asked in undefined.items() if asked):
+        text = f"scaffold is not defined for {what}: a control variate is a mean of gradients"
+        raise ConfigError(text, public=text)
 
 
 def path_length(config: TrainConfig, round: int, plateau: float, steps: int) -> float:

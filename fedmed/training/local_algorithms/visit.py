@@ -13,7 +13,9 @@ from fedmed.training.loop import Trained
 from fedmed.training.network import FlatNetwork
 from fedmed.types import FloatVector, Scalar, Weights
 
-NOTHING: Mapping[str, FloatVector] = MappingProxyType({})
+
+def _none() -> Mapping[str, FloatVector]:
+    return MappingProxyType({})
 
 
 class Train(Protocol):
@@ -50,9 +52,9 @@ class Outcome:
 
     trained: Trained
     weights: Weights
-    vectors: Mapping[str, FloatVector] = NOTHING
+    vectors: Mapping[str, FloatVector] = field(default_factory=_none)
     facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))
-    kept: Mapping[str, FloatVector] = NOTHING
+    kept: Mapping[str, FloatVector] = field(default_factory=_none)
 
 
 LocalAlgorithm = Callable[[Visit], Outcome]
