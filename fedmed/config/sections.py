@@ -164,14 +164,6 @@ class StrategyConfig(Section):
 
     name: str = "fedavg"
     weight_by: Literal["images", "patients", "uniform"] = "images"
-    min_sites: Positive = 2
-    min_fraction: Fraction = 0.0
-    required_sites: tuple[Name, ...] = ()
-    round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    retries: Annotated[Count, Field(description="how often a site whose process died is asked again in a round")] = 1
-    checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
-    server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
-    server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
     proximal: Annotated[float, Field(ge=0, description="fedprox: μ, how strongly sites are held near the network")] = (
         0.01
     )
@@ -184,6 +176,14 @@ class StrategyConfig(Section):
     personal_learning_rate: Annotated[
         float, Field(ge=0, description="of a site's own network; 0 = train.learning-rate")
     ] = 0.0
+    min_sites: Positive = 2
+    min_fraction: Fraction = 0.0
+    required_sites: tuple[Name, ...] = ()
+    round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    retries: Annotated[Count, Field(description="how often a site whose process died is asked again in a round")] = 1
+    checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
+    server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
 
 
 class PrivacyConfig(Section):
