@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from kept_runs import FINDING, kept_run
 from safetensors.numpy import load_file, save_file
+from toy import FRAGILE
+from typer.testing import CliRunner
 from visits import Visits, flat, plain_steps
 
+from fedmed.cli import app
 from fedmed.errors import ModelError
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import check, local_grid, run_on
+from fedmed.federated.strategies import STRATEGIES
 from fedmed.training.evaluate import metrics_from, parted_sums, personal_sums
+from fedmed.training.local_algorithms import KEEPS_STATE
 from fedmed.training.predict.kept import load_kept
 from fedmed.types import Weights
 
@@ -115,12 +120,13 @@ def test_a_site_without_held_out_patients_still_gets_its_network(toy_config, sim
     assert len(list(folder.path.glob("sites/*/*/personal.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("name", ["fedbn", "ditto"])
+@pytest.mark.parametrize("name", sorted(KEEPS_STATE & STRATEGIES.keys()))
 @pytest.mark.parametrize("until", ["update_received", "checkpoint_saved"])
 def test_a_run_that_was_broken_off_ends_with_the_same_bits_at_every_site(toy_config, simulate, tmp_path, name, until):
     model = {"name": "toy:network", "norm": "batch"}
     config = toy_config(*SITES, model=model, strategy={"name": name, "min_sites": 1}, train={"rounds": 4})
-    _, whole = simulate(config)
+    unbroken, whole = simulate(config)
+    assert unbroken["status"] == "completed", unbroken["reason"]
     folder = RunFolder.create(tmp_path / "broken", config)
 
     def stop(event) -> None:
@@ -136,8 +142,6 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bits_at_every_site(toy_con
 
 
 def test_a_site_killed_while_it_trains_its_own_network_goes_on(toy_config, simulate, tmp_path, monkeypatch):
-    from toy import FRAGILE
-
     train = {"rounds": 2, "local_epochs": 3, "save_every_s": 1e-6, "batch_size": 8}
     found = {}
     for which, marker in (("whole", ""), ("killed", str(tmp_path / "marker"))):  # in the 15th batch: 12 are shared
@@ -176,13 +180,13 @@ def test_predict_uses_the_network_of_the_site_that_is_named(run_with_own_network
     np.testing.assert_array_equal(own.numpy(), shared.numpy() + 2)
 
 
-def test_predict_names_the_sites_that_have_a_network(run_with_own_networks, fedmed, tmp_path):
+def test_predict_names_the_sites_that_have_a_network(run_with_own_networks, tmp_path):
     for name in ("west", "../east", "east/first-0123"):
         with pytest.raises(ModelError, match="those with one: east"):
             load_kept(run_with_own_networks, site=name)
-    done = fedmed("predict", run_with_own_networks, tmp_path, "--site", "west", "--out", tmp_path / "out")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert 'no site "west" of this run has a network of its own; those with one: east' in done.stderr
+    arguments = ["predict", str(run_with_own_networks), str(tmp_path), "--site", "west"]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, ModelError) and 'no site "west" of this run has a network of its own' in str(error)
 
 
 def test_predict_refuses_the_shared_part_of_a_fedbn_network(run_with_own_networks):

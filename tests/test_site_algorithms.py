@@ -204,14 +204,14 @@ def test_scaffold_on_quadratics_is_three_lines_of_numpy(keys):
 
 
 def test_scaffold_finds_the_common_optimum_where_fedavg_does_not():
-    train = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 3, "local-epochs": 10}
+    train = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 3, "local-epochs": 5}
     curvature = sum(np.array(a) for a, _ in QUADRATICS)
     optimum = sum(np.array(a) * np.array(b) for a, b in QUADRATICS) / curvature
     distance = {}
     for corrected in (True, False):
         config = run_file.validate({"train": train, "strategy": {"name": "scaffold"}})
         w, c, kept = np.zeros(3, np.float32), np.zeros(3, np.float32), [{}, {}, {}]
-        for round in range(1, 61):
+        for round in range(1, 31):
             outcomes = [
                 scaffold(quadratic_visit(a, b, config, round, w, {"control": c}, kept[site]))
                 for site, (a, b) in enumerate(QUADRATICS)
