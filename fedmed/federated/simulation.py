@@ -27,6 +27,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import preset_named
 from fedmed.models import build
+from fedmed.privacy.policy import read_policy
 from fedmed.training.site_round import custom_dataset
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
@@ -46,6 +47,8 @@ def check(config: RunConfig) -> int:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
     server_step(config.strategy)
     preset_named(config.data.preset)
+    if config.simulation.policy:
+        read_policy(Path(config.simulation.policy))
     if config.data.dataset:
         custom_dataset(config.data.dataset)
     else:

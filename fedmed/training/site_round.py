@@ -27,6 +27,7 @@ from fedmed.training.evaluate import evaluation_sums, mean_loss
 from fedmed.training.loop import Circumstances, train_
 from fedmed.training.losses import loss_for
 from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.oversight import Oversight, form_of, permitted, released
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
 from fedmed.training.unfinished import Unfinished
 from fedmed.types import Scalar, Sums, Task, Update
@@ -45,6 +46,7 @@ class Site:
     device: str = "cpu"
     metrics: Form = "histogram"  # in which form its evaluation may leave
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
+    policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
 
 
 def settings_for_sites(config: RunConfig) -> str:
@@ -70,12 +72,15 @@ def train_round(task: Task, site: Site) -> Update:
     one exchange with the server serves both.
 
     Raises:
+        PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
+    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
-    metrics = _held_out_sums(network, data, config, task, site) if task.evaluate else {}
+    metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     rows = np.flatnonzero(~data.evaluation)
     generator = site_generator(config.seed, site.name, task.round)
     loss = loss_for(config.task, config.train, _positive_weights(network, data, rows, config))
@@ -96,26 +101,30 @@ def train_round(task: Task, site: Site) -> Update:
         "steps": trained.steps,
         "seconds": time.perf_counter() - started,
     }
-    return _update(network, len(rows), metrics, facts)
+    return released(_update(network, len(rows), metrics, facts), permit)
 
 
 def evaluate_round(task: Task, site: Site) -> Update:
     """Evaluate the received network on the patients that the site holds out; its weights do not come back.
 
     Raises:
+        PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
+    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
-    metrics = _held_out_sums(network, data, config, task, site)
+    metrics = _held_out_sums(network, data, config, task, form)
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
-    return _update(network, int(data.evaluation.sum()), metrics, facts, weights=False)
+    return released(_update(network, int(data.evaluation.sum()), metrics, facts, weights=False), permit)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     data = site_data(site, task.settings)
+    permitted(task, site.policy, settings_from(task.settings), data, kind="card")
     return {
         "site": site.name,
         "patients": len(set(data.patients)),
@@ -186,10 +195,10 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     return config, data, network
 
 
-def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, site: Site) -> Sums:
+def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, form: Form) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
-        network, data, rows, config.task, form=site.metrics, centres=task.centres, spacing_mm=config.data.spacing_mm
+        network, data, rows, config.task, form=form, centres=task.centres, spacing_mm=config.data.spacing_mm
     )
 
 
