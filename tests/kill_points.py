@@ -12,7 +12,7 @@ from collections.abc import Callable
 TRACEME, SYSCALL, SETOPTIONS, GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E
 SYSGOOD, EXITKILL = 1, 1 << 20
 ENTRY = 1  # PTRACE_SYSCALL_INFO_ENTRY
-# x86-64: write, pwrite64, writev, fsync, fdatasync, ftruncate, rename, link, unlink, mkdir, renameat, unlinkat, renameat2
+# x86-64: write, pwrite64, writev, fsync, fdatasync, ftruncate, rename, link, unlink, mkdir, and the …at calls
 CHANGES = {1, 18, 20, 74, 75, 77, 82, 86, 87, 83, 264, 263, 316}
 AVAILABLE = sys.platform == "linux" and os.uname().machine == "x86_64"
 

@@ -1,8 +1,9 @@
 """Keys, ledgers and cohorts of hospitals that do not exist."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fedmed.errors import PolicyRefused
 from fedmed.privacy.cohort import Cohort, cohort_of
 from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import Ledger
@@ -41,3 +42,13 @@ def step(sigma: float = 1.0, rate: float = 0.02, steps: int = 50, **facts: objec
         steps=steps,
         **facts,
     )
+
+
+def until_refused(ask: Callable[[int], object]) -> tuple[int, PolicyRefused]:
+    """How often something is allowed before it is refused, and the refusal."""
+    for number in range(100):
+        try:
+            ask(number)
+        except PolicyRefused as refused:
+            return number, refused
+    raise AssertionError("it was never refused")

@@ -28,6 +28,7 @@ from fedmed.privacy.policy import (
     read_policy,
 )
 from fedmed.privacy.verification import examine, exported
+from fedmed.reporting import write_model_card
 
 ROOT = Path(__file__).parent.parent
 NOTHING = Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
@@ -222,7 +223,9 @@ def test_a_pause_in_mid_run_works_at_once(under, tmp_path):
     assert result["status"] == "paused" and result["rounds"] == 2
     reasons = {failure["reason"] for failure in result["rounds_log"][-1]["failed"]}
     assert reasons == {"the site is paused (policy.paused)"}
-    assert len({record.body["policy"] for record in records_of(folder, "a-40").audit}) == 2  # the edit shows in the audit log
+    assert (
+        len({record.body["policy"] for record in records_of(folder, "a-40").audit}) == 2
+    )  # the edit shows in the audit log
 
 
 @pytest.mark.simulation
@@ -262,12 +265,26 @@ def _update_and_departure():
     from fedmed.privacy.egress import Departure
     from fedmed.types import Update
 
-    update = Update(weights=None, layout="x", num_examples=3, metrics={"n": np.zeros(2)}, vectors={"c": np.zeros(4, "f4")})
+    update = Update(
+        weights=None, layout="x", num_examples=3, metrics={"n": np.zeros(2)}, vectors={"c": np.zeros(4, "f4")}
+    )
     assert [(row["name"], row["bytes"]) for row in contents(update)] == [("c", 16), ("n", 16), ("num-examples", 8)]
     return update, Departure(
         task="train", run="r", round=1, rule="policy", controls=(), epsilon_before=0.0, epsilon_after=0.0, delta=1e-6,
         ledger=EMPTY, policy="", code="", settings="",
     )  # fmt: skip
+
+
+@pytest.mark.simulation
+def test_the_model_card_says_data_privacy_metrics_what_left_and_limits(under):
+    _, folder = under("[policy.training]\nmin-patients = 10\n", "a-40", "b_x-10", "c-40", server="server-60")
+    card = write_model_card(folder.path).read_text(encoding="utf-8")
+    assert re.search(r"^\| a-40 \| 20 \| 40 \| 2 \| no differential privacy", card, re.MULTILINE)
+    assert "the site has too few patients" in card and r"b\_x-10" in card
+    (left,) = re.findall(r"^\* a-40: (.*)$", card, re.MULTILINE)
+    assert left.startswith("3 replies, 0.1 MiB (parameters); controls: metrics as histograms; no metrics; no noise")
+    assert "the server's held-out patients | value" in card and "AUROC" in card
+    assert "Not a medical device" in card and PLANTED not in card and str(folder.path) not in card
 
 
 # The commands and the page.
@@ -305,7 +322,9 @@ def test_the_policy_page_is_the_model():
         (MetricRules, "policy.metrics."), (PrivacyRules, "policy.privacy."),
     ):  # fmt: skip
         for field in model.model_fields.values():
-            if field.alias not in ("policy", "training", "metrics", "privacy") or (not prefix and field.alias == "metrics"):
+            if field.alias not in ("policy", "training", "metrics", "privacy") or (
+                not prefix and field.alias == "metrics"
+            ):
                 value = None if field.is_required() else field.default
                 expected[f"{prefix}{field.alias}"] = json.dumps(list(value) if isinstance(value, tuple) else value)
     assert shown == expected

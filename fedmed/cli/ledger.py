@@ -11,7 +11,9 @@ import typer
 if TYPE_CHECKING:
     from fedmed.privacy.verification import Findings
 
-app = typer.Typer(help="Read, check and export what a site recorded: budget, decisions, what left.", no_args_is_help=True)
+app = typer.Typer(
+    help="Read, check and export what a site recorded: budget, decisions, what left.", no_args_is_help=True
+)
 
 Folder = Annotated[Path, typer.Argument(metavar="SITE", help="the site's folder of records, such as RUN/sites/NAME")]
 Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the site's public key; else SITE/keys/site.pub")]
@@ -47,7 +49,8 @@ def verify(
         list[str], typer.Option("--anchor", metavar="NUMBER:HASH", help="a ledger's head that was kept elsewhere")
     ] = [],  # noqa: B006  # typer wants a list
     witnesses: Annotated[
-        list[Path], typer.Option("--witness", metavar="FILE", help="a witness's file, besides the one beside the ledger")
+        list[Path],
+        typer.Option("--witness", metavar="FILE", help="a witness's file, besides the one beside the ledger"),
     ] = [],  # noqa: B006  # typer wants a list
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +72,9 @@ def verify(
         for fault in found.faults:
             print(f"FAULT  {fault}")
     if found.faults:
-        raise LedgerUnusable(f"{len(found.faults)} faults; do not train here until they are explained", rule="ledger.faults")
+        raise LedgerUnusable(
+            f"{len(found.faults)} faults; do not train here until they are explained", rule="ledger.faults"
+        )
     if not as_json:
         print("whole: no edit, deletion, reordering or truncation up to the newest anchor")
 
@@ -131,7 +136,9 @@ def _show(found: Findings) -> None:
         "another\nhospital spends there as well; the two add up."
     )
     if found.balance.charges:
-        table = Table("run", "round", "what", "noise σ", "rate", "steps", "patients", "settled", box=None, pad_edge=False)
+        table = Table(
+            "run", "round", "what", "noise σ", "rate", "steps", "patients", "settled", box=None, pad_edge=False
+        )
         for charge in found.balance.charges.values():
             cohort = found.balance.cohorts.get(charge.cohort)
             who = str(cohort.patients) if cohort else "all"

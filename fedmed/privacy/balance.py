@@ -1,4 +1,4 @@
-"""What a ledger's records amount to: who has spent what. Pure arithmetic; `verify` computes it again from the events."""
+"""What a ledger's records amount to: who has spent what. Pure arithmetic, which `verify` does again from the events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedmed.errors import LedgerUnusable
 from fedmed.privacy.cohort import Cohort, persons
-from fedmed.privacy.rdp_filter import Curve, Filter, charged, curve_of
+from fedmed.privacy.rdp_filter import Filter, charged, curve_of
 from fedmed.types import PrivacyEvent
 
 Events = Sequence[PrivacyEvent]
@@ -138,6 +138,18 @@ class Balance:
     def _add(self, charge: Charge, sign: int) -> None:
         for event in charge.events:
             self._steps[charge.cohort][charged(event, 1)] += sign * event.steps
+
+
+def known_cohorts(members: Mapping[str, bytes]) -> list[Cohort]:
+    """The cohorts whose members a ledger holds.
+
+    Raises:
+        LedgerUnusable: members do not have the digest that is their name.
+    """
+    found = [Cohort.of_members(each) for each in members.values()]
+    if [cohort.name for cohort in found] != list(members):
+        raise LedgerUnusable("a cohort of the ledger was edited; run fedmed ledger verify", rule="ledger.cohort")
+    return found
 
 
 def within(done: Events, reserved: Events) -> bool:

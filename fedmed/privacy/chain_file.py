@@ -19,8 +19,9 @@ TAIL_BYTES = 1 << 16  # read first when the last line is wanted
 
 @dataclass(frozen=True, kw_only=True)
 class ChainFile:
-    """An append-only file. What a killed process left half written, a line without its end, was never said to anybody
-    and is cut off by the next append.
+    """An append-only file.
+
+    What a killed process left half written, a line without its end, was never said to anybody; the next append cuts it.
     """
 
     path: Path
@@ -121,6 +122,11 @@ class Witness(ChainFile):
         if any(faults(self.chain, records, after=last)):
             raise forked()
         _write(file, [record.line for record in records])
+
+
+def witness_path(folder: Path, keys: SiteKeys, named: str) -> Path:
+    """Where the witness writes: in the folder that the policy names, or beside the ledger."""
+    return Path(named) / f"witness-{keys.public.hex()[:16]}.jsonl" if named else folder / "witness.jsonl"
 
 
 def forked() -> LedgerUnusable:

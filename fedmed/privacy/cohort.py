@@ -1,8 +1,8 @@
 """Who a task touched: the set of patients, whatever file named them and whatever they were called there.
 
 A patient is known again by keyed digests: of the id in the manifest, and of each picture's decoded pixels, because the
-same export under new pseudonyms gives new ids and the same pictures. Whoever shares one digest is one person: a renamed,
-subsetted, joined or re-pseudonymised manifest meets the budget that its patients have spent.
+same export under new pseudonyms gives new ids and the same pictures. Whoever shares one digest is one person: a
+renamed, subsetted, joined or re-pseudonymised manifest meets the budget that its patients have spent.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedmed.privacy.chain import Anchor, Record
+from fedmed.privacy.chain import Anchor, Record, now
 from fedmed.privacy.chain_file import ChainFile
 from fedmed.privacy.keys import SiteKeys
-from fedmed.privacy.ledger import now
 from fedmed.types import Scalar, Update
 
 EGRESS = "egress"
@@ -53,7 +52,7 @@ def keep_departure(folder: Path, keys: SiteKeys, update: Update, departure: Depa
 
 def contents(update: Update) -> list[dict[str, Scalar]]:
     """Everything that an update holds, by name: how many values and how many bytes."""
-    vectors = {name: vector for name, vector in update.vectors.items()}
+    vectors = dict(update.vectors)
     if update.weights is not None:
         vectors |= {"parameters": update.weights.parameters, "buffers": update.weights.buffers}
     rows: list[dict[str, Scalar]] = [

@@ -1,8 +1,8 @@
 """The hospital's own account of what its patients have spent. Ask it before a gradient is computed; tell it afterwards.
 
-A record is appended and never changed: signed, chained, and on disk, at the witness first, before anybody acts on it. So
-killed at any moment the ledger says at least what was spent. `reserve` charges a whole plan; `settle` gives back steps
-that did not run, and only to the process that reserved them: whatever a killed process did stays charged in full.
+A record is appended and never changed: signed, chained, and on disk, at the witness first, before anybody acts on it.
+So killed at any moment the ledger says at least what was spent. `reserve` charges a whole plan; `settle` gives back
+steps that did not run, and only to the process that reserved them: what a killed process did stays charged in full.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ import numpy as np
 
 from fedmed.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmed.privacy.accounting import Spent, rdp_epsilon, spent
-from fedmed.privacy.balance import Balance, Charge, within, written_events
-from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, read
-from fedmed.privacy.chain_file import Witness, forked
+from fedmed.privacy.balance import Balance, Charge, known_cohorts, within, written_events
+from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, now, read
+from fedmed.privacy.chain_file import Witness, forked, witness_path
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.keys import SiteKeys
-from fedmed.privacy.offers import offer
 from fedmed.privacy.policy import SitePolicy
-from fedmed.privacy.rdp_filter import charged, curve_of, grid, orders_for
+from fedmed.privacy.rdp_filter import grid, orders_for
+from fedmed.privacy.refusals import check_plan, over_budget
 from fedmed.privacy.storage import Rows, Storage
 from fedmed.types import PrivacyEvent
 
@@ -52,7 +51,7 @@ class Ledger:
         """Nothing is read or written; `open` is the way in."""
         self.keys, self.policy = keys, policy
         self._storage = Storage(folder / DATABASE)
-        self._witness = Witness(path=witness_path(folder, keys, policy), chain=CHAIN)
+        self._witness = Witness(path=witness_path(folder, keys, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
         self._spent: tuple[str, Spent] | None = None
@@ -100,7 +99,7 @@ class Ledger:
             PolicyRefused: an event is not allowed here, whatever the budget.
             LedgerUnusable: the ledger cannot be used.
         """
-        warning = self._check(events, cohort)
+        warning = check_plan(events, cohort.patients, self._balance.delta, self.policy.privacy)
         events = tuple(replace(event, cohort=cohort.name) for event in events)
         token = secrets.token_hex(32)
         refusal: BudgetExhausted | None = None
@@ -108,17 +107,19 @@ class Ledger:
             self._refresh(rows, witness)
             bodies = self._introduced(rows, cohort)
             cap = min(self.policy.privacy.epsilon, self._balance.caps.get(run, float("inf")))
-            refusal = self._refusal(run, round, events, cohort, cap)
+            totals, times = self._balance.meeting(cohort)
+            refusal = over_budget(
+                f'round {round} of "{run}"', events, totals, times, self._balance.filter(cap),
+                pinned=cap < self.policy.privacy.epsilon,
+            )  # fmt: skip
             if refusal is None:
                 facts = {"run": run, "round": round, "cohort": cohort.name, "cap": cap, "token": _digest(token)}
                 bodies += [{"kind": "reserved", "time": now(), **facts, "events": written_events(events)}]
-            self._append(rows, witness, bodies)  # who belongs together is kept even if the plan is refused
+            head = self._append(rows, witness, bodies)  # who belongs together is kept even if the plan is refused
         self._refresh_from_disk()
         if refusal is not None:
             raise refusal
-        return Reservation(
-            sequence=self._head.sequence, run=run, round=round, events=events, warning=warning, token=token
-        )
+        return Reservation(sequence=head.sequence, run=run, round=round, events=events, warning=warning, token=token)
 
     def settle(self, reservation: Reservation, events_done: Sequence[PrivacyEvent]) -> None:
         """Say what was done of a plan; the rest is given back.
@@ -192,57 +193,16 @@ class Ledger:
         """Close the database; the next call opens it again."""
         self._storage.close()
 
-    def _check(self, events: Sequence[PrivacyEvent], cohort: Cohort) -> str:
-        """Refuse what no budget allows; return a warning or ""."""
-        privacy = self.policy.privacy
-        for event in events:
-            if not (event.noise_multiplier > 0 and 0 < event.sample_rate <= 1 and event.steps >= 1):
-                raise PolicyRefused("a release needs noise, a rate in (0, 1] and a step", rule="ledger.event")
-            if event.noise_multiplier < privacy.min_noise_multiplier:
-                text = f"noise multiplier {event.noise_multiplier:g}; this site asks for {privacy.min_noise_multiplier:g}"
-                raise PolicyRefused(
-                    f"{text} or more (policy.privacy.min-noise-multiplier)", rule="policy.privacy.min-noise-multiplier"
-                )
-        if cohort.patients * self._balance.delta >= 1:
-            text = f"δ = {self._balance.delta:g} is no protection among {cohort.patients} patients: it must be below 1/N"
-            raise PolicyRefused(text, rule="policy.privacy.delta", public="the site's δ is too large for its patients")
-        large = cohort.patients * self._balance.delta * 10 > 1
-        return f"δ = {self._balance.delta:g} is above 1/(10·{cohort.patients} patients)" if large else ""
-
-    def _refusal(
-        self, run: str, round: int, events: tuple[PrivacyEvent, ...], cohort: Cohort, cap: float
-    ) -> BudgetExhausted | None:
-        """Why a plan does not fit into somebody's budget, or None. A first plan is judged as the fixed schedule it is."""
-        gate = self._balance.filter(cap)
-        totals, times = self._balance.meeting(cohort)
-        asked = {often: curve_of(events, times=often) for often in set(times.tolist())}
-        after = [total + asked[often] for total, often in zip(totals, times.tolist(), strict=True)]
-        if all(gate.allows(curve) for curve in after):
-            return None
-        most = max(times.tolist())
-        if not totals.any():
-            whole = [replace(charged(event, most), steps=event.steps) for event in events]
-            if spent(whole, delta=gate.delta).epsilon <= cap:
-                return None
-        epsilon = max(gate.epsilon_of(curve) for curve in after)
-        pinned = cap < self.policy.privacy.epsilon
-        rule = "policy.privacy.epsilon" + (" as it was when the run began" if pinned else "")
-        text = (
-            f'round {round} of "{run}" would raise ε to {epsilon:.2f} at δ = {gate.delta:g}; this site allows {cap:.2f} '
-            f"({rule}). {offer(events, totals, times, gate)}"
-        )
-        return BudgetExhausted(text, rule="policy.privacy.epsilon")
-
     def _introduced(self, rows: Rows, cohort: Cohort) -> list[dict[str, Any]]:
         """Keep who is in a cohort that is new, and give the record that says so."""
-        if cohort.is_everyone or cohort.name in self._balance.cohorts:
+        if cohort.is_everyone or cohort.name in rows.names():
             return []
         rows.add_cohort(cohort.name, cohort.members)
         self._balance.know([cohort])
         facts = {"patients": cohort.patients, "digests": len(cohort.digests)}
         return [{"kind": "cohort", "time": now(), "name": cohort.name, **facts}]
 
-    def _append(self, rows: Rows, witness: int, bodies: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, rows: Rows, witness: int, bodies: Sequence[Mapping[str, Any]]) -> Anchor:
         """Sign records and write them: to the witness, then here. What this process knows follows after the commit."""
         records: list[Record] = []
         for body in bodies:
@@ -250,6 +210,7 @@ class Ledger:
         if records:
             self._witness.extend(witness, records)
             rows.append(records[0].anchor.sequence, [record.line for record in records])
+        return records[-1].anchor if records else self._head
 
     def _refresh_from_disk(self) -> None:
         """Take up what this or another process has committed."""
@@ -298,38 +259,10 @@ class Ledger:
             return
         if not is_signed(CHAIN, records[-1].anchor, self.keys.public):
             raise LedgerUnusable("the ledger was not signed with this site's key", rule="ledger.signature")
-        self._balance.know(known_cohorts(rows, set(self._balance.cohorts)))
+        self._balance.know(known_cohorts(rows.cohorts()) if rows.names() - set(self._balance.cohorts) else [])
         for record in records:
             self._balance.apply(record.anchor.sequence, record.body)
         self._head = records[-1].anchor
-
-
-def known_cohorts(rows: Rows, besides: set[str] = frozenset()) -> list[Cohort]:  # type: ignore[assignment]
-    """The cohorts whose members a ledger holds.
-
-    Raises:
-        LedgerUnusable: members do not have the digest that is their name.
-    """
-    if rows.names() <= besides:
-        return []
-    found = []
-    for name, members in rows.cohorts().items():
-        cohort = Cohort.of_members(members)
-        if cohort.name != name:
-            raise LedgerUnusable("a cohort of the ledger was edited; run fedmed ledger verify", rule="ledger.cohort")
-        found.append(cohort)
-    return found
-
-
-def witness_path(folder: Path, keys: SiteKeys, policy: SitePolicy) -> Path:
-    """Where the witness writes: in the folder that the policy names, or beside the ledger."""
-    named = policy.privacy.witness
-    return Path(named) / f"witness-{keys.public.hex()[:16]}.jsonl" if named else folder / "witness.jsonl"
-
-
-def now() -> str:
-    """The present time as RFC 3339 in UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _digest(token: str) -> str:

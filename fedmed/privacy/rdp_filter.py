@@ -7,11 +7,11 @@ Theorem 3.1): at an order α fixed in advance, releases go on for as long as Σ 
 
     B(α) = ε − log((α − 1)/α) + (log δ + log α)/(α − 1).
 
-No single order fits all plans, so two are fixed when a ledger is opened, each with half of δ, and a release passes if one
-of them allows it. That is sound: stop a copy of the process at each order's own bound. Wherever the real process ends, it
-has been within the bound of some order all along (sums only grow), where it and that order's copy are the same. Hence its
-δ(ε), a mean over paths of what is never negative, is at most the sum of the two copies', δ in all. Against the best order
-chosen afterwards, which no filter may do, this costs some 5 to 20 % of the steps of usual plans.
+No single order fits all plans, so two are fixed when a ledger is opened, each with half of δ, and a release passes if
+one of them allows it. That is sound: stop a copy of the process at each order's own bound. Wherever the real process
+ends, it has been within the bound of some order all along (sums only grow), where it and that order's copy are the
+same. Hence its δ(ε), a mean over paths of what is never negative, is at most the sum of the two copies', δ in all.
+Against the best order chosen afterwards, which no filter may do, this costs some 5 to 20 % of the steps of usual plans.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class Filter:
 
     @property
     def _overhead(self) -> Curve:
-        order = np.array(self.orders)
+        order: Curve = np.array(self.orders)
         delta = self.delta / len(self.orders)
-        return np.log((order - 1) / order) - (math.log(delta) + np.log(order)) / (order - 1)
+        overhead: Curve = np.log((order - 1) / order) - (math.log(delta) + np.log(order)) / (order - 1)
+        return overhead
 
 
 def orders_for(epsilon: float, delta: float) -> tuple[float, ...]:

@@ -16,11 +16,14 @@ WAIT_S = 30.0  # for another process's transaction
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS records (sequence INTEGER PRIMARY KEY, line TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cohorts (name TEXT PRIMARY KEY, members BLOB NOT NULL);
-{"".join(
-    f"CREATE TRIGGER IF NOT EXISTS {table}_{verb.lower()} BEFORE {verb} ON {table} "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger only grows'); END;"
-    for table in ("records", "cohorts") for verb in ("UPDATE", "DELETE")
-)}
+{
+    "".join(
+        f"CREATE TRIGGER IF NOT EXISTS {table}_{verb.lower()} BEFORE {verb} ON {table} "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger only grows'); END;"
+        for table in ("records", "cohorts")
+        for verb in ("UPDATE", "DELETE")
+    )
+}
 PRAGMA user_version = {VERSION};
 """
 
@@ -115,9 +118,9 @@ class Storage:
         mode = "mode=ro" if beside or os.access(self.path.parent, os.W_OK) else "immutable=1"
         try:
             address = f"{self.path.absolute().as_uri()}?{mode}"
-            with closing(sqlite3.connect(address, uri=True, timeout=WAIT_S, isolation_level=None)) as connection:
-                with self._looking(connection) as rows:
-                    yield rows
+            connection = sqlite3.connect(address, uri=True, timeout=WAIT_S, isolation_level=None)
+            with closing(connection), self._looking(connection) as rows:
+                yield rows
         except (sqlite3.Error, OSError) as error:
             raise unusable(error) from None
 

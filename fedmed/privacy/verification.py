@@ -14,11 +14,11 @@ from typing import Any
 from fedmed.errors import LedgerUnusable
 from fedmed.privacy.accounting import Spent, spent
 from fedmed.privacy.audit_log import audit_log
-from fedmed.privacy.balance import Balance, written_events
+from fedmed.privacy.balance import Balance, known_cohorts, written_events
 from fedmed.privacy.chain import Anchor, Record, faults, is_signed, read
 from fedmed.privacy.chain_file import ChainFile
 from fedmed.privacy.egress import egress_manifest
-from fedmed.privacy.ledger import CHAIN, DATABASE, known_cohorts
+from fedmed.privacy.ledger import CHAIN, DATABASE
 from fedmed.privacy.storage import Storage
 
 
@@ -39,9 +39,7 @@ class Findings:
         return self.records[-1].anchor if self.records else None
 
 
-def examine(
-    folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witnesses: Sequence[Path] = ()
-) -> Findings:
+def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witnesses: Sequence[Path] = ()) -> Findings:
     """Read and check a site's ledger, audit log and egress manifest.
 
     Args:
@@ -59,7 +57,7 @@ def examine(
         records = list(_readable(rows.lines(), found))
         balance = Balance()
         try:
-            balance.know(known_cohorts(rows))
+            balance.know(known_cohorts(rows.cohorts()))
         except LedgerUnusable as error:
             found.append(f"ledger: {error}")
     found += _chain_faults(CHAIN, records, public)
@@ -69,7 +67,9 @@ def examine(
         except LedgerUnusable as error:
             found.append(f"ledger: {error}")
     unknown = {charge.cohort for charge in balance.charges.values()} - set(balance.cohorts) - {"everyone"}
-    found += [f"ledger: the members of a cohort are missing; it is charged to everyone ({name[:12]}…)" for name in unknown]
+    found += [
+        f"ledger: the members of a cohort are missing; it is charged to everyone ({name[:12]}…)" for name in unknown
+    ]
     logs = {log.chain: _log(log, public, found) for log in (audit_log(folder), egress_manifest(folder))}
     departed = [_anchor_in(record.body["ledger"]) for record in logs["egress"] if "ledger" in record.body]
     witnessed = [record.anchor for path in (folder / "ledger" / "witness.jsonl", *witnesses)
@@ -131,7 +131,9 @@ def _chain_faults(chain: str, records: Sequence[Record], public: bytes, *, name:
     unsigned = [record.anchor.sequence for record in records if not is_signed(chain, record.anchor, public)]
     found += [f"{name}: record {place} is not signed with this site's key" for place in unsigned[:5]]
     back = [late.anchor.sequence for early, late in pairwise(records) if _time(late) < _time(early)]
-    return found + [f"{name}: the clock went back before record {place} (nothing is spent by time)" for place in back[:5]]
+    return found + [
+        f"{name}: the clock went back before record {place} (nothing is spent by time)" for place in back[:5]
+    ]
 
 
 def _time(record: Record) -> str:

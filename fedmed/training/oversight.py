@@ -199,7 +199,7 @@ def _controls(permit: Permit, update: Update) -> Sequence[str]:
     """Which technical controls applied to what leaves, in words."""
     terms = permit.terms
     spent = permit.ledger.epsilon_rdp > permit.epsilon_before
-    said = ["no metric leaves" if not update.metrics else f"metrics as {terms.metrics}s"]
+    said = ["no metrics" if not update.metrics else f"metrics as {terms.metrics}s"]
     said += [] if terms.training_loss else ["training loss withheld"]
     return [*said, "noise on what leaves (differential privacy)" if spent else "no noise: no differential privacy"]
 
