@@ -179,9 +179,11 @@ def test_p04_a_first_schedule_is_judged_as_one_and_nothing_follows_it(tmp_path, 
     ledger = opened(tmp_path, epsilon=cap)
     gate = Filter(epsilon=cap, delta=1e-6, orders=orders_for(cap, 1e-6))
     assert not gate.allows(curve_of(plan))  # PRV knows better than the filter's orders
-    ledger.reserve(RUN, 1, plan, cohort(keys))
+    held = ledger.reserve(RUN, 1, plan, cohort(keys))
+    ledger.settle(held, [replace(plan[0], steps=1)])  # stopped after a look at the results: nothing comes back
     with pytest.raises(BudgetExhausted):
         ledger.reserve(RUN, 2, [step(20.0, steps=1)], cohort(keys, [3]))
+    assert ledger.spent() == spent(plan, delta=1e-6)
     ledger.reserve(RUN, 2, plan, cohort(keys, range(100, 110)))  # other patients have a budget of their own
 
 

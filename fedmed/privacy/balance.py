@@ -28,6 +28,7 @@ class Charge:
     cohort: str
     events: tuple[PrivacyEvent, ...]
     token: str  # SHA-256 of what only the process that reserved knows
+    whole: bool = False  # judged as one fixed schedule: nothing of it is ever given back
     settled: bool = False
 
 
@@ -68,13 +69,18 @@ class Balance:
                         cohort=str(body["cohort"]),
                         events=read_events(body["events"]),
                         token=str(body["token"]),
+                        whole=bool(body["whole"]),
                     )
                     self.charges[sequence] = charge
                     self.caps[charge.run] = min(float(body["cap"]), self.caps.get(charge.run, np.inf))
                     self._add(charge, 1)
                 case "settled":
                     reserved, done = self.charges[int(body["reservation"])], read_events(body["events"])
-                    if reserved.settled or not within(done, reserved.events):
+                    if (
+                        reserved.settled
+                        or not within(done, reserved.events)
+                        or (reserved.whole and done != reserved.events)
+                    ):
                         raise ValueError("settled")
                     self._add(reserved, -1)
                     charge = replace(reserved, events=done, settled=True)

@@ -25,7 +25,7 @@ from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.keys import SiteKeys
 from fedmed.privacy.policy import SitePolicy
 from fedmed.privacy.rdp_filter import grid, orders_for
-from fedmed.privacy.refusals import check_plan, over_budget
+from fedmed.privacy.refusals import check_plan, over_budget, passes
 from fedmed.privacy.storage import Rows, Storage
 from fedmed.types import PrivacyEvent
 
@@ -108,12 +108,14 @@ class Ledger:
             bodies = self._introduced(rows, cohort)
             cap = min(self.policy.privacy.epsilon, self._balance.caps.get(run, float("inf")))
             totals, times = self._balance.meeting(cohort)
+            gate = self._balance.filter(cap)
             refusal = over_budget(
-                f'round {round} of "{run}"', events, totals, times, self._balance.filter(cap),
+                f'round {round} of "{run}"', events, totals, times, gate,
                 pinned=cap < self.policy.privacy.epsilon,
             )  # fmt: skip
             if refusal is None:
                 facts = {"run": run, "round": round, "cohort": cohort.name, "cap": cap, "token": _digest(token)}
+                facts["whole"] = not passes(events, totals, times, gate)
                 bodies += [{"kind": "reserved", "time": now(), **facts, "events": written_events(events)}]
             head = self._append(rows, witness, bodies)  # who belongs together is kept even if the plan is refused
         self._refresh_from_disk()
@@ -122,7 +124,7 @@ class Ledger:
         return Reservation(sequence=head.sequence, run=run, round=round, events=events, warning=warning, token=token)
 
     def settle(self, reservation: Reservation, events_done: Sequence[PrivacyEvent]) -> None:
-        """Say what was done of a plan; the rest is given back.
+        """Say what was done of a plan; the rest is given back, unless the plan was judged as one fixed schedule.
 
         Args:
             reservation: of this process. One that was lost with its process stays charged in full.
@@ -141,6 +143,7 @@ class Ledger:
                 raise PolicyRefused("this reservation is settled, or another process's", rule="ledger.settled-once")
             if len(done) != len(events_done) or not within(done, charge.events):
                 raise PolicyRefused("more was done than was reserved", rule="ledger.done-within-reserved")
+            done = charge.events if charge.whole else done
             body = {"kind": "settled", "time": now(), "reservation": reservation.sequence}
             self._append(rows, witness, [{**body, "events": written_events(done)}])
         self._refresh_from_disk()

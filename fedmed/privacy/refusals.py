@@ -51,7 +51,7 @@ def over_budget(
     """Why a plan does not fit into somebody's budget, or None.
 
     A first plan, for persons who have spent nothing, may also be judged as the fixed schedule that it is, by PRV. That
-    is sound because nothing can follow it then: the filter's sums are above the budget already.
+    is sound because nothing follows it: it stays charged in full, and so the filter's sums stay above the budget.
 
     Args:
         what: the round and the run, in words.
@@ -61,22 +61,33 @@ def over_budget(
         gate: the budget.
         pinned: whether the cap is the run's first one and the policy now says more.
     """
-    asked = {often: curve_of(events, times=often) for often in set(times.tolist())}
-    after = [total + asked[often] for total, often in zip(totals, times.tolist(), strict=True)]
-    if all(gate.allows(curve) for curve in after):
+    if passes(events, totals, times, gate):
         return None
     if not totals.any():
         most = max(times.tolist())
         whole = [replace(charged(event, most), steps=event.steps) for event in events]
         if spent(whole, delta=gate.delta).epsilon <= gate.epsilon:
             return None
-    epsilon = max(gate.epsilon_of(curve) for curve in after)
+    epsilon = max(gate.epsilon_of(curve) for curve in _after(events, totals, times))
     rule = "policy.privacy.epsilon"
     text = (
         f"{what} would raise ε to {epsilon:.2f} at δ = {gate.delta:g}; this site allows {gate.epsilon:.2f} "
         f"({rule}{' as it was when the run began' if pinned else ''}). {offer(events, totals, times, gate)}"
     )
     return BudgetExhausted(text, rule=rule)
+
+
+def passes(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64], gate: Filter) -> bool:
+    """Whether the filter allows a plan to everybody whom it touches; arguments as for `over_budget`."""
+    return all(gate.allows(curve) for curve in _after(events, totals, times))
+
+
+def _after(
+    events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64]
+) -> list[NDArray[np.float64]]:
+    """What everybody will have spent with a plan."""
+    asked = {often: curve_of(events, times=often) for often in set(times.tolist())}
+    return [total + asked[often] for total, often in zip(totals, times.tolist(), strict=True)]
 
 
 def offer(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64], gate: Filter) -> str:
@@ -90,8 +101,7 @@ def offer(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: ND
     """
 
     def fits(plan: Sequence[PrivacyEvent]) -> bool:
-        asked = {often: curve_of(plan, times=often) for often in set(times.tolist())}
-        return all(gate.allows(total + asked[often]) for total, often in zip(totals, times.tolist(), strict=True))
+        return passes(plan, totals, times, gate)
 
     wanted = sum(event.steps for event in events)
     steps = most_steps(events, fits)

@@ -55,8 +55,8 @@ def _lines(run: RunFacts, departures: Mapping[str, list[Mapping[str, Any]]]) -> 
     yield words.summary(run)
     yield ""
     yield f"* Network: {plain(run.model)}; task: {plain(run.task)}; strategy: {plain(run.strategy)}"
-    counts = f"Rounds: {words.count(run.rounds)}; seed: {words.count(run.seed)}"
-    yield f"* {counts}; finished: {plain(run.finished) or 'unknown'}"
+    length = f"Rounds: {words.count(run.rounds)}; seed: {words.count(run.seed)}"
+    yield f"* {length}; finished: {plain(run.finished) or 'unknown'}"
     yield f"* Versions: {', '.join(f'{plain(name)} {plain(version)}' for name, version in run.versions.items())}"
     yield ""
     yield "## Data and privacy, by site"
