@@ -8,6 +8,9 @@
     │   └── UnreadableImage     one image cannot be decoded; a data set counts these
     ├── ModelError              a network cannot be built, or its weights do not fit
     ├── UpdateRefused           what a site sent is not a valid update
+    ├── PolicyRefused           a hospital's policy does not allow what a run asks for
+    │   └── BudgetExhausted     its patients' privacy budget does not allow it
+    ├── LedgerUnusable          a ledger, a log or a key of a site cannot be read, written or trusted
     └── RunFailed               the federation cannot go on; the run folder keeps what was reached
 
 A message says what was expected, what was found, and what to do; it never holds a patient identifier, a UID or a
@@ -58,6 +61,40 @@ class ModelError(FedmedError):
 
 class UpdateRefused(FedmedError):
     """An update from a site is malformed: another layout, a wrong shape, NaN, or an impossible count."""
+
+
+class PolicyRefused(FedmedError):
+    """A hospital's policy does not allow what a run asks for.
+
+    Attributes:
+        rule: the key of site.toml, or the law of the ledger, that decided.
+    """
+
+    public = "the site's policy does not allow this task"
+
+    def __init__(self, message: str, *, rule: str, public: str | None = None) -> None:
+        """Keep the rule's name; `public` defaults to the message, which therefore holds nothing of a patient."""
+        super().__init__(message, public=message if public is None else public)
+        self.rule = rule
+
+
+class BudgetExhausted(PolicyRefused):
+    """The privacy budget of some patient does not allow it. The message offers the largest plan that fits."""
+
+
+class LedgerUnusable(FedmedError):
+    """A ledger, a log or a key of a site cannot be read, written or trusted. Nothing is trained until it can.
+
+    Attributes:
+        rule: what was found wrong.
+    """
+
+    public = "the site's ledger cannot be used; its own log says why"
+
+    def __init__(self, message: str, *, rule: str, public: str | None = None) -> None:
+        """Keep the name of what was found wrong."""
+        super().__init__(message, public=public)
+        self.rule = rule
 
 
 class RunFailed(FedmedError):

@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from fedmed.cli import data, predict, privacy, report, simulate
+from fedmed.cli import data, ledger, predict, privacy, report, simulate
 from fedmed.errors import FedmedError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("predict")(predict.predict)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def _check(config: RunConfig) -> int:
 def _run(config: RunConfig, folder: Any, engine: Engine, *, quiet: bool) -> dict[str, Any]:
     from fedmed.cli.display import watching
     from fedmed.federated.simulation import local_grid, run_on, run_with_ray
-    from fedmed.reporting import write_report
+    from fedmed.reporting import write_model_card, write_report
 
     try:
         if engine is Engine.ray:
@@ -87,6 +87,7 @@ def _run(config: RunConfig, folder: Any, engine: Engine, *, quiet: bool) -> dict
     finally:
         if (folder.path / "result.json").exists():
             write_report(folder.path)
+            write_model_card(folder.path)
 
 
 def _show_plan(config: RunConfig, parameters: int) -> None:

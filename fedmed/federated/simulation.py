@@ -27,6 +27,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import preset_named
 from fedmed.models import build
+from fedmed.privacy.policy import read_policy
 from fedmed.training.local_algorithms.fedbn import require_norms
 from fedmed.training.site_round import custom_dataset
 
@@ -47,6 +48,8 @@ def check(config: RunConfig) -> int:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
     server_step(config.strategy)
     preset_named(config.data.preset)
+    if config.simulation.policy:
+        read_policy(Path(config.simulation.policy))
     if config.data.dataset:
         custom_dataset(config.data.dataset)
     else:

@@ -17,8 +17,11 @@ from pydantic import Field, ValidationError
 from fedmed import config as run_file
 from fedmed.config import RunConfig, Section
 from fedmed.errors import ConfigError
+from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.imaging.cache import cache_folder
+from fedmed.privacy.policy import SitePolicy, read_policy
+from fedmed.training.oversight import Oversight
 from fedmed.training.site_round import Site
 
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
@@ -36,6 +39,8 @@ class SiteConfig(Section):
     device: str = "cpu"
     metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
     networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
+    keys_dir: str = "keys"  # the site's two keys, made when they are first needed; apart from state-dir
+    policy: SitePolicy | None = None  # without it the site keeps no ledger and no logs
 
 
 def site_name(reference: str) -> str:
@@ -80,13 +85,36 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
         raise ConfigError(f"there are {len(sites)} data.sites, but more virtual nodes; make them equal")
     run = os.environ.get(SIMULATION, "")  # over Ray a run file lies in its run folder, and states beside it
     states = str(node.get("states", "") or (Path(run).parent / "sites" if run else ""))
-    return replace(sites[number], state_dir=Path(states) / sites[number].name) if states else sites[number]
+    return _at(sites[number], Path(states)) if states else _without_records(sites[number])
+
+
+def _at(site: Site, states: Path) -> Site:
+    """A virtual hospital that keeps what it keeps in a folder of that name."""
+    folder = states / site.name
+    policy = site.policy and replace(site.policy, folder=folder, keys=folder / "keys")
+    return replace(site, state_dir=folder, policy=policy)
+
+
+def _without_records(site: Site) -> Site:
+    """A virtual hospital without a folder of its own, as in Flower's Ray simulation.
+
+    Raises:
+        ConfigError: it has a policy, whose ledger would have nowhere to be.
+    """
+    if site.policy is not None:
+        text = "simulation.policy needs a folder for every hospital's ledger; use --engine local"
+        raise ConfigError(text, public=text)
+    return site
 
 
 @lru_cache(maxsize=4)
 def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> tuple[Site, ...]:
     """All virtual hospitals of a simulation, from its run file or from Flower's run configuration."""
     config = with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
+    policy = None
+    if config.simulation.policy:
+        nowhere = Path()  # until the node says where its state lies
+        policy = Oversight(policy=Path(config.simulation.policy), folder=nowhere, keys=nowhere, code=package_hash())
     return tuple(
         Site(
             name=name,
@@ -95,6 +123,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
             cache_dir=cache_folder(),
             cache_gib=config.data.cache_gib,
             device=device,
+            policy=policy,
         )
         for name, reference in zip(site_names(config), config.data.sites, strict=True)
     )
@@ -116,6 +145,11 @@ def read_site(path: Path) -> Site:
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     cache = path.parent / values.cache_dir if values.cache_dir else None
     manifest = path.parent / values.manifest
+    policy = None
+    if values.policy is not None:
+        read_policy(path)
+        folder, keys = path.parent / (values.state_dir or "state"), path.parent / values.keys_dir
+        policy = Oversight(policy=path, folder=folder, keys=keys, code=package_hash())
     return Site(
         name=values.name,
         manifest=manifest,
@@ -126,4 +160,5 @@ def read_site(path: Path) -> Site:
         device=values.device,
         metrics=values.metrics,
         networks=values.networks,
+        policy=policy,
     )

@@ -41,7 +41,14 @@ def item(image: str, mask: str, recipe: dict[str, Any]) -> Arrays:
     return decoded(image=image, mask=mask, recipe=recipe)
 
 
-JOBS: dict[str, Callable[..., Arrays]] = {"image": image, "mask": mask, "item": item}
+def fingerprints(path: str) -> Arrays:
+    """Of one image: `fingerprints` (n, 32) bytes (see `fingerprints`)."""
+    from fedmed.imaging import fingerprints as taken  # heavy
+
+    return {"fingerprints": taken.fingerprints(Path(path))}
+
+
+JOBS: dict[str, Callable[..., Arrays]] = {"image": image, "mask": mask, "item": item, "fingerprints": fingerprints}
 
 
 def main(jobs: str, memory_bytes: int, alarm_s: int) -> None:

@@ -30,6 +30,7 @@ from fedmed.training.local_algorithms.fedbn import with_own_norms
 from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.oversight import Oversight, form_of, permitted, released
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.sampling import Rows
 from fedmed.training.site_state import SiteState, resume_reach
@@ -50,6 +51,7 @@ class Site:
     device: str = "cpu"
     metrics: Form = "histogram"  # in which form its evaluation may leave
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
+    policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
 
 
 def settings_for_sites(config: RunConfig) -> str:
@@ -75,15 +77,18 @@ def train_round(task: Task, site: Site) -> Update:
     one exchange with the server serves both.
 
     Raises:
+        PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
+    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
-    metrics = _held_out_sums(network, data, config, task, site) if task.evaluate else {}
+    metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: _unfinished(task, site, config, part) for part in ("round", "personal")}
 
@@ -105,7 +110,7 @@ def train_round(task: Task, site: Site) -> Update:
         vectors=task.vectors,
         kept=kept,
         train_=train,
-        held_out_loss=partial(own.held_out_loss, form=site.metrics),
+        held_out_loss=partial(own.held_out_loss, form=form),
     )
     outcome = local_algorithm(config.strategy)(visit)
     if state is not None and outcome.kept:
@@ -120,7 +125,7 @@ def train_round(task: Task, site: Site) -> Update:
         **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    return _update(network, len(own.rows), metrics, facts, outcome)
+    return released(_update(network, len(own.rows), metrics, facts, outcome), permit)
 
 
 def evaluate_round(task: Task, site: Site) -> Update:
@@ -130,28 +135,32 @@ def evaluate_round(task: Task, site: Site) -> Update:
     the site's disk.
 
     Raises:
+        PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
+    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
-    metrics = _held_out_sums(network, data, config, task, site)
+    metrics = _held_out_sums(network, data, config, task, form)
     if state is not None and has_personal_network(config.strategy):
         own = OwnPatients(network=network, data=data, config=config, site=site.name)
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
-            metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, site))}
+            metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, form))}
         write_personal(network, state.personal)
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
-    return _update(network, int(data.evaluation.sum()), metrics, facts)
+    return released(_update(network, int(data.evaluation.sum()), metrics, facts), permit)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     data = site_data(site, task.settings)
+    permitted(task, site.policy, settings_from(task.settings), data, kind="card")
     return {
         "site": site.name,
         "patients": len(set(data.patients)),
@@ -216,10 +225,10 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     return config, data, network
 
 
-def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, site: Site) -> Sums:
+def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, form: Form) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
-        network, data, rows, config.task, form=site.metrics, centres=task.centres, spacing_mm=config.data.spacing_mm
+        network, data, rows, config.task, form=form, centres=task.centres, spacing_mm=config.data.spacing_mm
     )
 
 

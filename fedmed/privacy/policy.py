@@ -1,0 +1,211 @@
+"""A hospital's policy: the part `[policy]` of its site.toml, and the one function that applies it.
+
+The hospital writes it, no server ever sees or overrides it, and where run and site disagree the stricter one wins.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, time
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fedmed import config as run_file
+from fedmed.config import PrivacyConfig, Section
+from fedmed.errors import ConfigError
+from fedmed.privacy.accounting import Spent
+
+Form = Literal["histogram", "none"]
+HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
+
+
+def _hours(value: str) -> str:
+    if not HOURS.fullmatch(value):
+        raise ValueError('expected hours as "HH:MM-HH:MM", in the site\'s own time')
+    return value
+
+
+Hours = Annotated[str, AfterValidator(_hours)]
+
+
+class TrainingRules(Section):
+    """Which runs may train here."""
+
+    networks: Annotated[tuple[str, ...], Field(description="names of `model.name` that are allowed; empty = all")] = ()
+    algorithms: Annotated[
+        tuple[str, ...], Field(description="names of `strategy.name` that are allowed; empty = all")
+    ] = ()
+    min_patients: Annotated[int, Field(ge=0, description="patients to train on, below which the site stays out")] = 0
+    min_sites: Annotated[
+        int, Field(ge=1, description="hospitals whose updates a run must add up, by its `strategy.min-sites`")
+    ] = 1
+
+
+class MetricRules(Section):
+    """What of an evaluation of the site's patients may leave."""
+
+    form: Annotated[Form, Field(description="`histogram`: sums and histograms of scores; `none`: nothing")] = (
+        "histogram"
+    )
+    min_patients: Annotated[int, Field(ge=0, description="held-out patients, below which no metric leaves")] = 0
+    training_loss: Annotated[bool, Field(description="whether the mean loss of training may leave")] = True
+
+
+class PrivacyRules(Section):
+    """The patients' budget, and what a run must do to spend it."""
+
+    required: Annotated[bool, Field(description="whether a run without differential privacy is refused")] = False
+    unit: Annotated[
+        Literal["patient", "image"],
+        Field(description="least that a run must protect; `image` also allows runs that protect single images"),
+    ] = "patient"
+    epsilon: Annotated[float, Field(gt=0, description="ε that no patient's budget exceeds, over all runs")] = 8.0
+    delta: Annotated[
+        float, Field(gt=0, lt=1, description="the site's one δ; fixed when its ledger is opened, and below 1/patients")
+    ] = 1e-6
+    min_noise_multiplier: Annotated[
+        float, Field(ge=0, description="σ below which no release is allowed, whatever its ε")
+    ] = 0.0
+    stable_ids: Annotated[
+        bool, Field(description="whether the hospital vouches that a person always has the same `patient_id`")
+    ] = False
+    witness: Annotated[
+        str, Field(description="a folder on another machine that keeps a copy of the ledger's records; empty = none")
+    ] = ""
+
+
+class SitePolicy(Section):
+    """All rules of a hospital; the defaults allow what fedmed allows."""
+
+    paused: Annotated[bool, Field(description="refuse everything until this is false again")] = False
+    hours: Annotated[
+        tuple[Hours, ...], Field(description='when the site trains, such as "22:00-06:00"; empty = always')
+    ] = ()
+    training: TrainingRules = TrainingRules()
+    metrics: MetricRules = MetricRules()
+    privacy: PrivacyRules = PrivacyRules()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run asks of a site, as far as a policy looks at it. It holds nothing of a single patient."""
+
+    kind: Literal["card", "train", "evaluate"]  # `card`: may the site say who it is and how many patients it has?
+    network: str
+    algorithm: str
+    min_sites: int
+    privacy: PrivacyConfig
+    patients: int  # to train on
+    held_out_patients: int
+    moment: datetime  # the site's own time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How a task that is allowed must be done: the stricter of run and site."""
+
+    metrics: Form
+    training_loss: bool
+    unit: Literal["patient", "image"]
+    epsilon: float  # of this run at this site, at most
+    delta: float
+    min_noise_multiplier: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a policy says to a request."""
+
+    allowed: bool
+    rule: str  # the key that refused; "policy" where all allow it
+    reason: str  # a sentence that may leave the site
+    terms: Terms | None = None
+
+
+def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
+    """Whether a site may do a task, and on which terms. Pure: time and spending are given.
+
+    Args:
+        policy: of the hospital.
+        task: what is asked.
+        ledger: what the site's worst-placed patient has spent; None = there is no readable ledger.
+    """
+    for rule, reason in _refusals(policy, task, ledger):
+        return Decision(allowed=False, rule=rule, reason=f"{reason} ({rule})")
+    few = task.held_out_patients < policy.metrics.min_patients
+    stricter_unit: Literal["patient", "image"] = (
+        "image" if "image" == policy.privacy.unit == task.privacy.unit else "patient"
+    )
+    terms = Terms(
+        metrics="none" if few else policy.metrics.form,
+        training_loss=policy.metrics.training_loss,
+        unit=stricter_unit,
+        epsilon=min(policy.privacy.epsilon, task.privacy.epsilon),
+        delta=min(policy.privacy.delta, task.privacy.delta),
+        min_noise_multiplier=policy.privacy.min_noise_multiplier,
+    )
+    return Decision(allowed=True, rule="policy", reason="allowed", terms=terms)
+
+
+def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterator[tuple[str, str]]:
+    """(rule, reason) of every rule that refuses, the plainest first."""
+    training, privacy = policy.training, policy.privacy
+    if task.kind != "card":  # a site says who it is at any hour
+        if policy.paused:
+            yield "policy.paused", "the site is paused"
+        if policy.hours and not any(_within(task.moment.time(), span) for span in policy.hours):
+            yield "policy.hours", f"the site trains at {', '.join(policy.hours)}"
+    if training.networks and task.network not in training.networks:
+        yield "policy.training.networks", f'the site does not allow the network "{task.network}"'
+    if training.algorithms and task.algorithm not in training.algorithms:
+        yield "policy.training.algorithms", f'the site does not allow the algorithm "{task.algorithm}"'
+    if task.min_sites < training.min_sites:
+        yield (
+            "policy.training.min-sites",
+            f"the run adds up {task.min_sites} sites at least, this site asks for {training.min_sites}",
+        )
+    if task.patients < training.min_patients:
+        yield "policy.training.min-patients", "the site has too few patients for its own policy"
+    private = task.privacy.mode != "none"
+    if privacy.required and not private:
+        yield "policy.privacy.required", "the site takes part with differential privacy only"
+    if privacy.required and task.privacy.noise == "insecure-test":
+        yield "policy.privacy.required", 'the site refuses privacy.noise = "insecure-test"'
+    if private and privacy.unit == "patient" and task.privacy.unit == "image":
+        yield "policy.privacy.unit", "the run protects images, the site asks for patients"
+    if ledger is None:
+        yield "policy.ledger", "the site's ledger cannot be read"
+    elif private and ledger.epsilon > privacy.epsilon:  # lowered since; what is left decides the ledger
+        yield "policy.privacy.epsilon", "the site's patients have spent more than its policy now allows"
+
+
+def _within(moment: time, span: str) -> bool:
+    """Whether a time lies in "HH:MM-HH:MM", which may run over midnight."""
+    start, end = (time.fromisoformat(part) for part in span.split("-"))
+    return start <= moment < end if start < end else moment >= start or moment < end
+
+
+def read_policy(path: Path) -> SitePolicy:
+    """The table `[policy]` of a site.toml; the rest of the file is for others. A witness's folder becomes absolute.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key of the table is wrong.
+    """
+    try:
+        values = run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))).get("policy", {})
+        policy = SitePolicy.model_validate(values)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("policy", *problem["loc"])))
+        raise ConfigError(f"{path}: {place}: {str(problem['msg']).removeprefix('Value error, ')}") from None
+    if not policy.privacy.witness:
+        return policy
+    witness = str((path.parent / policy.privacy.witness).absolute())
+    return policy.model_copy(update={"privacy": policy.privacy.model_copy(update={"witness": witness})})

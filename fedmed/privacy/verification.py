@@ -1,0 +1,157 @@
+"""What a data protection officer asks of a site's records: are they whole, and what do they amount to?
+
+Everything is computed again from the stored events. Nothing is written, and no secret key is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fedmed.errors import LedgerUnusable
+from fedmed.privacy.accounting import Spent, spent
+from fedmed.privacy.audit_log import audit_log
+from fedmed.privacy.balance import Balance, known_cohorts, written_events
+from fedmed.privacy.chain import Anchor, Record, faults, is_signed, read
+from fedmed.privacy.chain_file import ChainFile
+from fedmed.privacy.egress import egress_manifest
+from fedmed.privacy.ledger import CHAIN, DATABASE
+from fedmed.privacy.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a site's records say, and what is wrong with them."""
+
+    records: tuple[Record, ...]  # of the ledger
+    audit: tuple[Record, ...]
+    egress: tuple[Record, ...]
+    balance: Balance
+    spent: Spent  # of the patient who has spent most
+    faults: tuple[str, ...]  # empty = whole, as far as the anchors reach
+
+    @property
+    def head(self) -> Anchor | None:
+        """The newest record of the ledger."""
+        return self.records[-1].anchor if self.records else None
+
+
+def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witnesses: Sequence[Path] = ()) -> Findings:
+    """Read and check a site's ledger, audit log and egress manifest.
+
+    Args:
+        folder: of the site's records, with `ledger/`, `audit.jsonl` and `egress.jsonl`.
+        public: the site's public key, from `site.pub`: from a safe place if the site is doubted.
+        anchors: heads that were kept elsewhere: of updates, or of earlier exports.
+        witnesses: files of the ledger's witness, besides the one beside it.
+
+    Raises:
+        LedgerUnusable: there is no ledger, or it cannot be read at all.
+    """
+    found: list[str] = []
+    with Storage(folder / "ledger" / DATABASE).reading() as rows:
+        found += [f"ledger: SQLite says: {line}" for line in rows.damage()]
+        records = list(_readable(rows.lines(), found))
+        balance = Balance()
+        try:
+            balance.know(known_cohorts(rows.cohorts()))
+        except LedgerUnusable as error:
+            found.append(f"ledger: {error}")
+    found += _chain_faults(CHAIN, records, public)
+    for record in records:
+        try:
+            balance.apply(record.anchor.sequence, record.body)
+        except LedgerUnusable as error:
+            found.append(f"ledger: {error}")
+    unknown = {charge.cohort for charge in balance.charges.values()} - set(balance.cohorts) - {"everyone"}
+    found += [
+        f"ledger: the members of a cohort are missing; it is charged to everyone ({name[:12]}…)" for name in unknown
+    ]
+    logs = {log.chain: _log(log, public, found) for log in (audit_log(folder), egress_manifest(folder))}
+    departed = [_anchor_in(record.body["ledger"]) for record in logs["egress"] if "ledger" in record.body]
+    witnessed = [record.anchor for path in (folder / "ledger" / "witness.jsonl", *witnesses)
+                 for record in _log(ChainFile(path=path, chain=CHAIN), public, found)[-1:]]  # fmt: skip
+    found += _against(records, [*anchors, *departed[-1:], *witnessed])
+    worst = balance.worst() if balance.charges else []
+    total = spent(worst, delta=balance.delta) if worst else Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
+    return Findings(
+        records=tuple(records),
+        audit=tuple(logs["audit"]),
+        egress=tuple(logs["egress"]),
+        balance=balance,
+        spent=total,
+        faults=tuple(dict.fromkeys(found)),
+    )
+
+
+def exported(findings: Findings, public: bytes) -> dict[str, Any]:
+    """All records as one JSON value that can be checked elsewhere. It holds no digest of a patient."""
+    head = findings.head
+    return {
+        "schema": 1,
+        "public_key": public.hex(),
+        "anchor": asdict(head) if head else None,
+        "delta": findings.balance.delta,
+        "spent": asdict(findings.spent),
+        "worst_patient": written_events(findings.balance.worst()) if findings.balance.charges else [],
+        "faults": list(findings.faults),
+        "ledger": [_plain(record) for record in findings.records],
+        "audit": [_plain(record) for record in findings.audit],
+        "egress": [_plain(record) for record in findings.egress],
+    }
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    return {"previous": record.previous, "body": dict(record.body), **asdict(record.anchor)}
+
+
+def _readable(lines: Sequence[str], found: list[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield read(line)
+        except LedgerUnusable:
+            found.append(f"ledger: row {number} is no record")
+
+
+def _log(log: ChainFile, public: bytes, found: list[str]) -> list[Record]:
+    try:
+        records = log.records()
+    except LedgerUnusable as error:
+        found.append(f"{log.path.name}: {error}")
+        return []
+    found += _chain_faults(log.chain, records, public, name=log.path.name)
+    return records
+
+
+def _chain_faults(chain: str, records: Sequence[Record], public: bytes, *, name: str = "ledger") -> list[str]:
+    found = [f"{name}: record {place} {fault}" for place, fault in faults(chain, records)]
+    unsigned = [record.anchor.sequence for record in records if not is_signed(chain, record.anchor, public)]
+    found += [f"{name}: record {place} is not signed with this site's key" for place in unsigned[:5]]
+    back = [late.anchor.sequence for early, late in pairwise(records) if _time(late) < _time(early)]
+    return found + [
+        f"{name}: the clock went back before record {place} (nothing is spent by time)" for place in back[:5]
+    ]
+
+
+def _time(record: Record) -> str:
+    return str(record.body.get("time", ""))
+
+
+def _against(records: Sequence[Record], anchors: Sequence[Anchor]) -> list[str]:
+    """What anchors that were kept elsewhere say of the chain."""
+    hashes = {record.anchor.sequence: record.anchor.hash for record in records}
+    found = []
+    for anchor in anchors:
+        if anchor.sequence > len(records):
+            missing = anchor.sequence - len(records)
+            found.append(f"ledger: {missing} records are missing at its end: an anchor names record {anchor.sequence}")
+        elif anchor.sequence and hashes.get(anchor.sequence) != anchor.hash:
+            found.append(f"ledger: record {anchor.sequence} is another one than an anchor names")
+    return found
+
+
+def _anchor_in(value: Mapping[str, Any]) -> Anchor:
+    return Anchor(sequence=int(value["sequence"]), hash=str(value["hash"]), signature="")

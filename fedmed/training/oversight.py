@@ -1,0 +1,208 @@
+"""The hospital's policy, ledger and logs around one task: asked before it, told what leaves after it.
+
+`train_round` and `evaluate_round` call this themselves, so that a simulated hospital and a real one obey the same code.
+Whatever cannot be read refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from fedmed.config import RunConfig
+from fedmed.errors import FedmedError, LedgerUnusable, PolicyRefused
+from fedmed.imaging.dataset import Dataset
+from fedmed.privacy.accounting import Spent
+from fedmed.privacy.audit_log import keep_decision
+from fedmed.privacy.egress import Departure, keep_departure, with_head
+from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
+from fedmed.privacy.ledger import DATABASE, Ledger
+from fedmed.privacy.policy import Form, Request, SitePolicy, Terms, decide, read_policy
+from fedmed.types import Task, Update
+
+OPEN_LEDGERS = 32  # per process; a worker stands for many virtual hospitals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oversight:
+    """Where a site's policy and records lie. The policy is read anew for every task, so that a pause works at once."""
+
+    policy: Path  # the site.toml
+    folder: Path  # ledger/, audit.jsonl, egress.jsonl
+    keys: Path  # a folder apart
+    code: str = ""  # hash of the installed fedmed, for the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permit:
+    """Leave to do one task, and how it must be done."""
+
+    oversight: Oversight
+    task: Task
+    run: str
+    rule: str
+    terms: Terms
+    policy: str  # SHA-256 of the policy that allowed it
+    keys: SiteKeys
+    ledger: Ledger
+    epsilon_before: float
+
+
+def permitted(
+    task: Task,
+    oversight: Oversight | None,
+    config: RunConfig,
+    data: Dataset,
+    *,
+    kind: Literal["card", "train", "evaluate"] | None = None,
+) -> Permit | None:
+    """Ask the hospital's policy whether a task may be done; None where the site has none.
+
+    Args:
+        task: what the server asks.
+        oversight: of the site.
+        config: the run, from the task's settings.
+        data: of the site.
+        kind: of the task, if it is neither training nor evaluation.
+
+    Raises:
+        PolicyRefused: it may not; the error names the rule.
+        LedgerUnusable: the ledger, a log or a key cannot be used.
+        ConfigError: the policy cannot be read.
+    """
+    if oversight is None:
+        return None
+    policy = read_policy(oversight.policy)
+    keys = site_keys(oversight)
+    ledger = open_ledger(oversight, policy)
+    asked = kind or task.kind
+    held = {data.patients[row] for row in np.flatnonzero(data.evaluation)}
+    request = Request(
+        kind=asked,
+        network=config.model.name,
+        algorithm=config.strategy.name,
+        min_sites=config.strategy.min_sites,
+        privacy=config.privacy,
+        patients=len({data.patients[row] for row in np.flatnonzero(~data.evaluation)}),
+        held_out_patients=len(held),
+        moment=datetime.now().astimezone(),
+    )
+    bound = ledger.epsilon_rdp
+    quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
+    decision = decide(policy, request, quick if bound <= policy.privacy.epsilon else ledger.spent())
+    digest = _digest(policy.model_dump_json())
+    keep_decision(
+        oversight.folder, keys, decision,
+        task=asked, run=config.name, round=task.round, policy=digest, settings=_digest(task.settings),
+    )  # fmt: skip
+    if decision.terms is None:
+        raise PolicyRefused(decision.reason, rule=decision.rule)
+    return Permit(
+        oversight=oversight,
+        task=task,
+        run=config.name,
+        rule=decision.rule,
+        terms=decision.terms,
+        policy=digest,
+        keys=keys,
+        ledger=ledger,
+        epsilon_before=bound,
+    )
+
+
+def form_of(permit: Permit | None, site: Form | Literal["exact"]) -> Form | Literal["exact"]:
+    """In which form evaluations may leave: the stricter of the site's own setting and its policy."""
+    return site if permit is None or site == "none" else permit.terms.metrics
+
+
+def released(update: Update, permit: Permit | None) -> Update:
+    """Note what is about to leave, and return it with the ledger's head; what the policy keeps here is taken out.
+
+    Raises:
+        LedgerUnusable: the manifest cannot be written; nothing may leave then.
+    """
+    if permit is None:
+        return update
+    facts = dict(update.facts)
+    if not permit.terms.training_loss:
+        facts.pop("loss", None)
+    update = replace(update, facts=MappingProxyType(with_head(facts, permit.ledger.head)))
+    departure = Departure(
+        task=permit.task.kind,
+        run=permit.run,
+        round=permit.task.round,
+        rule=permit.rule,
+        controls=_controls(permit, update),
+        epsilon_before=permit.epsilon_before,
+        epsilon_after=permit.ledger.epsilon_rdp,
+        delta=permit.ledger.delta,
+        ledger=permit.ledger.head,
+        policy=permit.policy,
+        code=permit.oversight.code,
+        settings=_digest(permit.task.settings),
+    )
+    keep_departure(permit.oversight.folder, permit.keys, update, departure)
+    return update
+
+
+def site_keys(oversight: Oversight) -> SiteKeys:
+    """The site's keys, made when it has neither keys nor a ledger.
+
+    Raises:
+        LedgerUnusable: they are missing beside a ledger, damaged, or others may read them.
+    """
+    return _keys(oversight.keys, oversight.folder / "ledger" / DATABASE, os.getpid())
+
+
+@lru_cache(maxsize=OPEN_LEDGERS)
+def _keys(folder: Path, ledger: Path, process: int) -> SiteKeys:
+    if not folder.exists() and not ledger.exists():
+        try:
+            return make_keys(folder)
+        except LedgerUnusable as error:
+            if error.rule != "keys.exist":  # else another process was faster
+                raise
+    return read_keys(folder)
+
+
+def open_ledger(oversight: Oversight, policy: SitePolicy) -> Ledger:
+    """The site's ledger under a policy, kept open by this process.
+
+    Raises:
+        LedgerUnusable: it cannot be used.
+    """
+    ledger = _ledger(oversight, policy, os.getpid())
+    try:
+        ledger.refresh()
+    except FedmedError:
+        _ledger.cache_clear()
+        raise
+    return ledger
+
+
+@lru_cache(maxsize=OPEN_LEDGERS)
+def _ledger(oversight: Oversight, policy: SitePolicy, process: int) -> Ledger:
+    return Ledger.open(oversight.folder / "ledger", keys=site_keys(oversight), policy=policy)
+
+
+def _controls(permit: Permit, update: Update) -> Sequence[str]:
+    """Which technical controls applied to what leaves, in words."""
+    terms = permit.terms
+    spent = permit.ledger.epsilon_rdp > permit.epsilon_before
+    said = ["no metrics" if not update.metrics else f"metrics as {terms.metrics}s"]
+    said += [] if terms.training_loss else ["training loss withheld"]
+    return [*said, "noise on what leaves (differential privacy)" if spent else "no noise: no differential privacy"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
