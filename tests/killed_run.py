@@ -20,7 +20,7 @@ from conftest import toy_run
 from fedmed.config import load, resolve_paths
 from fedmed.federated.resume import record, take_up
 from fedmed.federated.run_folder import RunFolder
-from fedmed.federated.simulation import local_grid, run_on
+from fedmed.federated.simulation import local_grid, prepare_fork, run_on
 
 KINDS = {"write": "write", "fsync": "fsync", "rename": "replace"}  # what it is called in `os`
 GIVEN = toy_run(
@@ -120,6 +120,7 @@ def outcome(path: Path) -> dict:
 
 
 def main(home: Path, *what: str) -> None:
+    prepare_fork(CONFIG)  # the imports that take seconds
     whole = home / "whole"
     assert forked(begin, whole) == 0, "the unbroken run failed"
     print(json.dumps({"calls": json.loads((whole / "calls").read_text()), **outcome(whole)}), flush=True)
