@@ -34,8 +34,19 @@ def check(whole: dict, run: dict) -> None:
 
 
 def test_runs_killed_at_some_writes_fsyncs_and_renames_resume_to_the_same_bits(tmp_path):
-    """Before the first checkpoint, inside the first and the second one, and while the network is written at the end."""
-    points = ("write:1", "write:6", "fsync:2", "rename:1", "rename:2", "rename:3", "write:15", "fsync:12", "rename:8")
+    """Before the first checkpoint, inside the first and the second one, and at the very last line of the events."""
+    points = (
+        "write:1",
+        "write:6",
+        "fsync:2",
+        "rename:1",
+        "rename:2",
+        "rename:3",
+        "write:15",
+        "fsync:12",
+        "rename:8",
+        "write:38",
+    )
     whole, runs = killed_and_resumed(tmp_path, *points)
     assert whole["times_add_up"]
     for run in runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from fedmed.config import RunConfig, flatten
 from fedmed.errors import ConfigError
@@ -54,7 +55,12 @@ def take_up(folder: RunFolder, config: RunConfig) -> bool:
                 f"{folder.path / 'run.toml'}: {key} is not what this run was begun with, so the network would be "
                 "another one; put it back, or start a new run"
             )
-    if not changed and _status(folder) in ("completed", "degraded"):
+    result = _result(folder)
+    if not changed and result.get("status") in ("completed", "degraded"):
+        folder.clear_up()
+        if folder.last_event().get("kind") != "run_finished":  # killed between the result and its event
+            folder.event("run_finished", result["rounds"], status=result["status"], reason=result["reason"])
+            folder.close()
         return False
     record(folder, config)
     return True
@@ -64,6 +70,6 @@ def _digests(config: RunConfig) -> dict[str, str]:
     return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for key, value in flatten(config).items()}
 
 
-def _status(folder: RunFolder) -> str:
+def _result(folder: RunFolder) -> dict[str, Any]:
     path = folder.path / "result.json"
-    return str(json.loads(path.read_text(encoding="utf-8"))["status"]) if path.exists() else ""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

@@ -55,12 +55,23 @@ class RunFolder:
     def resume(cls, path: Path) -> RunFolder:
         """Take up a run folder, whatever moment its last process died at: what was half written is removed."""
         folder = cls(path)
-        for partial in path.rglob(".*.partial"):
-            partial.unlink(missing_ok=True)
-        shutil.rmtree(folder.spool, ignore_errors=True)
+        folder.clear_up()
         for name in ("checkpoints", "sites", "spool"):
             (path / name).mkdir(parents=True, exist_ok=True)
         return folder
+
+    def clear_up(self) -> None:
+        """Remove what a killed process left half written."""
+        for partial in self.path.rglob(".*.partial"):
+            partial.unlink(missing_ok=True)
+        shutil.rmtree(self.spool, ignore_errors=True)
+        _cut_torn_line(self.path / "events.jsonl")
+
+    def last_event(self) -> dict[str, Any]:
+        """The last line of `events.jsonl`; empty if there is none."""
+        path = self.path / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return dict(json.loads(lines[-1])) if lines else {}
 
     def event(self, kind: str, round: int, **facts: Any) -> dict[str, Any]:
         """Append one line to `events.jsonl` and return it."""
