@@ -143,8 +143,8 @@ def main() -> None:
     text = (
         "# Aggregation\n\n"
         f"`{' '.join(['python benchmarks/aggregation.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, one "
-        f"thread, DenseNet-121 ({samples['copy'][0]['mb']:.1f} MB), {given.repeats} repeats in turn, each a process of its "
-        "own. The bar is 3 × a memory copy.\n\n"
+        f"thread, DenseNet-121 ({samples['copy'][0]['mb']:.1f} MB), {given.repeats} repeats in turn, each a "
+        "process of its own. The bar is 3 × a memory copy.\n\n"
         "| updates | way | CPU ms an update, median (min-max) | × a copy | peak beyond the network, MiB |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows)
     )
