@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/dropout.py                  # minutes
 
-The built-in phantom hospitals train a small network; only the chance differs between rows. A site that drops out does so
-as a failed answer, in the same rounds for every repetition of the command. The table goes to benchmarks/dropout.md.
+The built-in phantom hospitals train a small network; only the chance differs between rows. A site drops out
+by a failed answer, in the same rounds whenever the command is repeated. The table goes to benchmarks/dropout.md.
 """
 
 from __future__ import annotations
