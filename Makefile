@@ -43,6 +43,9 @@ bench: .venv/installed ## time the engine, the reading of images and the network
 	@$(BIN)/python benchmarks/engine.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/networks.py
+	@$(BIN)/python benchmarks/aggregation.py
+	@$(BIN)/python benchmarks/scale.py
+	@$(BIN)/python benchmarks/dropout.py
 
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -85,6 +85,21 @@ def test_replies_pulled_out_of_order_wait_on_disk(grid, tmp_path):
     assert seen == [index + 1 for index in order]
 
 
+def test_a_full_spool_holds_workers_back_and_every_reply_still_comes(tmp_path):
+    """Forty replies of 40 kB, room for four; the one that is pulled first was pushed last."""
+    with LocalGrid(app, [{} for _ in range(40)], {}, workers=2, spool=tmp_path, spool_limit=160_000) as grid:
+        messages = [Message(shared := content(size=10_000), 1, "train", group_id="1")]
+        messages += [Message(shared, node, "train", group_id="1") for node in range(2, 41)]
+        ids = list(grid.push_messages(messages))
+        seen = []
+        for place in reversed(range(40)):
+            while not (replies := list(grid.pull_messages([ids[place]]))):
+                pass
+            seen.append(int(decode_vector(replies[0].content["out"]["w"])[1]))
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 600_000
+    assert seen == list(range(40, 0, -1))
+
+
 def test_a_killed_worker_is_one_failed_node_and_is_replaced(grid):
     replies = exchange(grid, {1: content(), 2: content("die"), 3: content(), 4: content()})
     assert replies[2].error.reason == "the worker process was killed by signal 9"

@@ -49,7 +49,12 @@ class Live:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         kind, progress = event["kind"], self._progress
-        if kind == "round_started":
+        if kind == "greeted":
+            facts = f"{event['site']}: ready"
+            progress.update(
+                self._sites, total=event["all"], completed=event["done"], description="greeting", facts=facts
+            )
+        elif kind == "round_started":
             self._losses = []
             for line in preamble(event):
                 progress.console.print(line, highlight=False)
@@ -101,9 +106,10 @@ class Lines:
 
 
 def preamble(event: Event) -> list[str]:
-    """What the file of weights gave; and one line for every site with images that could not be read."""
-    weights = [f"weights: {event['weights']}"] if "weights" in event else []
-    return weights + [
+    """What the file of weights gave, who came late, and one line for every site with images that could not be read."""
+    lines = [f"weights: {event['weights']}"] if "weights" in event else []
+    lines += [f"{site} joins in round {event['round']}" for site in event.get("joined_late", ())]
+    return lines + [
         f"{site}: {facts['images']} image{'s' if facts['images'] > 1 else ''} left out, unreadable "
         f"(fewer than data.max-unreadable): {facts['reasons']}"
         for site, facts in event.get("unreadable", {}).items()

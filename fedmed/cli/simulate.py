@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import json
 import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ import typer
 
 if TYPE_CHECKING:
     from fedmed.config import RunConfig
+    from fedmed.federated.run_folder import RunFolder
+    from fedmed.federated.virtual_hospitals import Hospital
 
 
 class Engine(enum.StrEnum):
@@ -51,23 +55,64 @@ def simulate(
 
     with bar("phantom hospitals") as progress:
         config = with_phantoms(config, progress)
-    parameters = _check(config)
-    if dry_run:
-        _show_plan(config, parameters)
-        return
     if resume is not None:
+        effective = _resumed(config, resume)
+        if effective is None:
+            _show_finished(resume, as_json=as_json)
+            return
         folder = RunFolder(resume)
     else:
+        parameters, hospitals = _check(config)
+        if dry_run:
+            _show_plan(config, hospitals, parameters)
+            return
         stamp = now()[:19].replace(":", "").replace("-", "")
         folder = RunFolder.create(out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-"), config)
-    result = _run(config, folder, engine, quiet=quiet)
+        effective = _begun(config, folder, hospitals, quiet=quiet or as_json)
+    result = _run(effective, folder, engine, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
 
-def _check(config: RunConfig) -> int:
+def _check(config: RunConfig) -> tuple[int, Sequence[Hospital] | None]:
+    """The number of parameters; and the hospitals, if patients are dealt to them anew."""
+    from fedmed.cli.display import bar
     from fedmed.federated.simulation import check
+    from fedmed.federated.virtual_hospitals import planned
 
-    return check(config)
+    if config.simulation.partition == "as-given":
+        return check(config), None
+    with bar("scanners") if config.simulation.partition == "scanner" else nullcontext() as progress:
+        hospitals = planned(config, progress)
+    return check(config, [hospital.name for hospital in hospitals]), hospitals
+
+
+def _begun(config: RunConfig, folder: RunFolder, hospitals: Sequence[Hospital] | None, *, quiet: bool) -> RunConfig:
+    """The configuration with the manifests of its hospitals, and a record by which a resumed run is known again."""
+    from fedmed.cli.display import console
+    from fedmed.cli.plan import plan_table
+    from fedmed.federated.resume import record
+    from fedmed.federated.virtual_hospitals import with_hospitals
+
+    record(folder, config)
+    if hospitals is None:
+        return config
+    if not quiet:
+        console().print(plan_table(hospitals, config.task.labels))
+    return with_hospitals(config, folder.path, hospitals)
+
+
+def _resumed(config: RunConfig, path: Path) -> RunConfig | None:
+    """The same for a run folder that is taken up again; None if nothing is left to do."""
+    from fedmed.federated.resume import take_up
+    from fedmed.federated.run_folder import RunFolder
+    from fedmed.federated.simulation import check
+    from fedmed.federated.virtual_hospitals import with_hospitals
+
+    if not take_up(RunFolder(path), config):
+        return None
+    effective = with_hospitals(config, RunFolder.resume(path).path)
+    check(effective)
+    return effective
 
 
 def _run(config: RunConfig, folder: Any, engine: Engine, *, quiet: bool) -> dict[str, Any]:
@@ -90,21 +135,28 @@ def _run(config: RunConfig, folder: Any, engine: Engine, *, quiet: bool) -> dict
             write_model_card(folder.path)
 
 
-def _show_plan(config: RunConfig, parameters: int) -> None:
-    from rich.table import Table
-
+def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
     from fedmed.cli.display import console
-    from fedmed.federated.simulation import devices, planned_sites, worker_count
+    from fedmed.cli.plan import plan_table
+    from fedmed.federated.simulation import devices, worker_count
+    from fedmed.federated.virtual_hospitals import planned
 
-    table = Table("site", "patients", "images")
-    for name, patients, images in planned_sites(config):
-        table.add_row(name, str(patients), str(images))
-    console().print(table)
-    workers = worker_count(config, devices(config))
+    shown = planned(config) if hospitals is None else hospitals
+    console().print(plan_table(shown, config.task.labels))
+    workers = worker_count(config, devices(config), sites=len(shown))
     print(
         f"{config.model.name}: {parameters:,} parameters; {config.train.rounds} rounds in {workers} worker processes. "
         "Nothing was written."
     )
+
+
+def _show_finished(path: Path, *, as_json: bool) -> None:
+    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"{result['status']} already: {result['rounds']} rounds, nothing left to do. Raise train.rounds in")
+        print(f"{path / 'run.toml'} and resume again to train on.")
 
 
 def _show_sites(result: dict[str, Any], primary: str) -> None:

@@ -176,12 +176,21 @@ class StrategyConfig(Section):
     personal_learning_rate: Annotated[
         float, Field(ge=0, description="of a site's own network; 0 = train.learning-rate")
     ] = 0.0
+    fraction: Annotated[float, Field(gt=0, le=1, description="share of the sites that a round asks, drawn anew")] = 1.0
     min_sites: Positive = 2
     min_fraction: Fraction = 0.0
     required_sites: tuple[Name, ...] = ()
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     retries: Annotated[Count, Field(description="how often a site whose process died is asked again in a round")] = 1
+    lost_after: Annotated[
+        Count, Field(description="rounds missed in a row after which a site is no longer asked; 0 = never")
+    ] = 3
+    max_update_norm: Annotated[
+        float,
+        Field(ge=0, description="distance from the network that was sent, above which updates are refused; 0 = any"),
+    ] = 0.0
     checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
+    keep_checkpoints: Annotated[Positive, Field(description="how many of the last checkpoints stay")] = 2
     server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
 
@@ -218,7 +227,15 @@ class SimulationConfig(Section):
 
     workers: Annotated[Count, Field(description="worker processes; 0 = as many as cores")] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    partition: Literal["as-given"] = "as-given"
+    partition: Annotated[
+        Literal["as-given", "iid", "column", "dirichlet", "quantity", "scanner"],
+        Field(description="how the patients of data.sites are dealt to virtual hospitals; as-given = a manifest each"),
+    ] = "as-given"
+    partition_sites: Annotated[Positive, Field(description="virtual hospitals of iid, dirichlet and quantity")] = 4
+    partition_column: Annotated[str, Field(description="column of the manifests, for column")] = "site"
+    partition_alpha: Annotated[
+        float, Field(gt=0, description="of dirichlet and quantity: the smaller, the more unequal the hospitals")
+    ] = 0.5
     policy: str = ""
 
 
@@ -255,6 +272,8 @@ class RunConfig(Section):
         if self.train.patience and self.train.local_steps:
             raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
         self._sites_can_do_their_part()
+        if self.simulation.partition != "as-given" and self.data.dataset:
+            raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
         if self.privacy.mode != "none":
             raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
         return self

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedmed.errors import UpdateRefused
-from fedmed.types import Entry, FloatVector, Layout, Update, Weights
+from fedmed.types import Entry, FloatVector, Layout, Weights
 
 CHUNK = 65_536  # values; a chunk and its change stay in a core's second-level cache
 
@@ -20,29 +19,6 @@ class Aggregate:
 
     change: FloatVector  # weighted mean of (site's parameters - sent parameters), (layout.num_parameters,)
     buffers: FloatVector  # pooled buffers themselves, (layout.num_buffers,)
-
-
-def validated_weights(update: Update, layout: Layout) -> Weights:
-    """The weights of an update that can be averaged: of this layout and length, finite, from at least one image.
-
-    Raises:
-        UpdateRefused: with the reason, which names no site and no patient.
-    """
-    if update.layout != layout.hash:
-        raise UpdateRefused("the update has another layout than the global network")
-    if update.num_examples < 1:
-        raise UpdateRefused(f"the update claims {update.num_examples} training images; at least 1 is needed")
-    if update.weights is None:
-        raise UpdateRefused("the update carries no weights")
-    got = (update.weights.parameters.size, update.weights.buffers.size)
-    if got != (layout.num_parameters, layout.num_buffers):
-        raise UpdateRefused(f"the update has {got} values, the network {layout.num_parameters, layout.num_buffers}")
-    for vector, name in ((update.weights.parameters, "parameters"), (update.weights.buffers, "buffers")):
-        # A squared norm is finite only if every value is; one pass, no temporary of the vector's size.
-        squares = (float(np.dot(vector[part], vector[part])) for part in _chunks(vector.size))
-        if not all(map(math.isfinite, squares)):
-            raise UpdateRefused(f"the update's {name} are not finite")
-    return update.weights
 
 
 class WeightedMean:

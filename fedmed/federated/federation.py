@@ -31,7 +31,7 @@ def run_federation(
 ) -> dict[str, Any]:
     """Run a federation over any Flower `Grid` and write its run folder.
 
-    A folder that holds a checkpoint of the same run is continued after it.
+    A folder that holds a checkpoint of the same run is continued after it; its result then counts the whole run.
 
     Args:
         grid: how sites are reached.
@@ -76,7 +76,7 @@ def run_federation(
             reason=reason or (None if status != "failed" else "an unexpected error; see the terminal"),
             server_metrics=federation.server_metrics if federation else {},
             site_metrics=federation.site_metrics if federation else {},
-            total_s=time.perf_counter() - started,
+            total_s=federation.total_s if federation else time.perf_counter() - started,
             peak_mib=peak_memory_mib(processes),
         )
         with suppress(OSError):  # on a full disk the first error is the one to tell

@@ -28,6 +28,7 @@ from fedmed.federated.local_pool import Given, Worker, WorkerPool
 from fedmed.federated.local_worker import RUN_ID, work
 from fedmed.federated.spool import Spool
 
+SPOOL_LIMIT = 1 << 30  # bytes of replies that wait to be pulled, above which workers rest; one site may be very slow
 PULL_WAIT_S = 1.0  # how long a pull waits for a reply before it returns nothing
 
 
@@ -48,6 +49,7 @@ class Reply:
     header: bytes = b""
     slot: str = ""
     error: Error | None = None
+    size: int = 0  # bytes in the slot
 
 
 class LocalGrid(Grid):
@@ -62,6 +64,7 @@ class LocalGrid(Grid):
         workers: int,
         spool: Path,
         devices: Sequence[str] = ("cpu",),
+        spool_limit: int = SPOOL_LIMIT,
     ) -> None:
         """Fork the workers. No thread may have been started in this process yet.
 
@@ -71,6 +74,7 @@ class LocalGrid(Grid):
             run_config: the run configuration in every node's context.
             workers: processes; never more than nodes.
             spool: an existing folder for the slots.
+            spool_limit: bytes of replies that wait to be pulled, above which only what is being pulled is worked on.
             devices: torch devices, dealt to the workers in turn; a node finds its own in `node_config["device"]`.
         """
         self._client, self._run_config = client, dict(run_config)
@@ -84,6 +88,8 @@ class LocalGrid(Grid):
         self._waiting: deque[str] = deque()
         self._sent: dict[str, Sent] = {}
         self._replies: dict[str, Reply] = {}
+        self._spool_limit, self._held = spool_limit, 0  # bytes of replies that wait
+        self._wanted: set[str] = set()  # messages that are being pulled
         self._run = Run.create_empty(RUN_ID)
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
         self._pool = WorkerPool(self._work, devices, max(1, min(workers, len(self._nodes))))
@@ -148,6 +154,7 @@ class LocalGrid(Grid):
         self._free += self._pulled
         self._pulled = []
         wanted = [number for number in message_ids if number in self._sent]
+        self._prefer(wanted)
         until = time.monotonic() + PULL_WAIT_S
         while wanted and not any(number in self._replies for number in wanted):
             self._expire()
@@ -164,10 +171,20 @@ class LocalGrid(Grid):
 
     def _open(self, number: str) -> Message:
         reply, sent = self._replies.pop(number), self._sent.pop(number)
+        self._held -= reply.size
         if reply.error is not None:
             return Message(reply.error, reply_to=sent.message)
         self._pulled.append(reply.slot)
         return Message(self._spool.read(reply.header), reply_to=sent.message)
+
+    def _prefer(self, wanted: Sequence[str]) -> None:
+        """What is being pulled is worked on next, however full the spool is."""
+        for number in reversed(wanted):
+            if number in self._waiting:
+                self._waiting.remove(number)
+                self._waiting.appendleft(number)
+        self._wanted = set(wanted)
+        self._dispatch()
 
     def _written(self, content: RecordDict) -> tuple[bytes, str]:
         """The header and slot of a content, writing it if it is not the one written last."""
@@ -188,7 +205,8 @@ class LocalGrid(Grid):
     def _dispatch(self) -> None:
         """Give every worker that has room a message."""
         for worker in self._pool:
-            if self._waiting and worker.has_room:
+            full = self._held >= self._spool_limit
+            if self._waiting and worker.has_room and (not full or self._waiting[0] in self._wanted):
                 given = Given(self._waiting.popleft(), self._slot())
                 sent = self._sent[given.number]
                 metadata = sent.message.metadata
@@ -220,10 +238,11 @@ class LocalGrid(Grid):
             self._free.append(given.slot)
             self._settle(given.number, Reply(error=Error(int(code), reason)))
         else:
-            self._settle(given.number, Reply(header=body, slot=given.slot))
+            self._settle(given.number, Reply(header=body, slot=given.slot, size=int(json.loads(body)["size"])))
 
     def _settle(self, number: str, reply: Reply) -> None:
         self._replies[number] = reply
+        self._held += reply.size
         slot = self._sent[number].slot
         self._users[slot] -= 1
         if not self._users[slot] and slot != self._pushed[2]:

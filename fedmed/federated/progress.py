@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedmed.federated.exchange import Failure
@@ -11,14 +11,22 @@ from fedmed.federated.exchange import Failure
 
 @dataclass
 class Progress:
-    """The log of the rounds so far, and which network was best. The one thing in a run that changes."""
+    """The log of the rounds so far, which network was best, and who missed what. The one thing in a run that changes.
 
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    absent: list[dict[str, str]] = field(default_factory=list)  # sites that never took part, with the reason
+    A resumed run takes all of it up again, so that its result counts what happened before.
+    """
+
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # that ended with a new network
+    broken: list[dict[str, Any]] = field(default_factory=list)  # that missed the quorum; each paused the run
+    absent: list[dict[str, str]] = field(default_factory=list)  # sites that took no part outside rounds, and why
+    missed: dict[str, int] = field(default_factory=dict)  # rounds in a row without an answer, by site
+    away: dict[str, int] = field(default_factory=dict)  # sites no longer asked; the round that greets them again
     best_round: int = 0  # 0 = no network was selected yet
     best_value: float | None = None
     stale: int = 0  # evaluations since the best one
+    centres: list[float] = field(default_factory=list)  # of the last evaluation; see Task.centres
     train_s: float = 0.0  # wall time in which sites were at work
+    total_s: float = 0.0  # wall time until the last checkpoint, in all processes that the run has had
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progress:
@@ -34,10 +42,19 @@ class Progress:
         """The last finished round."""
         return int(self.rounds[-1]["round"]) if self.rounds else 0
 
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The finished rounds, and a last one that paused the run if nothing came after it."""
+        return [*self.rounds, *(entry for entry in self.broken[-1:] if entry["round"] > self.round)]
+
     def failures(self) -> list[Failure]:
         """Every time that a site did not do its part."""
-        in_rounds = [failure for entry in self.rounds for failure in entry["failed"]]
+        in_rounds = [failure for entry in [*self.rounds, *self.broken] for failure in entry["failed"]]
         return [Failure(site=each["site"], reason=each["reason"]) for each in [*self.absent, *in_rounds]]
+
+    def note_absent(self, failures: Sequence[Failure]) -> None:
+        """Remember sites that could take no part; a resumed run that finds the same again counts it once."""
+        self.absent += [asdict(failure) for failure in failures if asdict(failure) not in self.absent]
 
     def rounds_joined(self, site: str) -> int:
         """In how many rounds a site's update was used."""
@@ -50,3 +67,9 @@ class Progress:
             return True
         self.stale += 1
         return False
+
+    def pause(self, entry: dict[str, Any]) -> None:
+        """Note a round that missed the quorum. Whoever resumes has seen to the sites: all of them start afresh."""
+        self.broken.append(entry)
+        self.missed.clear()
+        self.away.clear()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmed.config import RunConfig
-from fedmed.federated.exchange import Failure, Member
+from fedmed.federated.exchange import Failure
 from fedmed.federated.identity import versions
+from fedmed.federated.member import Member
 from fedmed.federated.progress import Progress
 from fedmed.federated.server_evaluation import Metrics
 
@@ -77,7 +78,7 @@ def build_result(
             }
             for member in members
         ],
-        "rounds_log": progress.rounds,
+        "rounds_log": progress.log,
         "timing": {
             "total_s": round(total_s, 3),
             "train_s": round(progress.train_s, 3),

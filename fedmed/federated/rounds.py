@@ -1,10 +1,9 @@
-"""The rounds of a federation: select, exchange, validate, aggregate, evaluate, checkpoint."""
+"""The rounds of a federation: welcome, select, exchange, validate, aggregate, evaluate, checkpoint."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,21 @@ from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
-from fedmed.federated.aggregation import WeightedMean, validated_weights
-from fedmed.federated.exchange import Failure, Member, ask, greet
+from fedmed.federated.admission import decoded_update, number_in, validated_counts, validated_weights
+from fedmed.federated.aggregation import WeightedMean
+from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.member import Member
+from fedmed.federated.membership import Membership
 from fedmed.federated.progress import Progress
-from fedmed.federated.result import (
-    Status,
-    metric,
-    metrics_json,
-    model_facts,
-    summary_of,
-)
+from fedmed.federated.result import Status, metric, metrics_json, model_facts, summary_of
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
+from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import server_step
-from fedmed.federated.wire import decode_update, encode_task
+from fedmed.federated.wire import encode_task
 from fedmed.models import build, build_with_report
-from fedmed.training.evaluate import PERSONAL, checked_sums, metrics_from, parted_sums
+from fedmed.training.evaluate import metrics_from
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork
@@ -54,62 +51,77 @@ class Federation:
         self.step = server_step(config.strategy)
         self.settings = settings_for_sites(config)
         self.progress = Progress()
-        self.members: list[Member] = []
+        self.sites: Membership | None = None
         self.server_metrics: dict[str, Any] = {}
         self.site_metrics: dict[str, dict[str, Any]] = {}
         self._best: tuple[int, Judgement] | None = None
-        self._centres: tuple[float, ...] = ()
         self.pretrained = ""  # what the file of weights gave, in words
+        self._began = time.perf_counter()
 
     def run(self) -> tuple[Status, str | None]:
         """Train all rounds, keep the best network, and have every site evaluate it. The protocol, on one screen."""
         weights, state = self._start()
-        self.members = self._gather()
+        self.sites = sites = self._gather()
         saved = self.progress.round
         for round in range(saved + 1, self.config.train.rounds + 1):
-            # ── select and configure ──────────────────────────────────────────────────────────────────────────────
+            if self._stops():
+                break
+            # ── welcome, select, configure ────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
-            nodes = {member.name: member.node for member in self.members}
-            self._tell("round_started", round, sites=sorted(nodes), **(self._preamble() if round == 1 else {}))
+            arrivals = sites.welcome(round)
+            self._absent(arrivals.refused, round)
+            nodes = sites.asked(round)
+            self._tell("round_started", round, sites=sorted(nodes), **self._preamble(sites, round, arrivals.joined))
             task = self._task("train", round, weights)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            mean, joined, failed = WeightedMean(self.layout, weights), [], []
-            for site, answer in self._ask(task, nodes):
+            mean, joined, failed = WeightedMean(self.layout, weights), [], arrivals.unreachable
+            for failure in failed:
+                self._tell("site_failed", round, **asdict(failure))
+            missing = sites.missing(list(nodes))
+            for site, answer in () if missing else self._ask(task, nodes):
                 try:
-                    update, trained = self._admitted(answer)
+                    update, trained = self._admitted(answer, sites[site], weights)
                 except UpdateRefused as error:
-                    failed.append(Failure(site=site, reason=str(error)))
-                    self._tell(
-                        "site_failed" if isinstance(answer, str) else "update_refused", round, **asdict(failed[-1])
-                    )
+                    gone = isinstance(answer, str)  # who answers what cannot be used is still there
+                    reason = str(error)
+                    failed.append(sites.missed(site, reason, round) if gone else Failure(site=site, reason=reason))
+                    self._tell("site_failed" if gone else "update_refused", round, **asdict(failed[-1]))
                     continue
                 mean.add(trained, self._weight(update))
                 joined.append(site)
+                sites.joined(site)
                 self._tell("update_received", round, site=site, **self._public_facts(update))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = self._missing(joined, known=len(nodes))
+            missing = missing or sites.missing(joined)
             if missing:
-                self._log(round, joined, failed, seconds, {})
+                self.progress.pause(self._entry(round, joined, failed, seconds, {}))
+                self._save(weights, state, saved)
                 return "paused", missing
             weights, state = self.step(weights, mean.result(), state)
 
             # ── evaluate, checkpoint, tell ────────────────────────────────────────────────────────────────────────
             judgement = self._judge(round, weights)
-            self._log(round, joined, failed, seconds, metrics_json(judgement.metrics) if judgement else {})
-            stop = self._stops(judgement)
-            if stop or round == self.config.train.rounds or round % self.config.strategy.checkpoint_every == 0:
-                since = [entry for entry in self.progress.rounds if entry["round"] > saved]
-                self.folder.save_checkpoint(round, weights, state, self.progress.to_json(), since)
-                saved = round
-                self._tell("checkpoint_saved", round)
+            metrics = metrics_json(judgement.metrics) if judgement else {}
+            self.progress.rounds.append(self._entry(round, joined, failed, seconds, metrics))
+            last = self._stops() or round == self.config.train.rounds
+            if last or round % self.config.strategy.checkpoint_every == 0:
+                saved = self._save(weights, state, saved)
             self._tell("round_finished", round, seconds=time.perf_counter() - started)
-            if stop:
-                break
-        self._finish(weights)
+        self._finish(weights, sites)
         failures = self.progress.failures()
         return ("degraded", summary_of(failures)) if failures else ("completed", None)
+
+    @property
+    def members(self) -> list[Member]:
+        """Every site that ever joined."""
+        return self.sites.members if self.sites else []
+
+    @property
+    def total_s(self) -> float:
+        """Wall time of the run so far, that of earlier processes included."""
+        return time.perf_counter() - self._began
 
     # Before the first round.
 
@@ -134,41 +146,48 @@ class Federation:
             return network.weights(), self.step.start(self.layout)
         facts, weights, state = saved
         self.progress = Progress.from_json(facts)
+        self._began -= self.progress.total_s
         return weights, state
 
-    def _gather(self) -> list[Member]:
+    def _gather(self) -> Membership:
         """Greet the sites, waiting until enough of them are there."""
-        strategy, empty = self.config.strategy, np.zeros(0, np.float32)
-        nodes = self._nodes(strategy.round_timeout_s)
-        hello = encode_task(self._task("evaluate", 0, Weights(parameters=empty, buffers=empty)))
-        members, absent = greet(self.grid, hello, nodes, timeout_s=strategy.round_timeout_s)
-        self.progress.absent = [asdict(failure) for failure in absent]
-        for failure in absent:
-            self._tell("site_failed", 0, **asdict(failure))
-        missing = self._missing([member.name for member in members], known=len(nodes))
+        empty = np.zeros(0, np.float32)
+
+        def hello() -> RecordDict:
+            return encode_task(self._task("evaluate", 0, Weights(parameters=empty, buffers=empty)))
+
+        turns = bool(getattr(self.step, "turns", False))  # one site a round: the algorithm's own wish
+        sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
+        absent = sites.gather(self._greeted)
+        self._absent(absent, 0)
+        missing = sites.missing([member.name for member in sites.members])
         if missing:
+            self.sites = sites
             raise RunFailed(f"{missing}. {summary_of(absent) or ''}".strip())
-        return members
+        return sites
 
-    def _nodes(self, timeout_s: float) -> list[int]:
-        deadline = time.monotonic() + timeout_s
-        while len(nodes := sorted(self.grid.get_node_ids())) < self.config.strategy.min_sites:
-            if time.monotonic() > deadline:
-                raise RunFailed(
-                    f"{len(nodes)} sites are connected; strategy.min-sites = {self.config.strategy.min_sites}"
-                )
-            time.sleep(0.5)
-        return nodes
+    def _greeted(self, site: str, done: int, all: int) -> None:
+        """For a display alone: the run's events begin with the first round."""
+        self.watch({"kind": "greeted", "round": 0, "site": site, "done": done, "all": all})
 
-    def _preamble(self) -> dict[str, Any]:
-        """What the file of weights gave; how many images which site could not read, and why."""
-        left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in self.members if m.unreadable}
-        weights = {"weights": self.pretrained} if self.pretrained else {}
-        reason = no_single_network(self.config.strategy)
-        unjudged = {"server_metrics": f"null: {reason}"} if reason else {}
-        return {**weights, **unjudged, **({"unreadable": left_out} if left_out else {})}
+    def _absent(self, failures: Sequence[Failure], round: int) -> None:
+        self.progress.note_absent(failures)
+        for failure in failures:
+            self._tell("site_failed", round, **asdict(failure))
 
     # In a round.
+
+    def _preamble(self, sites: Membership, round: int, late: Sequence[str]) -> dict[str, Any]:
+        """Who came late and who has left; in the first round what the file of weights gave and what was unreadable."""
+        facts: dict[str, Any] = {"joined_late": list(late)} if late else {}
+        facts |= {"left": sites.away} if sites.away else {}
+        if round > 1:
+            return facts
+        left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in sites.members if m.unreadable}
+        facts |= {"weights": self.pretrained} if self.pretrained else {}
+        unjudged = no_single_network(self.config.strategy)
+        facts |= {"server_metrics": f"null: {unjudged}"} if unjudged else {}
+        return {**facts, **({"unreadable": left_out} if left_out else {})}
 
     def _task(self, kind: str, round: int, weights: Weights) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
@@ -179,7 +198,7 @@ class Federation:
             layout=self.layout.hash,
             weights=weights,
             learning_rate_factor=plateau_factor(self.config.train, self.progress.stale),
-            centres=self._centres,
+            centres=tuple(self.progress.centres),
             evaluate=every,
         )
 
@@ -194,73 +213,66 @@ class Federation:
             retries=self.config.strategy.retries,
         )
 
-    def _admitted(self, answer: RecordDict | str) -> tuple[Update, Weights]:
-        if isinstance(answer, str):
-            raise UpdateRefused(answer)
-        update = decode_update(answer)
-        if update.metrics:
-            checked_sums(update.metrics, self.config.task)
-        return update, validated_weights(update, self.layout)
+    def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
+        update = decoded_update(answer, self.config.task)
+        validated_counts(update, images=member.images, patients=member.patients)
+        return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
 
     def _weight(self, update: Update) -> float:
         by = self.config.strategy.weight_by
         return 1.0 if by == "uniform" else float(update.facts["patients"] if by == "patients" else update.num_examples)
 
     def _public_facts(self, update: Update) -> dict[str, Any]:
-        known: dict[str, Any] = {key: update.facts[key] for key in ("steps", "seconds") if key in update.facts}
-        known["loss"] = metric(float(update.facts.get("loss", math.nan)))["value"]
+        known = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}
         metrics = metrics_from(update.metrics, self.config.task) if update.metrics else {}
         return {"images": update.num_examples, **known, **({"metrics": dict(metrics)} if metrics else {})}
-
-    def _missing(self, joined: list[str], *, known: int) -> str | None:
-        """Why these sites are too few, or None."""
-        strategy = self.config.strategy
-        needed = max(strategy.min_sites, math.ceil(strategy.min_fraction * known))
-        absent = sorted(set(strategy.required_sites) - set(joined))
-        if absent:
-            return f"required site {absent[0]} did not take part"
-        if len(joined) < needed:
-            return f"{len(joined)} of {known} sites took part; {needed} are needed (strategy.min-sites, min-fraction)"
-        return None
 
     def _judge(self, round: int, weights: Weights) -> Judgement | None:
         due = round % self.config.evaluate.every == 0 or round == self.config.train.rounds
         if self.evaluation is None or not due:
             return None
         judgement = self.evaluation.judge(weights, replicates=self.config.evaluate.bootstrap)
-        self._centres = judgement.centres
+        self.progress.centres = list(judgement.centres)
         if self.progress.select(round, judgement.selection) and self.config.evaluate.keep == "best":
-            self.folder.save_best(weights)
+            self.folder.save_best(round, weights)
             self._best = (round, judgement)
         self._tell(
             "evaluated", round, metrics=metrics_json(judgement.metrics), selection=metric(judgement.selection)["value"]
         )
         return judgement
 
-    def _stops(self, judgement: Judgement | None) -> bool:
-        patience = self.config.evaluate.patience
-        return judgement is not None and 0 < patience <= self.progress.stale
+    def _stops(self) -> bool:
+        return 0 < self.config.evaluate.patience <= self.progress.stale
 
-    def _log(
-        self, round: int, joined: list[str], failed: list[Failure], seconds: float, metrics: dict[str, Any]
-    ) -> None:
-        self.progress.rounds.append(
-            {
-                "round": round,
-                "joined": joined,
-                "failed": [asdict(failure) for failure in failed],
-                "seconds": seconds,
-                "server_metrics": metrics,
-            }
-        )
+    @staticmethod
+    def _entry(
+        round: int, joined: list[str], failed: list[Failure], seconds: float, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "round": round,
+            "joined": joined,
+            "failed": [asdict(failure) for failure in failed],
+            "seconds": seconds,
+            "server_metrics": metrics,
+        }
+
+    def _save(self, weights: Weights, state: Mapping[str, Any], saved: int) -> int:
+        """Write a checkpoint of the last finished round, and return its number."""
+        round, self.progress.total_s = self.progress.round, self.total_s
+        since = [entry for entry in self.progress.rounds if entry["round"] > saved]
+        keep = self.config.strategy.keep_checkpoints
+        self.folder.save_checkpoint(round, weights, state, self.progress.to_json(), since, keep=keep)
+        self._tell("checkpoint_saved", round)
+        return round
 
     # After the last round.
 
-    def _finish(self, weights: Weights) -> None:
+    def _finish(self, weights: Weights, sites: Membership) -> None:
         """Report the kept network: on the server's test part, and at every site."""
         kept, round = weights, self.progress.round
         if self.config.evaluate.keep == "best" and self.progress.best_round:
-            kept, round = self.folder.best(), self.progress.best_round
+            round = self.progress.best_round
+            kept = self.folder.best(round)
         if self.evaluation is not None:
             distances = self.config.task.kind == "segmentation" and bool(self.config.data.spacing_mm)
             if self._best is not None and self._best[0] == round and not distances:
@@ -268,32 +280,17 @@ class Federation:
             else:
                 replicates = self.config.evaluate.bootstrap
                 judgement = self.evaluation.judge(kept, replicates=replicates, distances=distances)
-            self._centres = judgement.centres
+            self.progress.centres = list(judgement.centres)
             self.server_metrics = metrics_json(judgement.metrics)
             self.folder.write_json("evaluation.json", self.evaluation.details(judgement))
         elif no_single_network(self.config.strategy):
             self.server_metrics = {self.config.primary: metric(None)}
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
         every = has_personal_network(self.config.strategy)  # a site makes its own network when it is asked to evaluate
-        nodes = {member.name: member.node for member in self.members if every or member.held_out_patients}
-        failed = []
-        for site, answer in self._ask(self._task("evaluate", round, kept), nodes) if nodes else ():
-            try:
-                if isinstance(answer, str):
-                    raise UpdateRefused(answer)
-                parts = parted_sums(decode_update(answer).metrics)
-                shared, own = (checked_sums(part, self.config.task) if part else {} for part in parts)
-            except UpdateRefused as error:
-                failed.append({"site": site, "reason": f"final evaluation: {error}"})
-                self._tell("site_failed", round, **failed[-1])
-                continue
-            self.site_metrics[site] = {
-                f"{prefix}{name}": metric(value, n=int(sums["patients"][0]))
-                for prefix, sums in (("", shared), (PERSONAL, own))
-                if sums
-                for name, value in metrics_from(sums, self.config.task).items()
-            }
-        self.progress.absent += failed
+        nodes = {name: node for name, node in sites.connected().items() if every or sites[name].held_out_patients}
+        answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
+        self.site_metrics, failed = metrics_of_sites(answers, self.config.task)
+        self._absent(failed, round)
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:
         self.watch(self.folder.event(kind, round, **facts))

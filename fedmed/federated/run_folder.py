@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from fedmed.config import RunConfig, to_toml
 from fedmed.errors import RunFailed
+from fedmed.federated.durable import append, save_vectors, write_all, write_atomically
 from fedmed.types import FloatVector, Layout, Weights
-
-KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,39 @@ class RunFolder:
         """Where messages between processes lie; removed at the end."""
         return self.path / "spool"
 
+    @classmethod
+    def resume(cls, path: Path) -> RunFolder:
+        """Take up a run folder, whatever moment its last process died at: what was half written is removed."""
+        folder = cls(path)
+        folder.clear_up()
+        for name in ("checkpoints", "sites", "spool"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def clear_up(self) -> None:
+        """Remove what a killed process left half written."""
+        for partial in self.path.rglob(".*.partial"):
+            partial.unlink(missing_ok=True)
+        shutil.rmtree(self.spool, ignore_errors=True)
+        _cut_torn_line(self.path / "events.jsonl")
+
+    def last_event(self) -> dict[str, Any]:
+        """The last line of `events.jsonl`; empty if there is none."""
+        path = self.path / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return dict(json.loads(lines[-1])) if lines else {}
+
     def event(self, kind: str, round: int, **facts: Any) -> dict[str, Any]:
         """Append one line to `events.jsonl` and return it."""
         line = {"time": now(), "round": round, "kind": kind, **facts}
-        os.write(self._events, json.dumps(line, allow_nan=False).encode() + b"\n")
+        write_all(self._events, json.dumps(line, allow_nan=False).encode() + b"\n")
         return line
 
     @cached_property
     def _events(self) -> int:
-        return os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        path = self.path / "events.jsonl"
+        _cut_torn_line(path)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     @cached_property
     def _rounds(self) -> int:
@@ -72,8 +96,12 @@ class RunFolder:
         state: Mapping[str, FloatVector],
         progress: Mapping[str, Any],
         log: Sequence[Mapping[str, Any]],
+        *,
+        keep: int = 2,
     ) -> None:
-        """Write all that resuming after a round needs.
+        """Write all that resuming after a round needs. The checkpoint exists once its vectors have their name.
+
+        `state.json` says the same as the newest checkpoint's own file, for readers that want the newest only.
 
         Args:
             round: the round that ended.
@@ -81,57 +109,74 @@ class RunFolder:
             state: the strategy's vectors.
             progress: what else changes, and is small.
             log: the entries of the rounds since the last checkpoint.
+            keep: how many checkpoints stay; the best network stays beside them.
         """
+        append(self._rounds, b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in log))
         name = f"round-{round:04d}.safetensors"
+        facts = json.dumps({"round": round, "checkpoint": name, **progress}).encode()
+        write_atomically((self.path / "checkpoints" / name).with_suffix(".json"), facts)
         vectors = {f"state/{key}": vector for key, vector in state.items()}
         save_vectors(
             self.path / "checkpoints" / name,
             {"parameters": weights.parameters, "buffers": weights.buffers, **vectors},
         )
-        lines = b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in log)
-        os.write(self._rounds, lines)
-        os.fsync(self._rounds)
-        facts = {"round": round, "checkpoint": name, **progress}
-        write_atomically(self.path / "checkpoints" / "state.json", json.dumps(facts).encode())
-        for old in sorted((self.path / "checkpoints").glob("round-*.safetensors"))[:-KEPT_CHECKPOINTS]:
+        write_atomically(self.path / "checkpoints" / "state.json", facts)
+        for old in self._numbered("round")[:-keep]:
             old.unlink()
+            old.with_suffix(".json").unlink(missing_ok=True)
+        for old in self._numbered("best"):
+            if number_of(old) != progress.get("best_round"):
+                old.unlink()
 
-    def save_best(self, weights: Weights) -> None:
-        """Keep a copy of the best network so far."""
+    def save_best(self, round: int, weights: Weights) -> None:
+        """Keep a copy of the best network so far; the one before stays until the next checkpoint names this one."""
         save_vectors(
-            self.path / "checkpoints" / "best.safetensors",
+            self.path / "checkpoints" / f"best-{round:04d}.safetensors",
             {"parameters": weights.parameters, "buffers": weights.buffers},
         )
 
-    def best(self) -> Weights:
+    def best(self, round: int) -> Weights:
         """The network kept by `save_best`."""
-        vectors = load_file(self.path / "checkpoints" / "best.safetensors")
+        vectors = load_file(self.path / "checkpoints" / f"best-{round:04d}.safetensors")
         return Weights(parameters=vectors["parameters"], buffers=vectors["buffers"])
 
     def checkpoint(self) -> tuple[dict[str, Any], Weights, dict[str, FloatVector]] | None:
-        """The last checkpoint: progress, weights, strategy state; None before the first round ended.
+        """The last checkpoint that is whole: progress, weights, strategy state; None if there is none yet.
 
         The log of the rounds, "rounds" in the progress, is a file that grows by a line a round. What a killed process
         wrote there after the last complete checkpoint is cut off.
+
+        Raises:
+            RunFailed: there are checkpoints, but none can be read.
         """
-        index = self.path / "checkpoints" / "state.json"
-        if not index.exists():
-            return None
-        facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        facts["rounds"] = self._rounds_until(facts["round"])
-        vectors = load_file(self.path / "checkpoints" / facts["checkpoint"])
-        state = {key.removeprefix("state/"): vector for key, vector in vectors.items() if key.startswith("state/")}
-        return facts, Weights(parameters=vectors["parameters"], buffers=vectors["buffers"]), state
+        candidates = self._numbered("round")
+        for path in reversed(candidates):
+            try:
+                facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                vectors = load_file(path)
+                facts["rounds"] = self._rounds_until(facts["round"])
+            except (OSError, SafetensorError, KeyError, ValueError):
+                continue
+            state = {key.removeprefix("state/"): vector for key, vector in vectors.items() if key.startswith("state/")}
+            return facts, Weights(parameters=vectors["parameters"], buffers=vectors["buffers"]), state
+        if candidates:
+            raise RunFailed(f"{self.path}: none of its {len(candidates)} checkpoints can be read")
+        (self.path / "checkpoints" / "rounds.jsonl").unlink(missing_ok=True)  # of a first checkpoint that was not
+        return None
 
     def _rounds_until(self, last: int) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = []
         end = 0
         with (self.path / "checkpoints" / "rounds.jsonl").open("rb+") as file:
-            while not entries or entries[-1]["round"] < last:
+            while last and (not entries or entries[-1]["round"] < last):
                 entries.append(json.loads(file.readline()))
                 end = file.tell()
             file.truncate(end)
         return entries
+
+    def _numbered(self, kind: str) -> list[Path]:
+        """The files of one kind in `checkpoints/`, by round."""
+        return sorted((self.path / "checkpoints").glob(f"{kind}-*.safetensors"), key=number_of)
 
     def save_model(self, weights: Weights, layout: Layout, facts: Mapping[str, Any]) -> None:
         """Write the global network tensor by tensor, and how to build it."""
@@ -160,26 +205,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content, durably: either the old or the new one is there after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def number_of(path: Path) -> int:
+    """The round in the name of a checkpoint."""
+    return int(path.stem.rpartition("-")[2])
 
 
-def save_vectors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically and durably."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(dict(tensors), partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _cut_torn_line(path: Path) -> None:
+    """Remove what a killed process left of its last line."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)

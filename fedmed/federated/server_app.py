@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
-from fedmed.errors import RunFailed
+from fedmed.errors import ConfigError, RunFailed
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.run_folder import RunFolder, now
@@ -22,6 +22,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation for `flwr run`; the run folder is made under `$FEDMED_RUNS`, whatever the configuration says."""
     config = with_phantoms(run_file.unflatten(context.run_config))
+    if config.simulation.partition != "as-given":
+        raise ConfigError(
+            "simulation.partition deals patients for `fedmed simulate`; under `flwr run` leave it as-given"
+        )
     stamp = now()[:19].replace(":", "").replace("-", "")
     folder = RunFolder.create(runs_folder() / f"{stamp}-{config.name}-{context.run_id}".replace(" ", "-"), config)
     print(f"run folder: {folder.path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
+from fedmed.federated.durable import write_atomically
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
@@ -34,15 +35,20 @@ from fedmed.training.site_round import custom_dataset
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
 
 
-def check(config: RunConfig) -> int:
+def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     """Find what is wrong with a simulation before anything is written, and return its number of parameters.
+
+    Args:
+        config: the run.
+        names: of its virtual hospitals, if they are not those of `data.sites`.
 
     Raises:
         FedmedError: a name is unknown, a manifest cannot be used, or there are too few sites.
     """
-    names = site_names(config)
+    source = "data.sites names" if names is None else f'simulation.partition = "{config.simulation.partition}" makes'
+    names = site_names(config) if names is None else names
     if len(names) < config.strategy.min_sites:
-        raise ConfigError(f"data.sites names {len(names)} sites, but strategy.min-sites = {config.strategy.min_sites}")
+        raise ConfigError(f"{source} {len(names)} sites, but strategy.min-sites = {config.strategy.min_sites}")
     unknown = sorted(set(config.strategy.required_sites) - set(names))
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
@@ -82,11 +88,11 @@ def devices(config: RunConfig) -> list[str]:
     return [f"cuda:{number}" for number in range(gpus)] or ["cpu"]
 
 
-def worker_count(config: RunConfig, devices: Sequence[str]) -> int:
-    """How many worker processes: as asked, else one per core, and on GPUs a few per GPU."""
+def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -> int:
+    """How many worker processes: as asked, else one per core, and on GPUs a few per GPU; never more than sites."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = config.simulation.workers or (cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices)))
-    return max(1, min(asked, len(config.data.sites)))
+    return max(1, min(asked, sites or len(config.data.sites)))
 
 
 def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
@@ -134,7 +140,9 @@ def run_with_ray(config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str
         results.append(run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder()))
 
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it warns that this door will move; the pin keeps it here
-    os.environ[SIMULATION] = str(folder.path / "run.toml")
+    effective = folder.path / "sites" / "run.toml"  # with the manifests of the virtual hospitals, however they came
+    write_atomically(effective, run_file.to_toml(config).encode())
+    os.environ[SIMULATION] = str(effective)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, instead of its warning
     try:
         run_simulation(
@@ -146,14 +154,3 @@ def run_with_ray(config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str
     finally:
         del os.environ[SIMULATION]
     return results[0]
-
-
-def planned_sites(config: RunConfig) -> Iterable[tuple[str, int, int]]:
-    """(name, patients, images) of every virtual hospital, from the manifests alone."""
-    for name, path in zip(site_names(config), config.data.sites, strict=True):
-        if config.data.dataset:
-            data = custom_dataset(config.data.dataset)(Path(path), config)
-            yield name, len(set(data.patients)), len(data)
-        else:
-            rows = read_manifest(Path(path), config.task).rows
-            yield name, len({row.patient for row in rows}), len(rows)

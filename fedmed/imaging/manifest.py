@@ -169,3 +169,13 @@ def listed(numbers: Sequence[int], *, at_most: int = 6) -> str:
     """Row numbers for a message: "rows 3, 5, 8" and "…" when there are more."""
     shown = ", ".join(str(number) for number in numbers[:at_most])
     return f"row{'s' if len(numbers) > 1 else ''} {shown}{', …' if len(numbers) > at_most else ''}"
+
+
+def read_records(path: Path) -> tuple[tuple[str, ...], tuple[dict[str, str], ...]]:
+    """A manifest's columns, and every row of it as text by column, for whoever deals rows to other manifests.
+
+    Raises:
+        DataError: it cannot be read, or a row has another number of cells than the header.
+    """
+    header, records = _read_csv(path)
+    return tuple(header), tuple(record for _, record in records)

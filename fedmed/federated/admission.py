@@ -1,0 +1,119 @@
+"""What a site sends is checked here before anything is done with it: nothing of it is taken on trust."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedmed.config import TaskConfig
+from fedmed.errors import UpdateRefused
+from fedmed.federated.wire import decode_update
+from fedmed.training.evaluate import checked_sums, parted_sums, personal_sums
+from fedmed.types import FloatVector, Layout, Update, Weights
+
+CHUNK = 65_536  # values; a chunk of two vectors and their difference stay in a core's second-level cache
+
+
+def decoded_update(answer: RecordDict | str, task: TaskConfig) -> Update:
+    """The update in a site's answer, its sums checked.
+
+    Args:
+        answer: the content of the reply, or why there is none.
+        task: what the sums have to be about.
+
+    Raises:
+        UpdateRefused: there is no answer, or it is malformed.
+    """
+    if isinstance(answer, str):
+        raise UpdateRefused(answer)
+    try:
+        update = decode_update(answer)
+        shared, own = (checked_sums(part, task) if part else {} for part in parted_sums(update.metrics))
+        update = replace(update, metrics={**shared, **personal_sums(own)})
+    except (OverflowError, RecursionError) as error:  # numbers and texts that no site of ours would send
+        raise UpdateRefused(f"the reply is no update: {type(error).__name__}") from None
+    return update
+
+
+def validated_counts(update: Update, *, images: int, patients: int) -> None:
+    """Refuse an update that claims to be of no data, or of more than its site brought to the run.
+
+    Args:
+        update: what the site sent; weights of the mean follow from its counts.
+        images: that the site's card named.
+        patients: that the site's card named.
+
+    Raises:
+        UpdateRefused: with the reason, which names no site and no patient.
+    """
+    claims = {"images": (update.num_examples, images), "patients": (update.facts.get("patients"), patients)}
+    for what, (claimed, known) in claims.items():
+        if not isinstance(claimed, int) or isinstance(claimed, bool) or claimed < 1:
+            shown = claimed if isinstance(claimed, int) else "no number of"
+            raise UpdateRefused(f"the update claims {shown} training {what}; at least 1 is needed")
+        if claimed > known:
+            raise UpdateRefused(f"the update claims {claimed} training {what}; the site's card names {known} in all")
+
+
+def validated_weights(update: Update, layout: Layout, *, sent: Weights | None = None, max_norm: float = 0.0) -> Weights:
+    """The weights of an update that can be averaged: of this layout and length, finite, and not too far away.
+
+    Args:
+        update: what a site sent.
+        layout: of the global network.
+        sent: the network that the site was sent; needed for `max_norm`.
+        max_norm: the largest ‖w - w_sent‖₂ over all trained parameters that is let in; 0 = any.
+
+    Raises:
+        UpdateRefused: with the reason, which names no site and no patient.
+    """
+    if update.layout != layout.hash:
+        raise UpdateRefused("the update has another layout than the global network")
+    if update.weights is None:
+        raise UpdateRefused("the update carries no weights")
+    got = (update.weights.parameters.size, update.weights.buffers.size)
+    if got != (layout.num_parameters, layout.num_buffers):
+        raise UpdateRefused(f"the update has {got} values, the network {layout.num_parameters, layout.num_buffers}")
+    bounded = max_norm > 0 and sent is not None
+    norm = _norm(update.weights.parameters, sent.parameters if bounded and sent is not None else None)
+    if not math.isfinite(norm):
+        raise UpdateRefused("the update's parameters are not finite")
+    if bounded and norm > max_norm:
+        raise UpdateRefused(
+            f"the update moved the network by {norm:.4g}, above strategy.max-update-norm = {max_norm:g}"
+        )
+    if not math.isfinite(_norm(update.weights.buffers)):
+        raise UpdateRefused("the update's buffers are not finite")
+    for name, vector in update.vectors.items():
+        if not math.isfinite(_norm(vector)):
+            raise UpdateRefused(f'the update\'s vector "{name[:40]}" is not finite')
+    return update.weights
+
+
+def number_in(facts: Any, name: str) -> float | None:
+    """A finite number among the facts of an update; None if there is none of that name, or it is no number."""
+    value = facts.get(name)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if usable else None
+
+
+def _norm(vector: FloatVector, origin: FloatVector | None = None) -> float:
+    """‖vector - origin‖₂; not finite if any value is not, or if its square is not. One pass, no large temporary."""
+    scratch = np.empty(min(CHUNK, vector.size), np.float32)
+    total = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in _chunks(vector.size):
+            values = vector[part]
+            if origin is not None:
+                values = np.subtract(values, origin[part], out=scratch[: len(values)])
+            total += float(np.dot(values, values))
+    return math.sqrt(total) if total >= 0 else math.nan
+
+
+def _chunks(size: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, size, CHUNK))

@@ -1,0 +1,76 @@
+"""The card by which a site joins a run, read as what it is: text from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from flwr.app import ConfigRecord, RecordDict
+
+import fedmed
+from fedmed.errors import UpdateRefused
+from fedmed.federated.identity import package_hash
+from fedmed.types import Scalar
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}")
+LONGEST_TEXT = 500  # characters of a problem, or of reasons
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A site as the server knows it."""
+
+    name: str
+    node: int
+    patients: int
+    images: int
+    held_out_patients: int
+    unreadable: int  # images that were left out
+    reasons: str  # why, and how many for each reason
+
+
+class CannotJoin(UpdateRefused):
+    """A node that cannot take part."""
+
+    def __init__(self, reason: str, *, site: str = "") -> None:
+        super().__init__(reason)
+        self.site = site
+
+
+def member_of(answer: RecordDict | str, node: int) -> Member:
+    """The member behind a node's card.
+
+    Raises:
+        UpdateRefused: there is no card, it is malformed, or the site cannot take part: it runs another version of
+            fedmed, or its data cannot be used.
+    """
+    if isinstance(answer, str):
+        raise CannotJoin(answer)
+    try:
+        card = cast(Mapping[str, Scalar], cast(ConfigRecord, answer["card"]))
+        name, version, code = str(card["site"]), str(card["version"]), str(card["code"])
+        problem = " ".join(str(card["problem"])[:LONGEST_TEXT].split())
+        if not NAME.fullmatch(name):
+            raise CannotJoin("its name is none that a site can have")
+        if problem:
+            raise CannotJoin(problem, site=name)
+        if (version, code) != (fedmed.__version__, package_hash()):
+            raise CannotJoin(
+                f"runs fedmed {version[:40]} with other code than the server's {fedmed.__version__}", site=name
+            )
+        counts = {key: int(card[key]) for key in ("patients", "images", "held-out-patients", "unreadable")}
+        if min(counts.values()) < 0:
+            raise ValueError
+        return Member(
+            name=name,
+            node=node,
+            patients=counts["patients"],
+            images=counts["images"],
+            held_out_patients=counts["held-out-patients"],
+            unreadable=counts["unreadable"],
+            reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise CannotJoin("its answer to the greeting is malformed") from None

@@ -1,0 +1,240 @@
+"""The sites of a run: who is there, who comes late, who misses rounds, who has left, and whether enough take part."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedmed.config import StrategyConfig
+from fedmed.errors import RunFailed
+from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_reply
+from fedmed.federated.member import CannotJoin, Member, member_of
+from fedmed.federated.progress import Progress
+from fedmed.federated.selection import in_turn, sample_size, sampled
+
+GROUP = "hello"
+NEWCOMER_S = 10.0  # that a round waits for the card of a site that came late; a later card counts from a later round
+
+
+class Arrivals(NamedTuple):
+    """What changed between two rounds."""
+
+    joined: list[str]  # sites that came, or came back
+    refused: list[Failure]  # nodes that came and cannot take part
+    unreachable: list[Failure]  # members that are not connected now
+
+
+class Greeting(NamedTuple):
+    """A question to a node that is not answered yet."""
+
+    number: str  # of the message
+    expires: float  # on the monotonic clock
+
+
+class Membership:
+    """Who is asked in each round. Nothing here waits longer than `strategy.round-timeout-s`.
+
+    A node is greeted when it appears, and again when it was away and comes back; its site joins when its card is
+    there. A site that misses `strategy.lost-after` rounds in a row is no longer asked. It is greeted again after as
+    many rounds more, then after twice as many, and joins again if it answers.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        strategy: StrategyConfig,
+        seed: int,
+        progress: Progress,
+        hello: Callable[[], RecordDict],
+        *,
+        turns: bool = False,
+    ) -> None:
+        """Nobody is asked before `gather`.
+
+        Args:
+            grid: how nodes are reached.
+            strategy: quorum, deadline, sample.
+            seed: of the sample.
+            progress: keeps who missed how many rounds, for a resumed run.
+            hello: makes the content of the question who a site is.
+            turns: whether the algorithm wants one site a round.
+        """
+        self._grid, self._strategy, self._seed, self._progress = grid, strategy, seed, progress
+        self._hello, self._turns = hello, turns
+        self._members: dict[str, Member] = {}
+        self._open: dict[int, Greeting] = {}  # by node
+        self._met: set[int] = set()  # nodes that were greeted since they appeared
+        self._present: set[int] = set()
+        self._at_start = 0  # nodes, whether they could take part or not
+
+    @property
+    def members(self) -> list[Member]:
+        """Every site that ever joined, by name."""
+        return [self._members[name] for name in sorted(self._members)]
+
+    def __getitem__(self, name: str) -> Member:
+        """A member by its name."""
+        return self._members[name]
+
+    # Who is there.
+
+    def gather(self, seen: Callable[[str, int, int], None]) -> list[Failure]:
+        """Wait for enough nodes, greet them, and wait for their cards.
+
+        Args:
+            seen: told (site or node, done, all) as cards come.
+
+        Returns:
+            The sites that cannot take part, and why.
+
+        Raises:
+            RunFailed: too few nodes are connected before the deadline.
+        """
+        self._look()
+        if len(self._present) < self._strategy.min_sites:
+            least = self._strategy.min_sites
+            raise RunFailed(f"{len(self._present)} sites are connected; strategy.min-sites = {least}")
+        self._at_start = len(self._present)
+        self._greet(self._present)
+        return self._collect(self._strategy.round_timeout_s + GRACE_S, seen, returning=False)
+
+    def welcome(self, round: int) -> Arrivals:
+        """At the start of a round: greet nodes that came, or came back, since the last one, and see who is gone."""
+        self._look()
+        before = set(self._staying())
+        due = {self._members[name].node for name in self.away if self._progress.away[name] <= round}
+        fresh = ((self._present - self._met) | (due & self._present)) - set(self._open)
+        self._greet(fresh)
+        refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, returning=True)
+        return Arrivals(
+            joined=sorted(set(self._staying()) - before),
+            refused=refused,
+            unreachable=[self.missed(name, "not connected", round) for name in self._unreachable()],
+        )
+
+    def connected(self) -> dict[str, int]:
+        """The sites that can be asked now, and their nodes."""
+        nodes = {name: self._members[name].node for name in self._staying()}
+        return {name: node for name, node in nodes.items() if node in self._present}
+
+    def asked(self, round: int) -> dict[str, int]:
+        """The sites that a round asks, and their nodes: all that are there, a sample of them, or one in turn."""
+        here = list(self.connected())
+        if self._turns:
+            names = in_turn(here, round=round)
+        else:
+            strategy = self._strategy
+            names = sampled(
+                here,
+                fraction=strategy.fraction,
+                least=strategy.min_sites,
+                always=strategy.required_sites,
+                seed=self._seed,
+                round=round,
+            )
+        return {name: self._members[name].node for name in names}
+
+    @property
+    def away(self) -> list[str]:
+        """Members that have left."""
+        return sorted(name for name in self._progress.away if name in self._members)
+
+    # What they did.
+
+    def joined(self, site: str) -> None:
+        """Note that a site's update was used."""
+        self._progress.missed.pop(site, None)
+
+    def missed(self, site: str, reason: str, round: int) -> Failure:
+        """Note that a site did not answer in a round; say in the reason if that was once too often."""
+        missed = self._progress.missed[site] = self._progress.missed.get(site, 0) + 1
+        after = self._strategy.lost_after
+        if after and missed >= after:
+            wait = after * 2 ** min(missed - after, 20)
+            self._progress.away[site] = round + wait
+            reason += f"; {missed} rounds missed in a row, so it is not asked again for {wait} (strategy.lost-after)"
+        return Failure(site=site, reason=reason)
+
+    def missing(self, sites: Collection[str]) -> str | None:
+        """Why these sites are too few for a round, or None."""
+        strategy = self._strategy
+        if self._turns:
+            return None if sites else "the site whose turn it is did not take part"
+        absent = sorted(set(strategy.required_sites) - set(sites))
+        if absent:
+            return f"required site {absent[0]} did not take part"
+        known = max(len(self._members), self._at_start)
+        wanted = sample_size(known, fraction=strategy.fraction, least=strategy.min_sites)
+        needed = max(strategy.min_sites, math.ceil(strategy.min_fraction * wanted))
+        if len(sites) < needed:
+            return f"{len(sites)} of {wanted} sites took part; {needed} are needed (strategy.min-sites, min-fraction)"
+        return None
+
+    # Greetings.
+
+    def _staying(self) -> list[str]:
+        return [name for name in sorted(self._members) if name not in self._progress.away]
+
+    def _unreachable(self) -> list[str]:
+        return [name for name in self._staying() if self._members[name].node not in self._present]
+
+    def _look(self) -> None:
+        """See which nodes are connected, and wait while they are too few; sites that left are not waited for."""
+        deadline = time.monotonic() + self._strategy.round_timeout_s
+        while True:
+            self._present = set(self._grid.get_node_ids())
+            gone = self._unreachable()
+            short = len(self._present) < self._strategy.min_sites
+            short = short or bool(gone and self.missing(sorted(set(self._staying()) - set(gone))))
+            if not short or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        self._met &= self._present
+
+    def _greet(self, nodes: Collection[int]) -> None:
+        if not nodes:
+            return
+        content, timeout_s, order = self._hello(), self._strategy.round_timeout_s, sorted(nodes)
+        messages = [Message(content, node, "query.hello", ttl=timeout_s, group_id=GROUP) for node in order]
+        expires = time.monotonic() + timeout_s + GRACE_S
+        for node, number in zip(order, self._grid.push_messages(messages), strict=True):
+            self._open[node] = Greeting(number, expires)
+            self._met.add(node)
+
+    def _collect(self, wait_s: float, seen: Callable[[str, int, int], None], *, returning: bool) -> list[Failure]:
+        """Read the cards that are there in time, in the order of the nodes; the others stay open.
+
+        A site that left before a run was resumed stays away until its time comes, as it had in the unbroken run.
+        """
+        failures: list[Failure] = []
+        deadline, total = time.monotonic() + wait_s, len(self._open)
+        for place, (node, greeting) in enumerate(sorted(self._open.items()), start=1):
+            reply = await_reply(self._grid, greeting.number, deadline)
+            if reply is None and time.monotonic() < greeting.expires:
+                continue  # still open: it may come in a later round
+            del self._open[node]
+            if reply is None:
+                self._met.discard(node)  # to be greeted once more
+            label = f"node-{place}"
+            try:
+                member = member_of(answer_in(reply, node, GROUP), node)
+                label = member.name
+                self._join(member)
+                if returning:
+                    self._progress.away.pop(member.name, None)
+            except CannotJoin as problem:
+                failures.append(Failure(site=problem.site or label, reason=str(problem)))
+                label = failures[-1].site
+            seen(label, place, total)
+        return failures
+
+    def _join(self, member: Member) -> None:
+        known = self._members.get(member.name)
+        if known is not None and known.node != member.node and known.node in self._present:
+            raise CannotJoin("two nodes have this name", site=member.name)
+        self._members[member.name] = member

@@ -1,0 +1,49 @@
+"""Which sites a round asks: all of them, a sample, or one in turn. The same seed and round give the same sites."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+
+def sample_size(count: int, *, fraction: float, least: int) -> int:
+    """How many of `count` sites a round asks: the fraction, rounded up, and never fewer than `least` of them."""
+    return min(count, max(math.ceil(fraction * count), least))
+
+
+def sampled(
+    sites: Collection[str], *, fraction: float, least: int, always: Collection[str] = (), seed: int, round: int
+) -> tuple[str, ...]:
+    """A sample of sites, uniform without replacement, by name.
+
+    The generator is seeded by SHA-256 over (seed, round): the sample does not depend on what was drawn before, so a
+    resumed run draws the same one.
+
+    Args:
+        sites: who can be asked.
+        fraction: share of them that is asked, in (0, 1]; 1 = all.
+        least: how many are asked at least.
+        always: sites that are in every sample; they count towards its size.
+        seed: of the run.
+        round: of the run, 1-based.
+
+    Returns:
+        Names in alphabetical order.
+    """
+    names = sorted(sites)
+    size = sample_size(len(names), fraction=fraction, least=least)
+    chosen = {name for name in names if name in always}
+    others = [name for name in names if name not in chosen]
+    digest = hashlib.sha256(f"selection/{seed}/{round}".encode()).digest()
+    order = np.random.default_rng(int.from_bytes(digest[:16], "big")).permutation(len(others))
+    chosen.update(others[place] for place in order[: max(size - len(chosen), 0)])
+    return tuple(sorted(chosen))
+
+
+def in_turn(sites: Sequence[str], *, round: int) -> tuple[str, ...]:
+    """The one site whose turn it is, in the order of the names; empty if there is none."""
+    names = sorted(sites)
+    return (names[(round - 1) % len(names)],) if names else ()

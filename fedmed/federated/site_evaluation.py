@@ -1,0 +1,42 @@
+"""What the sites say of the kept network, from the sums over the patients that they hold out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedmed.config import TaskConfig
+from fedmed.errors import UpdateRefused
+from fedmed.federated.admission import decoded_update
+from fedmed.federated.exchange import Failure
+from fedmed.federated.result import metric
+from fedmed.training.evaluate import PERSONAL, metrics_from, parted_sums
+
+
+def metrics_of_sites(
+    answers: Iterable[tuple[str, RecordDict | str]], task: TaskConfig
+) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
+    """Every site's metrics as `result.json` holds them, and the sites that gave none.
+
+    Args:
+        answers: (site, the content of its reply or why there is none).
+        task: what the sums have to be about.
+    """
+    metrics: dict[str, dict[str, Any]] = {}
+    failures: list[Failure] = []
+    for site, answer in answers:
+        try:
+            sums = decoded_update(answer, task).metrics
+        except UpdateRefused as error:
+            failures.append(Failure(site=site, reason=f"final evaluation: {error}"))
+            continue
+        shared, own = parted_sums(sums)
+        metrics[site] = {
+            f"{prefix}{name}": metric(value, n=int(part["patients"][0]))
+            for prefix, part in (("", shared), (PERSONAL, own))
+            if part
+            for name, value in metrics_from(part, task).items()
+        }
+    return metrics, failures

@@ -1,0 +1,318 @@
+"""Rounds that hold: samples, turns, late, lost and returning sites, and what of an answer is not believed."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedmed
+from fedmed.config import StrategyConfig
+from fedmed.errors import UpdateRefused
+from fedmed.federated import membership as membership_module
+from fedmed.federated.admission import decoded_update, validated_counts, validated_weights
+from fedmed.federated.exchange import ask
+from fedmed.federated.identity import package_hash
+from fedmed.federated.member import member_of
+from fedmed.federated.membership import Membership
+from fedmed.federated.progress import Progress
+from fedmed.federated.selection import in_turn, sampled
+from fedmed.federated.wire import encode_update
+from fedmed.training.network import layout_of
+from fedmed.types import Update, Weights
+
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # as a running ServerApp has; messages ask for it
+names = st.lists(st.integers(0, 99), min_size=1, max_size=30, unique=True).map(lambda n: [f"s{each}" for each in n])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sites=names, fraction=st.floats(0.01, 1), least=st.integers(1, 5), seed=st.integers(0, 9), round=st.integers(1, 9)
+)
+def test_a_sample_is_of_the_stated_size_holds_the_required_sites_and_depends_on_no_order(
+    sites, fraction, least, seed, round
+):
+    always = sites[:2]
+    given_ = {"fraction": fraction, "least": least, "always": always, "seed": seed, "round": round}
+    chosen = sampled(sites, **given_)
+    assert set(always) <= set(chosen) <= set(sites)
+    assert len(chosen) == len(set(chosen))
+    assert len(chosen) == max(min(len(sites), max(int(np.ceil(fraction * len(sites))), least)), len(always))
+    assert sampled(list(reversed(sites)), **given_) == chosen
+
+
+def test_over_many_rounds_every_site_is_sampled_about_equally_often():
+    sites = [f"s{number}" for number in range(10)]
+    counts = dict.fromkeys(sites, 0)
+    for round in range(1, 1001):
+        for name in sampled(sites, fraction=0.3, least=1, seed=7, round=round):
+            counts[name] += 1
+    assert max(abs(count - 300) for count in counts.values()) < 60  # four standard deviations of a binomial
+
+
+def test_turns_go_round():
+    assert [in_turn(["b", "a", "c"], round=round)[0] for round in range(1, 6)] == ["a", "b", "c", "a", "b"]
+    assert in_turn([], round=3) == ()
+
+
+class Hospitals:
+    """A grid of hospitals that answer a greeting as told; they come and go as `present` says."""
+
+    def __init__(self, *nodes: int) -> None:
+        self.present, self.deaf, self.cards, self.greeted = set(nodes), set(), {}, []
+        self._sent: dict[str, Message] = {}
+
+    def get_node_ids(self):
+        return sorted(self.present)
+
+    def push_messages(self, messages):
+        for message in messages:
+            number = str(len(self._sent))
+            message.metadata.__dict__["_message_id"] = number
+            self._sent[number] = message
+            self.greeted.append(message.metadata.dst_node_id)
+            yield number
+
+    def pull_messages(self, numbers):
+        for number in numbers:
+            node = self._sent[number].metadata.dst_node_id
+            if node in self.present and node not in self.deaf:
+                answer = {**card(f"h{node}"), **self.cards.get(node, {})}
+                yield Message(RecordDict({"card": ConfigRecord(answer)}), reply_to=self._sent[number])
+
+
+def card(name: str, **changes: object) -> dict:
+    counts = {"patients": 10, "images": 20, "held-out-patients": 2, "unreadable": 0, "reasons": ""}
+    return {"site": name, "version": fedmed.__version__, "code": package_hash(), "problem": "", **counts, **changes}
+
+
+def roster(grid: Hospitals, *, turns: bool = False, **strategy: object) -> Membership:
+    given_ = StrategyConfig(**{"min_sites": 1, "round_timeout_s": 0.2, **strategy})
+    sites = Membership(grid, given_, 7, Progress(), RecordDict, turns=turns)
+    sites.failures = sites.gather(lambda site, done, all: None)
+    return sites
+
+
+def test_a_late_site_is_greeted_at_the_start_of_a_round_and_joins(monkeypatch):
+    grid = Hospitals(1, 2)
+    sites = roster(grid)
+    assert list(sites.asked(1)) == ["h1", "h2"]
+    grid.present.add(3)
+    assert sites.welcome(2).joined == ["h3"]
+    assert list(sites.asked(2)) == ["h1", "h2", "h3"]
+    assert sites.welcome(3).joined == []
+    assert grid.greeted == [1, 2, 3], "everybody once"
+
+
+def test_a_slow_newcomer_holds_no_round_up_and_joins_when_its_card_comes(monkeypatch):
+    monkeypatch.setattr(membership_module, "NEWCOMER_S", 0.05)
+    grid = Hospitals(1, 2)
+    sites = roster(grid, round_timeout_s=30.0)
+    grid.present.add(3)
+    grid.deaf.add(3)
+    started = time.monotonic()
+    assert sites.welcome(2).joined == []
+    assert sites.welcome(3).joined == []
+    assert time.monotonic() - started < 5
+    grid.deaf.clear()
+    assert sites.welcome(4).joined == ["h3"]
+
+
+def test_a_site_that_is_not_connected_is_named_and_is_asked_again_when_it_is_back():
+    grid = Hospitals(1, 2, 3)
+    sites = roster(grid)
+    grid.present.remove(2)
+    arrivals = sites.welcome(2)
+    assert [(each.site, each.reason) for each in arrivals.unreachable] == [("h2", "not connected")]
+    assert list(sites.asked(2)) == ["h1", "h3"]
+    grid.present.add(2)
+    sites.welcome(3)
+    assert list(sites.asked(3)) == ["h1", "h2", "h3"]
+
+
+def test_after_lost_after_rounds_a_site_is_not_asked_comes_back_and_waits_longer_each_time():
+    grid = Hospitals(1, 2)
+    sites = roster(grid, lost_after=2)
+    asked = {}
+    for round in range(1, 20):
+        sites.welcome(round)
+        asked[round] = "h2" in sites.asked(round)
+        if asked[round]:
+            failure = sites.missed("h2", "no answer", round)
+    assert [round for round, was in asked.items() if was] == [1, 2, 4, 8, 16]
+    assert "no longer" not in failure.reason and "not asked again for 16 (strategy.lost-after)" in failure.reason
+    assert sites.away == ["h2"]
+    sites.joined("h1")
+    assert sites.missing(["h1"]) is None
+
+
+def test_one_update_clears_the_record_of_missed_rounds():
+    sites = roster(Hospitals(1, 2), lost_after=2)
+    for round in range(1, 10):
+        sites.missed("h2", "no answer", round)
+        sites.joined("h2")
+    assert sites.away == []
+
+
+def test_a_site_that_left_is_welcome_at_once_when_its_node_comes_back():
+    grid = Hospitals(1, 2)
+    sites = roster(grid, lost_after=1)
+    sites.missed("h2", "no answer", 1)
+    grid.present.remove(2)
+    assert list(sites.welcome(2).unreachable) == [], "who left is not reported every round"
+    grid.present.add(2)
+    assert sites.welcome(3).joined == ["h2"]
+
+
+def test_a_round_waits_for_a_quorum_of_nodes_until_the_deadline_and_no_longer():
+    grid = Hospitals(1, 2)
+    sites = roster(grid, min_sites=2)
+    grid.present.remove(2)
+    started = time.monotonic()
+    sites.welcome(2)
+    assert 0.2 <= time.monotonic() - started < 5
+    assert (
+        sites.missing(list(sites.asked(2))) == "1 of 2 sites took part; 2 are needed (strategy.min-sites, min-fraction)"
+    )
+
+
+def test_a_sampled_round_needs_its_share_of_the_sample_and_a_required_site_is_in_it():
+    grid = Hospitals(*range(1, 11))
+    sites = roster(grid, fraction=0.4, min_fraction=0.5, required_sites=("h7",))
+    for round in range(1, 20):
+        asked = sites.asked(round)
+        assert len(asked) == 4
+        assert "h7" in asked
+    assert sites.missing(["h7", "h1"]) is None
+    assert "1 of 4 sites" in sites.missing(["h7"])
+    assert sites.missing(["h1", "h2", "h3"]) == "required site h7 did not take part"
+
+
+def test_turns_ask_one_site_a_round():
+    sites = roster(Hospitals(1, 2, 3), turns=True, min_sites=2)
+    assert [list(sites.asked(round)) for round in (1, 2, 3, 4)] == [["h1"], ["h2"], ["h3"], ["h1"]]
+    assert sites.missing(["h2"]) is None
+    assert sites.missing([]) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"site": "a\nb"}, "its name is none that a site can have"),
+        ({"site": "x" * 81}, "its name is none that a site can have"),
+        ({"patients": -1}, "malformed"),
+        ({"images": "many"}, "malformed"),
+        ({"code": "other"}, "with other code than the server's"),
+        ({"problem": "no\ndisk" + "x" * 9000}, "no disk"),
+    ],
+)
+def test_a_card_is_text_from_elsewhere(changes, reason):
+    with pytest.raises(UpdateRefused, match=reason) as error:
+        member_of(RecordDict({"card": ConfigRecord(card("h1", **changes))}), 1)
+    assert len(str(error.value)) < 600
+    with pytest.raises(UpdateRefused, match="malformed"):
+        member_of(RecordDict(), 1)
+
+
+def test_two_nodes_with_one_name_are_one_site():
+    grid = Hospitals(1, 2)
+    grid.cards[2] = {"site": "h1"}
+    sites = roster(grid)
+    assert [(each.site, each.reason) for each in sites.failures] == [("h1", "two nodes have this name")]
+    assert list(sites.asked(1)) == ["h1"]
+
+
+LAYOUT = layout_of(torch.nn.BatchNorm1d(3))
+
+
+def update_of(size: int = 6, *, change: float = 0.0, examples: object = 5, **facts: object) -> Update:
+    weights = Weights(parameters=np.full(size, change, np.float32), buffers=np.zeros(7, np.float32))
+    return Update(weights=weights, layout=LAYOUT.hash, num_examples=examples, facts={"patients": 3, **facts})
+
+
+SENT = Weights(parameters=np.zeros(6, np.float32), buffers=np.zeros(7, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        (update_of(examples=0), "claims 0 training images"),
+        (update_of(examples=21), "claims 21 training images; the site's card names 20 in all"),
+        (update_of(patients=11), "claims 11 training patients; the site's card names 10"),
+        (update_of(patients="three"), "no number of training patients"),
+        (update_of(patients=True), "training patients"),
+        (update_of(patients=None), "no number of training patients"),
+        (update_of(size=7), r"\(7, 7\) values"),
+        (update_of(change=np.nan), "parameters are not finite"),
+        (update_of(change=np.inf), "parameters are not finite"),
+        (update_of(change=1e30), "parameters are not finite"),
+        (update_of(change=2.0), "moved the network by 4.899, above strategy.max-update-norm = 4"),
+    ],
+)
+def test_what_cannot_be_true_is_refused_with_the_reason(update, reason):
+    def admit() -> None:
+        validated_counts(update, images=20, patients=10)
+        validated_weights(update, LAYOUT, sent=SENT, max_norm=4.0)
+
+    with pytest.raises(UpdateRefused, match=reason):
+        admit()
+
+
+def test_the_norm_is_that_of_numpy_and_zero_lets_everything_in():
+    rng = np.random.default_rng(0)
+    layout = layout_of(torch.nn.Linear(500, 400))
+    sent, got = (rng.normal(size=layout.num_parameters).astype(np.float32) for _ in range(2))
+    empty = np.zeros(0, np.float32)
+    update = Update(weights=Weights(parameters=got, buffers=empty), layout=layout.hash, num_examples=1)
+    norm = float(np.linalg.norm(got.astype(np.float64) - sent))
+    origin = Weights(parameters=sent, buffers=empty)
+    validated_weights(update, layout, sent=origin, max_norm=norm * 1.0001)
+    validated_weights(update, layout, sent=origin)
+    with pytest.raises(UpdateRefused, match="max-update-norm"):
+        validated_weights(update, layout, sent=origin, max_norm=norm * 0.9999)
+
+
+@pytest.mark.parametrize("count", ["Infinity", "1e999", "[1]", "null", '"x"'])
+def test_a_reply_with_impossible_numbers_is_refused_and_ends_nothing(count):
+    content = encode_update(update_of())
+    facts = json.loads(str(content["update"]["json"]))
+    text = json.dumps({**facts, "num-examples": "HERE"}).replace('"HERE"', count)
+    content["update"] = ConfigRecord({"json": text})
+    with pytest.raises(UpdateRefused, match="the reply is no update"):
+        decoded_update(content, SimpleNamespace(kind="classification", labels=("a",)))
+
+
+class Confused:
+    """A grid whose nodes answer something else than they were asked."""
+
+    def __init__(self, replies):
+        self._replies, self.sent = replies, []
+
+    def push_messages(self, messages):
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self.sent))
+            self.sent.append(message)
+            yield message.metadata.message_id
+
+    def pull_messages(self, numbers):
+        return [self._replies(self.sent[int(number)]) for number in numbers]
+
+
+def test_an_answer_to_another_round_or_of_another_node_is_not_taken():
+    def of(node: int, group: str):
+        return lambda asked: Message(RecordDict(), reply_to=Message(RecordDict(), node, "train", group_id=group))
+
+    def asked(replies):
+        return dict(ask(Confused(replies), RecordDict(), "train", {"a": 4}, group="3", timeout_s=1.0))["a"]
+
+    assert asked(of(4, "3")) == RecordDict()
+    assert asked(of(4, "2")) == "the answer is of another round or of another node"
+    assert asked(of(5, "3")) == "the answer is of another round or of another node"
+    long = asked(lambda sent: Message(Error(1, "line\n" * 1000), reply_to=sent))
+    assert len(long) <= 500 and "\n" not in long

@@ -1,0 +1,236 @@
+"""Pausing, resuming, and what a run folder keeps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from fedmed import config as run_file
+from fedmed.cli import app
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError, RunFailed
+from fedmed.federated.resume import record, take_up
+from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.simulation import local_grid, run_on
+from fedmed.types import Weights
+
+pytestmark = pytest.mark.simulation
+
+
+class Stop(Exception):
+    """A test's own way to end a run."""
+
+
+def stop_at(kind: str, round: int):
+    def watch(event):
+        if (event["kind"], event["round"]) == (kind, round):
+            raise Stop
+
+    return watch
+
+
+def begun(path: Path, config: RunConfig) -> RunFolder:
+    folder = RunFolder.create(path, config)
+    record(folder, config)
+    return folder
+
+
+def go_on(folder: RunFolder, config: RunConfig) -> dict:
+    folder = RunFolder.resume(folder.path)
+    with local_grid(config, folder) as grid:
+        return run_on(grid, config, folder, lambda event: None)
+
+
+def changed(config: RunConfig, section: str, **keys: object) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=keys)})
+
+
+def test_a_paused_run_keeps_every_finished_round_and_goes_on_when_the_quorum_is_lowered(toy_config, tmp_path):
+    strategy = {"min_sites": 2, "checkpoint_every": 10, "lost_after": 0}
+    config = toy_config("a-20", "b-20", train={"rounds": 4}, strategy=strategy)
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid:
+        push = grid.push_messages
+
+        def lose_the_second_site_in_round_three(messages):
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.group_id == "3" and message.metadata.dst_node_id == 2:
+                    message.metadata.__dict__["_message_type"] = "train.nobody"  # no app answers that
+            return push(messages)
+
+        grid.push_messages = lose_the_second_site_in_round_three
+        paused = run_on(grid, config, folder, lambda event: None)
+    assert (paused["status"], paused["rounds"]) == ("paused", 2)
+    assert paused["reason"] == "1 of 2 sites took part; 2 are needed (strategy.min-sites, min-fraction)"
+    assert [entry["round"] for entry in paused["rounds_log"]] == [1, 2, 3]
+    assert paused["rounds_log"][2]["failed"][0]["site"] == "b-20"
+    assert (folder.path / "checkpoints" / "round-0002.safetensors").exists()
+    lower = changed(config, "strategy", min_sites=1)
+    assert take_up(folder, lower)
+    result = go_on(folder, lower)
+    assert (result["status"], result["rounds"]) == ("degraded", 4)
+    assert "b-20" in result["reason"]
+    assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3, 4]
+    assert result["timing"]["total_s"] > paused["timing"]["total_s"]
+
+
+def test_a_run_that_misses_its_quorum_in_the_first_round_is_paused_and_resumed_as_well(toy_config, tmp_path, simulate):
+    config = toy_config("a-20", "nan-20", strategy={"min_sites": 2})
+    paused, folder = simulate(config)
+    assert (paused["status"], paused["rounds"]) == ("paused", 0)
+    result = go_on(folder, changed(config, "strategy", min_sites=1))
+    assert (result["status"], result["rounds"]) == ("degraded", 2)
+
+
+def test_a_run_that_stopped_early_and_was_killed_trains_no_round_more(toy_config, tmp_path, simulate):
+    config = toy_config(
+        "a-20", "b-20", server="server-40", train={"rounds": 50, "learning_rate": 1e-9}, evaluate={"patience": 2}
+    )
+    whole, _ = simulate(config)
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid, pytest.raises(Stop):
+        run_on(grid, config, folder, stop_at("checkpoint_saved", 3))
+    result = go_on(folder, config)
+    assert result["rounds"] == whole["rounds"] == 3
+    assert result["server"] == whole["server"]
+
+
+def test_a_finished_run_has_nothing_to_do_until_it_is_asked_for_more_rounds(toy_config, tmp_path):
+    config = toy_config("a-20", "b-20")
+    folder = begun(tmp_path / "run", config)
+    assert take_up(folder, config)
+    go_on(folder, config)
+    assert not take_up(folder, config)
+    more = changed(config, "train", rounds=3)
+    assert take_up(folder, more)
+    assert go_on(folder, more)["rounds"] == 3
+    assert not take_up(folder, more)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "named"),
+    [
+        ("train", {"learning_rate": 0.2}, "train.learning-rate"),
+        ("strategy", {"fraction": 0.5}, "strategy.fraction"),
+        ("data", {"sites": ("a-20",)}, "data.sites"),
+    ],
+)
+def test_a_changed_configuration_is_refused_by_its_key(toy_config, tmp_path, section, keys, named):
+    config = toy_config("a-20", "b-20")
+    folder = begun(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=f"{named} is not what this run was begun with"):
+        take_up(folder, changed(config, section, **keys))
+
+
+def test_the_command_says_that_nothing_is_left_and_refuses_a_changed_key(toy_config, tmp_path):
+    (tmp_path / "toy.toml").write_text(run_file.to_toml(toy_config("a-20", "b-20", train={"rounds": 1})))
+    folder = begun(tmp_path / "run", run_file.load(tmp_path / "toy.toml"))
+    go_on(folder, run_file.load(folder.path / "run.toml"))
+    command = CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)])
+    assert command.exit_code == 0, command.output
+    assert command.stdout.startswith("completed already: 1 rounds, nothing left to do.")
+    path = folder.path / "run.toml"
+    path.write_text(path.read_text().replace("learning-rate = 0.1", "learning-rate = 0.3"))
+    command = CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)])
+    assert isinstance(command.exception, ConfigError)
+    assert "train.learning-rate is not what this run was begun with" in str(command.exception)
+
+
+def test_the_last_checkpoints_stay_and_the_best_network_with_them(toy_config, simulate):
+    config = toy_config(
+        "a-20", "b-20", server="server-40", train={"rounds": 6, "learning_rate": 3.0}, strategy={"keep_checkpoints": 3}
+    )
+    _, folder = simulate(config)
+    kept = {path.name for path in (folder.path / "checkpoints").glob("*.safetensors")}
+    best = json.loads((folder.path / "model.json").read_text())["round"]
+    assert kept == {*(f"round-{round:04d}.safetensors" for round in (4, 5, 6)), f"best-{best:04d}.safetensors"}
+
+
+def test_a_damaged_last_checkpoint_costs_a_round_and_not_the_run(toy_config, simulate):
+    config = toy_config("a-20", "b-20", train={"rounds": 3}, evaluate={"keep": "last"})
+    _, folder = simulate(config)
+    final = folder.path / "checkpoints" / "round-0003.safetensors"
+    good = final.read_bytes()
+    final.write_bytes(good[: len(good) // 2])
+    result = go_on(folder, config)
+    assert final.read_bytes() == good
+    assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3]
+    for path in (folder.path / "checkpoints").glob("round-*.safetensors"):
+        path.write_bytes(b"torn")
+    with pytest.raises(RunFailed, match="none of its 2 checkpoints can be read"):
+        go_on(folder, config)
+
+
+def test_a_torn_line_of_the_events_is_cut_before_the_next_one(tmp_path, toy_config):
+    folder = RunFolder.create(tmp_path / "run", toy_config("a-4"))
+    folder.event("run_started", 0)
+    folder.close()
+    with (folder.path / "events.jsonl").open("a") as file:
+        file.write('{"time": "2026-')
+    folder = RunFolder.resume(folder.path)
+    folder.event("round_started", 1)
+    folder.close()
+    kinds = [json.loads(line)["kind"] for line in (folder.path / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["run_started", "round_started"]
+
+
+def test_checkpoints_above_round_9999_stay_in_order(tmp_path, toy_config):
+    folder = RunFolder.create(tmp_path / "run", toy_config("a-4"))
+    weights = Weights(parameters=np.zeros(2, np.float32), buffers=np.zeros(0, np.float32))
+    for round in (9_998, 9_999, 10_000):
+        folder.save_checkpoint(round, weights, {}, {}, [{"round": round}])
+    saved = folder.checkpoint()
+    folder.close()
+    assert saved is not None and saved[0]["round"] == 10_000
+
+
+def test_a_sample_trains_and_everybody_evaluates_the_kept_network(toy_config, simulate):
+    sites = [f"s{number}-20" for number in range(8)]
+    strategy = {"fraction": 0.25, "min_sites": 2, "required_sites": ["s3-20"]}
+    config = toy_config(*sites, strategy=strategy, train={"rounds": 6})
+    result, _ = simulate(config)
+    assert result["status"] == "completed"
+    joined = [entry["joined"] for entry in result["rounds_log"]]
+    assert all(len(each) == 2 and "s3-20" in each for each in joined)
+    assert len({tuple(each) for each in joined}) > 1
+    assert all(site["metrics"]["auroc"]["n"] for site in result["sites"])
+    again, _ = simulate(config)
+    assert [entry["joined"] for entry in again["rounds_log"]] == joined
+
+
+def test_an_update_that_went_too_far_is_refused(toy_config, simulate):
+    config = toy_config("a-20", "b-20", train={"learning_rate": 50.0}, strategy={"max_update_norm": 1e-3})
+    result, _ = simulate(config)
+    assert result["status"] == "paused"
+    assert "above strategy.max-update-norm = 0.001" in result["rounds_log"][0]["failed"][0]["reason"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+def test_with_sites_dropping_out_at_random_the_run_goes_on_and_names_them(toy_config, tmp_path, share):
+    sites = [f"s{number}-30" for number in range(6)]
+    config = toy_config(*sites, train={"rounds": 8}, strategy={"min_sites": 1, "lost_after": 0}, server="server-60")
+    folder = begun(tmp_path / "run", config)
+    rng = np.random.default_rng(3)
+    dropped: set[tuple[str, str]] = set()
+    with local_grid(config, folder) as grid:
+        push = grid.push_messages
+
+        def losing(messages):
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == "train" and rng.random() < share:
+                    message.metadata.__dict__["_message_type"] = "train.nobody"
+                    dropped.add((message.metadata.group_id, sites[message.metadata.dst_node_id - 1]))
+            return push(messages)
+
+        grid.push_messages = losing
+        result = run_on(grid, config, folder, lambda event: None)
+    failed = {(str(entry["round"]), each["site"]) for entry in result["rounds_log"] for each in entry["failed"]}
+    assert failed == dropped
+    assert (result["status"], result["rounds"]) == ("degraded" if dropped else "completed", 8)
+    assert bool(dropped) == (share > 0)
+    assert load_file(folder.path / "model.safetensors")

@@ -1,0 +1,73 @@
+"""A real process, killed at every write, fsync and rename that its server makes, resumes to the same bits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.simulation
+SCRIPT = Path(__file__).parent / "killed_run.py"
+
+
+def killed_and_resumed(folder: Path, *points: str, timeout: float = 280) -> tuple[dict, list[dict]]:
+    """What the unbroken run gave, and what each killed one gave after it was resumed."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *points],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, *others = map(json.loads, done.stdout.splitlines())
+    assert len(others) == len(points)
+    return whole, others
+
+
+def check(whole: dict, run: dict) -> None:
+    assert run["killed"] == -9, run
+    assert run["resumed"] == 0, run
+    for key in ("files", "result", "log", "kept", "spool", "last_event", "times_add_up"):
+        assert run[key] == whole[key], (run["at"], key)
+
+
+def test_runs_killed_at_some_writes_fsyncs_and_renames_resume_to_the_same_bits(tmp_path):
+    """Before the first checkpoint, inside the first and the second one, and at the very last line of the events."""
+    points = (
+        "write:1",
+        "write:6",
+        "fsync:2",
+        "rename:1",
+        "rename:2",
+        "rename:3",
+        "write:15",
+        "fsync:12",
+        "rename:8",
+        "write:38",
+    )
+    whole, runs = killed_and_resumed(tmp_path, *points)
+    assert whole["times_add_up"]
+    for run in runs:
+        check(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_runs_killed_at_any_write_fsync_or_rename_resume_to_the_same_bits(tmp_path):
+    whole, _ = counted(tmp_path / "count")
+    points = [f"{kind}:{number}" for kind, count in whole["calls"].items() for number in range(1, count + 1)]
+    assert len(points) > 60
+    whole, runs = killed_and_resumed(tmp_path / "all", *points, timeout=1700)
+    for run in runs:
+        check(whole, run)
+
+
+def counted(folder: Path) -> tuple[dict, str]:
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), "count"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
