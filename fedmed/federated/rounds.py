@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
-from fedmed.federated.aggregation import WeightedMean, validated_weights
+from fedmed.federated.aggregation import validated_weights
+from fedmed.federated.combiners import Terms, combiner
 from fedmed.federated.exchange import Failure, Member, ask, greet
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.progress import Progress
@@ -29,7 +31,7 @@ from fedmed.federated.result import (
 )
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
-from fedmed.federated.strategies import server_step
+from fedmed.federated.strategies import State, server_step
 from fedmed.federated.wire import decode_update, encode_task
 from fedmed.models import build, build_with_report
 from fedmed.training.evaluate import checked_sums, metrics_from
@@ -49,7 +51,7 @@ class Federation:
         """Nothing is built or asked before `run`."""
         self.grid, self.config, self.folder, self.watch = grid, config, folder, watch
         self.cache_dir = cache_dir
-        self.step = server_step(config.strategy)
+        self.step = server_step(config)
         self.settings = settings_for_sites(config)
         self.progress = Progress()
         self.members: list[Member] = []
@@ -69,29 +71,30 @@ class Federation:
             started = time.perf_counter()
             nodes = {member.name: member.node for member in self.members}
             self._tell("round_started", round, sites=sorted(nodes), **(self._preamble() if round == 1 else {}))
-            task = self._task("train", round, weights)
+            task = self._task("train", round, weights, self.step.outgoing(state))
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            mean, joined, failed = WeightedMean(self.layout, weights), [], []
+            combined, joined, failed = combiner(self._terms(weights, state)), [], []
             for site, answer in self._ask(task, nodes):
                 try:
                     update, trained = self._admitted(answer)
+                    combined.add(site, update, trained)
                 except UpdateRefused as error:
                     failed.append(Failure(site=site, reason=str(error)))
                     self._tell(
                         "site_failed" if isinstance(answer, str) else "update_refused", round, **asdict(failed[-1])
                     )
                     continue
-                mean.add(trained, self._weight(update))
                 joined.append(site)
                 self._tell("update_received", round, site=site, **self._public_facts(update))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = self._missing(joined, known=len(nodes))
+            missing = self._missing(joined, known=len(nodes)) or combined.too_few()
             if missing:
                 self._log(round, joined, failed, seconds, {})
                 return "paused", missing
-            weights, state = self.step(weights, mean.result(), state)
+            aggregate = combined.result()
+            weights, state = self.step(weights, aggregate, state)
 
             # ── evaluate, checkpoint, tell ────────────────────────────────────────────────────────────────────────
             judgement = self._judge(round, weights)
@@ -102,7 +105,7 @@ class Federation:
                 self.folder.save_checkpoint(round, weights, state, self.progress.to_json(), since)
                 saved = round
                 self._tell("checkpoint_saved", round)
-            self._tell("round_finished", round, seconds=time.perf_counter() - started)
+            self._tell("round_finished", round, seconds=time.perf_counter() - started, **aggregate.facts)
             if stop:
                 break
         self._finish(weights)
@@ -111,7 +114,7 @@ class Federation:
 
     # Before the first round.
 
-    def _start(self) -> tuple[Weights, Mapping[str, Any]]:
+    def _start(self) -> tuple[Weights, State]:
         """Build the network, load the server's set, and take up the last checkpoint if there is one."""
         outputs, seed, dimensions = len(self.config.task.labels), self.config.seed, self.config.dimensions
         module = build(self.config.model, outputs=outputs, seed=seed, dimensions=dimensions)
@@ -165,7 +168,18 @@ class Federation:
 
     # In a round.
 
-    def _task(self, kind: str, round: int, weights: Weights) -> Task:
+    def _terms(self, weights: Weights, state: State) -> Terms:
+        return Terms(
+            layout=self.layout,
+            sent=weights,
+            step=self.step,
+            state=state,
+            strategy=self.config.strategy,
+            known=len(self.members),
+            folder=self.folder.spool if self.folder.spool.exists() else None,
+        )
+
+    def _task(self, kind: str, round: int, weights: Weights, vectors: State = MappingProxyType({})) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
         return Task(
             kind="train" if kind == "train" else "evaluate",
@@ -175,6 +189,7 @@ class Federation:
             weights=weights,
             learning_rate_factor=plateau_factor(self.config.train, self.progress.stale),
             centres=self._centres,
+            vectors=vectors,
             evaluate=every,
         )
 
@@ -196,10 +211,6 @@ class Federation:
         if update.metrics:
             checked_sums(update.metrics, self.config.task)
         return update, validated_weights(update, self.layout)
-
-    def _weight(self, update: Update) -> float:
-        by = self.config.strategy.weight_by
-        return 1.0 if by == "uniform" else float(update.facts["patients"] if by == "patients" else update.num_examples)
 
     def _public_facts(self, update: Update) -> dict[str, Any]:
         known: dict[str, Any] = {key: update.facts[key] for key in ("steps", "seconds") if key in update.facts}

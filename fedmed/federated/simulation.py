@@ -17,6 +17,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
+from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
@@ -44,7 +45,10 @@ def check(config: RunConfig) -> int:
     unknown = sorted(set(config.strategy.required_sites) - set(names))
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
-    server_step(config.strategy)
+    server_step(config)
+    too_few = too_few_sites(config.strategy, len(names))
+    if too_few:
+        raise ConfigError(too_few)
     preset_named(config.data.preset)
     if config.data.dataset:
         custom_dataset(config.data.dataset)
