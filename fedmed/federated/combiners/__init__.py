@@ -5,11 +5,12 @@ from __future__ import annotations
 from fedmed.config import StrategyConfig
 from fedmed.federated.combiners.base import Combiner, Terms
 from fedmed.federated.combiners.bulyan import BULYAN
-from fedmed.federated.combiners.gathered import Gathered, Rule, too_few
+from fedmed.federated.combiners.gathered import Gathered
 from fedmed.federated.combiners.geometric_median import GEOMETRIC_MEDIAN
 from fedmed.federated.combiners.krum import KRUM, MULTI_KRUM
 from fedmed.federated.combiners.mean import Mean
 from fedmed.federated.combiners.median import MEDIAN
+from fedmed.federated.combiners.rule import Rule, too_few
 from fedmed.federated.combiners.trimmed_mean import TRIMMED_MEAN
 
 RULES: dict[str, Rule | None] = {  # by strategy.combine; None = the mean

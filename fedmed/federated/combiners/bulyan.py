@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmed.federated.combiners.gathered import Rule, Shares
 from fedmed.federated.combiners.krum import Distances, scores
 from fedmed.federated.combiners.rows import Matrix
+from fedmed.federated.combiners.rule import Rule, Shares
 from fedmed.types import FloatVector
 
 

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed.errors import UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution, second_moments, variances
 from fedmed.federated.combiners.base import Terms, contribution_of
 from fedmed.federated.combiners.mean import weight_limit
+from fedmed.federated.combiners.median import median
 from fedmed.federated.combiners.rows import Matrix, Rows
+from fedmed.federated.combiners.rule import Rule, Shares, too_few
 from fedmed.types import FloatVector, Update, Weights
-
-Shares = NDArray[np.float64]  # (n,) ≥ 0, of sum 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How n updates, of which f may be anything, become one. Every site counts once, whatever it claims.
-
-    Shares from the updates' distances select or weigh whole updates; a function of the values in each coordinate then
-    combines what was selected. Without shares all are selected, without that function their weighted mean is taken.
-    """
-
-    name: str  # as in strategy.combine
-    least: Callable[[int], int]  # f to the smallest n
-    shares: Callable[[NDArray[np.float64], int], Shares] | None = None  # (n, n) squared distances, f
-    coordinates: Callable[[Matrix, int], FloatVector] | None = None  # (n, columns), f to (columns,)
 
 
 class Gathered:
@@ -66,7 +51,7 @@ class Gathered:
         change = np.empty(layout.num_parameters, np.float32)
         for span, matrix in self._rows.columns(selected, 0, change.size):
             change[span] = self._combined(matrix, kept)
-        buffers = self._buffers(selected, kept)
+        buffers = self._buffers(order, selected, kept)
         self._rows.close()
         facts = {
             "discarded": [each.site for place, each in enumerate(given) if place not in chosen],
@@ -107,34 +92,25 @@ class Gathered:
             total += share * row
         return total.astype(np.float32)
 
-    def _buffers(self, selected: list[int], shares: Shares) -> FloatVector:
-        """Running statistics: pooled as by the mean if whole updates are weighed, else by the rule itself.
+    def _buffers(self, order: Sequence[int], chosen: Sequence[int], shares: Shares) -> FloatVector:
+        """Running statistics, of the sites `order`, of which some were `chosen` and have `shares`.
 
-        A rule for single coordinates takes the variances as they are; it may choose a mean of one site and a variance
-        of another, of which no sum of moments could be taken.
+        The algorithm's own shares pool them as the mean does. A rule for single coordinates is applied to them too.
+        Where a rule chose or weighed whole updates by their parameters, it said nothing of what else they bring: there
+        the median of all sites is taken, of the variances as they are.
         """
         layout, start = self._terms.layout, self._terms.layout.num_parameters
-        matrix = np.empty((len(selected), layout.num_buffers), np.float32)
-        for span, part in self._rows.columns(selected, start, start + layout.num_buffers):
+        rows = order if self._rule is not None and self._rule.coordinates is None else chosen
+        matrix = np.empty((len(rows), layout.num_buffers), np.float32)
+        for span, part in self._rows.columns(rows, start, start + layout.num_buffers):
             matrix[:, span] = part
-        if self._rule is not None and self._rule.coordinates is not None:
-            buffers = self._combined(matrix, shares)
-            for entry in layout.buffers:
-                if entry.integer:
-                    buffers[entry.span] = np.rint(buffers[entry.span])
-            return buffers
-        moments = np.stack([second_moments(row, layout) for row in matrix])
-        buffers = variances(self._combined(moments, shares), layout)
+        if self._rule is None:
+            moments = np.stack([second_moments(row, layout) for row in matrix])
+            buffers = variances(self._combined(moments, shares), layout)
+        else:
+            buffers = (self._rule.coordinates or median)(matrix, self._terms.strategy.dishonest_sites)
         for entry in layout.buffers:
             if entry.integer:
-                buffers[entry.span] = matrix[:, entry.span].max(axis=0)
+                counts = matrix[:, entry.span].max(axis=0) if self._rule is None else np.rint(buffers[entry.span])
+                buffers[entry.span] = counts
         return buffers
-
-
-def too_few(rule: Rule, dishonest: int, count: int) -> str | None:
-    """Why `count` sites are too few for a rule, or None."""
-    least = rule.least(dishonest)
-    if count >= least:
-        return None
-    asked = f'strategy.combine = "{rule.name}" with strategy.dishonest-sites = {dishonest}'
-    return f"{asked} needs {least} sites; there are {count}"

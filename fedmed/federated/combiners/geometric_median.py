@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmed.federated.combiners.gathered import Rule, Shares
 from fedmed.federated.combiners.krum import Distances
+from fedmed.federated.combiners.rule import Rule, Shares
 
 ROUNDS = 1000
 SETTLED = 1e-10  # of a share, between two iterations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.federated.combiners.gathered import Rule, Shares
+from fedmed.federated.combiners.rule import Rule, Shares
 
 Distances = NDArray[np.float64]  # (n, n), squared
 
@@ -35,7 +35,7 @@ def multi_krum(distances: Distances, dishonest: int) -> Shares:
 
 
 def least(dishonest: int) -> int:
-    """How many sites it takes, n ≥ 2f + 3: with fewer sites, f colluding ones could be each other's neighbours and win."""
+    """How many sites it takes, n ≥ 2f + 3: with fewer, f colluding ones could be each other's neighbours and win."""
     return 2 * dishonest + 3
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmed.federated.combiners.gathered import Rule
 from fedmed.federated.combiners.rows import Matrix
+from fedmed.federated.combiners.rule import Rule
 from fedmed.types import FloatVector
 
 

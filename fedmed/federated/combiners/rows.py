@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +26,7 @@ class Rows:
         """Start without rows."""
         self.width, self.count = width, 0
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by `close`
+        self.close = weakref.finalize(self, self._file.close)  # frees the disk; also where a round ends without result
 
     def append(self, parameters: FloatVector, sent: FloatVector, scale: float, rest: FloatVector) -> None:
         """Add the row (scale·(parameters - sent), rest)."""
@@ -54,10 +56,6 @@ class Rows:
                 difference = np.subtract(matrix[one], matrix[other], dtype=np.float64)
                 squares[one, other] += np.einsum("i,i", difference, difference)
         return squares + squares.T
-
-    def close(self) -> None:
-        """Free the disk."""
-        self._file.close()
 
     def _write(self, values: FloatVector) -> None:
         left = np.ascontiguousarray(values).view(np.uint8).data
