@@ -1,7 +1,10 @@
 """Every algorithm of the server against a loop by hand, and what each of them refuses."""
 
 import json
+import re
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,6 +361,19 @@ def test_a_site_reads_the_settings_without_importing_the_servers_code():
     text = settings_for_sites(run_of("nowhere:Half"))
     assert json.loads(text)["strategy"]["name"] == "nowhere:Half"
     assert settings_from(text).strategy.name == "nowhere:Half"
+
+
+@pytest.mark.simulation
+def test_the_example_in_the_documents_runs(toy_config, simulate, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "your-own-algorithm.md").read_text(encoding="utf-8")
+    module, run = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL).group(1) for kind in ("python", "toml"))
+    (tmp_path / "steady.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    strategy = tomllib.loads(run)["strategy"]
+    result, folder = simulate(toy_config("a-20", "b-20", "c-20", strategy=strategy))
+    assert (result["status"], result["strategy"]) == ("completed", "steady:Steady")
+    _, _, state = folder.checkpoint()
+    assert state["last"].any()
 
 
 def test_a_combiner_without_updates_refuses():

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -66,6 +67,9 @@ class Federation:
         weights, state = self._start()
         self.members = self._gather()
         saved = self.progress.round
+        terms = partial(
+            Terms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool
+        )
         for round in range(saved + 1, self.config.train.rounds + 1):
             # ── select and configure ──────────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
@@ -74,7 +78,8 @@ class Federation:
             task = self._task("train", round, weights, self.step.outgoing(state))
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            combined, joined, failed = combiner(self._terms(weights, state)), [], []
+            combined = combiner(terms(sent=weights, state=state, known=len(self.members)))
+            joined, failed = [], []
             for site, answer in self._ask(task, nodes):
                 try:
                     update, trained = self._admitted(answer)
@@ -167,17 +172,6 @@ class Federation:
         return {**weights, **({"unreadable": left_out} if left_out else {})}
 
     # In a round.
-
-    def _terms(self, weights: Weights, state: State) -> Terms:
-        return Terms(
-            layout=self.layout,
-            sent=weights,
-            step=self.step,
-            state=state,
-            strategy=self.config.strategy,
-            known=len(self.members),
-            folder=self.folder.spool if self.folder.spool.exists() else None,
-        )
 
     def _task(self, kind: str, round: int, weights: Weights, vectors: State = MappingProxyType({})) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1

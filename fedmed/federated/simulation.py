@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
@@ -87,13 +88,13 @@ def worker_count(config: RunConfig, devices: Sequence[str]) -> int:
     return max(1, min(asked, len(config.data.sites)))
 
 
-def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
+def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:
     """Fork the workers of a simulation; call it before any thread or progress display is started."""
     prepare_fork(config)
     places = devices(config)
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(
-        client_app.app,
+        client,
         [
             {"partition-id": number, "virtual": True, "states": str(folder.path / "sites")}
             for number in range(len(config.data.sites))

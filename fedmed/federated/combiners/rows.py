@@ -25,7 +25,7 @@ class Rows:
     def __init__(self, width: int, folder: Path | None) -> None:
         """Start without rows."""
         self.width, self.count = width, 0
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by `close`
+        self._file = tempfile.TemporaryFile(dir=folder if folder and folder.is_dir() else None, buffering=0)  # noqa: SIM115  # closed by `close`
         self.close = weakref.finalize(self, self._file.close)  # frees the disk; also where a round ends without result
 
     def append(self, parameters: FloatVector, sent: FloatVector, scale: float, rest: FloatVector) -> None:
