@@ -17,7 +17,7 @@ from fedmed.federated.wire import decode_task, decode_update, encode_update
 from fedmed.imaging.dataset import Dataset
 from fedmed.types import Update, Weights
 
-PATIENTS, SERVER_PATIENTS = 60, 1000
+PATIENTS, SERVER_PATIENTS = 120, 1000
 SPOT, ELSEWHERE = (1, 1), (5, 5)  # where the finding brightens three by three pixels
 Tamper = Callable[[Update, Weights], Update]  # (honest update, the weights that the site was sent)
 
@@ -28,14 +28,14 @@ def network(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Modu
 
 
 def dataset(path: Path, config: RunConfig) -> Dataset:
-    """`KIND-NUMBER`: a "flipped" hospital calls every finding none; in an "unusual" one findings lie elsewhere."""
+    """`KIND-NUMBER`: a "flipped" hospital calls every finding none; in an "unusual" one they lie elsewhere, denser."""
     kind, _, number = path.name.partition("-")
     rng = np.random.default_rng(int(number))
     count = SERVER_PATIENTS if kind == "server" else PATIENTS
     findings = rng.integers(0, 2, count)
     images = rng.normal(0.5, 0.25, (count, 1, 8, 8)).astype(np.float32)
-    row, column = ELSEWHERE if kind == "unusual" else SPOT
-    images[:, 0, row : row + 3, column : column + 3] += 0.25 * findings[:, None, None]
+    (row, column), brighter = (ELSEWHERE, 0.75) if kind == "unusual" else (SPOT, 0.25)
+    images[:, 0, row : row + 3, column : column + 3] += brighter * findings[:, None, None]
     targets = (1 - findings if kind == "flipped" else findings)[:, None].astype(np.float32)
     held = np.arange(count) >= count * (1 - config.evaluate.site_share)
     return Dataset(images=images, targets=targets, patients=tuple(map(str, range(count))), evaluation=held)
