@@ -32,7 +32,7 @@ def toy_run(*sites: str, server: str = "", **sections: dict[str, object]) -> Run
         "task": {"labels": list(LABELS)},
         "data": {"dataset": "toy:dataset", "sites": list(sites), "server": server},
         "train": {"rounds": 2, "optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0},
-        "strategy": {"min-sites": 1},
+        "strategy": {"min-sites": 1, "max-weight-share": 1.0},  # weights as they are: most proofs are of a plain mean
         "simulation": {"workers": 2, "device": "cpu"},
     }
     for name, keys in sections.items():

@@ -191,8 +191,17 @@ class StrategyConfig(Section):
     ] = 0.0
     checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
     keep_checkpoints: Annotated[Positive, Field(description="how many of the last checkpoints stay")] = 2
-    server_learning_rate: Annotated[float, Field(gt=0, description="fedavgm")] = 1.0
-    server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm")] = 0.9
+    combine: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median"] = "mean"
+    dishonest_sites: Annotated[Count, Field(description="f: how many sites a rule other than mean must withstand")] = 1
+    clip_norm: Annotated[float, Field(ge=0, description="norm to which every site's change is clipped; 0 = none")] = 0.0
+    max_weight_share: Annotated[
+        float, Field(gt=0, le=1, description="of all weight that one site may have; 1 = no limit")
+    ] = 0.5
+    server_learning_rate: Annotated[float, Field(ge=0, description="η; 0 = the algorithm's own")] = 0.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1, description="fedavgm; β₁ of the adaptive ones")] = 0.9
+    server_second_momentum: Annotated[float, Field(ge=0, lt=1, description="β₂ of fedadam and fedyogi")] = 0.99
+    server_adaptivity: Annotated[float, Field(gt=0, description="τ of fedadam, fedyogi and fedadagrad")] = 1e-3
+    adjustment: Annotated[float, Field(ge=0, le=1, description="of feddg-ga: first step of the weights")] = 0.2
 
 
 class PrivacyConfig(Section):

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from fedmed.errors import UpdateRefused
-from fedmed.types import Entry, FloatVector, Layout, Weights
+from fedmed.types import Entry, FloatVector, Layout, Scalar, Weights
 
 CHUNK = 65_536  # values; a chunk and its change stay in a core's second-level cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """One site's part in a round, without its vectors."""
+
+    site: str
+    weight: float  # k: what the update counts for in the mean; only ratios matter
+    facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))  # what the site said
+    scale: float = 1.0  # by which the change was multiplied: norm clipping, and what the algorithm asks for
+    clipped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
     """What the sites agree on."""
 
-    change: FloatVector  # weighted mean of (site's parameters - sent parameters), (layout.num_parameters,)
+    change: FloatVector  # combined (site's parameters - sent parameters), (layout.num_parameters,)
     buffers: FloatVector  # pooled buffers themselves, (layout.num_buffers,)
+    vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))  # their weighted means
+    contributions: tuple[Contribution, ...] = ()  # of whom, with the weights that counted in the end
+    known: int = 0  # sites of the federation, whether they took part in this round or not
+    facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # for the log: who was discarded
 
 
 class WeightedMean:
@@ -38,12 +55,12 @@ class WeightedMean:
         self._scratch = np.empty(CHUNK, np.float32)
         self.total = 0.0
 
-    def add(self, weights: Weights, weight: float) -> None:
-        """Add one site's network with its weight; `weights` is only read."""
-        for part in _chunks(self._change.size):
+    def add(self, weights: Weights, weight: float, *, scale: float = 1.0) -> None:
+        """Add one site's network with its weight; `scale` is of its change alone. `weights` is only read."""
+        for part in chunks(self._change.size):
             sent = self._current.parameters[part]
             change = np.subtract(weights.parameters[part], sent, out=self._scratch[: len(sent)])
-            change *= np.float32(weight)
+            change *= np.float32(weight * scale)
             self._change[part] += change
         self._moments += weight * second_moments(weights.buffers, self._layout).astype(np.float64)
         np.maximum(self._largest, weights.buffers, out=self._largest)
@@ -90,5 +107,6 @@ def _normalisations(layout: Layout) -> Iterator[tuple[Entry, Entry]]:
             yield entry, by_name[f"{prefix}running_var"]
 
 
-def _chunks(size: int) -> Iterator[slice]:
+def chunks(size: int) -> Iterator[slice]:
+    """Where the pieces of a long vector lie."""
     return (slice(start, start + CHUNK) for start in range(0, size, CHUNK))

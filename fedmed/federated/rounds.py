@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from flwr.serverapp import Grid
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
 from fedmed.federated.admission import decoded_update, number_in, validated_counts, validated_weights
-from fedmed.federated.aggregation import WeightedMean
+from fedmed.federated.combiners import Terms, combiner
 from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.member import Member
@@ -26,7 +28,7 @@ from fedmed.federated.result import Status, metric, metrics_json, model_facts, s
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
 from fedmed.federated.site_evaluation import metrics_of_sites
-from fedmed.federated.strategies import server_step
+from fedmed.federated.strategies import State, server_step
 from fedmed.federated.wire import encode_task
 from fedmed.models import build, build_with_report
 from fedmed.training.evaluate import metrics_from
@@ -48,7 +50,7 @@ class Federation:
         """Nothing is built or asked before `run`."""
         self.grid, self.config, self.folder, self.watch = grid, config, folder, watch
         self.cache_dir = cache_dir
-        self.step = server_step(config.strategy)
+        self.step = server_step(config)
         self.settings = settings_for_sites(config)
         self.progress = Progress()
         self.sites: Membership | None = None
@@ -63,6 +65,9 @@ class Federation:
         weights, state = self._start()
         self.sites = sites = self._gather()
         saved = self.progress.round
+        terms = partial(
+            Terms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool
+        )
         for round in range(saved + 1, self.config.train.rounds + 1):
             if self._stops():
                 break
@@ -72,34 +77,36 @@ class Federation:
             self._absent(arrivals.refused, round)
             nodes = sites.asked(round)
             self._tell("round_started", round, sites=sorted(nodes), **self._preamble(sites, round, arrivals.joined))
-            task = self._task("train", round, weights)
+            task = self._task("train", round, weights, self.step.outgoing(state))
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            mean, joined, failed = WeightedMean(self.layout, weights), [], arrivals.unreachable
+            combined = combiner(terms(sent=weights, state=state, known=len(sites.members)))
+            joined, failed = [], arrivals.unreachable
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))
             missing = sites.missing(list(nodes))
             for site, answer in () if missing else self._ask(task, nodes):
                 try:
                     update, trained = self._admitted(answer, sites[site], weights)
+                    combined.add(site, update, trained)
                 except UpdateRefused as error:
                     gone = isinstance(answer, str)  # who answers what cannot be used is still there
                     reason = str(error)
                     failed.append(sites.missed(site, reason, round) if gone else Failure(site=site, reason=reason))
                     self._tell("site_failed" if gone else "update_refused", round, **asdict(failed[-1]))
                     continue
-                mean.add(trained, self._weight(update))
                 joined.append(site)
                 sites.joined(site)
                 self._tell("update_received", round, site=site, **self._public_facts(update))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = missing or sites.missing(joined)
+            missing = missing or sites.missing(joined) or combined.too_few()
             if missing:
                 self.progress.pause(self._entry(round, joined, failed, seconds, {}))
                 self._save(weights, state, saved)
                 return "paused", missing
-            weights, state = self.step(weights, mean.result(), state)
+            aggregate = combined.result()
+            weights, state = self.step(weights, aggregate, state)
 
             # ── evaluate, checkpoint, tell ────────────────────────────────────────────────────────────────────────
             judgement = self._judge(round, weights)
@@ -108,7 +115,7 @@ class Federation:
             last = self._stops() or round == self.config.train.rounds
             if last or round % self.config.strategy.checkpoint_every == 0:
                 saved = self._save(weights, state, saved)
-            self._tell("round_finished", round, seconds=time.perf_counter() - started)
+            self._tell("round_finished", round, seconds=time.perf_counter() - started, **aggregate.facts)
         self._finish(weights, sites)
         failures = self.progress.failures()
         return ("degraded", summary_of(failures)) if failures else ("completed", None)
@@ -125,7 +132,7 @@ class Federation:
 
     # Before the first round.
 
-    def _start(self) -> tuple[Weights, Mapping[str, Any]]:
+    def _start(self) -> tuple[Weights, State]:
         """Build the network, load the server's set, and take up the last checkpoint if there is one."""
         outputs, seed, dimensions = len(self.config.task.labels), self.config.seed, self.config.dimensions
         module = build(self.config.model, outputs=outputs, seed=seed, dimensions=dimensions)
@@ -156,7 +163,7 @@ class Federation:
         def hello() -> RecordDict:
             return encode_task(self._task("evaluate", 0, Weights(parameters=empty, buffers=empty)))
 
-        turns = bool(getattr(self.step, "turns", False))  # one site a round: the algorithm's own wish
+        turns = self.step.turns  # one site a round: the algorithm's own wish
         sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
         absent = sites.gather(self._greeted)
         self._absent(absent, 0)
@@ -189,7 +196,7 @@ class Federation:
         facts |= {"server_metrics": f"null: {unjudged}"} if unjudged else {}
         return {**facts, **({"unreadable": left_out} if left_out else {})}
 
-    def _task(self, kind: str, round: int, weights: Weights) -> Task:
+    def _task(self, kind: str, round: int, weights: Weights, vectors: State = MappingProxyType({})) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
         return Task(
             kind="train" if kind == "train" else "evaluate",
@@ -199,6 +206,7 @@ class Federation:
             weights=weights,
             learning_rate_factor=plateau_factor(self.config.train, self.progress.stale),
             centres=tuple(self.progress.centres),
+            vectors=vectors,
             evaluate=every,
         )
 
@@ -217,10 +225,6 @@ class Federation:
         update = decoded_update(answer, self.config.task)
         validated_counts(update, images=member.images, patients=member.patients)
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
-
-    def _weight(self, update: Update) -> float:
-        by = self.config.strategy.weight_by
-        return 1.0 if by == "uniform" else float(update.facts["patients"] if by == "patients" else update.num_examples)
 
     def _public_facts(self, update: Update) -> dict[str, Any]:
         known = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
+from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.durable import write_atomically
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
@@ -52,7 +54,10 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     unknown = sorted(set(config.strategy.required_sites) - set(names))
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
-    server_step(config.strategy)
+    server_step(config)
+    too_few = too_few_sites(config.strategy, len(names))
+    if too_few:
+        raise ConfigError(too_few)
     preset_named(config.data.preset)
     if config.simulation.policy:
         read_policy(Path(config.simulation.policy))
@@ -95,13 +100,13 @@ def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -
     return max(1, min(asked, sites or len(config.data.sites)))
 
 
-def local_grid(config: RunConfig, folder: RunFolder) -> LocalGrid:
+def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:
     """Fork the workers of a simulation; call it before any thread or progress display is started."""
     prepare_fork(config)
     places = devices(config)
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(
-        client_app.app,
+        client,
         [
             {"partition-id": number, "virtual": True, "states": str(folder.path / "sites")}
             for number in range(len(config.data.sites))

@@ -1,33 +1,62 @@
-"""What a server does with the mean of the sites' networks: one file per algorithm, one table."""
+"""What a server does with what the sites agree on: one file per algorithm, one table."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
-from fedmed.config import StrategyConfig
+from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
-from fedmed.federated.strategies.base import ServerStep
+from fedmed.federated.strategies.base import ServerStep, State
+from fedmed.federated.strategies.cyclic import Cyclic
+from fedmed.federated.strategies.fedadagrad import fedadagrad
+from fedmed.federated.strategies.fedadam import fedadam
 from fedmed.federated.strategies.fedavg import FedAvg
 from fedmed.federated.strategies.fedavgm import FedAvgM
+from fedmed.federated.strategies.feddg_ga import FedDGGA
+from fedmed.federated.strategies.fednova import FedNova
+from fedmed.federated.strategies.fedyogi import fedyogi
+from fedmed.federated.strategies.own import own_step
+from fedmed.federated.strategies.scaffold import Scaffold
 
-STRATEGIES: dict[str, type[FedAvg] | type[FedAvgM]] = {
-    "fedavg": FedAvg,
-    "fedavgm": FedAvgM,
-    "fedprox": FedAvg,  # what sets these three apart happens at the sites
-    "fedbn": FedAvg,
-    "ditto": FedAvg,
+STRATEGIES: dict[str, Callable[[RunConfig], ServerStep]] = {
+    "fedavg": FedAvg.from_config,
+    "fedavgm": FedAvgM.from_config,
+    "fedprox": FedAvg.from_config,  # the difference is at the sites, as with fedbn and ditto
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "fedadagrad": fedadagrad,
+    "scaffold": Scaffold.from_config,
+    "fednova": FedNova.from_config,
+    "fedbn": FedAvg.from_config,
+    "ditto": FedAvg.from_config,
+    "feddg-ga": FedDGGA.from_config,
+    "cyclic": Cyclic.from_config,
 }
 
-__all__ = ["STRATEGIES", "ServerStep", "server_step"]
+__all__ = ["STRATEGIES", "ServerStep", "State", "server_step"]
 
 
-def server_step(config: StrategyConfig) -> ServerStep:
+def server_step(config: RunConfig) -> ServerStep:
     """The server's step that `[strategy]` asks for.
 
     Raises:
-        ConfigError: there is no algorithm of that name; the nearest one is named.
+        ConfigError: there is no algorithm of that name (the nearest one is named), or the run asks for something that
+            the algorithm does not define.
     """
-    if config.name not in STRATEGIES:
-        near = difflib.get_close_matches(config.name, STRATEGIES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f'strategy.name = "{config.name}": no such algorithm; did you mean "{near}"?')
-    return STRATEGIES[config.name].from_config(config)
+    name, strategy = config.strategy.name, config.strategy
+    if ":" not in name and name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f'strategy.name = "{name}": no such algorithm; did you mean "{near}"?')
+    step = own_step(name, config) if ":" in name else STRATEGIES[name](config)
+    why = (
+        "a robust rule would choose among updates, and knows nothing of the vectors that come with them" if step.vectors
+        else "the algorithm itself says what each site counts for" if step.weighs
+        else "there is one site in a round, and nothing to combine" if step.turns
+        else ""
+    )  # fmt: skip
+    if why and strategy.combine != "mean":
+        raise ConfigError(f'strategy.name = "{name}" needs strategy.combine = "mean": {why}')
+    if step.vectors and strategy.clip_norm:
+        raise ConfigError(f'strategy.name = "{name}" needs strategy.clip-norm = 0: its vectors would not be clipped')
+    return step

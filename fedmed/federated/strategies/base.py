@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
-from fedmed.federated.aggregation import Aggregate
-from fedmed.types import FloatVector, Layout, Weights
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError
+from fedmed.federated.aggregation import Aggregate, Contribution
+from fedmed.types import FloatVector, Layout, Update, Weights
 
 State = Mapping[str, FloatVector]  # named vectors; saved with every checkpoint
 
 
-class ServerStep(Protocol):
-    """Turns the present global network and what the sites agree on into the next global network."""
+class ServerStep(ABC):
+    """Turns the present global network and what the sites agree on into the next global network.
+
+    An algorithm is a subclass of this one that defines `__call__`, and of the rest what it needs. It holds settings and
+    no state: what changes from round to round is the `State`, which is saved with every checkpoint, so that a resumed
+    run goes on with the same bits.
+    """
+
+    vectors: ClassVar[tuple[str, ...]] = ()  # names of the vectors that every update must bring, each of num_parameters
+    turns: ClassVar[bool] = False  # one site at a time, each in its turn
+    weighs: ClassVar[bool] = False  # whether `shares` says what each site counts for, and not strategy.weight-by
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        """The algorithm with the run's settings.
+
+        Raises:
+            ConfigError: the run asks for something that the algorithm does not define.
+        """
+        return cls()
 
     def start(self, layout: Layout) -> State:
         """The state before the first round."""
-        ...
+        return {}
 
+    def outgoing(self, state: State) -> Mapping[str, FloatVector]:
+        """The vectors that travel to the sites with the network, as `Task.vectors`."""
+        return {}
+
+    def admit(self, update: Update) -> float:
+        """The factor by which this update's change is multiplied before anything else, usually 1.
+
+        Raises:
+            UpdateRefused: the update lacks something that the algorithm needs.
+        """
+        return 1.0
+
+    def shares(self, contributions: Sequence[Contribution], state: State) -> Mapping[str, float]:
+        """What each site counts for, by name, where `weighs` is true; only ratios matter."""
+        return {each.site: each.weight for each in contributions}
+
+    @abstractmethod
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
         """One round. `current` and `state` are never changed; the aggregate is handed over, to be used up."""
-        ...
+
+
+def needs_plain_steps(config: RunConfig, *, momentum: bool) -> None:
+    """Refuse local training whose result is not a sum of gradients times learning rates.
+
+    Args:
+        config: the run.
+        momentum: whether the algorithm knows what momentum at the sites does to that sum.
+
+    Raises:
+        ConfigError: for Adam-like optimizers, momentum, a moving average of weights or a network of an earlier epoch.
+    """
+    name, train = config.strategy.name, config.train
+    wrong = (
+        f'train.optimizer = "{train.optimizer}"; use "sgd"' if train.optimizer != "sgd"
+        else f"train.momentum = {train.momentum}; use 0" if train.momentum and not momentum
+        else f"train.ema = {train.ema}; use 0" if train.ema
+        else f"train.patience = {train.patience}; use 0" if train.patience
+        else ""
+    )  # fmt: skip
+    if wrong:
+        raise ConfigError(f'strategy.name = "{name}" is not defined for {wrong}')

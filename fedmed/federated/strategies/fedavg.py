@@ -6,24 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmed.config import StrategyConfig
 from fedmed.federated.aggregation import Aggregate
-from fedmed.federated.strategies.base import State
-from fedmed.types import Layout, Weights
+from fedmed.federated.strategies.base import ServerStep, State
+from fedmed.types import Weights
 
 
 @dataclass(frozen=True)
-class FedAvg:
-    """w ← Σ kᵢ·wᵢ / Σ kᵢ  (McMahan et al. 2017, arXiv:1602.05629, algorithm 1)."""
+class FedAvg(ServerStep):
+    """w ← Σ kᵢ·wᵢ / Σ kᵢ  (McMahan et al. 2017, arXiv:1602.05629, algorithm 1).
 
-    @classmethod
-    def from_config(cls, config: StrategyConfig) -> FedAvg:
-        """FedAvg has no setting of its own."""
-        return cls()
-
-    def start(self, layout: Layout) -> State:
-        """FedAvg keeps nothing between rounds."""
-        return {}
+    It is also the server's half of FedProx (Li et al. 2018, arXiv:1812.06127, algorithm 2), FedBN (Li et al. 2021,
+    arXiv:2102.07623, algorithm 1) and Ditto (Li et al. 2021, arXiv:2012.04221, algorithm 1), which differ at the sites.
+    """
 
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
         """The mean of the sites' networks is the next network."""

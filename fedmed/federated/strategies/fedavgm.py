@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmed.config import StrategyConfig
+from fedmed.config import RunConfig
 from fedmed.federated.aggregation import Aggregate
-from fedmed.federated.strategies.base import State
+from fedmed.federated.strategies.base import ServerStep, State
 from fedmed.types import Layout, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgM:
+class FedAvgM(ServerStep):
     """v ← β·v - Δ,  w ← w - η·v  (Hsu et al. 2019, arXiv:1909.06335, section 4).
 
     Δ is the weighted mean of the sites' changes. Buffers (running statistics) are averaged and carry no momentum.
@@ -24,9 +24,10 @@ class FedAvgM:
     learning_rate: float = 1.0  # η
 
     @classmethod
-    def from_config(cls, config: StrategyConfig) -> FedAvgM:
-        """Read `strategy.server-momentum` and `strategy.server-learning-rate`."""
-        return cls(momentum=config.server_momentum, learning_rate=config.server_learning_rate)
+    def from_config(cls, config: RunConfig) -> FedAvgM:
+        """Read `strategy.server-momentum` and `strategy.server-learning-rate`, which is 1 unless set."""
+        strategy = config.strategy
+        return cls(momentum=strategy.server_momentum, learning_rate=strategy.server_learning_rate or 1.0)
 
     def start(self, layout: Layout) -> State:
         """The velocity starts at zero."""

@@ -1,0 +1,106 @@
+"""The weighted mean: streamed, with the heaviest sites held back until it is known what they may count for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedmed.federated.aggregation import Aggregate, Contribution, WeightedMean, chunks
+from fedmed.federated.combiners.base import Terms, contribution_of
+from fedmed.types import FloatVector, Update, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """An update that may turn out too heavy, in copies of its own."""
+
+    contribution: Contribution
+    weights: Weights
+    vectors: dict[str, FloatVector]
+
+
+class Mean:
+    """Σ kᵢ·Δᵢ / Σ kᵢ, in which no kᵢ is more than `strategy.max-weight-share` of the sum.
+
+    Weights above that share s are lowered to the largest value at which all keep to it. They are fewer than 1/s sites,
+    the heaviest ones; so it is enough to hold back the 1/s heaviest so far, and memory stays flat in the number of
+    sites. With 1/s sites or fewer, no weights but equal ones can do: then all count alike.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        """Start from nothing."""
+        self._terms = terms
+        self._mean = WeightedMean(terms.layout, terms.sent)
+        self._vectors = {name: np.zeros(terms.layout.num_parameters, np.float32) for name in terms.step.vectors}
+        share = terms.strategy.max_weight_share
+        self._room = math.floor(1 / share) if share < 1 else 0
+        self._held: list[Held] = []
+        self._contributions: list[Contribution] = []
+
+    def add(self, site: str, update: Update, weights: Weights) -> None:
+        """Add an update to the sum, or hold it back if it is among the heaviest."""
+        new = contribution_of(self._terms, site, update, weights)
+        self._contributions.append(new)
+        if len(self._held) >= self._room:
+            lightest = min(self._held, key=lambda held: held.contribution.weight, default=None)
+            if lightest is None or new.weight <= lightest.contribution.weight:
+                return self._pour(new, weights, update.vectors)
+            self._held.remove(lightest)
+            self._pour(lightest.contribution, lightest.weights, lightest.vectors)
+        copies = Weights(parameters=weights.parameters.copy(), buffers=weights.buffers.copy())
+        vectors = {name: update.vectors[name].copy() for name in self._vectors}
+        self._held.append(Held(contribution=new, weights=copies, vectors=vectors))
+        return None
+
+    def too_few(self) -> str | None:
+        """A mean can be taken of one."""
+        return None
+
+    def result(self) -> Aggregate:
+        """The mean with capped weights."""
+        limit = weight_limit([each.weight for each in self._contributions], self._terms.strategy.max_weight_share)
+        final = tuple(replace(each, weight=min(each.weight, limit)) for each in self._contributions)
+        for held in self._held:
+            light = replace(held.contribution, weight=min(held.contribution.weight, limit))
+            self._pour(light, held.weights, held.vectors)
+        mean = self._mean.result()
+        for vector in self._vectors.values():
+            vector /= np.float32(self._mean.total)
+        facts = {
+            "capped": [each.site for each in self._contributions if each.weight > limit],
+            "clipped": [each.site for each in final if each.clipped],
+        }
+        return replace(
+            mean,
+            vectors=self._vectors,
+            contributions=final,
+            known=self._terms.known,
+            facts={name: sites for name, sites in facts.items() if sites},
+        )
+
+    def _pour(self, new: Contribution, weights: Weights, vectors: Mapping[str, FloatVector]) -> None:
+        self._mean.add(weights, new.weight, scale=new.scale)
+        weight = np.float32(new.weight)
+        for name, total in self._vectors.items():
+            for part in chunks(total.size):
+                total[part] += weight * vectors[name][part]
+
+
+def weight_limit(weights: Sequence[float], share: float) -> float:
+    """The largest t at which min(kᵢ, t) ≤ share · Σ min(kⱼ, t) for all i; the least weight if there is none.
+
+    With m weights at t and the others summing to r, t = share·(m·t + r), so t = share·r / (1 - m·share).
+    """
+    falling = sorted(weights, reverse=True)
+    if share >= 1 or not falling:
+        return math.inf
+    if len(falling) * share <= 1:
+        return falling[-1]
+    for lowered, heaviest in enumerate(falling):
+        limit = share * sum(falling[lowered:]) / (1 - lowered * share)
+        if heaviest <= limit:
+            return math.inf if lowered == 0 else limit
+    return falling[-1]

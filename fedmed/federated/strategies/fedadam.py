@@ -1,0 +1,19 @@
+"""FedAdam: the server's optimizer is Adam."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedmed.config import RunConfig
+from fedmed.federated.strategies.adaptive import Adaptive
+from fedmed.types import FloatVector
+
+
+def second_moment(moment: FloatVector, squares: FloatVector, second_momentum: np.float32) -> FloatVector:
+    """The next second moment: v ← β₂·v + (1 - β₂)·Δ²  (Reddi et al. 2021, arXiv:2003.00295, algorithm 2)."""
+    return second_momentum * moment + (1 - second_momentum) * squares
+
+
+def fedadam(config: RunConfig) -> Adaptive:
+    """The algorithm with the run's settings."""
+    return Adaptive.with_moment(config, second_moment)
