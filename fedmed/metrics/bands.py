@@ -69,9 +69,7 @@ def youden_threshold(scores: NDArray[np.floating], targets: NDArray[np.floating]
     return None if points is None else float(points[2][1:][np.argmax((points[1] - points[0])[1:])])
 
 
-def precision_recall_curve(
-    scores: NDArray[np.floating], targets: NDArray[np.floating]
-) -> tuple[Array, Array] | None:
+def precision_recall_curve(scores: NDArray[np.floating], targets: NDArray[np.floating]) -> tuple[Array, Array] | None:
     """Returns the curve as (recalls, precisions), or None without both classes.
 
     One point per distinct score, from the highest down: recall rises and ends at 1. `auprc` is the area under the steps

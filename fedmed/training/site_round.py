@@ -10,6 +10,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
 from fedmed.training.evaluate import evaluation_sums, mean_loss
+from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, train_
 from fedmed.training.losses import loss_for
 from fedmed.training.network import FlatNetwork, resident_network
@@ -102,6 +104,8 @@ def train_round(task: Task, site: Site) -> Update:
 def evaluate_round(task: Task, site: Site) -> Update:
     """Evaluate the received network on the patients that the site holds out; its weights do not come back.
 
+    A site with a state folder also writes its own findings there, for its own report; they are not sent.
+
     Raises:
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
@@ -109,6 +113,10 @@ def evaluate_round(task: Task, site: Site) -> Update:
     started = time.perf_counter()
     config, data, network = _prepared(task, site)
     metrics = _held_out_sums(network, data, config, task, site)
+    if site.state_dir is not None:
+        with suppress(OSError):  # a full disk costs the site its page, and the federation nothing
+            manifest = None if site.dataset else site.manifest
+            write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
     return _update(network, int(data.evaluation.sum()), metrics, facts, weights=False)
 
