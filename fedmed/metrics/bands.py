@@ -72,14 +72,15 @@ def youden_threshold(scores: NDArray[np.floating], targets: NDArray[np.floating]
 def precision_recall_curve(scores: NDArray[np.floating], targets: NDArray[np.floating]) -> tuple[Array, Array] | None:
     """Returns the curve as (recalls, precisions), or None without both classes.
 
-    One point per distinct score, from the highest down: recall rises and ends at 1. `auprc` is the area under the steps
-    that end at these points.
+    One point per distinct score of a positive, from the highest down: recall rises with every point and ends at 1.
+    `auprc` is the area under the steps that end at these points.
     """
     points = roc_curve(scores, targets)
     if points is None:
         return None
     false, true = points[0][1:] * np.count_nonzero(targets == 0), points[1][1:] * np.count_nonzero(targets == 1)
-    return points[1][1:], true / (true + false)
+    rises = np.diff(true, prepend=0) > 0
+    return points[1][1:][rises], (true / (true + false))[rises]
 
 
 def label_curves(

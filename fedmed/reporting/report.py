@@ -78,5 +78,6 @@ def render(run: RunFacts) -> str:
 
 
 def _ordered(run: RunFacts) -> list[tuple[str, Estimate]]:
-    """The primary metric first, then the other pooled ones, then those per label."""
-    return sorted(run.server.items(), key=lambda item: (item[0] != run.primary, "/" in item[0]))
+    """The primary metric first, then the other pooled ones, then those per label; none for which nobody counts."""
+    told = [(name, found) for name, found in run.server.items() if found.value is not None or found.patients != 0]
+    return sorted(told, key=lambda item: (item[0] != run.primary, "/" in item[0]))

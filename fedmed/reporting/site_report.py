@@ -31,8 +31,9 @@ def write_site_report(folder: Path) -> Path:
 
 def render_site(found: Findings) -> str:
     """The page as text."""
-    metrics = sorted(found.metrics.items(), key=lambda item: (item[0] != found.primary, "/" in item[0]))
-    return fill("site.html.j2", found=found, metrics=metrics, summary=_summary(found), baseline=[])
+    told = [(name, value) for name, value in found.metrics.items() if value.value is not None or value.patients != 0]
+    metrics = sorted(told, key=lambda item: (item[0] != found.primary, "/" in item[0]))
+    return fill("site.html.j2", found=found, metrics=metrics, labels=[(name, value) for name, value in metrics if "/" in name], summary=_summary(found), baseline=[])
 
 
 def _summary(found: Findings) -> str:

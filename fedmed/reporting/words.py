@@ -90,8 +90,10 @@ def prevalence(found: Counts | None, *, own: bool = False) -> str:
     known = found.positives + found.negatives
     if not known:
         return UNDEFINED
-    if not own and min(found.positives, found.negatives) < SMALL:
-        return f"< {SMALL}" if found.positives < SMALL else UNDEFINED
+    if not own and 0 < found.positives < SMALL:
+        return f"< {SMALL}"
+    if not own and 0 < found.negatives < SMALL:
+        return f"all but < {SMALL}"
     return f"{100 * found.positives / known:.1f} % ({found.positives:,})"
 
 
