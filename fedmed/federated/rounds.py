@@ -32,7 +32,7 @@ from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
 from fedmed.federated.strategies import server_step
 from fedmed.federated.wire import decode_update, encode_task
 from fedmed.models import build, build_with_report
-from fedmed.training.evaluate import checked_sums, metrics_from
+from fedmed.training.evaluate import bounds_from, checked_sums, metrics_from
 from fedmed.training.network import FlatNetwork
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site_round import settings_for_sites
@@ -281,7 +281,10 @@ class Federation:
                 continue
             patients = int(sums["patients"][0]) if "patients" in sums else 0
             values = metrics_from(sums, self.config.task) if sums else {}
-            self.site_metrics[site] = {name: metric(value, n=patients) for name, value in values.items()}
+            bounds = bounds_from(sums, self.config.task) if sums else {}
+            self.site_metrics[site] = {
+                name: metric(value, n=patients, bound=bounds.get(name)) for name, value in values.items()
+            }
         self.progress.absent += failed
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:

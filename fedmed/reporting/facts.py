@@ -135,6 +135,15 @@ class Findings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gain:
+    """One network at a site's held-out patients, and what they gained over the site's own local network."""
+
+    network: str
+    reached: Estimate
+    gain: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """All that the report shows."""
 

@@ -40,7 +40,7 @@ def read_run(run: Path) -> RunFacts:
     """
     raw = _result(run)
     notes: list[str] = []
-    config = _config(run / "run.toml", notes)
+    config = read_settings(run / "run.toml", notes)
     privacy = mapping_of(config.get("privacy"))
     log = tuple(sorted((_round(item) for item in _items(raw, "rounds_log")), key=lambda entry: entry.number))
     events = _events(run / "events.jsonl", notes)
@@ -161,7 +161,7 @@ def _primary(task: str, sources: Sequence[Metrics]) -> str:
     return usual if usual in names or not names else names[0]
 
 
-def _config(file: Path, notes: list[str]) -> Mapping[str, object]:
+def read_settings(file: Path, notes: list[str]) -> Mapping[str, object]:
     """The resolved configuration, unvalidated: a report must open although this version knows other keys."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))

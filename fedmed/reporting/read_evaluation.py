@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmed.reporting.facts import Counts, Curve, Estimate, Evaluation, Findings, Metrics, Picture, Threshold
+from fedmed.reporting.facts import Counts, Curve, Estimate, Evaluation, Findings, Gain, Metrics, Picture, Threshold
 from fedmed.reporting.values import count_of, mapping_of, number_of, numbers_of, places_of, sequence_of, text_of
 
 IMAGES = ("data:image/webp;base64,", "data:image/png;base64,")  # a page asks the network for nothing else either
@@ -42,10 +42,29 @@ def read_evaluation(file: Path, notes: list[str]) -> Evaluation | None:
 
 def read_findings(file: Path) -> Findings | None:
     """A site's own findings; None where there are none or they cannot be read."""
-    try:
-        raw = mapping_of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+    raw = _object(file)
+    return findings_of(raw) if raw else None
+
+
+def read_gains(file: Path) -> tuple[Findings, tuple[Gain, ...]] | None:
+    """A site's own part of a comparison (`fedmed compare`): whose it is, and how every network does at its patients."""
+    raw = _object(file)
+    if not raw:
         return None
+    arms = [mapping_of(item) for item in sequence_of(raw.get("arms"))]
+    gains = tuple(
+        Gain(
+            network=text_of(arm.get("arm")),
+            reached=estimate_of(arm),
+            gain=estimate_of(gained) if (gained := mapping_of(arm.get("gain_over_local"))) else None,
+        )
+        for arm in arms
+    )
+    return findings_of({"site": raw.get("site"), "run": raw.get("name"), "primary": raw.get("primary")}), gains
+
+
+def findings_of(raw: Mapping[str, object]) -> Findings:
+    """The content of `findings.json`; whatever is missing is empty."""
     held, unreadable = mapping_of(raw.get("held_out")), mapping_of(raw.get("unreadable"))
     return Findings(
         site=text_of(raw.get("site")),
@@ -68,6 +87,13 @@ def read_findings(file: Path) -> Findings | None:
         metrics=metrics_of(raw.get("metrics")),
         pictures=_pictures(raw.get("pictures")),
     )
+
+
+def _object(file: Path) -> Mapping[str, object]:
+    try:
+        return mapping_of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def metrics_of(raw: object) -> Metrics:

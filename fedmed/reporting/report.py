@@ -13,7 +13,7 @@ from fedmed.reporting.facts import Estimate, RunFacts
 from fedmed.reporting.heat_map import by_label
 from fedmed.reporting.pages import fill, write_page
 from fedmed.reporting.read import read_run
-from fedmed.reporting.site_report import FINDINGS, write_site_report
+from fedmed.reporting.site_report import is_site, write_site_report, write_site_reports
 
 MOST_TROUBLES = 50
 
@@ -33,11 +33,10 @@ def write_report(run: Path) -> Path:
     Raises:
         DataError: `result.json` is missing or damaged, or the report cannot be written.
     """
-    if (run / FINDINGS).exists() and not (run / "result.json").exists():
+    if is_site(run) and not (run / "result.json").exists():
         return write_site_report(run)
     report = write_page(render(read_run(run)), run / "report.html")
-    for file in sorted(run.glob(f"sites/*/{FINDINGS}")):
-        write_site_report(file.parent)
+    write_site_reports(run)
     return report
 
 
@@ -69,7 +68,6 @@ def render(run: RunFacts) -> str:
         pr_plot=curves(run, "precision-recall"),
         calibration_plot=curves(run, "calibration"),
         thresholds_chosen=found is not None and any(each.chosen for each in found.thresholds.values()),
-        comparison=[],
         participation_plot=figures.participation(run),
         repeat=f"fedmed simulate {shlex.quote(run.folder + '/run.toml')}",
         resume=f"fedmed simulate --resume {shlex.quote(run.folder)}" if run.status in ("failed", "paused") else "",

@@ -5,35 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedmed.errors import DataError
-from fedmed.reporting.facts import Estimate, Findings
+from fedmed.reporting.facts import Estimate, Findings, Gain
 from fedmed.reporting.pages import fill, write_page
-from fedmed.reporting.read_evaluation import read_findings
-from fedmed.reporting.words import interval, number, plural, title
+from fedmed.reporting.read_evaluation import findings_of, read_findings, read_gains
+from fedmed.reporting.words import interval, number, plural, signed, title
 
-FINDINGS = "findings.json"
+FINDINGS, COMPARISON = "findings.json", "comparison.json"
 MODE = 0o600  # it shows patients
 
 
-def write_site_report(folder: Path) -> Path:
-    """Writes `report.html` beside a site's `findings.json`, readable by its owner alone.
+def is_site(folder: Path) -> bool:
+    """Whether a folder holds what a site found for itself."""
+    return (folder / FINDINGS).exists()
 
-    Args:
-        folder: the site's state folder, at a hospital or `RUN/sites/SITE` of a simulation.
+
+def write_site_reports(folder: Path) -> list[Path]:
+    """Writes the page of every site of a run or of an experiment, `sites/SITE/report.html`.
 
     Raises:
-        DataError: the findings cannot be read, or the page cannot be written.
+        DataError: as `write_site_report`.
     """
-    found = read_findings(folder / FINDINGS)
-    if found is None:
+    found = {file.parent for name in (FINDINGS, COMPARISON) for file in folder.glob(f"sites/*/{name}")}
+    return [write_site_report(site) for site in sorted(found)]
+
+
+def write_site_report(folder: Path) -> Path:
+    """Writes `report.html` beside a site's `findings.json` or `comparison.json`, readable by its owner alone.
+
+    Args:
+        folder: the site's state folder at a hospital; `RUN/sites/SITE` of a simulation or of `fedmed compare`.
+
+    Raises:
+        DataError: neither file can be read, or the page cannot be written.
+    """
+    found, compared = read_findings(folder / FINDINGS), read_gains(folder / COMPARISON)
+    if found is None and compared is None:
         raise DataError(f"{FINDINGS} cannot be read. Evaluate the network at this site again.")
-    return write_page(render_site(found), folder / "report.html", mode=MODE)
+    page = render_site(found, compared)
+    return write_page(page, folder / "report.html", mode=MODE)
 
 
-def render_site(found: Findings) -> str:
-    """The page as text."""
-    told = [(name, value) for name, value in found.metrics.items() if value.value is not None or value.patients != 0]
-    metrics = sorted(told, key=lambda item: (item[0] != found.primary, "/" in item[0]))
-    return fill("site.html.j2", found=found, metrics=metrics, labels=[(name, value) for name, value in metrics if "/" in name], summary=_summary(found), baseline=[])
+def render_site(found: Findings | None, compared: tuple[Findings, tuple[Gain, ...]] | None) -> str:
+    """The page as text; a comparison alone says nothing of the site's data, so there are no sections about it."""
+    empty, gains = compared or (findings_of({}), ())
+    shown = found or empty
+    told = [(name, value) for name, value in shown.metrics.items() if value.value is not None or value.patients != 0]
+    metrics = sorted(told, key=lambda item: (item[0] != shown.primary, "/" in item[0]))
+    return fill(
+        "site.html.j2",
+        found=shown,
+        judged=found is not None,
+        summary=_summary(found) if found else "",
+        metrics=metrics,
+        labels=[(name, value) for name, value in metrics if "/" in name],
+        gains=gains,
+        signed=signed,
+    )
 
 
 def _summary(found: Findings) -> str:

@@ -68,6 +68,11 @@ def number(value: float | None) -> str:
     return text.replace("-", "−")
 
 
+def signed(value: float | None) -> str:
+    """A difference with its sign."""
+    return f"+{number(value)}" if value is not None and value > 0 else number(value)
+
+
 def count(value: int | None) -> str:
     """A count with thousands apart."""
     return UNDEFINED if value is None else f"{value:,}"
