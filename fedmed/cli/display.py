@@ -109,7 +109,8 @@ class Lines:
         elif kind in ("site_failed", "update_refused"):
             self._print(f"{event['site']} dropped: {event['reason']}")
         elif kind == "round_finished":
-            self._print(f"round {event['round']}/{seen.rounds}  {seen.joined} sites  {seen.facts()}".rstrip())
+            sites = f"{seen.joined} site{'' if seen.joined == 1 else 's'}"
+            self._print(f"round {event['round']}/{seen.rounds}  {sites}  {seen.facts()}".rstrip())
 
     @staticmethod
     def _print(text: str) -> None:

@@ -27,16 +27,16 @@ def curves(run: RunFacts, kind: Kind) -> Plot | None:
     drawn = {label: curve for label, curve in found.items() if curve is not None}
     if not drawn:
         return None
-    together = len(drawn) <= BANDS_TOGETHER
+    banded, together = any(curve.at for curve in drawn.values()), len(drawn) <= BANDS_TOGETHER
     data: list[Json] = [_reference(kind)] if kind != "precision-recall" else []
     first = len(data)
     for place, (label, curve) in enumerate(drawn.items()):
         colour = PALETTE[place % len(PALETTE)]
         area = run.server.get(f"{AREAS[kind]}/{label}", Estimate()).value
         name = f"{label}, {AREA_NAMES[kind]} {number(area)}" if area is not None else label
-        data.append(_band(curve, colour, label, shown=together))
+        if banded:
+            data.append(_band(curve, colour, label, shown=together))
         data.append(_line(curve, kind, plain(name), label, colour, DASHES[place // len(PALETTE) % len(DASHES)]))
-    banded = any(curve.at for curve in drawn.values())
     across, up = AXES[kind]
     layout = layout_of(height=430 + 22 * len(drawn), margin={"l": 60, "r": 15, "t": 12 if together else 52, "b": 50})
     layout |= {

@@ -43,7 +43,11 @@
 
   const say = (event) => {
     const rest = Object.entries(event).filter(([key]) => !["time", "round", "kind", "metrics", "sites"].includes(key));
-    return `${event.time}  round ${event.round}  ${event.kind}  ${rest.map(([key, value]) => `${key}=${typeof value === "object" ? JSON.stringify(value) : value}`).join(" ")}`;
+    const shown = ([key, value]) => {
+      if (key === "images" && value < 10) return "images<10";  // small counts of a site are not told
+      return `${key}=${typeof value === "number" ? Number(value.toPrecision(4)) : typeof value === "object" ? JSON.stringify(value) : value}`;
+    };
+    return `${event.time}  round ${event.round}  ${event.kind}  ${rest.map(shown).join(" ")}`;
   };
 
   const draw = () => {
@@ -85,7 +89,7 @@
       return row;
     });
     at("table").replaceChildren(...rows);
-    draw();
+    if (curve.rounds.length || curve.lossRounds.length) draw();
   };
 
   const lines = [];
@@ -103,6 +107,5 @@
     } catch { at("said").textContent = "fedmed report --live is not answering; is it still running?"; }
     setTimeout(poll, 1000);
   };
-  draw();
   poll();
 })();

@@ -58,13 +58,13 @@ def writing(names: Iterable[str], run: Path) -> Iterator[Write]:
 def measures(event: Event) -> Iterator[tuple[str, float]]:
     """The numbers of one event, by name; what is undefined is left out.
 
-    `site/SITE/…` is a site's own: `loss`, `images`, `seconds`, `epsilon` where they are told. `server/METRIC`, with
-    `-low` and `-high`, is the server's evaluation. `round/seconds` and `failures` tell of the run.
+    `site/SITE/…` is a site's own: `loss`, `seconds`, `epsilon` where they are told, `failed`. `server/METRIC`, with
+    `-low` and `-high`, is the server's evaluation. `round/seconds` is the run's.
     """
     kind, site = event.get("kind"), event.get("site")
     found: dict[str, Any] = {}
     if kind == "update_received":
-        found = {f"site/{site}/{name}": event.get(name) for name in ("loss", "images", "seconds", "epsilon")}
+        found = {f"site/{site}/{name}": event.get(name) for name in ("loss", "seconds", "epsilon")}
     elif kind == "evaluated":
         for name, metric in event.get("metrics", {}).items():
             found |= {f"server/{name}": metric["value"], f"server/{name}-low": metric["low"]}
