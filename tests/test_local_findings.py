@@ -18,6 +18,7 @@ from fedmed.federated.phantoms import make_phantoms
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.imaging.equipment import UNKNOWN, scanner_of, scanners
 from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.stored import Tiles
 from fedmed.metrics import intervals_classification
 from fedmed.models import build
 from fedmed.reporting import write_report
@@ -177,3 +178,14 @@ def test_a_run_leaves_every_site_its_own_page_and_tells_nobody(simulate, toy_con
             assert picture["image"] not in report.read_text()
     sent = "".join((folder.path / name).read_text() for name in ("events.jsonl", "result.json"))
     assert "prevalence" not in sent and "data:image" not in sent
+
+
+def test_of_boxes_the_volume_that_they_were_cut_from_is_shown() -> None:
+    volume = np.full((1, 6, 8, 8), 51, np.uint8)
+    volume[0, 4] = 255
+    tiles = Tiles.over([np.zeros((1, 6, 8, 8), np.uint8), volume], (4, 4, 4))
+    data = Dataset(tiles, np.zeros((len(tiles), 1), np.float32), ("a",) * len(tiles))
+    last = len(tiles) - 1
+    assert plane(data, last, 4) == pytest.approx(np.ones((1, 8, 8)))
+    assert plane(data, last, 0) == pytest.approx(np.full((1, 8, 8), 0.2))
+    assert plane(data, 0, None).max() == 0

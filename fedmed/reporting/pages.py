@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,33 @@ def fill(template: str, **values: object) -> str:
         template: a file of this package.
         values: what the template names.
     """
+    return _environment().get_template(template).render(**values)
+
+
+def write_page(page: str, target: Path, *, mode: int = 0o644) -> Path:
+    """Write a page, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(page, encoding="utf-8", errors="replace")
+        part.chmod(mode)
+        part.replace(target)
+    except OSError as error:
+        raise DataError(
+            f"{target.name} cannot be written into the run folder: {error.strerror}. Make room or mend permissions."
+        ) from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return target
+
+
+@cache
+def _environment() -> Environment:
+    """Compiled templates are kept: a thousand virtual hospitals have a thousand pages."""
     environment = Environment(
         autoescape=lambda name: name is None or name.endswith(".j2"),
         loader=FunctionLoader(
@@ -44,25 +72,4 @@ def fill(template: str, **values: object) -> str:
         plural=words.plural,
         of=lambda metrics, name: metrics.get(name, Estimate()),
     )
-    return environment.get_template(template).render(**values)
-
-
-def write_page(page: str, target: Path, *, mode: int = 0o644) -> Path:
-    """Write a page, whole or not at all.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.write_text(page, encoding="utf-8", errors="replace")
-        part.chmod(mode)
-        part.replace(target)
-    except OSError as error:
-        raise DataError(
-            f"{target.name} cannot be written into the run folder: {error.strerror}. Make room or mend permissions."
-        ) from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    return environment
