@@ -33,6 +33,8 @@ OUTSIDE: dict[str, set[str]] = {  # packages that only some rooms may import
     "highdicom": {"imaging"},
     "plotly": {"reporting"},
     "jinja2": {"reporting"},
+    "tensorboard": {"reporting"},
+    "mlflow": {"reporting"},
     "typer": {"cli"},
     "rich": {"cli"},
 }

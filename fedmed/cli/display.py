@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Event = Mapping[str, Any]
+RECENT = 5  # rounds whose mean time says how long the others take
 
 
 @contextmanager
@@ -19,7 +29,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    with _progress() as progress:
+    with _progress(TimeRemainingColumn()) as progress:
         task = progress.add_task(title, total=None, facts="")
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -36,41 +46,50 @@ def watching(rounds: int, primary: str, *, quiet: bool = False) -> Iterator[Call
         yield Lines(rounds, primary)
 
 
+def together(*watchers: Callable[[Event], None]) -> Callable[[Event], None]:
+    """One function that tells several of an event."""
+
+    def watch(event: Event) -> None:
+        for each in watchers:
+            each(event)
+
+    return watch
+
+
 class Live:
-    """Two bars: rounds with loss and metric, and the sites of the present round."""
+    """Two bars: rounds with loss, metric, ε and the time left, and the sites of the present round."""
 
     def __init__(self, progress: Progress, rounds: int, primary: str) -> None:
         """Add the bars to a running display."""
-        self._progress, self._primary = progress, primary
+        self._progress, self._seen = progress, Seen(rounds, primary)
         self._rounds = progress.add_task("rounds", total=rounds, facts="greeting the sites")
         self._sites = progress.add_task("sites", total=None, facts="")
-        self._losses: list[float] = []
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        kind, progress = event["kind"], self._progress
+        kind, progress, seen = event["kind"], self._progress, self._seen
+        seen(event)
         if kind == "greeted":
             facts = f"{event['site']}: ready"
             progress.update(
                 self._sites, total=event["all"], completed=event["done"], description="greeting", facts=facts
             )
         elif kind == "round_started":
-            self._losses = []
             for line in preamble(event):
-                progress.console.print(line, highlight=False)
+                progress.console.print(line, highlight=False, markup=False)
             progress.reset(self._sites, total=len(event["sites"]), description=f"round {event['round']}", facts="")
+            progress.update(self._rounds, completed=event["round"] - 1, facts=seen.facts())
         elif kind == "update_received":
-            self._losses += [event["loss"]] if event["loss"] is not None else []
             progress.update(self._sites, advance=1, facts=f"{event['site']}: loss {_number(event['loss'])}")
         elif kind in ("site_failed", "update_refused"):
             progress.update(self._sites, advance=1)
-            progress.console.print(f"[yellow]{event['site']} dropped:[/] {event['reason']}", highlight=False)
+            progress.console.print(f"{event['site']} dropped: {event['reason']}", style="yellow", markup=False)
         elif kind == "evaluated":
-            progress.update(self._rounds, facts=score(event, self._primary) + _loss(self._losses))
+            progress.update(self._rounds, facts=seen.facts())
         elif kind == "round_finished":
-            progress.update(self._rounds, completed=event["round"])
-            if not progress.tasks[0].fields["facts"] or "greeting" in progress.tasks[0].fields["facts"]:
-                progress.update(self._rounds, facts=_loss(self._losses))
+            progress.update(self._rounds, completed=event["round"], facts=seen.facts())
+            if event["round"] == seen.rounds:
+                progress.update(self._sites, description="sites", total=None, facts="evaluate the kept network")
 
 
 class Lines:
@@ -78,31 +97,65 @@ class Lines:
 
     def __init__(self, rounds: int, primary: str) -> None:
         """Nothing is printed before the first round ends."""
-        self._rounds, self._primary = rounds, primary
-        self._losses: list[float] = []
-        self._joined, self._score = 0, ""
+        self._seen = Seen(rounds, primary)
 
     def __call__(self, event: Event) -> None:
         """Print a line when a round ends or a site drops out."""
-        kind = event["kind"]
+        kind, seen = event["kind"], self._seen
+        seen(event)
         if kind == "round_started":
-            self._losses, self._joined, self._score = [], 0, ""
             for line in preamble(event):
                 self._print(line)
-        elif kind == "update_received":
-            self._losses += [event["loss"]] if event["loss"] is not None else []
-            self._joined += 1
         elif kind in ("site_failed", "update_refused"):
             self._print(f"{event['site']} dropped: {event['reason']}")
-        elif kind == "evaluated":
-            self._score = score(event, self._primary)
         elif kind == "round_finished":
-            facts = f"{self._joined} sites{_loss(self._losses)}  {self._score}".rstrip()
-            self._print(f"round {event['round']}/{self._rounds}  {facts}  {event['seconds']:.1f} s")
+            sites = f"{seen.joined} site{'' if seen.joined == 1 else 's'}"
+            self._print(f"round {event['round']}/{seen.rounds}  {sites}  {seen.facts()}".rstrip())
 
     @staticmethod
     def _print(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+class Seen:
+    """What the events so far amount to: the present round's loss, metric and ε, and how long rounds take."""
+
+    def __init__(self, rounds: int, primary: str) -> None:
+        """Nothing was seen yet."""
+        self.rounds, self._primary = rounds, primary
+        self.joined = 0
+        self._losses: list[float] = []
+        self._score = ""
+        self._epsilon: float | None = None
+        self._seconds: list[float] = []
+        self._left = rounds
+
+    def __call__(self, event: Event) -> None:
+        """Take one event in."""
+        kind = event["kind"]
+        if kind == "round_started":
+            self._losses, self.joined, self._score = [], 0, ""
+        elif kind == "update_received":
+            self._losses += [event["loss"]] if event["loss"] is not None else []
+            self.joined += 1
+            if isinstance(spent := event.get("epsilon"), int | float):
+                self._epsilon = max(self._epsilon or 0.0, float(spent))
+        elif kind == "evaluated":
+            self._score = score(event, self._primary)
+        elif kind == "round_finished":
+            self._seconds.append(event["seconds"])
+            self._left = self.rounds - event["round"]
+
+    def facts(self) -> str:
+        """`loss 0.412  auroc 0.871 (0.820-0.912)  ε ≤ 2.31  9.1 s  4 min left`, as far as it is known."""
+        parts = [f"loss {_number(sum(self._losses) / len(self._losses))}"] if self._losses else []
+        parts += [self._score] if self._score else []
+        parts += [f"ε ≤ {math.ceil(self._epsilon * 100) / 100:.2f}"] if self._epsilon is not None else []
+        if self._seconds:
+            parts.append(f"{self._seconds[-1]:.1f} s")
+            recent = self._seconds[-RECENT:]
+            parts += [f"{_duration(sum(recent) / len(recent) * self._left)} left"] if self._left else []
+        return "  ".join(parts)
 
 
 def preamble(event: Event) -> list[str]:
@@ -135,21 +188,23 @@ def console() -> Console:
     return Console(stderr=False, highlight=False)
 
 
-def _progress() -> Progress:
+def _progress(*more: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
+        *more,
+        TextColumn("{task.fields[facts]}", markup=False),
         console=Console(stderr=True),
     )
 
 
-def _loss(losses: list[float]) -> str:
-    return f"  loss {_number(sum(losses) / len(losses))}" if losses else ""
-
-
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -32,6 +32,7 @@ def simulate(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue the run in this folder")] = None,
     engine: Annotated[Engine, typer.Option(help="fedmed's own workers, or Flower's Ray")] = Engine.local,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, train nothing")] = False,
+    log: Annotated[list[str], typer.Option(metavar="NAME", help="write events for tensorboard or mlflow too")] = [],  # noqa: B006  # typer copies it
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print result.json at the end")] = False,
 ) -> None:
@@ -48,6 +49,7 @@ def simulate(
         raise ConfigError("--resume takes the run folder alone; its run.toml says the rest")
     path = resume / "run.toml" if resume is not None else run
     config = run_file.load(path, assignments) if path else run_file.validate(run_file.override({}, assignments))
+    _check_writers(log)
 
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
@@ -69,7 +71,7 @@ def simulate(
         stamp = now()[:19].replace(":", "").replace("-", "")
         folder = RunFolder.create(out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-"), config)
         effective = _begun(config, folder, hospitals, quiet=quiet or as_json)
-    result = _run(effective, folder, engine, quiet=quiet)
+    result = _run(effective, folder, engine, log, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
 
@@ -115,20 +117,32 @@ def _resumed(config: RunConfig, path: Path) -> RunConfig | None:
     return effective
 
 
-def _run(config: RunConfig, folder: Any, engine: Engine, *, quiet: bool) -> dict[str, Any]:
-    from fedmed.cli.display import watching
+def _check_writers(log: list[str]) -> None:
+    if log:
+        from fedmed.reporting.writers import check_writers
+
+        check_writers(log)
+
+
+def _run(config: RunConfig, folder: Any, engine: Engine, log: list[str], *, quiet: bool) -> dict[str, Any]:
+    from fedmed.cli.display import together, watching
     from fedmed.federated.simulation import local_grid, run_on, run_with_ray
     from fedmed.reporting import write_model_card, write_report
+    from fedmed.reporting.writers import writing
 
     try:
         if engine is Engine.ray:
-            with watching(config.train.rounds, config.primary, quiet=quiet) as watch:
-                return run_with_ray(config, folder, watch)
+            with (
+                writing(log, folder.path) as write,
+                watching(config.train.rounds, config.primary, quiet=quiet) as watch,
+            ):
+                return run_with_ray(config, folder, together(watch, write))
         with (
             local_grid(config, folder) as grid,
+            writing(log, folder.path) as write,
             watching(config.train.rounds, config.primary, quiet=quiet) as watch,
         ):
-            return run_on(grid, config, folder, watch)
+            return run_on(grid, config, folder, together(watch, write))
     finally:
         if (folder.path / "result.json").exists():
             write_report(folder.path)

@@ -21,9 +21,17 @@ PREPROCESSING = {"preset", "image_size", "items", "spacing_mm", "volume_size", "
 Status = Literal["completed", "degraded", "paused", "failed"]
 
 
-def metric(value: float | None, low: float | None = None, high: float | None = None, n: int | None = None) -> Any:
-    """One metric as `result.json` holds it."""
-    return {"value": _finite(value), "low": _finite(low), "high": _finite(high), "n": n}
+def metric(
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    n: int | None = None,
+    *,
+    bound: float | None = None,
+) -> Any:
+    """One metric as `result.json` holds it; with a bound if it was made of histograms."""
+    exact = {"value": _finite(value), "low": _finite(low), "high": _finite(high), "n": n}
+    return exact if bound is None else {**exact, "bound": _finite(bound)}
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
+from fedmed.federated.evaluation_details import classification_details, segmentation_details
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.imaging.split import held_out
 from fedmed.metrics import (
@@ -21,8 +22,8 @@ from fedmed.metrics import (
     intervals_classification,
     intervals_segmentation,
     join_cases,
-    roc_curve,
 )
+from fedmed.training.case_pictures import Extremes
 from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.network import FlatNetwork
 from fedmed.training.site_round import custom_dataset
@@ -39,6 +40,9 @@ class Judgement:
     metrics: Metrics  # on the test part, with intervals
     selection: float | None  # the primary metric on the selection part
     scores: Scores  # of the test part
+    patients: tuple[str, ...] = field(default=(), repr=False)  # one per score
+    chosen_on: Scores | None = None  # the scores of the selection part, which choose thresholds
+    extremes: Extremes = field(default_factory=Extremes, repr=False)  # best and worst segmented cases of the test part
 
     @property
     def centres(self) -> tuple[float, ...]:
@@ -79,28 +83,31 @@ class ServerEvaluation:
             distances: whether to measure distances between surfaces, which takes longer than all else.
         """
         self.network.load_(weights)
-        test, selection = _Part([], []), _Part([], [])
+        test, selection, extremes = _Part([], []), _Part([], []), Extremes()
         for rows, logits, targets in predictions(self.network, self.data, np.arange(len(self.data))):
             for part, mine in ((selection, self.chooses[rows]), (test, ~self.chooses[rows])):
                 if mine.any():
-                    part.scores.append(self._scored(logits[mine], targets[mine], distances))
+                    part.scores.append(scored := self._scored(logits[mine], targets[mine], distances))
+                    if part is test and isinstance(scored, Cases):
+                        extremes.add(rows[mine], scored.dice.mean(axis=1), logits[mine], targets[mine])
                     part.patients.extend(self.data.patients[row] for row in rows[mine])
         scores = _joined(test.scores)
         metrics = self._metrics(scores, test.patients, replicates)
-        primary = None
-        if selection.scores:
-            primary = self._metrics(_joined(selection.scores), selection.patients, 0).get(self.config.primary)
-        return Judgement(metrics, primary.value if primary else None, scores)
+        primary, chosen_on = None, _joined(selection.scores) if selection.scores else None
+        if chosen_on is not None:
+            primary = self._metrics(chosen_on, selection.patients, 0).get(self.config.primary)
+        value = primary.value if primary else None
+        return Judgement(metrics, value, scores, tuple(test.patients), chosen_on, extremes)
 
     def details(self, judgement: Judgement) -> Mapping[str, Any]:
-        """Curves or cases of the test part, for the report."""
-        labels, scores = list(self.config.task.labels), judgement.scores
+        """Curves or cases of the test part, for the report: the content of `evaluation.json`."""
+        labels, scores, patients = self.config.task.labels, judgement.scores, judgement.patients
         if isinstance(scores, Cases):
-            cases = {label: [round(float(value), 4) for value in scores.dice[:, k]] for k, label in enumerate(labels)}
-            return {"kind": "segmentation", "labels": labels, "cases": cases}
-        logits, targets = scores
-        curves = {label: curve(logits[:, k], targets[:, k]) for k, label in enumerate(labels)}
-        return {"kind": "classification", "labels": labels, "curves": curves}
+            return segmentation_details(scores, patients, labels, judgement.extremes.pictures(self.data))
+        selection = None if isinstance(judgement.chosen_on, Cases) else judgement.chosen_on
+        return classification_details(
+            scores, patients, labels, selection, replicates=self.config.evaluate.bootstrap, seed=self.config.seed
+        )
 
     def _scored(self, logits: NDArray[np.float32], targets: NDArray[np.float32], distances: bool) -> Scores:
         if self.config.task.kind == "classification":
@@ -151,15 +158,3 @@ def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:
         volume_size=config.data.volume_size,
         cache_gib=config.data.cache_gib,
     )
-
-
-def curve(scores: NDArray[np.float32], targets: NDArray[np.float32]) -> dict[str, list[float]] | None:
-    """A ROC curve as two lists, or None with one class only."""
-    points = roc_curve(scores, targets)
-    if points is None:
-        return None
-    false_positive_rate, true_positive_rate = points[0], points[1]
-    return {
-        "false_positive_rate": [round(float(value), 5) for value in false_positive_rate],
-        "true_positive_rate": [round(float(value), 5) for value in true_positive_rate],
-    }

@@ -12,7 +12,7 @@ from fedmed.errors import UpdateRefused
 from fedmed.federated.admission import decoded_update
 from fedmed.federated.exchange import Failure
 from fedmed.federated.result import metric
-from fedmed.training.evaluate import PERSONAL, metrics_from, parted_sums
+from fedmed.training.evaluate import PERSONAL, bounds_from, metrics_from, parted_sums
 
 
 def metrics_of_sites(
@@ -34,7 +34,7 @@ def metrics_of_sites(
             continue
         shared, own = parted_sums(sums)
         metrics[site] = {
-            f"{prefix}{name}": metric(value, n=int(part["patients"][0]))
+            f"{prefix}{name}": metric(value, n=int(part["patients"][0]), bound=bounds_from(part, task).get(name))
             for prefix, part in (("", shared), (PERSONAL, own))
             if part
             for name, value in metrics_from(part, task).items()

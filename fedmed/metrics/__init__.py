@@ -3,6 +3,7 @@
 Numpy in, numbers out. A metric that is undefined is None, never NaN.
 """
 
+from fedmed.metrics.bands import GRID, Curve, LabelCurves, label_curves, youden_threshold
 from fedmed.metrics.bootstrap import intervals_classification, intervals_segmentation
 from fedmed.metrics.cases import Cases, dice_per_case, join_cases, score_cases
 from fedmed.metrics.classification import classification_bounds, classification_metrics, classification_sums
@@ -14,9 +15,12 @@ from fedmed.metrics.segmentation import case_sums, segmentation_metrics, segment
 from fedmed.metrics.sums import add_sums
 
 __all__ = [
+    "GRID",
     "Cases",
+    "Curve",
     "Form",
     "Interval",
+    "LabelCurves",
     "add_sums",
     "auprc",
     "auroc",
@@ -30,6 +34,7 @@ __all__ = [
     "intervals_classification",
     "intervals_segmentation",
     "join_cases",
+    "label_curves",
     "metrics_of_released",
     "released",
     "roc_curve",
@@ -37,4 +42,5 @@ __all__ = [
     "segmentation_metrics",
     "segmentation_sums",
     "sensitivity_at_specificity",
+    "youden_threshold",
 ]

@@ -46,7 +46,7 @@ def bootstrap_patients(
     Returns:
         (low, high), or (None, None) if fewer than half of the replicates are defined, or there are not two patients.
     """
-    return _percentiles(_replicate(statistic, patients, replicates, rng)[0], patients)
+    return _percentiles(replicate(statistic, patients, replicates, rng)[0], patients)
 
 
 def intervals(
@@ -59,7 +59,7 @@ def intervals(
 ) -> dict[str, Interval]:
     """Judges each of K metrics by the patients with an image that `counts` (N, K) for it."""
     values = statistic(np.ones((len(patients), 1)))[:, 0]  # (K,)
-    drawn = _replicate(statistic, patients, replicates, rng)  # (K, replicates)
+    drawn = replicate(statistic, patients, replicates, rng)  # (K, replicates)
     ids = np.asarray(patients)
     result = {}
     for k, name in enumerate(names):
@@ -72,8 +72,8 @@ def intervals(
     return result
 
 
-def _replicate(statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Array:
-    """Returns the statistic of each resample, (K, replicates)."""
+def replicate(statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Array:
+    """Returns the statistic of each resample, (K, replicates); see `bootstrap_patients`."""
     distinct, patient = np.unique(np.asarray(patients), return_inverse=True)  # (P,), (N,)
     rows = [np.atleast_2d(statistic(np.ones((len(patient), 1))))[:, :0]]  # (K, 0): tells K without replicates too
     at_once = max(1, CELLS // max(1, len(patient)))

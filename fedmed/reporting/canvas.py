@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmed.reporting.facts import Estimate
-from fedmed.reporting.words import interval, number, plural
+from fedmed.reporting.words import SMALL, interval, number, plural
 
 Json = dict[str, object]
 
@@ -67,7 +67,8 @@ def hover(where: str, found: Estimate) -> str:
     if found.low is not None and found.high is not None:
         facts.append(f"95 % interval {interval(found)}")
     if found.patients is not None:
-        facts.append(plural(found.patients, "patient"))
+        few = 0 < found.patients < SMALL
+        facts.append(f"< {SMALL} patients" if few else plural(found.patients, "patient"))
     return f"{plain(where)}<br>" + ", ".join(facts)
 
 

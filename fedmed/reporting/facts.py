@@ -14,6 +14,7 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     patients: int | None = None
+    bound: float | None = None  # how far a metric of histograms can be from that of the scores themselves
 
 
 Metrics = Mapping[str, Estimate]
@@ -27,6 +28,8 @@ class Privacy:
     epsilon_total: float | None
     delta: float | None
     unit: str
+    adjacency: str = ""
+    accountant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,91 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A curve, and its 95 % band at other places; a band may be missing."""
+
+    x: list[float]
+    y: list[float]
+    at: list[float | None] = field(default_factory=list)
+    low: list[float | None] = field(default_factory=list)
+    high: list[float | None] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)  # of a calibration curve, by point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """What one threshold makes of the test patients of a label."""
+
+    probability: float | None
+    chosen: bool  # on the selection patients; else it is ½
+    cells: tuple[int | None, int | None, int | None, int | None]  # TP, FN, FP, TN
+    rates: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many images show a label and how many do not."""
+
+    positives: int | None
+    negatives: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One case as a picture that stands in the page itself."""
+
+    kind: str  # best | worst
+    score: float | None
+    outcome: str
+    image: str  # a data URI
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the server's held-out patients show beyond single numbers."""
 
     kind: str  # classification | segmentation
-    curves: Mapping[str, tuple[list[float], list[float]] | None] = field(default_factory=dict)  # label -> (FPR, TPR)
+    patients: int | None = None
+    images: int | None = None
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    curves: Mapping[str, Curve | None] = field(default_factory=dict)  # label -> false and true positive rates
+    precision_recall: Mapping[str, Curve | None] = field(default_factory=dict)
+    calibration: Mapping[str, Curve | None] = field(default_factory=dict)
+    thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     cases: Mapping[str, list[float]] = field(default_factory=dict)  # label -> Dice of every case
+    hd95: Mapping[str, list[float]] = field(default_factory=dict)  # mm
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What a site found in its own house. A run's report shows counts and scanners of it, and never a picture."""
+
+    site: str
+    run: str
+    model: str
+    task: str
+    primary: str
+    round: int | None
+    patients: int | None
+    images: int | None
+    held_out_patients: int | None
+    held_out_items: int | None
+    unreadable: int | None
+    reasons: Mapping[str, int | None]
+    scanners: tuple[tuple[str, int | None], ...]
+    prevalence: Mapping[str, Counts]
+    metrics: Metrics
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """One network at a site's held-out patients, and what they gained over the site's own local network."""
+
+    network: str
+    reached: Estimate
+    gain: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,4 +170,6 @@ class RunFacts:
     finished: str
     unfinished: Mapping[tuple[str, int], str]  # (site, round) -> reason, for a round that never reached the log
     evaluation: Evaluation | None
+    findings: Mapping[str, Findings]  # by site; empty unless the sites are on this machine
+    settings: Mapping[str, str]  # how it was trained
     notes: tuple[str, ...]  # files that could not be read

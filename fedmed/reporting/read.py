@@ -7,15 +7,28 @@ one that cannot be read becomes a note in the report. Keys that this version doe
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmed.errors import DataError
-from fedmed.reporting.facts import Estimate, Evaluation, Metrics, Privacy, Round, RunFacts, Site
+from fedmed.reporting.facts import Metrics, Privacy, Round, RunFacts, Site
+from fedmed.reporting.read_evaluation import metrics_of, read_evaluation, read_findings
+from fedmed.reporting.values import count_of, mapping_of, number_of, sequence_of, text_of
 
 SCHEMA = 1
+SETTINGS = {  # what a reader asks of a training; nothing that names a file
+    "task": ("labels",),
+    "model": ("norm", "width", "in-channels", "freeze", "fusion"),
+    "data": ("items", "preset", "image-size", "spacing-mm", "volume-size"),
+    "train": (
+        "local-epochs", "local-steps", "batch-size", "accumulate", "optimizer", "learning-rate", "momentum",
+        "weight-decay", "schedule", "loss", "class-weights", "sampling", "augment", "precision",
+    ),
+    "strategy": ("weight-by", "min-sites", "server-learning-rate", "server-momentum"),
+    "privacy": ("mode", "unit", "epsilon", "delta", "max-grad-norm", "images-per-patient", "noise"),
+    "evaluate": ("keep", "selection-share", "site-share", "bootstrap"),
+}  # fmt: skip
 TROUBLES = ("update_refused", "site_failed")
 
 
@@ -27,38 +40,41 @@ def read_run(run: Path) -> RunFacts:
     """
     raw = _result(run)
     notes: list[str] = []
-    config = _config(run / "run.toml", notes)
-    privacy = _mapping(config.get("privacy"))
+    config = read_settings(run / "run.toml", notes)
+    privacy = mapping_of(config.get("privacy"))
     log = tuple(sorted((_round(item) for item in _items(raw, "rounds_log")), key=lambda entry: entry.number))
     events = _events(run / "events.jsonl", notes)
-    task = _text(raw.get("task"))
-    server = _metrics(_mapping(raw.get("server")).get("metrics"))
+    task = text_of(raw.get("task"))
+    server = metrics_of(mapping_of(raw.get("server")).get("metrics"))
     sites = tuple(_site(item) for item in _items(raw, "sites"))
-    asked = _text(_mapping(config.get("evaluate")).get("primary"))
+    findings = [read_findings(file) for file in sorted(run.glob("sites/*/findings.json"))]
+    asked = text_of(mapping_of(config.get("evaluate")).get("primary"))
     return RunFacts(
         folder=run.resolve().name,
-        run_id=_text(raw.get("run_id")),
-        name=_text(raw.get("name")) or run.resolve().name,
-        status=_text(raw.get("status")) or "unknown",
-        reason=_text(raw.get("reason")),
-        model=_text(raw.get("model")),
+        run_id=text_of(raw.get("run_id")),
+        name=text_of(raw.get("name")) or run.resolve().name,
+        status=text_of(raw.get("status")) or "unknown",
+        reason=text_of(raw.get("reason")),
+        model=text_of(raw.get("model")),
         task=task,
-        strategy=_text(raw.get("strategy")),
-        rounds=_count(raw.get("rounds")),
-        seed=_count(raw.get("seed")),
-        versions={name: _text(value) for name, value in _mapping(raw.get("versions")).items()},
+        strategy=text_of(raw.get("strategy")),
+        rounds=count_of(raw.get("rounds")),
+        seed=count_of(raw.get("seed")),
+        versions={name: text_of(value) for name, value in mapping_of(raw.get("versions")).items()},
         server=server,
         sites=sites,
         log=log,
-        timing={name: _number(value) for name, value in _mapping(raw.get("timing")).items()},
-        peak_memory_mib=_number(raw.get("peak_memory_mib")),
+        timing={name: number_of(value) for name, value in mapping_of(raw.get("timing")).items()},
+        peak_memory_mib=number_of(raw.get("peak_memory_mib")),
         primary=asked or _primary(task, (server, *(entry.metrics for entry in log), *(site.metrics for site in sites))),
-        privacy_mode=_text(privacy.get("mode")),
+        privacy_mode=text_of(privacy.get("mode")),
         void_privacy=privacy.get("mode", "none") != "none" and privacy.get("noise") == "insecure-test",
-        started=next((_text(e.get("time")) for e in events if e.get("kind") == "run_started"), ""),
-        finished=next((_text(e.get("time")) for e in reversed(events) if e.get("kind") == "run_finished"), ""),
+        started=next((text_of(e.get("time")) for e in events if e.get("kind") == "run_started"), ""),
+        finished=next((text_of(e.get("time")) for e in reversed(events) if e.get("kind") == "run_finished"), ""),
         unfinished=_unfinished(events, {entry.number for entry in log}),
-        evaluation=_evaluation(run / "evaluation.json", notes),
+        evaluation=read_evaluation(run / "evaluation.json", notes),
+        findings={found.site: found for found in findings if found is not None},
+        settings=_settings(config),
         notes=tuple(notes),
     )
 
@@ -86,7 +102,7 @@ def _result(run: Path) -> Mapping[str, object]:
             f"result.json in '{name}' should be a fedmed result of schema {SCHEMA}; found {found[:40]}. "
             "Use the fedmed version that wrote the run, or restore the file."
         )
-    return _mapping(raw)
+    return mapping_of(raw)
 
 
 def _items(raw: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
@@ -101,49 +117,40 @@ def _items(raw: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
 def _site(raw: Mapping[str, object]) -> Site:
     spent = raw.get("privacy")
     return Site(
-        name=_text(raw.get("site")),
-        patients=_count(raw.get("patients")),
-        images=_count(raw.get("images")),
-        rounds_joined=_count(raw.get("rounds_joined")),
-        metrics=_metrics(raw.get("metrics")),
+        name=text_of(raw.get("site")),
+        patients=count_of(raw.get("patients")),
+        images=count_of(raw.get("images")),
+        rounds_joined=count_of(raw.get("rounds_joined")),
+        metrics=metrics_of(raw.get("metrics")),
         privacy=_privacy(spent) if isinstance(spent, dict) else None,
     )
 
 
 def _privacy(raw: Mapping[str, object]) -> Privacy:
     return Privacy(
-        epsilon=_number(raw.get("epsilon")),
-        epsilon_total=_number(raw.get("epsilon_total")),
-        delta=_number(raw.get("delta")),
-        unit=_text(raw.get("unit")),
+        epsilon=number_of(raw.get("epsilon")),
+        epsilon_total=number_of(raw.get("epsilon_total")),
+        delta=number_of(raw.get("delta")),
+        unit=text_of(raw.get("unit")),
+        adjacency=text_of(raw.get("adjacency")),
+        accountant=text_of(raw.get("accountant")),
     )
 
 
 def _round(raw: Mapping[str, object]) -> Round:
-    number, failed = _count(raw.get("round")), raw.get("failed")
+    number, failed = count_of(raw.get("round")), raw.get("failed")
     if number is None:
         raise DataError(
             "result.json: an entry of 'rounds_log' has no round number. Restore the file, or repeat the run."
         )
     return Round(
         number=number,
-        joined=frozenset(_text(name) for name in _sequence(raw.get("joined"))),
-        failed={_text(item.get("site")): _text(item.get("reason")) for item in map(_mapping, _sequence(failed))},
-        seconds=_number(raw.get("seconds")),
-        metrics=_metrics(raw.get("server_metrics")),
-    )
-
-
-def _metrics(raw: object) -> Metrics:
-    return {name: _estimate(_mapping(item)) for name, item in _mapping(raw).items()}
-
-
-def _estimate(raw: Mapping[str, object]) -> Estimate:
-    return Estimate(
-        value=_number(raw.get("value")),
-        low=_number(raw.get("low")),
-        high=_number(raw.get("high")),
-        patients=_count(raw.get("n")),
+        joined=frozenset(text_of(name) for name in sequence_of(raw.get("joined"))),
+        failed={
+            text_of(item.get("site")): text_of(item.get("reason")) for item in map(mapping_of, sequence_of(failed))
+        },
+        seconds=number_of(raw.get("seconds")),
+        metrics=metrics_of(raw.get("server_metrics")),
     )
 
 
@@ -154,7 +161,7 @@ def _primary(task: str, sources: Sequence[Metrics]) -> str:
     return usual if usual in names or not names else names[0]
 
 
-def _config(file: Path, notes: list[str]) -> Mapping[str, object]:
+def read_settings(file: Path, notes: list[str]) -> Mapping[str, object]:
     """The resolved configuration, unvalidated: a report must open although this version knows other keys."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
@@ -165,6 +172,19 @@ def _config(file: Path, notes: list[str]) -> Mapping[str, object]:
             "run.toml cannot be read: the primary metric is guessed from the task, and test noise is not seen."
         )
         return {}
+
+
+def _settings(config: Mapping[str, object]) -> dict[str, str]:
+    """The settings that a report shows, by dotted key; those of privacy only where there is any."""
+    found: dict[str, str] = {}
+    for section, keys in SETTINGS.items():
+        values = mapping_of(config.get(section))
+        for key in keys if section != "privacy" or values.get("mode", "none") != "none" else ("mode",):
+            value = values.get(key)
+            if value not in (None, "", []):
+                listed = [text_of(item) for item in sequence_of(value)] or [text_of(value)]
+                found[f"{section}.{key}"] = ", ".join(listed)
+    return found
 
 
 def _events(file: Path, notes: list[str]) -> list[Mapping[str, object]]:
@@ -183,7 +203,7 @@ def _events(file: Path, notes: list[str]) -> list[Mapping[str, object]]:
 
 def _event(line: str) -> Mapping[str, object]:
     try:
-        return _mapping(json.loads(line))
+        return mapping_of(json.loads(line))
     except (ValueError, RecursionError):
         return {}
 
@@ -191,62 +211,7 @@ def _event(line: str) -> Mapping[str, object]:
 def _unfinished(events: Sequence[Mapping[str, object]], logged: set[int]) -> dict[tuple[str, int], str]:
     found: dict[tuple[str, int], str] = {}
     for event in events:
-        site, number = _text(event.get("site")), _count(event.get("round"))
+        site, number = text_of(event.get("site")), count_of(event.get("round"))
         if event.get("kind") in TROUBLES and site and number is not None and number not in logged:
-            found[site, number] = _text(event.get("reason"))
+            found[site, number] = text_of(event.get("reason"))
     return found
-
-
-def _evaluation(file: Path, notes: list[str]) -> Evaluation | None:
-    try:
-        raw = _mapping(json.loads(file.read_text(encoding="utf-8")))
-        kind = _text(raw.get("kind"))
-        if kind not in ("classification", "segmentation"):
-            raise ValueError("unknown kind")
-        return Evaluation(
-            kind=kind,
-            curves={label: _curve(item) for label, item in _mapping(raw.get("curves")).items()},
-            cases={label: _numbers(item) for label, item in _mapping(raw.get("cases")).items()},
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        notes.append("evaluation.json cannot be read: curves and distributions are left out.")
-        return None
-
-
-def _curve(raw: object) -> tuple[list[float], list[float]] | None:
-    rates = _mapping(raw)
-    false, true = (_numbers(rates.get(name)) for name in ("false_positive_rate", "true_positive_rate"))
-    return (false, true) if len(false) == len(true) > 1 else None
-
-
-def _numbers(raw: object) -> list[float]:
-    return [number for item in _sequence(raw) if (number := _number(item)) is not None]
-
-
-def _number(raw: object) -> float | None:
-    if isinstance(raw, bool) or not isinstance(raw, int | float):
-        return None
-    try:
-        number = float(raw)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _count(raw: object) -> int | None:
-    number = _number(raw)
-    return None if number is None else int(number)
-
-
-def _text(raw: object) -> str:
-    return "" if raw is None else str(raw)
-
-
-def _mapping(raw: object) -> Mapping[str, object]:
-    return raw if isinstance(raw, dict) else {}
-
-
-def _sequence(raw: object) -> Sequence[object]:
-    return raw if isinstance(raw, list) else ()

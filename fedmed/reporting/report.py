@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from fedmed.errors import DataError
 from fedmed.reporting import cases, figures, words
+from fedmed.reporting.curves import curves
 from fedmed.reporting.facts import Estimate, RunFacts
+from fedmed.reporting.heat_map import by_label
+from fedmed.reporting.pages import fill, write_page
 from fedmed.reporting.read import read_run
+from fedmed.reporting.site_report import is_site, write_site_report, write_site_reports
 
 MOST_TROUBLES = 50
 
 
 def write_report(run: Path) -> Path:
-    """Writes `report.html` into a run folder, whole or not at all.
+    """Writes `report.html` into a run folder, and one into the folder of each site that left findings there.
+
+    Each page is written whole or not at all.
 
     Args:
         run: a run folder with `result.json`; `events.jsonl`, `evaluation.json` and `run.toml` are used where present.
+            Or a site's own state folder with `findings.json`, of which only the site's page is made.
 
     Returns:
         The path of the report.
@@ -31,50 +33,41 @@ def write_report(run: Path) -> Path:
     Raises:
         DataError: `result.json` is missing or damaged, or the report cannot be written.
     """
-    page = render(read_run(run))
-    target = run / "report.html"
-    part = run / f".report.html.{os.getpid()}"
-    try:
-        part.write_text(page, encoding="utf-8", errors="replace")
-        part.replace(target)
-    except OSError as error:
-        raise DataError(
-            f"report.html cannot be written into the run folder: {error.strerror}. Make room or mend permissions."
-        ) from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    if is_site(run) and not (run / "result.json").exists():
+        return write_site_report(run)
+    report = write_page(render(read_run(run)), run / "report.html")
+    write_site_reports(run)
+    return report
 
 
 def render(run: RunFacts) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.globals.update(
-        title=words.title,
-        number=words.number,
-        count=words.count,
-        interval=words.interval,
-        duration=words.duration,
-        memory=words.memory,
-        plural=words.plural,
-        of=lambda metrics, name: metrics.get(name, Estimate()),
-    )
-    template = environment.from_string(
-        resources.files("fedmed.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
     troubles = words.troubles(run)
-    return template.render(
+    metrics, found = _ordered(run), run.evaluation
+    segments = found is not None and found.kind == "segmentation"
+    labels, prevalences = words.prevalences(run)
+    return fill(
+        "report.html.j2",
         run=run,
         summary=words.summary(run),
+        privacy_summary=words.privacy_summary(run),
         troubles=troubles[:MOST_TROUBLES],
         more_troubles=len(troubles) - len(troubles[:MOST_TROUBLES]),
-        server_metrics=_ordered(run),
+        server_metrics=metrics,
+        server_labels=[(name, value) for name, value in metrics if "/" in name],
         sites=[(site, words.privacy(site.privacy, run)) for site in run.sites],
+        bounded=any(site.metrics.get(run.primary, Estimate()).bound is not None for site in run.sites),
+        prevalence_labels=labels,
+        prevalences=prevalences,
         rounds_plot=figures.per_round(run),
         sites_plot=figures.per_site(run),
-        cases_plot=cases.dice(run) if run.evaluation and run.evaluation.kind == "segmentation" else cases.roc(run),
+        labels_plot=by_label(run),
+        dice_plot=cases.dice(run) if segments else None,
+        hd95_plot=cases.hd95(run) if segments else None,
+        roc_plot=curves(run, "roc"),
+        pr_plot=curves(run, "precision-recall"),
+        calibration_plot=curves(run, "calibration"),
+        thresholds_chosen=found is not None and any(each.chosen for each in found.thresholds.values()),
         participation_plot=figures.participation(run),
         repeat=f"fedmed simulate {shlex.quote(run.folder + '/run.toml')}",
         resume=f"fedmed simulate --resume {shlex.quote(run.folder)}" if run.status in ("failed", "paused") else "",
@@ -83,5 +76,6 @@ def render(run: RunFacts) -> str:
 
 
 def _ordered(run: RunFacts) -> list[tuple[str, Estimate]]:
-    """The primary metric first, then the other pooled ones, then those per label."""
-    return sorted(run.server.items(), key=lambda item: (item[0] != run.primary, "/" in item[0]))
+    """The primary metric first, then the other pooled ones, then those per label; none for which nobody counts."""
+    told = [(name, found) for name, found in run.server.items() if found.value is not None or found.patients != 0]
+    return sorted(told, key=lambda item: (item[0] != run.primary, "/" in item[0]))

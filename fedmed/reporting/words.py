@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fedmed.reporting.facts import Estimate, Privacy, RunFacts
+from fedmed.reporting.facts import Counts, Estimate, Findings, Privacy, RunFacts
 
 UNDEFINED = "–"
+MOST_SCANNERS = 8  # of one site
+SMALL = 10  # counts below are not told of a site: they come close to single patients
 NAMES = {
     "f1": "F1",
     "brier": "Brier score",
     "assd": "ASSD",
     "micro-dice": "Micro-Dice",
     "micro-iou": "Micro-IoU",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "positive-predictive-value": "Positive predictive value",
+    "negative-predictive-value": "Negative predictive value",
     "sensitivity-at-90-specificity": "Sensitivity at 90 % specificity",
     "hd95-excluded": "Cases without HD95",
     "lesion-sensitivity": "Lesion sensitivity",
@@ -68,9 +74,38 @@ def number(value: float | None) -> str:
     return text.replace("-", "−")
 
 
+def signed(value: float | None) -> str:
+    """A difference with its sign."""
+    return f"+{number(value)}" if value is not None and value > 0 else number(value)
+
+
 def count(value: int | None) -> str:
     """A count with thousands apart."""
     return UNDEFINED if value is None else f"{value:,}"
+
+
+def site_count(value: int | None) -> str:
+    """A count that came from a site; a small one is not told."""
+    return f"< {SMALL}" if value is not None and 0 < value < SMALL else count(value)
+
+
+def prevalence(found: Counts | None, *, own: bool = False) -> str:
+    """`23.4 % (117)`: the share of positives among known images; of a site, neither count may be small.
+
+    Args:
+        found: of one label.
+        own: whether the reader owns the patients.
+    """
+    if found is None or found.positives is None or found.negatives is None:
+        return UNDEFINED
+    known = found.positives + found.negatives
+    if not known:
+        return UNDEFINED
+    if not own and 0 < found.positives < SMALL:
+        return f"< {SMALL}"
+    if not own and 0 < found.negatives < SMALL:
+        return f"all but < {SMALL}"
+    return f"{100 * found.positives / known:.1f} % ({found.positives:,})"
 
 
 def plural(amount: int, noun: str) -> str:
@@ -123,7 +158,20 @@ def privacy(spent: Privacy | None, run: RunFacts) -> str:
         parts.append(f"δ {spent.delta:.0e}".replace("e-0", "e-"))
     if spent.unit:
         parts.append(f"per {spent.unit}")
+    if spent.adjacency:
+        parts.append(f"neighbours: {spent.adjacency}")
+    if spent.accountant:
+        parts.append(f"accountant {spent.accountant}")
     return ", ".join(parts)
+
+
+def privacy_summary(run: RunFacts) -> str:
+    """The largest ε that any site spent in this run, in one sentence; empty without differential privacy."""
+    known = [site.privacy for site in run.sites if site.privacy and site.privacy.epsilon is not None]
+    if not known or run.void_privacy:
+        return ""
+    most = max(known, key=lambda spent: spent.epsilon or 0.0)
+    return f"Differential privacy: at every site that reports it, at most {privacy(most, run)}."
 
 
 def ranges(rounds: Iterable[int]) -> str:
@@ -168,3 +216,26 @@ def troubles(run: RunFacts) -> list[tuple[str, str, str]]:
     for (site, number_), reason in run.unfinished.items():
         found.setdefault((site, reason), []).append(number_)
     return [(site, ranges(rounds), reason or "no reason was given") for (site, reason), rounds in found.items()]
+
+
+def scanners(found: Findings, *, own: bool = False) -> str:
+    """`Acme X1 (DX) 120, Other (CR) < 10`: how many images each scanner made, of those that were looked at."""
+    shown = [
+        f"{name} {count(images) if own else site_count(images)}" for name, images in found.scanners[:MOST_SCANNERS]
+    ]
+    more = len(found.scanners) - len(shown)
+    return ", ".join([*shown, *([f"and {more} more"] if more > 0 else [])]) or UNDEFINED
+
+
+def prevalences(run: RunFacts) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Labels, and for each site and the server's test part how common they are; nothing where nobody counted."""
+    counts = run.evaluation.counts if run.evaluation else {}
+    labels = list(dict.fromkeys([*(label for own in run.findings.values() for label in own.prevalence), *counts]))
+    rows = [
+        (site.name, [prevalence(run.findings[site.name].prevalence.get(label)) for label in labels])
+        for site in run.sites
+        if site.name in run.findings
+    ]
+    if counts:
+        rows.append(("server, test part", [prevalence(counts.get(label), own=True) for label in labels]))
+    return labels, rows

@@ -15,6 +15,7 @@ from fedmed.metrics import (
     Form,
     add_sums,
     case_sums,
+    classification_bounds,
     classification_metrics,
     classification_sums,
     join_cases,
@@ -137,3 +138,8 @@ def metrics_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """The ratios that sums amount to, named as in `result.json`; undefined ones are None."""
     ratios = classification_metrics if task.kind == "classification" else segmentation_metrics
     return ratios(sums, task.labels)
+
+
+def bounds_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
+    """How far metrics that were made of histograms can be from those of the scores; the other metrics are exact."""
+    return classification_bounds(sums, task.labels) if task.kind == "classification" else {}

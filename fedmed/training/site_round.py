@@ -10,6 +10,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
 from fedmed.training.local_algorithms.fedbn import with_own_norms
 from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
+from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import Oversight, form_of, permitted, released
@@ -132,7 +134,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """Evaluate the received network on the patients that the site holds out; its weights do not come back.
 
     Where every site ends with a network of its own, it is made here, evaluated beside the received one, and written to
-    the site's disk.
+    the site's disk. A site with a state folder also writes its own findings there, for its own report; neither is sent.
 
     Raises:
         PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
@@ -147,6 +149,10 @@ def evaluate_round(task: Task, site: Site) -> Update:
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, form)
+    if site.state_dir is not None:
+        with suppress(OSError):  # a full disk costs the site its page, and the federation nothing
+            manifest = None if site.dataset else site.manifest
+            write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
     if state is not None and has_personal_network(config.strategy):
         own = OwnPatients(network=network, data=data, config=config, site=site.name)
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
