@@ -60,28 +60,39 @@ def load_kept(run: Path, *, device: str = "cpu") -> Kept:
         ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
         ConfigError: the run's images are read by a function of its own, or in a way that this fedmed does not know.
     """
-    facts = _facts(run)
-    sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
-    config = run_file.validate(sections, source="model.json")
-    if config.data.dataset:
+    network, config, round = kept_network(run, device=device)
+    data = config.data
+    if data.dataset:
         raise ConfigError(
             "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
             "call the network from Python instead"
         )
-    data = config.data
     preset_named(data.preset)
     recipe = Recipe.of(
         preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
         volume_size=data.volume_size, labels=(),
     )  # fmt: skip
+    return Kept(network=network, config=config, recipe=recipe, round=round)
+
+
+def kept_network(run: Path, *, device: str = "cpu") -> tuple[FlatNetwork, RunConfig, int]:
+    """Rebuild the network alone, whatever its images were.
+
+    Returns:
+        The network in evaluation mode, what model.json says of it as a configuration, and the round that it is of.
+
+    Raises:
+        ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
+    """
+    facts = _facts(run)
+    sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
+    config = run_file.validate(sections, source="model.json")
     module = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
     if layout_of(module).hash != facts["layout"]:
         raise ModelError("this fedmed builds another network than the run kept; use the version that model.json names")
     _load_(module, run / "model.safetensors")
     module.eval().requires_grad_(False)
-    return Kept(
-        network=FlatNetwork(module, torch.device(device)), config=config, recipe=recipe, round=int(facts["round"])
-    )
+    return FlatNetwork(module, torch.device(device)), config, int(facts["round"])
 
 
 def _facts(run: Path) -> dict[str, Any]:
