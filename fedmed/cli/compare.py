@@ -68,7 +68,7 @@ def _show(report: dict[str, Any]) -> None:
     table = Table("arm", f"{report['primary']}, {where}", *shown, "worst site", "steps", box=None)
     for arm in report["arms"]:
         worst = f"{arm['worst']['value']:.3f} {arm['worst']['site']}" if arm["worst"] else "-"
-        cells = [interval(arm["places"][name]) for name in shown]
+        cells = [_value(arm["places"][name]) for name in shown]
         table.add_row(arm["arm"], interval(arm["endpoint"]), *cells, worst, str(arm["steps"]))
     seeds = len(report["seeds"])
     print(f"95 % intervals: {report['intervals']}, {seeds} seed{'s' if seeds > 1 else ''}")
@@ -80,6 +80,10 @@ def _show(report: dict[str, Any]) -> None:
         console().print(tests)
     for note in report["notes"]:
         print(f"note: {note}")
+
+
+def _value(found: dict[str, Any]) -> str:
+    return "-" if found["value"] is None else f"{found['value']:.3f}"
 
 
 def _difference(one: dict[str, Any]) -> str:
