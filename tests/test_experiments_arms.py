@@ -73,7 +73,7 @@ def held_out(config) -> dict[str, set[str]]:
 def test_every_arm_and_seed_holds_out_the_same_patients(hospitals, tmp_path) -> None:
     trials = trials_of(hospitals(), tmp_path)
     expected = held_out(hospitals())
-    assert all(0 < len(images) for images in expected.values())
+    assert all(len(images) > 0 for images in expected.values())
     assert {trial.seed for trial in trials} == {7, 8}
     for trial in trials:
         assert held_out(trial.judged) == expected
@@ -217,3 +217,13 @@ def test_sources_of_pooled_data_name_nothing_but_data(toy_config, tmp_path) -> N
     (trial, *_) = [trial for trial in trials_of(config, tmp_path) if trial.arm == "pooled"]
     sources = json.loads((Path(trial.config.data.sites[0]) / "sources.json").read_text())
     assert sources == {"dataset": "toy:dataset", "sites": list(config.data.sites)}
+
+
+def test_resplit_gives_every_seed_its_own_held_out_patients(hospitals, tmp_path) -> None:
+    trials = trials_of(hospitals(evaluate={"resplit": True}), tmp_path)
+    by_seed = {seed: held_out(next(t.judged for t in trials if t.seed == seed)) for seed in (7, 8)}
+    assert by_seed[7] != by_seed[8]
+    for trial in trials:
+        out = set().union(*held_out(trial.config).values())
+        everyone = set().union(*by_seed[trial.seed].values())
+        assert out == everyone if trial.arm != "local" else out <= everyone

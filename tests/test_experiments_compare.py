@@ -17,12 +17,12 @@ from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.config import to_toml
 from fedmed.errors import ConfigError, RunFailed
+from fedmed.experiments.arms import trials_of
 from fedmed.experiments.compare import compare
 from fedmed.experiments.predictions import read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import run_trials
 from fedmed.experiments.sweep import points_of, sweep
-from fedmed.experiments.arms import trials_of
 
 pytestmark = pytest.mark.simulation
 ARMS = ["local", "federated", "pooled"]

@@ -77,7 +77,9 @@ def test_equal_generators_resample_equal_patients() -> None:
         for each in (weak, strong, weak)
     ]
     assert np.array_equal(drawn[0], drawn[2], equal_nan=True)
-    paired = paired_difference((auroc(strong[:, 0], targets[:, 0]), auroc(weak[:, 0], targets[:, 0])), tuple(drawn[1::-1]))
+    paired = paired_difference(
+        (auroc(strong[:, 0], targets[:, 0]), auroc(weak[:, 0], targets[:, 0])), tuple(drawn[1::-1])
+    )
     assert 0 < paired.low < paired.value < paired.high and paired.p < 0.05
 
 

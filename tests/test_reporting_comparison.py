@@ -181,7 +181,10 @@ def test_browser_draws_every_plot_of_an_experiment(tmp_path: Path) -> None:
     comparison_page(tmp_path, site=EVIL)
     (tmp_path / "sweep.json").write_text(json.dumps(grid("privacy.epsilon", "model.norm")))
     write_sweep(tmp_path)
-    for name, plots in (("comparison.html", ("plot-arms", "plot-differences", "plot-matrix")), ("sweep.html", ("plot-points",))):
+    for name, plots in (
+        ("comparison.html", ("plot-arms", "plot-differences", "plot-matrix")),
+        ("sweep.html", ("plot-points",)),
+    ):
         quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
         command = [program, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--virtual-time-budget=8000"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]

@@ -30,12 +30,23 @@ def grid_progress(*, quiet: bool) -> Iterator[Callable[[Standing], None]]:
 def bars() -> Iterator[Callable[[Standing], None]]:
     """Bars of runs and rounds that are drawn only when told to."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # auto_refresh would start a thread, and a fork with threads may hang
     progress = Progress(
-        *columns, TimeRemainingColumn(), TextColumn("{task.fields[facts]}"), console=Console(stderr=True), auto_refresh=False
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=Console(stderr=True),
+        auto_refresh=False,
     )
     with progress:
         runs = progress.add_task("runs", total=None, facts="")

@@ -212,6 +212,7 @@ class EvaluateConfig(Section):
     family: Annotated[
         tuple[str, ...], Field(description='declared comparisons, "ARM vs ARM"; empty = federated vs pooled and local')
     ] = ()
+    resplit: Annotated[bool, Field(description="every seed of an experiment holds out other patients")] = False
     seeds: Annotated[Positive, Field(description="trainings of every arm of fedmed compare, or point of a sweep")] = 5
 
 

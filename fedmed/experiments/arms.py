@@ -21,7 +21,7 @@ from fedmed.federated.sites import site_names
 
 Kind = Literal["local", "federated", "pooled"]
 KEPT_OF_STRATEGY = ("weight-by", "round-timeout-s", "retries", "checkpoint-every")  # by arms that federate nothing
-DECLARED = ("compare", "endpoint", "family", "seeds")  # say nothing of how a network is trained
+DECLARED = ("compare", "endpoint", "family", "seeds", "resplit")  # say nothing of how a network is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ def changed(config: RunConfig, sections: Mapping[str, Mapping[str, Any]], **keys
 def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
     """Every run of a comparison: each arm with each seed, and of `local` each site.
 
-    All of them hold out the patients that the run file's own seed holds out.
+    All of one seed hold out the same patients: those that the run file's own seed holds out, or with
+    `evaluate.resplit` those of their seed.
 
     Args:
         config: the run, with every path absolute.
@@ -95,20 +96,26 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
     arms = config.evaluate.compare
     if len(set(arms)) < len(arms) or not arms:
         raise ConfigError("evaluate.compare: name every arm once, and one at least")
+    return tuple(
+        _trial(arm, network, trained, base, seed)
+        for seed, base in bases_of(config).items()
+        for arm in arms
+        for network, trained in _networks(base, arm, folder)
+    )
+
+
+def bases_of(config: RunConfig) -> dict[int, RunConfig]:
+    """What all runs of each seed share: one split for all of them, or with `evaluate.resplit` one for each seed."""
     base = plain(config)
-    found: list[Trial] = []
-    for arm in arms:
-        for network, trained in _networks(base, arm, folder):
-            found += [_trial(arm, network, trained, base, seed) for seed in seeds_of(config)]
-    return tuple(found)
+    if not config.evaluate.resplit:
+        return dict.fromkeys(seeds_of(config), base)
+    return {seed: changed(base, {"evaluate": {"split-seed": seed}}) for seed in seeds_of(config)}
 
 
 def plain(config: RunConfig) -> RunConfig:
     """The configuration with what only declares an experiment at its defaults, and who is held out pinned."""
     defaults = EvaluateConfig().model_dump(mode="json", by_alias=True)
-    return changed(
-        config, {"evaluate": {**{key: defaults[key] for key in DECLARED}, "split-seed": config.split_seed}}
-    )
+    return changed(config, {"evaluate": {**{key: defaults[key] for key in DECLARED}, "split-seed": config.split_seed}})
 
 
 def _networks(base: RunConfig, arm: str, folder: Path) -> Sequence[tuple[str, RunConfig]]:

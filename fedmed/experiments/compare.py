@@ -10,7 +10,7 @@ from typing import Any
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, comparisons, kind_of, plain, seeds_of, trials_of
-from fedmed.experiments.judging import SMALL, Bench, Drawn, check_paired, mean_of, site_places
+from fedmed.experiments.judging import SMALL, Bench, Drawn, check_paired, check_same_split, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
@@ -25,9 +25,7 @@ BUDGET = (
 )
 
 
-def compare(
-    config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None
-) -> dict[str, Any]:
+def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None) -> dict[str, Any]:
     """Train all arms of `[evaluate]`, judge every network everywhere, and write `comparison.json`.
 
     Args:
@@ -49,6 +47,8 @@ def compare(
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)
     judged = {(t.network, t.seed): read_predictions(paths[t.network, t.seed], t.judged) for t in trials}
     check_paired(judged)
+    if not config.evaluate.resplit:
+        check_same_split(judged)
     base = plain(config)
     bench = Bench(config=base, judged=judged, seeds=seeds_of(config))
     table = _Table(bench, trials)
@@ -69,6 +69,7 @@ def compare(
         "seeds": list(bench.seeds),
         "replicates": config.evaluate.bootstrap,
         "intervals": "bootstrap of seeds and patients" if len(bench.seeds) > 1 else "bootstrap of patients",
+        "split": "another one for every seed" if config.evaluate.resplit else "the same for every seed",
         "budget": BUDGET,
         "arms": [table.arm(arm, arms[arm], paths) for arm in arms],
         "places": [table.place(place) for place in places_of(base) if place.name in table.places],
@@ -78,7 +79,7 @@ def compare(
             | {"p_holm": p}
             for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
         ],
-        "subgroups": table.subgroups(places_of(base)),
+        "subgroups": [] if config.evaluate.resplit else table.subgroups(places_of(base)),
         "notes": _notes(bench, paths.values(), bool(pairs)),
     }
     _write(folder / RESULT, report)
@@ -95,7 +96,9 @@ class _Table:
         self.networks = {trial.network: trial.arm for trial in trials}
         first = next(iter(bench.judged.values()))
         self.places, self.sites = list(first), site_places(first)
-        self.images = {name: len(cases.row) for name, cases in first.items()}
+        self.images = {
+            name: len({int(row) for places in bench.judged.values() for row in places[name].row}) for name in first
+        }
         self.rows = {name: cases.row for name, cases in first.items()}
         self.drawn = {(n, p): bench.drawn(n, p) for n in self.networks for p in self.places}
 

@@ -49,19 +49,19 @@ class Bench:
         """Every metric of a network at a place, or at some of its cases."""
         labels, values, replicates = self.config.task.labels, [], []
         names: tuple[str, ...] = ()
-        for seed in self.seeds:
-            cases = self.judged[network, seed][place]
-            cases = cases if keep is None else cases.select(keep)
+        chosen = [self.judged[network, seed][place] for seed in self.seeds]
+        chosen = chosen if keep is None else [cases.select(keep) for cases in chosen]
+        everyone = sorted({patient for cases in chosen for patient in cases.patients})
+        for cases in chosen:
             measures = cases.measures(labels)
             names = measures.names
             values.append(measures.statistic(np.ones((len(cases.row), 1)))[:, 0])  # (K,)
             rng = np.random.default_rng(_number(f"{self.config.split_seed}/{place}"))
-            replicates.append(replicate(measures.statistic, cases.patients, self.config.evaluate.bootstrap, rng))
-            patients = len(set(cases.patients))
+            count = self.config.evaluate.bootstrap
+            replicates.append(replicate(measures.statistic, cases.patients, count, rng, among=everyone))
         value, drawn = np.stack(values), np.stack(replicates)  # (S, K), (S, K, R)
-        return {
-            name: Drawn(values=value[:, k], replicates=drawn[:, k], patients=patients) for k, name in enumerate(names)
-        }
+        n = len(everyone)
+        return {name: Drawn(values=value[:, k], replicates=drawn[:, k], patients=n) for k, name in enumerate(names)}
 
     def estimate(self, drawn: Drawn, *, suppress: bool = True) -> Estimate:
         """Value and 95 % interval, over patients, and over seeds too where there are several."""
@@ -92,13 +92,14 @@ def mean_of(parts: Sequence[Drawn], *, patients: int) -> Drawn:
 
 
 def check_paired(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> None:
-    """Refuse networks that were judged on other patients than the first one was.
+    """Refuse networks that were judged on other patients than another one of the same seed was.
 
     Raises:
         DataError: they were, which only a data set of the user's own can bring about.
     """
-    first = next(iter(judged.values()))
-    for places in judged.values():
+    firsts = {seed: places for (_, seed), places in reversed(list(judged.items()))}
+    for (_, seed), places in judged.items():
+        first = firsts[seed]
         same = places.keys() == first.keys() and all(
             np.array_equal(places[name].row, first[name].row)
             and np.array_equal(places[name].patient, first[name].patient)
@@ -111,6 +112,17 @@ def check_paired(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> None
             )
 
 
+def check_same_split(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> None:
+    """Refuse seeds that were judged on other patients, where the run file asks for one split.
+
+    Raises:
+        DataError: they were.
+    """
+    networks = {network for network, _ in judged}
+    for name in networks:
+        check_paired({(str(seed), 0): places for (network, seed), places in judged.items() if network == name})
+
+
 def site_places(places: Mapping[str, Judged]) -> list[str]:
     """The places that are sites."""
     return [name for name in places if name != SERVER]
@@ -121,7 +133,8 @@ def _mean(stack: Array) -> Array:
     defined = ~np.isnan(stack)
     count = defined.sum(axis=0)
     total = np.where(defined, stack, 0).sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    means: Array = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return means
 
 
 def _number(text: str) -> int:

@@ -50,7 +50,7 @@ class Judged:
     """N cases of one place as one network sees them."""
 
     row: NDArray[np.int64]  # (N,) line of the manifest, or number of the item
-    patient: NDArray[np.int64]  # (N,) number of the patient, in the order in which patients come up
+    patient: NDArray[np.int64]  # (N,) number of the patient, in the order in which the whole data set names them
     scores: Mapping[str, NDArray[np.generic]]  # (N, …) logits and targets, or the fields of Cases
 
     @property
@@ -147,7 +147,7 @@ def _predicted(
             logits.append(predicted)
             targets.append(true)
     order = np.concatenate(chosen)
-    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(data.patients[row] for row in order))}
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(data.patients))}
     scores: dict[str, NDArray[np.generic]]
     if cases:
         joined = join_cases(cases)
@@ -166,7 +166,9 @@ def _mark(config: RunConfig) -> str:
     values = run_file.nested(config)
     facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
     facts += [config.evaluate.selection_share]
-    facts += [hashlib.sha256(Path(p.path).read_bytes()).hexdigest() for p in places_of(config) if Path(p.path).is_file()]
+    facts += [
+        hashlib.sha256(Path(p.path).read_bytes()).hexdigest() for p in places_of(config) if Path(p.path).is_file()
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,7 +24,9 @@ def digest(config: RunConfig) -> str:
     values = run_file.nested(config)
     del values["name"], values["simulation"]["workers"]
     paths = [*config.data.sites, config.data.server, config.model.weights]
-    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path and Path(path).is_file()}
+    files = {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path and Path(path).is_file()
+    }
     facts = json.dumps([fedmed.__version__, values, files], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 

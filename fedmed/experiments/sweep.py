@@ -14,8 +14,8 @@ from typing import Any
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunFailed
-from fedmed.experiments.arms import Trial, changed, plain, seeds_of
-from fedmed.experiments.judging import Bench, Drawn, check_paired, mean_of, site_places
+from fedmed.experiments.arms import Trial, bases_of, changed, plain, seeds_of
+from fedmed.experiments.judging import Bench, Drawn, check_same_split, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
@@ -66,7 +66,9 @@ def points_of(config: RunConfig, vary: Sequence[str]) -> tuple[Point, ...]:
     points = []
     for choice in itertools.product(*axes.values()):
         assignments = [f"{key}={value}" for key, value in zip(axes, choice, strict=True)]
-        found = run_file.validate(run_file.override(run_file.nested(config), assignments), source="a point of the sweep")
+        found = run_file.validate(
+            run_file.override(run_file.nested(config), assignments), source="a point of the sweep"
+        )
         flat = run_file.flatten(found)
         points.append(Point(values={key: flat[key] for key in axes}, config=found))
     return tuple(points)
@@ -76,8 +78,7 @@ def trials_of(points: Sequence[Point]) -> tuple[Trial, ...]:
     """Every run of a sweep."""
     found = []
     for point in points:
-        base = plain(point.config)
-        for seed in seeds_of(point.config):
+        for seed, base in bases_of(point.config).items():
             trained = changed(base, {}, seed=seed)
             found.append(Trial(arm=point.label, network=point.label, seed=seed, config=trained, judged=base))
     return tuple(found)
@@ -128,8 +129,10 @@ def sweep(
 def _judged(point: Point, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any]:
     """The primary metric of a point at the declared endpoint, over its seeds and the patients."""
     base = plain(point.config)
-    judged = {key: read_predictions(path, base) for key, path in runs.items()}
-    check_paired(judged)
+    bases = bases_of(point.config)
+    judged = {key: read_predictions(path, bases[key[1]]) for key, path in runs.items()}
+    if not point.config.evaluate.resplit:
+        check_same_split(judged)
     bench = Bench(config=base, judged=judged, seeds=tuple(seed for _, seed in runs))
     places = next(iter(judged.values()))
     where = [SERVER] if point.config.evaluate.endpoint == "server" else site_places(places)

@@ -99,4 +99,3 @@ def _placements(positives: NDArray[np.floating], negatives: NDArray[np.floating]
     wins = np.searchsorted(below, positives, "left") + np.searchsorted(below, positives, "right")
     losses = np.searchsorted(above, negatives, "left") + np.searchsorted(above, negatives, "right")
     return wins / (2 * max(len(below), 1)), 1 - losses / (2 * max(len(above), 1))
-

@@ -70,14 +70,29 @@ def intervals(
     return result
 
 
-def replicate(statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Array:
+def replicate(
+    statistic: Statistic,
+    patients: Sequence[str],
+    replicates: int,
+    rng: np.random.Generator,
+    *,
+    among: Sequence[str] = (),
+) -> Array:
     """Returns the statistic of each resample, (K, replicates).
 
     The draws depend on the patients and the generator alone, so that two networks that are judged on the same patients
     with equal generators are judged on the same resamples, and their replicates can be compared in pairs.
+
+    Args:
+        statistic: As for `bootstrap_patients`, of one value or of K.
+        patients: N patient ids, one per image.
+        replicates: How many resamples.
+        rng: Source of the resamples.
+        among: The patients that are drawn from, if they are more than those of the images: where several networks were
+            judged on different parts of the same patients.
     """
     rows = [np.atleast_2d(statistic(np.ones((len(patients), 1))))[:, :0]]  # (K, 0): tells K without replicates too
-    rows += [np.atleast_2d(statistic(weights)) for weights in _weights(patients, replicates, rng)]
+    rows += [np.atleast_2d(statistic(weights)) for weights in _weights(patients, among or patients, replicates, rng)]
     return np.concatenate(rows, axis=1)
 
 
@@ -90,9 +105,12 @@ def percentiles(drawn: Array) -> tuple[float | None, float | None]:
     return float(low), float(high)
 
 
-def _weights(patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Iterator[Array]:
+def _weights(
+    patients: Sequence[str], among: Sequence[str], replicates: int, rng: np.random.Generator
+) -> Iterator[Array]:
     """Yields how often each image is drawn, (N, R) for some replicates at a time."""
-    distinct, patient = np.unique(np.asarray(patients), return_inverse=True)  # (P,), (N,)
+    distinct = np.unique(np.asarray(among))  # (P,)
+    patient = np.searchsorted(distinct, np.asarray(patients))  # (N,)
     at_once = max(1, CELLS // max(1, len(patient)))
     for start in range(0, replicates if len(distinct) else 0, at_once):
         count = min(at_once, replicates - start)

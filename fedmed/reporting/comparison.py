@@ -54,7 +54,9 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         raise DataError(f"{path.name} cannot be read; run the experiment again, which reuses its runs") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or not set(keys) <= found.keys():
-        raise DataError(f"{path.name} is damaged or of another version; run the experiment again, which reuses its runs")
+        raise DataError(
+            f"{path.name} is damaged or of another version; run the experiment again, which reuses its runs"
+        )
     return found
 
 

@@ -126,7 +126,8 @@ def sweep_lines(found: Found) -> Plot | None:
     axis: Json = {"title": {"text": plain(first)}, "type": "log" if wide else "linear" if numeric else "category"}
     layout = layout_of(height=440 + 18 * len(lines), margin={"l": 70, "r": 20, "t": 12, "b": 60})
     layout |= {
-        "xaxis": axis | ({"tickvals": sorted(set(xs)), "ticktext": [f"{x:g}" for x in sorted(set(xs))]} if wide else {}),
+        "xaxis": axis
+        | ({"tickvals": sorted(set(xs)), "ticktext": [f"{x:g}" for x in sorted(set(xs))]} if wide else {}),
         "yaxis": {"title": {"text": plain(title(found["primary"]))}, "zeroline": False},
         "legend": {"orientation": "h", "y": -0.2, "yanchor": "top"},
     }

@@ -10,6 +10,7 @@ from fedmed.reporting.facts import Estimate, Privacy, RunFacts
 UNDEFINED = "–"
 NAMES = {
     "f1": "F1",
+    "accuracy": "Accuracy",
     "brier": "Brier score",
     "assd": "ASSD",
     "micro-dice": "Micro-Dice",

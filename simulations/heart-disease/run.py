@@ -21,7 +21,7 @@ import tomli_w
 
 HERE = Path(__file__).absolute().parent
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va_long_beach")
-GRID = ("train.learning-rate=0.01,0.03,0.1", "train.rounds=10,30,100")
+GRID = ("train.learning-rate=0.03,0.1,0.3", "train.rounds=10,30,100")
 BEGIN, END = "<!-- begin: run.py -->", "<!-- end: run.py -->"
 FLAMBY = {"pooled": 0.795, "best single site": 0.784, "fedavg": 0.748, "best federated": 0.785}
 Found = dict[str, Any]
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tune(table: Path, out: Path) -> dict[str, float]:
     """The setting with the best mean accuracy of FedAvg on a quarter of the training patients; the held-out ones are
-    not looked at."""
+    not looked at.
+    """
     run = write_run(out / "tune.toml", table, "tune", {"evaluate.seeds": 5, "evaluate.bootstrap": 0})
     varied = [word for each in GRID for word in ("--vary", each)]
     points = fedmed("sweep", run, *varied, "--out", out / "tune")["points"]
@@ -117,7 +118,9 @@ def text_of(report: Found, tuned: dict[str, float]) -> str:
 
 def mean_at_all(report: Found, network: str, sites: Sequence[str]) -> float:
     """The accuracy of one network, averaged over all hospitals."""
-    cells = {cell["place"]: cell["metrics"]["accuracy"]["value"] for cell in report["matrix"] if cell["network"] == network}
+    cells = {
+        cell["place"]: cell["metrics"]["accuracy"]["value"] for cell in report["matrix"] if cell["network"] == network
+    }
     return float(sum(cells[site] for site in sites) / len(sites))
 
 
