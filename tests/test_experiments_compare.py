@@ -44,7 +44,7 @@ def compared(toy_config, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_every_network_is_judged_everywhere(compared) -> None:
-    config, folder, report = compared
+    _, folder, report = compared
     assert report == json.loads((folder / "comparison.json").read_text())
     cells = {(cell["network"], cell["place"]) for cell in report["matrix"]}
     networks = {"local:a-60", "local:b-40", "federated", "pooled"}
@@ -90,7 +90,7 @@ def test_too_few_seeds_give_no_p_value_and_say_so(compared) -> None:
 
 
 def test_site_learns_what_its_patients_gained(compared) -> None:
-    _, folder, report = compared
+    _, folder, _ = compared
     own = json.loads((folder / "sites" / "b-40" / "comparison.json").read_text())
     assert own["site"] == "b-40" and own["arms"][0]["n"] == 4, "its own counts are its own"
     rows = {row["arm"]: row for row in own["arms"]}

@@ -1,4 +1,4 @@
-"""Which held-out images belong to which subgroup: sex, age band, view and scanner, where the manifest has the column."""
+"""Which held-out images belong to which subgroup: sex, age band, view, scanner, where the manifest has the column."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def _records(manifest: Path) -> Mapping[int, Mapping[str, str]]:
     with manifest.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         header = [name.strip().lower() for name in next(reader, [])]
-        return {reader.line_num: dict(zip(header, map(str.strip, cells), strict=False)) for cells in reader if cells}
+        lines = [(reader.line_num, cells) for cells in reader]
+    return {number: dict(zip(header, map(str.strip, cells), strict=False)) for number, cells in lines}
 
 
 def _band(text: str) -> str:

@@ -94,7 +94,7 @@ def interval_of_variance(value: float, variance: float) -> tuple[float, float]:
 
 
 def _placements(positives: NDArray[np.floating], negatives: NDArray[np.floating]) -> tuple[Array, Array]:
-    """Returns the share of negatives that each positive beats, and of positives that beat each negative; ties count ½."""
+    """Returns the share of negatives that each positive beats, and of positives that beat each negative; ties are ½."""
     above, below = np.sort(positives), np.sort(negatives)
     wins = np.searchsorted(below, positives, "left") + np.searchsorted(below, positives, "right")
     losses = np.searchsorted(above, negatives, "left") + np.searchsorted(above, negatives, "right")

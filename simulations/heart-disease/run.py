@@ -1,8 +1,8 @@
 """Run the heart disease comparison and write its table into README.md.
 
 `python run.py DATA OUT` reads `DATA/tabular/dev/heart_disease_4hospitals.csv`, calls `fedmed sweep` on the training
-patients alone and then `fedmed compare`, and replaces the table of this folder's README.md. What was run before with the
-same settings is reused.
+patients alone and then `fedmed compare`, and replaces the table of this folder's README.md. What was run before with
+the same settings is reused.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tune(table: Path, out: Path) -> dict[str, float]:
-    """The setting with the best mean accuracy of FedAvg on a quarter of the training patients; the held-out ones are
-    not looked at.
-    """
+    """The setting with the best mean accuracy of FedAvg on a quarter of each seed's training patients."""
     run = write_run(out / "tune.toml", table, "tune", {"evaluate.seeds": 5, "evaluate.bootstrap": 0})
     varied = [word for each in GRID for word in ("--vary", each)]
     points = fedmed("sweep", run, *varied, "--out", out / "tune")["points"]
