@@ -203,8 +203,8 @@ class EvaluateConfig(Section):
         int, Field(ge=0, lt=2**63, description="decides who is held out; 0 = seed, so another seed holds out others")
     ] = 0
     compare: Annotated[
-        tuple[str, ...], Field(description="arms of fedmed compare: local, pooled, federated, or names of algorithms")
-    ] = ("local", "federated", "pooled")
+        tuple[str, ...], Field(description="arms of fedmed compare: local, federated, pooled, names of algorithms; empty = the first three")
+    ] = ()
     endpoint: Annotated[
         Literal["sites", "server"],
         Field(description="where arms are compared: the mean of the primary metric over sites, or the server's set"),

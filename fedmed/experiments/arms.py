@@ -45,6 +45,11 @@ def kind_of(arm: str) -> Kind:
     return "local" if arm == "local" else "pooled" if arm == "pooled" else "federated"
 
 
+def arms_of(config: RunConfig) -> tuple[str, ...]:
+    """The arms of a comparison, in order."""
+    return config.evaluate.compare or ("local", "federated", "pooled")
+
+
 def seeds_of(config: RunConfig) -> tuple[int, ...]:
     """The seeds that every arm is trained with."""
     return tuple(range(config.seed, config.seed + config.evaluate.seeds))
@@ -58,7 +63,7 @@ def comparisons(config: RunConfig) -> tuple[tuple[str, str], ...]:
     Raises:
         ConfigError: a comparison is not written "ARM vs ARM", or names what is no arm.
     """
-    arms = config.evaluate.compare
+    arms = arms_of(config)
     if not config.evaluate.family:
         federated = [arm for arm in arms if kind_of(arm) == "federated"]
         return tuple((arm, other) for arm in federated for other in ("pooled", "local") if other in arms)
@@ -93,9 +98,9 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
         ConfigError: an arm is named twice, or no algorithm has its name.
         DataError: a manifest cannot be used.
     """
-    arms = config.evaluate.compare
-    if len(set(arms)) < len(arms) or not arms:
-        raise ConfigError("evaluate.compare: name every arm once, and one at least")
+    arms = arms_of(config)
+    if len(set(arms)) < len(arms):
+        raise ConfigError("evaluate.compare: an arm is named twice; name each once")
     return tuple(
         _trial(arm, network, trained, base, seed)
         for seed, base in bases_of(config).items()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
-from fedmed.experiments.arms import Trial, comparisons, kind_of, plain, seeds_of, trials_of
+from fedmed.experiments.arms import Trial, arms_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.judging import SMALL, Bench, Drawn, check_paired, check_same_split, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
@@ -56,7 +56,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
         raise ConfigError("nobody is held out, at no site and at the server; set evaluate.site-share or data.server")
     if config.evaluate.endpoint == "sites" and not table.sites:
         raise ConfigError('evaluate.endpoint = "sites", but no site holds anybody out; set evaluate.site-share')
-    arms = {arm: table.endpoint(arm, config.evaluate.endpoint) for arm in config.evaluate.compare}
+    arms = {arm: table.endpoint(arm, config.evaluate.endpoint) for arm in arms_of(config)}
     tests = [bench.difference(arms[a], arms[b], test=len(bench.seeds) >= ENOUGH_SEEDS) for a, b in pairs]
     adjusted = holm([test.p for test in tests])
     report = {
