@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from small_hospitals import hospital
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
@@ -24,19 +24,6 @@ from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.split import evaluation_rows
 
 SITES = ("north", "south")
-
-
-def hospital(folder: Path, patients: int, seed: int, header: str = "patient_id,image,a,b,sex,age") -> Path:
-    """A manifest of small pictures; both hospitals call their patients p0, p1, …"""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    lines = [header]
-    for number in range(2 * patients):
-        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
-        labels = ",".join(str(rng.integers(2)) for _ in "ab")
-        lines.append(f"p{number // 2},{number}.png,{labels},{'FM'[number // 2 % 2]},{20 + number}")
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
-    return folder / "manifest.csv"
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from sklearn.metrics import roc_auc_score
+from small_hospitals import hospital, lungs
 
 from fedmed import config as run_file
 from fedmed.cli import app
@@ -118,6 +119,55 @@ def test_no_identifier_leaves_the_sites(compared) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and "cache" not in path.parts:
             assert b"PLANTED" not in path.read_bytes(), path
+
+
+def images(root: Path, make, task: dict[str, object], model: dict[str, object], **evaluate: object):
+    """Two hospitals of tiny pictures."""
+    sites = [str(make(root / name, patients, place)) for place, (name, patients) in enumerate((("n", 44), ("s", 10)))]
+    return run_file.validate(
+        {
+            "model": model,
+            "task": task,
+            "data": {"sites": sites, "image-size": 16},
+            "train": {"rounds": 1},
+            "evaluate": {"seeds": 1, "bootstrap": 50, "site-share": 0.5, **evaluate},
+            "simulation": {"device": "cpu"},
+        }
+    )
+
+
+def test_subgroups_of_a_manifest_have_values_where_they_are_large_enough(tmp_path) -> None:
+    model: dict[str, object] = {"name": "small-cnn", "width": 4}
+    config = images(
+        tmp_path, hospital, {"labels": ["a", "b"]}, model, compare=["federated", "pooled"], primary="accuracy"
+    )
+    report = compare(config, tmp_path / "out")
+    by_sex = [row for row in report["subgroups"] if row["column"] == "sex"]
+    assert {(row["place"], row["group"], row["arm"]) for row in by_sex} == {
+        (place, group, arm) for place in "ns" for group in "FM" for arm in ("federated", "pooled")
+    }
+    for row in by_sex:
+        if row["place"] == "s":  # five patients are held out there
+            assert (row["value"], row["n"]) == (None, None)
+        elif row["n"] is not None:
+            assert row["n"] >= 10 and row["low"] <= row["value"] <= row["high"]
+    assert any(row["n"] for row in by_sex)
+    (pooled,) = (folder for folder in (tmp_path / "out" / "runs").iterdir() if folder.name.startswith("pooled"))
+    result = result_of(pooled)
+    assert result["sites"][0]["images"] == 2 * (44 + 10)
+    judged = read_predictions(pooled, config)
+    trained = sum(len(cases.row) for cases in judged.values())
+    events = [json.loads(line) for line in (pooled / "events.jsonl").read_text().splitlines()]
+    (received,) = (event for event in events if event["kind"] == "update_received")
+    assert received["images"] == 2 * (44 + 10) - trained, "all but those that some site holds out"
+
+
+def test_segmentation_is_compared_case_by_case(tmp_path) -> None:
+    task: dict[str, object] = {"kind": "segmentation", "labels": ["lung"]}
+    report = compare(images(tmp_path, lungs, task, {"name": "kept_runs:outline"}), tmp_path / "out")
+    assert report["primary"] == "dice" and len(report["arms"]) == 3
+    for arm in report["arms"]:
+        assert 0.5 < arm["endpoint"]["low"] <= arm["endpoint"]["value"] <= arm["endpoint"]["high"] <= 1
 
 
 def test_five_seeds_give_corrected_p_values(toy_config, tmp_path) -> None:

@@ -203,7 +203,8 @@ class EvaluateConfig(Section):
         int, Field(ge=0, lt=2**63, description="decides who is held out; 0 = seed, so another seed holds out others")
     ] = 0
     compare: Annotated[
-        tuple[str, ...], Field(description="arms of fedmed compare: local, federated, pooled, names of algorithms; empty = the first three")
+        tuple[str, ...],
+        Field(description="arms of fedmed compare: local, federated, pooled (empty = these), or algorithms"),
     ] = ()
     endpoint: Annotated[
         Literal["sites", "server"],
