@@ -122,7 +122,7 @@ def test_own_network_and_data_example_runs(fedmed, tmp_path):
     (module,), (run,) = blocks(page, "python"), blocks(page, "toml")
     (tmp_path / "hospital.py").write_text(module, encoding="utf-8")
     (tmp_path / "run.toml").write_text(run, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     done = fedmed("simulate", "run.toml", "--out", "out", "--json", cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

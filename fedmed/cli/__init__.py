@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from fedmed.cli import data, ledger, predict, privacy, report, simulate
+from fedmed.cli import compare, data, ledger, predict, privacy, report, simulate, sweep
 from fedmed.errors import FedmedError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate)
+app.command("compare")(compare.compare)
+app.command("sweep")(sweep.sweep)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")

@@ -229,6 +229,22 @@ class EvaluateConfig(Section):
         Literal["final", "every"], Field(description="when sites evaluate on their own held-out patients")
     ] = "final"
     bootstrap: Annotated[Count, Field(description="patient-bootstrap replicates behind each interval")] = 1000
+    split_seed: Annotated[
+        int, Field(ge=0, lt=2**63, description="decides who is held out; 0 = seed, so another seed holds out others")
+    ] = 0
+    compare: Annotated[
+        tuple[str, ...],
+        Field(description="arms of fedmed compare: local, federated, pooled (empty = these), or algorithms"),
+    ] = ()
+    endpoint: Annotated[
+        Literal["sites", "server"],
+        Field(description="where arms are compared: the mean of the primary metric over sites, or the server's set"),
+    ] = "sites"
+    family: Annotated[
+        tuple[str, ...], Field(description='declared comparisons, "ARM vs ARM"; empty = federated vs pooled and local')
+    ] = ()
+    resplit: Annotated[bool, Field(description="every seed of an experiment holds out other patients")] = False
+    seeds: Annotated[Positive, Field(description="trainings of every arm of fedmed compare, or point of a sweep")] = 5
 
 
 class SimulationConfig(Section):
@@ -270,7 +286,7 @@ class RunConfig(Section):
             raise ValueError("task.labels is empty: name the label columns of the manifests")
         metric, slash, label = self.primary.partition("/")
         known = {
-            "classification": ("auroc", "auprc", "sensitivity-at-90-specificity", "f1"),
+            "classification": ("auroc", "auprc", "sensitivity-at-90-specificity", "f1", "accuracy"),
             "segmentation": ("dice", "iou", "micro-dice", "micro-iou", "lesion-sensitivity"),
         }[self.task.kind]
         if metric not in known or (slash and label not in self.task.labels):
@@ -301,6 +317,11 @@ class RunConfig(Section):
     def dimensions(self) -> int:
         """Of what the network sees: 2 for images and slices, 3 for volumes and patches."""
         return 3 if self.data.items in ("volumes", "patches") else 2
+
+    @property
+    def split_seed(self) -> int:
+        """The seed that decides who is held out: several trainings with it are judged on the same patients."""
+        return self.evaluate.split_seed or self.seed
 
     @property
     def primary(self) -> str:

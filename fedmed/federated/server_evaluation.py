@@ -69,7 +69,7 @@ class ServerEvaluation:
         if not config.data.server:
             return None
         data = load_server_data(config, cache_dir)
-        chooses = held_out(data.patients, share=config.evaluate.selection_share, seed=config.seed, name="server")
+        chooses = chosen_by(config, data)
         if chooses.all():
             raise DataError("the server's set has no patient left to report on; lower evaluate.selection-share")
         return cls(config, network, data, chooses)
@@ -135,6 +135,11 @@ def _joined(scores: Sequence[Scores]) -> Scores:
         return join_cases(cases)
     logits, targets = zip(*scores, strict=True)
     return np.concatenate(logits), np.concatenate(targets)
+
+
+def chosen_by(config: RunConfig, data: Dataset) -> NDArray[np.bool_]:
+    """Which items of the server's set, (N,), belong to the patients that select the network; the others judge it."""
+    return held_out(data.patients, share=config.evaluate.selection_share, seed=config.split_seed, name="server")
 
 
 def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:

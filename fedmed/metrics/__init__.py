@@ -4,23 +4,44 @@ Numpy in, numbers out. A metric that is undefined is None, never NaN.
 """
 
 from fedmed.metrics.bands import GRID, Curve, LabelCurves, label_curves, youden_threshold
-from fedmed.metrics.bootstrap import intervals_classification, intervals_segmentation
+from fedmed.metrics.bootstrap import (
+    Measures,
+    classification_measures,
+    intervals_classification,
+    intervals_segmentation,
+    segmentation_measures,
+)
 from fedmed.metrics.cases import Cases, dice_per_case, join_cases, score_cases
 from fedmed.metrics.classification import classification_bounds, classification_metrics, classification_sums
+from fedmed.metrics.comparison import (
+    ENOUGH_SEEDS,
+    Difference,
+    holm,
+    over_seeds,
+    p_value,
+    paired_difference,
+    seed_draws,
+)
 from fedmed.metrics.form import Form, metrics_of_released, released
 from fedmed.metrics.histograms import bin_centres
+from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
-from fedmed.metrics.resampling import Interval, bootstrap_patients
+from fedmed.metrics.resampling import Interval, bootstrap_patients, percentiles, replicate
 from fedmed.metrics.segmentation import case_sums, segmentation_metrics, segmentation_sums
 from fedmed.metrics.sums import add_sums
 
 __all__ = [
+    "ENOUGH_SEEDS",
     "GRID",
+    "MINIMUM",
     "Cases",
+    "ClusteredAuroc",
     "Curve",
+    "Difference",
     "Form",
     "Interval",
     "LabelCurves",
+    "Measures",
     "add_sums",
     "auprc",
     "auroc",
@@ -28,17 +49,28 @@ __all__ = [
     "bootstrap_patients",
     "case_sums",
     "classification_bounds",
+    "classification_measures",
     "classification_metrics",
     "classification_sums",
+    "clustered_auroc",
     "dice_per_case",
+    "holm",
+    "interval_of_variance",
     "intervals_classification",
     "intervals_segmentation",
     "join_cases",
     "label_curves",
     "metrics_of_released",
+    "over_seeds",
+    "p_value",
+    "paired_difference",
+    "percentiles",
     "released",
+    "replicate",
     "roc_curve",
     "score_cases",
+    "seed_draws",
+    "segmentation_measures",
     "segmentation_metrics",
     "segmentation_sums",
     "sensitivity_at_specificity",

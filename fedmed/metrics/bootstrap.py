@@ -7,6 +7,7 @@ same resamples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,17 @@ from fedmed.metrics.calibration import (
 from fedmed.metrics.cases import Cases, overlap
 from fedmed.metrics.classification import SENSITIVITY, f1
 from fedmed.metrics.ranking import ranking_metrics
-from fedmed.metrics.resampling import Interval, intervals
+from fedmed.metrics.resampling import Interval, Statistic, intervals
 from fedmed.metrics.sums import Array, check_cases, check_labels, check_patients, cross_entropy, quotient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """The K metrics of N judged images or cases, as one function of how often each of them counts."""
+
+    names: tuple[str, ...]  # K
+    statistic: Statistic  # weights (N, R) -> values (K, R), NaN where undefined
+    counts: NDArray[np.bool_]  # (N, K) whether an image counts for a metric
 
 
 def intervals_classification(
@@ -50,12 +60,26 @@ def intervals_classification(
         ModelError: If a logit is NaN or infinite.
         DataError: If shapes disagree or a target is none of 0, 1 and NaN.
     """
-    check_cases(logits, targets, unknown=True)
     check_patients(patients, len(logits))
+    measures = classification_measures(logits, targets, labels)
+    return intervals(measures.names, measures.statistic, measures.counts, patients, replicates, rng)
+
+
+def classification_measures(
+    logits: NDArray[np.floating], targets: NDArray[np.floating], labels: Sequence[str]
+) -> Measures:
+    """Returns the metrics behind `intervals_classification`, for logits and targets (N, L).
+
+    Raises:
+        ModelError: If a logit is NaN or infinite.
+        DataError: If shapes disagree or a target is none of 0, 1 and NaN.
+    """
+    check_cases(logits, targets, unknown=True)
     check_labels(labels, logits.shape[1])
     known = ~np.isnan(targets)  # (N, L)
     target = np.where(known, targets, 0).astype(np.float64)
     declared = np.where(known, logits > 0, 0.0)
+    right = np.where(known, declared == target, 0.0)
     loss = np.where(known, cross_entropy(logits.astype(np.float64), target), 0)
     brier = np.where(known, squared_errors(logits, target), 0)
     probability = np.where(known, probabilities(logits), 0)
@@ -76,14 +100,15 @@ def intervals_classification(
                 _under_mean(average),
                 _under_mean(sensitivity),
                 _under_mean(f1((declared * target).T @ weights, declared.T @ weights, target.T @ weights)),
+                _under_mean(quotient(right.T @ weights, count)),
                 _under_mean(quotient(brier.T @ weights, count)),
                 _under_mean(np.reshape(ece, (len(labels), -1))),
             )
         )
 
-    metrics = ("auroc", "auprc", SENSITIVITY, "f1", "brier", "ece")
+    metrics = ("auroc", "auprc", SENSITIVITY, "f1", "accuracy", "brier", "ece")
     counts = np.hstack((known.any(axis=1)[:, None], *[_under_any(known)] * len(metrics)))  # (N, K)
-    return intervals(_names(metrics, labels), statistic, counts, patients, replicates, rng)
+    return Measures(names=_names(metrics, labels), statistic=statistic, counts=counts)
 
 
 def intervals_segmentation(
@@ -105,6 +130,16 @@ def intervals_segmentation(
         DataError: If there is not one patient for each case and one name for each label.
     """
     check_patients(patients, len(cases.loss))
+    measures = segmentation_measures(cases, labels)
+    return intervals(measures.names, measures.statistic, measures.counts, patients, replicates, rng)
+
+
+def segmentation_measures(cases: Cases, labels: Sequence[str]) -> Measures:
+    """Returns the metrics behind `intervals_segmentation`, for scores of N cases and L labels.
+
+    Raises:
+        DataError: If there is not one name for each label.
+    """
     check_labels(labels, cases.total.shape[1])
     hd95, assd = np.nan_to_num(cases.hd95), np.nan_to_num(cases.assd)
 
@@ -141,12 +176,12 @@ def intervals_segmentation(
         "lesion-false-positives": everybody,
     }
     counted = np.hstack((everybody[:, :1], *[_under_any(of_label) for of_label in counts.values()]))  # (N, K)
-    return intervals(_names(tuple(counts), labels), statistic, counted, patients, replicates, rng)
+    return Measures(names=_names(tuple(counts), labels), statistic=statistic, counts=counted)
 
 
-def _names(metrics: Sequence[str], labels: Sequence[str]) -> list[str]:
+def _names(metrics: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
     """Returns `loss`, and each metric followed by itself for each label."""
-    return ["loss", *(name for metric in metrics for name in (metric, *(f"{metric}/{label}" for label in labels)))]
+    return ("loss", *(name for metric in metrics for name in (metric, *(f"{metric}/{label}" for label in labels))))
 
 
 def _under_mean(values: Array) -> Array:

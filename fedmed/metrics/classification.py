@@ -96,9 +96,9 @@ def classification_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:
     Returns:
         `loss`, the mean cross-entropy over known entries. Each of the following as `<metric>/<label>`, and as
         `<metric>`, its mean over the labels for which it is defined: `auroc`; `auprc`, the average precision;
-        `sensitivity-at-90-specificity`, the largest one of a threshold whose specificity is at least 0.90; `f1` at
-        probability ½; `brier`; `ece` with 15 bins. None where undefined: the first three without both classes, `f1`
-        without a positive, the last two without a known entry.
+        `sensitivity-at-90-specificity`, the largest one of a threshold whose specificity is at least 0.90; `f1` and
+        `accuracy` at probability ½; `brier`; `ece` with 15 bins. None where undefined: the first three without both
+        classes, `f1` without a positive, the last three without a known entry.
 
     Raises:
         DataError: If the sums are those of another number of labels.
@@ -106,6 +106,7 @@ def classification_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:
     value = _ranking(sums, labels).value
     positives, count = _counts(sums)  # (L,), (L,)
     declared = sums["true-positives"] + sums["false-positives"]
+    true_negatives = count - positives - sums["false-positives"]
     calibration = [sums[f"calibration-{of}"].reshape(-1, CALIBRATION_BINS).T for of in ("probability", "positives")]
     return {
         "loss": ratio(sums["loss"][0], sums["known"][0]),
@@ -113,6 +114,7 @@ def classification_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:
         **by_label("auprc", value.auprc, labels),
         **by_label(SENSITIVITY, value.sensitivity, labels),
         **by_label("f1", f1(sums["true-positives"], declared, positives), labels),
+        **by_label("accuracy", quotient(sums["true-positives"] + true_negatives, count), labels),
         **by_label("brier", quotient(sums["brier"], count), labels),
         **by_label("ece", ece_of_sums(calibration[0], calibration[1], count), labels),
     }

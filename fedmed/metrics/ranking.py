@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
 SPECIFICITY = 0.9  # of the threshold at which sensitivity is reported
+TINY = np.finfo(np.float64).tiny
 SLACK = 1e-9  # 1 - 0.9 is a little less than the 1/10 that a count can reach
 
 
@@ -52,14 +54,18 @@ def roc_curve(scores: ArrayLike, targets: ArrayLike) -> tuple[Array, Array, Arra
 
     It begins at (0, 0), whose threshold is infinity, and has one point per distinct score, in descending order.
     """
-    ranked = _rank(scores, targets, None)
-    true, false = ranked.true[:, 0], ranked.false[:, 0]
+    score, target = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)  # (N,), (N,)
+    known = np.flatnonzero(~np.isnan(target))
+    order = known[np.argsort(-score[known], kind="stable")]
+    score, target = score[order], target[order]
+    last_of_tie = np.flatnonzero(np.diff(score, append=-np.inf))
+    true, false = np.cumsum(target)[last_of_tie], np.cumsum(1 - target)[last_of_tie]
     if true.size == 0 or true[-1] == 0 or false[-1] == 0:
         return None
     return (
         np.concatenate(([0.0], false / false[-1])),
         np.concatenate(([0.0], true / true[-1])),
-        np.concatenate(([np.inf], ranked.thresholds)),
+        np.concatenate(([np.inf], score[last_of_tie])),
     )
 
 
@@ -72,15 +78,40 @@ class RankingMetrics(NamedTuple):
 
 
 def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: Array | None = None) -> RankingMetrics:
-    """Returns the metrics for each column of case weights, at the cost of one sort.
+    """Returns the metrics for each column of case weights, at the cost of one sort and one pass over them.
 
     Args:
         scores: (N,), higher means positive.
         targets: (N,) 0, 1 or NaN.
         weights: (N, R) not negative, such as how often R resamples drew each case; by default one column of ones.
     """
-    ranked = _rank(scores, targets, weights)
-    return metrics_of_counts(ranked.true, ranked.false)
+    score, target = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)  # (N,), (N,)
+    weight = np.ones((len(score), 1)) if weights is None else weights
+    positive, negative = np.flatnonzero(target == 1), np.flatnonzero(target == 0)
+    thresholds = np.unique(score[positive])[::-1]  # (K,) descending: only scores of positives matter to the metrics
+    if len(thresholds) == 0 or len(negative) == 0:
+        undefined = np.full(weight.shape[1], np.nan)
+        return RankingMetrics(undefined, undefined, undefined)
+    first = _place(thresholds, score[negative])  # of the thresholds that a negative reaches, K where it reaches none
+    tied = np.append(thresholds, np.nan)[first] == score[negative]
+    new_true = _totals(_place(thresholds, score[positive]), positive, len(thresholds), weight)  # (K, R)
+    steps = _totals(first, negative, len(thresholds) + 1, weight)  # (K + 1, R)
+    false = np.cumsum(steps[:-1], axis=0)
+    negatives = false[-1] + steps[-1]
+    ties = _totals(first[tied], negative[tied], len(thresholds), weight) if tied.any() else None
+    return _metrics(new_true, false, ties, negatives)
+
+
+def _place(thresholds: Array, scores: Array) -> NDArray[np.intp]:
+    """Returns the place of the highest of K descending thresholds that each score reaches; K if it reaches none."""
+    return np.searchsorted(-thresholds, -scores, side="left")
+
+
+def _totals(group: NDArray[np.intp], case: NDArray[np.intp], groups: int, weight: Array) -> Array:
+    """Returns the summed weights of each group of cases, (groups, R), without copying any of them."""
+    member = csr_array((np.ones(len(case)), (group, case)), shape=(groups, len(weight)))
+    totals: Array = member @ weight
+    return totals
 
 
 def metrics_of_counts(true: Array, false: Array) -> RankingMetrics:
@@ -88,39 +119,30 @@ def metrics_of_counts(true: Array, false: Array) -> RankingMetrics:
     if len(true) == 0:
         undefined = np.full(true.shape[1], np.nan)
         return RankingMetrics(undefined, undefined, undefined)
-    new_true = np.diff(true, axis=0, prepend=0)  # positives at the threshold itself
-    new_false = np.diff(false, axis=0, prepend=0)
-    positives, negatives = true[-1], false[-1]
+    ties = np.diff(false, axis=0, prepend=0)  # negatives at the threshold itself
+    return _metrics(np.diff(true, axis=0, prepend=0), false, ties, false[-1])
+
+
+def _metrics(new_true: Array, false: Array, ties: Array | None, negatives: Array) -> RankingMetrics:
+    """Returns the metrics from weights at K descending thresholds, at least all those that a positive scores.
+
+    Args:
+        new_true: (K, R) of the positives at each threshold.
+        false: (K, R) of the negatives at or above it.
+        ties: (K, R) of the negatives at it; None if there are none.
+        negatives: (R,) of all.
+    """
+    true = np.cumsum(new_true, axis=0)
+    positives = true[-1]
+    # Each positive beats the negatives below its threshold, and half of those at it.
+    beaten = negatives - false if ties is None else negatives - false + 0.5 * ties
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Each positive beats the negatives below its threshold, and half of those at it.
-        area = np.einsum("kr,kr->r", new_true, negatives - false + 0.5 * new_false) / (positives * negatives)
-        precision = true / np.maximum(true + false, np.finfo(np.float64).tiny)
-        average = np.einsum("kr,kr->r", new_true, precision) / positives
+        area = np.einsum("kr,kr->r", new_true, beaten) / (positives * negatives)
+        average = np.einsum("kr,kr->r", new_true, true / np.maximum(true + false, TINY)) / positives
         allowed = np.count_nonzero(false <= (1 - SPECIFICITY + SLACK) * negatives, axis=0)  # (R,) thresholds from above
-        found = np.where(allowed > 0, true[allowed - 1, np.arange(true.shape[1])], 0)
-        sensitivity = found / positives
+        sensitivity = np.where(allowed > 0, true[allowed - 1, np.arange(true.shape[1])], 0) / positives
     both = (positives > 0) & (negatives > 0)
     return RankingMetrics(area, np.where(both, average, np.nan), np.where(both, sensitivity, np.nan))
-
-
-class _Ranked(NamedTuple):
-    thresholds: Array  # (K,) distinct scores, descending
-    true: Array  # (K, R) weight of the positives that score at least the threshold
-    false: Array  # (K, R) weight of the negatives that do
-
-
-def _rank(scores: ArrayLike, targets: ArrayLike, weights: Array | None) -> _Ranked:
-    score, target = np.asarray(scores, dtype=np.float64), np.asarray(targets, dtype=np.float64)  # (N,), (N,)
-    known = np.flatnonzero(~np.isnan(target))
-    order = known[np.argsort(-score[known], kind="stable")]
-    score, target = score[order], target[order]
-    weight = np.ones((len(order), 1)) if weights is None else weights[order]  # (N, R)
-    last_of_tie = np.flatnonzero(np.diff(score, append=-np.inf))
-    true = np.cumsum(weight * target[:, None], axis=0)
-    false = np.cumsum(weight * (1 - target)[:, None], axis=0)
-    if len(last_of_tie) < len(score):
-        true, false = true[last_of_tie], false[last_of_tie]
-    return _Ranked(score[last_of_tie], true, false)
 
 
 def _or_none(value: float) -> float | None:

@@ -7,7 +7,7 @@ column of a weight matrix, and each statistic is computed for all columns at onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedmed.metrics.sums import Array
 
 Statistic = Callable[[Array], Array]  # weights (N, R) of R replicates -> values (R,) or (K, R), NaN where undefined
-CELLS = 2_000_000  # images times replicates in memory at once: 16 MB
+CELLS = 1_000_000  # images times replicates in memory at once: 8 MB
 LEVEL = 0.95  # of every interval
 
 
@@ -46,7 +46,7 @@ def bootstrap_patients(
     Returns:
         (low, high), or (None, None) if fewer than half of the replicates are defined, or there are not two patients.
     """
-    return _percentiles(replicate(statistic, patients, replicates, rng)[0], patients)
+    return _interval(replicate(statistic, patients, replicates, rng)[0], len(set(patients)))
 
 
 def intervals(
@@ -60,36 +60,66 @@ def intervals(
     """Judges each of K metrics by the patients with an image that `counts` (N, K) for it."""
     values = statistic(np.ones((len(patients), 1)))[:, 0]  # (K,)
     drawn = replicate(statistic, patients, replicates, rng)  # (K, replicates)
-    ids = np.asarray(patients)
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)  # (N,)
     result = {}
     for k, name in enumerate(names):
-        counted = ids[counts[:, k]]
+        n = int(np.count_nonzero(np.bincount(patient[counts[:, k]])))
         defined = not np.isnan(values[k])
-        low, high = _percentiles(drawn[k], counted) if defined else (None, None)
-        result[name] = Interval(
-            value=float(values[k]) if defined else None, low=low, high=high, n=len(np.unique(counted))
-        )
+        low, high = _interval(drawn[k], n) if defined else (None, None)
+        result[name] = Interval(value=float(values[k]) if defined else None, low=low, high=high, n=n)
     return result
 
 
-def replicate(statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator) -> Array:
-    """Returns the statistic of each resample, (K, replicates); see `bootstrap_patients`."""
-    distinct, patient = np.unique(np.asarray(patients), return_inverse=True)  # (P,), (N,)
-    rows = [np.atleast_2d(statistic(np.ones((len(patient), 1))))[:, :0]]  # (K, 0): tells K without replicates too
+def replicate(
+    statistic: Statistic,
+    patients: Sequence[str],
+    replicates: int,
+    rng: np.random.Generator,
+    *,
+    among: Sequence[str] = (),
+) -> Array:
+    """Returns the statistic of each resample, (K, replicates).
+
+    The draws depend on the patients and the generator alone, so that two networks that are judged on the same patients
+    with equal generators are judged on the same resamples, and their replicates can be compared in pairs.
+
+    Args:
+        statistic: As for `bootstrap_patients`, of one value or of K.
+        patients: N patient ids, one per image.
+        replicates: How many resamples.
+        rng: Source of the resamples.
+        among: The patients that are drawn from, if they are more than those of the images: where several networks were
+            judged on different parts of the same patients.
+    """
+    rows = [np.atleast_2d(statistic(np.ones((len(patients), 1))))[:, :0]]  # (K, 0): tells K without replicates too
+    rows += [np.atleast_2d(statistic(weights)) for weights in _weights(patients, among or patients, replicates, rng)]
+    return np.concatenate(rows, axis=1)
+
+
+def percentiles(drawn: Array) -> tuple[float | None, float | None]:
+    """Returns the 2.5 % and 97.5 % points of replicates (R,); (None, None) if fewer than half of them are defined."""
+    defined = drawn[~np.isnan(drawn)]
+    if len(defined) == 0 or 2 * len(defined) < len(drawn):
+        return None, None
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _weights(
+    patients: Sequence[str], among: Sequence[str], replicates: int, rng: np.random.Generator
+) -> Iterator[Array]:
+    """Yields how often each image is drawn, (N, R) for some replicates at a time."""
+    distinct = np.unique(np.asarray(among))  # (P,)
+    patient = np.searchsorted(distinct, np.asarray(patients))  # (N,)
     at_once = max(1, CELLS // max(1, len(patient)))
     for start in range(0, replicates if len(distinct) else 0, at_once):
         count = min(at_once, replicates - start)
         draws = rng.integers(len(distinct), size=(count, len(distinct)))  # (R, P) patients drawn
         cells = draws * count + np.arange(count)[:, None]
         times = np.bincount(cells.ravel(), minlength=len(distinct) * count).reshape(len(distinct), count)  # (P, R)
-        rows.append(np.atleast_2d(statistic(times[patient].astype(np.float64))))
-    return np.concatenate(rows, axis=1)
+        yield times[patient].astype(np.float64)
 
 
-def _percentiles(values: Array, patients: Sequence[str] | NDArray[np.str_]) -> tuple[float | None, float | None]:
-    """Returns (low, high) of replicates (R,), as `bootstrap_patients` defines them."""
-    defined = values[~np.isnan(values)]
-    if len(defined) == 0 or 2 * len(defined) < len(values) or len(set(patients)) < 2:
-        return None, None
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def _interval(drawn: Array, patients: int) -> tuple[float | None, float | None]:
+    """Returns the interval of replicates (R,); none if there are not two patients that count."""
+    return percentiles(drawn) if patients >= 2 else (None, None)

@@ -12,6 +12,7 @@ MOST_SCANNERS = 8  # of one site
 SMALL = 10  # counts below are not told of a site: they come close to single patients
 NAMES = {
     "f1": "F1",
+    "accuracy": "Accuracy",
     "brier": "Brier score",
     "assd": "ASSD",
     "micro-dice": "Micro-Dice",

@@ -191,7 +191,7 @@ def site_data(site: Site, settings: str) -> Dataset:
         in_channels=config.model.in_channels,
         max_unreadable=config.data.max_unreadable,
         site_share=config.evaluate.site_share,
-        seed=config.seed,
+        seed=config.split_seed,
         name=site.name,
         cache_dir=site.cache_dir,
         items=config.data.items,

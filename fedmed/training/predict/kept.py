@@ -62,6 +62,35 @@ def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
         ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
         ConfigError: the run's images are read by a function of its own, or in a way that this fedmed does not know.
     """
+    network, config, round = kept_network(run, device=device, site=site)
+    data = config.data
+    if data.dataset:
+        raise ConfigError(
+            "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
+            "call the network from Python instead"
+        )
+    preset_named(data.preset)
+    recipe = Recipe.of(
+        preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
+        volume_size=data.volume_size, labels=(),
+    )  # fmt: skip
+    return Kept(network=network, config=config, recipe=recipe, round=round)
+
+
+def kept_network(run: Path, *, device: str = "cpu", site: str = "") -> tuple[FlatNetwork, RunConfig, int]:
+    """Rebuild the network alone, whatever its images were.
+
+    Args:
+        run: a run folder.
+        device: where the network computes.
+        site: whose own network instead of the shared one.
+
+    Returns:
+        The network in evaluation mode, what model.json says of it as a configuration, and the round that it is of.
+
+    Raises:
+        ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
+    """
     facts = _facts(run)
     weights = _personal(run, site) if site else run / "model.safetensors"
     if not site and facts.get("strategy") == "fedbn":
@@ -71,25 +100,12 @@ def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
         )
     sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
     config = run_file.validate(sections, source="model.json")
-    if config.data.dataset:
-        raise ConfigError(
-            "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
-            "call the network from Python instead"
-        )
-    data = config.data
-    preset_named(data.preset)
-    recipe = Recipe.of(
-        preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
-        volume_size=data.volume_size, labels=(),
-    )  # fmt: skip
     module = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
     if layout_of(module).hash != facts["layout"]:
         raise ModelError("this fedmed builds another network than the run kept; use the version that model.json names")
     _load_(module, weights)
     module.eval().requires_grad_(False)
-    return Kept(
-        network=FlatNetwork(module, torch.device(device)), config=config, recipe=recipe, round=int(facts["round"])
-    )
+    return FlatNetwork(module, torch.device(device)), config, int(facts["round"])
 
 
 def _personal(run: Path, site: str) -> Path:

@@ -1,0 +1,57 @@
+"""`fedmed sweep`: a grid of settings."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def sweep(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="a run file: what all points share")],
+    vary: Annotated[list[str], typer.Option("--vary", metavar="KEY=a,b,c", help="a key and its values; repeatable")],
+    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the experiment's folder, to be reused")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="runs at once; 0 = as cores and memory allow")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print sweep.json at the end")] = False,
+) -> None:
+    """Train every point of a grid with several seeds; one table, one plot. A sweep that was stopped goes on.
+
+    Example: fedmed sweep run.toml --vary train.local-epochs=1,4 --vary train.learning-rate=1e-2,1e-3 --out sweeps/first
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from fedmed.cli.compare import resolved
+
+    config = resolved(run, assignments)
+    from fedmed.cli.grid import grid_progress
+    from fedmed.experiments.sweep import sweep as run_sweep
+    from fedmed.reporting.comparison import write_sweep
+
+    folder = out or Path("runs") / f"{config.name}-experiment".replace(" ", "-")
+    with grid_progress(quiet=quiet) as watch:
+        report = run_sweep(config, vary, folder, jobs=jobs, watch=watch)
+    page = write_sweep(folder)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(report)
+        print(f"table: {folder / 'sweep.csv'}\npage: {page}")
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from fedmed.cli.display import console, interval
+
+    private = any(point["epsilon"] is not None for point in report["points"])
+    where = "mean of sites" if report["endpoint"] == "sites" else "server"
+    table = Table(*report["keys"], f"{report['primary']}, {where}", *(["ε spent"] if private else []), box=None)
+    for point in report["points"]:
+        spent = [] if not private else ["-" if point["epsilon"] is None else f"{point['epsilon']:.2f}"]
+        table.add_row(*(str(point["values"][key]) for key in report["keys"]), interval(point["endpoint"]), *spent)
+    print(f"95 % intervals: {report['intervals']}, {len(report['seeds'])} seed(s)")
+    console().print(table)

@@ -1,0 +1,143 @@
+"""The arms of a comparison as run configurations, all with the same budget.
+
+The budget is images: in every arm each training image is used equally often. With `train.local-epochs` that is so by
+itself, because every arm trains `rounds x local-epochs` passes over its own images. With `train.local-steps` a pooled
+round takes as many steps as all sites take together in a federated one, on batches of the same size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedmed import config as run_file
+from fedmed.config import EvaluateConfig, RunConfig
+from fedmed.errors import ConfigError
+from fedmed.experiments.pooling import pooled_data
+from fedmed.federated.sites import site_names
+
+Kind = Literal["local", "federated", "pooled"]
+KEPT_OF_STRATEGY = ("weight-by", "round-timeout-s", "retries", "checkpoint-every")  # by arms that federate nothing
+DECLARED = ("compare", "endpoint", "family", "seeds", "resplit")  # say nothing of how a network is trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of an experiment."""
+
+    arm: str
+    network: str  # the arm, or "local:SITE"
+    seed: int
+    config: RunConfig  # what is trained
+    judged: RunConfig  # whose sites' held-out patients, and whose server's test part, judge the network
+
+    @property
+    def label(self) -> str:
+        """A name for folders and progress."""
+        return f"{re.sub(r'[^A-Za-z0-9.=]+', '-', self.network).strip('-')[:60]}-seed{self.seed}"
+
+
+def kind_of(arm: str) -> Kind:
+    """What an arm is: a name of an algorithm is federated."""
+    return "local" if arm == "local" else "pooled" if arm == "pooled" else "federated"
+
+
+def arms_of(config: RunConfig) -> tuple[str, ...]:
+    """The arms of a comparison, in order."""
+    return config.evaluate.compare or ("local", "federated", "pooled")
+
+
+def seeds_of(config: RunConfig) -> tuple[int, ...]:
+    """The seeds that every arm is trained with."""
+    return tuple(range(config.seed, config.seed + config.evaluate.seeds))
+
+
+def comparisons(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The declared family: pairs of arms, of which the first is expected to be better.
+
+    Without `evaluate.family`, every federated arm against pooled and against local training, where these are arms.
+
+    Raises:
+        ConfigError: a comparison is not written "ARM vs ARM", or names what is no arm.
+    """
+    arms = arms_of(config)
+    if not config.evaluate.family:
+        federated = [arm for arm in arms if kind_of(arm) == "federated"]
+        return tuple((arm, other) for arm in federated for other in ("pooled", "local") if other in arms)
+    pairs = []
+    for text in config.evaluate.family:
+        first, middle, second = text.partition(" vs ")
+        if not middle or first == second or not {first, second} <= set(arms):
+            raise ConfigError(f'evaluate.family: "{text}": expected "ARM vs ARM", with two of {", ".join(arms)}')
+        pairs.append((first, second))
+    return tuple(pairs)
+
+
+def changed(config: RunConfig, sections: Mapping[str, Mapping[str, Any]], **keys: object) -> RunConfig:
+    """A configuration with some keys changed, validated anew."""
+    values = run_file.nested(config)
+    for name, entries in sections.items():
+        values[name] = {**values[name], **entries}
+    return run_file.validate({**values, **keys}, source="an arm of the experiment")
+
+
+def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
+    """Every run of a comparison: each arm with each seed, and of `local` each site.
+
+    All of one seed hold out the same patients: those that the run file's own seed holds out, or with
+    `evaluate.resplit` those of their seed.
+
+    Args:
+        config: the run, with every path absolute.
+        folder: of the experiment; the merged manifest of a pooled arm is written there.
+
+    Raises:
+        ConfigError: an arm is named twice, or no algorithm has its name.
+        DataError: a manifest cannot be used.
+    """
+    arms = arms_of(config)
+    if len(set(arms)) < len(arms):
+        raise ConfigError("evaluate.compare: an arm is named twice; name each once")
+    return tuple(
+        _trial(arm, network, trained, base, seed)
+        for seed, base in bases_of(config).items()
+        for arm in arms
+        for network, trained in _networks(base, arm, folder)
+    )
+
+
+def bases_of(config: RunConfig) -> dict[int, RunConfig]:
+    """What all runs of each seed share: one split for all of them, or with `evaluate.resplit` one for each seed."""
+    base = plain(config)
+    if not config.evaluate.resplit:
+        return dict.fromkeys(seeds_of(config), base)
+    return {seed: changed(base, {"evaluate": {"split-seed": seed}}) for seed in seeds_of(config)}
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The configuration with what only declares an experiment at its defaults, and who is held out pinned."""
+    defaults = EvaluateConfig().model_dump(mode="json", by_alias=True)
+    return changed(config, {"evaluate": {**{key: defaults[key] for key in DECLARED}, "split-seed": config.split_seed}})
+
+
+def _networks(base: RunConfig, arm: str, folder: Path) -> Sequence[tuple[str, RunConfig]]:
+    """(name, configuration) of every network that an arm trains."""
+    kind = kind_of(arm)
+    if kind == "federated":
+        return [(arm, base if arm == "federated" else changed(base, {"strategy": {"name": arm}}))]
+    strategy = {key: run_file.nested(base)["strategy"][key] for key in KEPT_OF_STRATEGY}
+    alone = changed(base, {}, strategy={**strategy, "name": "fedavg", "min-sites": 1})
+    if kind == "local":
+        return [
+            (f"local:{name}", changed(alone, {"data": {"sites": [path]}}))
+            for name, path in zip(site_names(base), base.data.sites, strict=True)
+        ]
+    steps = base.train.local_steps * len(base.data.sites)
+    return [("pooled", changed(alone, {"data": pooled_data(base, folder), "train": {"local-steps": steps}}))]
+
+
+def _trial(arm: str, network: str, trained: RunConfig, base: RunConfig, seed: int) -> Trial:
+    return Trial(arm=arm, network=network, seed=seed, config=changed(trained, {}, seed=seed), judged=base)

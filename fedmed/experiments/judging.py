@@ -1,0 +1,141 @@
+"""What the predictions of an experiment amount to: metrics with intervals, and replicates that can be compared.
+
+For every network and place there is an array of replicates, one for each seed and each resample of the place's
+patients. All networks of a place are resampled alike, so two of them are compared replicate by replicate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.config import RunConfig
+from fedmed.errors import DataError
+from fedmed.experiments.predictions import SERVER, Judged
+from fedmed.metrics import Difference, over_seeds, paired_difference, percentiles, replicate, seed_draws
+
+SMALL = 10  # patients below which a count is suppressed
+Array = NDArray[np.float64]
+Estimate = dict[str, float | int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A quantity as it is, and resampled."""
+
+    values: Array  # (S,) of each seed; NaN where undefined
+    replicates: Array  # (S, R) of each seed and resample of the patients
+    patients: int
+
+    @property
+    def value(self) -> float:
+        """The mean over the seeds."""
+        return float(self.values.mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The predictions of an experiment, and how they are resampled."""
+
+    config: RunConfig
+    judged: Mapping[tuple[str, int], Mapping[str, Judged]]  # by network and seed, then by place
+    seeds: tuple[int, ...]
+
+    def drawn(self, network: str, place: str, keep: NDArray[np.bool_] | None = None) -> dict[str, Drawn]:
+        """Every metric of a network at a place, or at some of its cases."""
+        labels, values, replicates = self.config.task.labels, [], []
+        names: tuple[str, ...] = ()
+        chosen = [self.judged[network, seed][place] for seed in self.seeds]
+        chosen = chosen if keep is None else [cases.select(keep) for cases in chosen]
+        everyone = sorted({patient for cases in chosen for patient in cases.patients})
+        for cases in chosen:
+            measures = cases.measures(labels)
+            names = measures.names
+            values.append(measures.statistic(np.ones((len(cases.row), 1)))[:, 0])  # (K,)
+            rng = np.random.default_rng(_number(f"{self.config.split_seed}/{place}"))
+            count = self.config.evaluate.bootstrap
+            replicates.append(replicate(measures.statistic, cases.patients, count, rng, among=everyone))
+        value, drawn = np.stack(values), np.stack(replicates)  # (S, K), (S, K, R)
+        n = len(everyone)
+        return {name: Drawn(values=value[:, k], replicates=drawn[:, k], patients=n) for k, name in enumerate(names)}
+
+    def estimate(self, drawn: Drawn, *, suppress: bool = True) -> Estimate:
+        """Value and 95 % interval, over patients, and over seeds too where there are several."""
+        low, high = percentiles(self._over_seeds(drawn)) if drawn.patients >= 2 else (None, None)
+        value = None if np.isnan(drawn.value) else drawn.value
+        n = None if suppress and drawn.patients < SMALL else drawn.patients
+        if value is None:
+            low = high = None
+        return {"value": value, "low": low, "high": high, "n": n}
+
+    def difference(self, first: Drawn, second: Drawn, *, test: bool) -> Difference:
+        """The first minus the second, in pairs."""
+        pair = (self._over_seeds(first), self._over_seeds(second))
+        return paired_difference((first.value, second.value), pair, test=test)
+
+    def _over_seeds(self, drawn: Drawn) -> Array:
+        rng = np.random.default_rng(_number(f"{self.config.split_seed}/seeds"))
+        return over_seeds(drawn.replicates, seed_draws(len(self.seeds), drawn.replicates.shape[1], rng))
+
+
+def mean_of(parts: Sequence[Drawn], *, patients: int) -> Drawn:
+    """The mean of several quantities, those left out that are undefined, in each replicate anew."""
+    return Drawn(
+        values=_mean(np.stack([part.values for part in parts])),
+        replicates=_mean(np.stack([part.replicates for part in parts])),
+        patients=patients,
+    )
+
+
+def check_paired(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> None:
+    """Refuse networks that were judged on other patients than another one of the same seed was.
+
+    Raises:
+        DataError: they were, which only a data set of the user's own can bring about.
+    """
+    firsts = {seed: places for (_, seed), places in reversed(list(judged.items()))}
+    for (_, seed), places in judged.items():
+        first = firsts[seed]
+        same = places.keys() == first.keys() and all(
+            np.array_equal(places[name].row, first[name].row)
+            and np.array_equal(places[name].patient, first[name].patient)
+            for name in first
+        )
+        if not same:
+            raise DataError(
+                "two runs hold out other patients, so they cannot be compared; a data.dataset of your own has to "
+                "choose them by config.split_seed and by nothing else that differs between runs"
+            )
+
+
+def check_same_split(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> None:
+    """Refuse seeds that were judged on other patients, where the run file asks for one split.
+
+    Raises:
+        DataError: they were.
+    """
+    networks = {network for network, _ in judged}
+    for name in networks:
+        check_paired({(str(seed), 0): places for (network, seed), places in judged.items() if network == name})
+
+
+def site_places(places: Mapping[str, Judged]) -> list[str]:
+    """The places that are sites."""
+    return [name for name in places if name != SERVER]
+
+
+def _mean(stack: Array) -> Array:
+    """The mean along the first axis without NaN; NaN where all are."""
+    defined = ~np.isnan(stack)
+    count = defined.sum(axis=0)
+    total = np.where(defined, stack, 0).sum(axis=0)
+    means: Array = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return means
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,87 @@
+"""Which of two networks is better: paired differences over resampled patients, and over seeds where there are several.
+
+Networks that are compared are judged on the same patients and on the same resamples of them (`resampling.replicate`
+with equal generators), so that what makes a patient easy or hard for both cancels. The spread between trainings counts
+where there are several seeds: a replicate then draws seeds as well as patients, both with replacement, which is the
+pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1(2)); it errs on the wide side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.metrics.resampling import percentiles
+from fedmed.metrics.sums import Array
+
+ENOUGH_SEEDS = 5  # to compare algorithms: fewer say too little about the spread between trainings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much larger the metric of one network is than that of another, with its 95 % interval."""
+
+    value: float | None  # None if undefined
+    low: float | None
+    high: float | None
+    p: float | None  # two-sided; None if undefined or not to be computed
+
+
+def seed_draws(seeds: int, replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Returns which seeds each replicate draws, (replicates, seeds); for a single seed always that one."""
+    return rng.integers(seeds, size=(replicates, seeds))
+
+
+def over_seeds(drawn: Array, seeds: NDArray[np.int64]) -> Array:
+    """Returns the mean over the drawn seeds, (R,).
+
+    Args:
+        drawn: (S, R), the metric of each seed's network on each resample of the patients.
+        seeds: (R, S), from `seed_draws`; the same for all that is compared.
+    """
+    means: Array = drawn[seeds, np.arange(drawn.shape[1])[:, None]].mean(axis=1)
+    return means
+
+
+def paired_difference(values: tuple[float, float], drawn: tuple[Array, Array], *, test: bool = True) -> Difference:
+    """Returns the first minus the second, with an interval and a p-value from replicates in pairs.
+
+    Args:
+        values: On the data as they are; NaN where undefined.
+        drawn: Replicates (R,) of the first and the second, from the same draws.
+        test: Whether to give a p-value.
+    """
+    value, replicates = values[0] - values[1], drawn[0] - drawn[1]
+    if np.isnan(value):
+        return Difference(value=None, low=None, high=None, p=None)
+    low, high = percentiles(replicates)
+    p = p_value(replicates) if test and low is not None else None
+    return Difference(value=float(value), low=low, high=high, p=p)
+
+
+def p_value(differences: Array) -> float:
+    """Returns the level at which the percentile interval of the replicates (R,) would begin to hold 0.
+
+    p = 2 min(1 + #{d ≤ 0}, 1 + #{d ≥ 0}) / (R + 1), at most 1 (Davison and Hinkley 1997, section 4.2.5 and eq. 4.11):
+    two-sided, and never 0, because R resamples cannot show that. Undefined replicates are left out.
+    """
+    defined = differences[~np.isnan(differences)]
+    below, above = np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0)
+    return float(min(1.0, 2 * (1 + min(below, above)) / (1 + len(defined))))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Returns the p-values of a family of tests, adjusted after Holm (1979): step-down, for any dependence.
+
+    The k-th smallest of m becomes the largest of (m + 1 - j) pⱼ over j ≤ k, at most 1. None is no test and stays None.
+    """
+    tests = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * p))
+        adjusted[place] = largest
+    return adjusted

@@ -1,0 +1,96 @@
+"""`comparison.html` and `sweep.html`: an experiment on one page that opens offline, from its JSON alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from fedmed.errors import DataError
+from fedmed.reporting import words
+from fedmed.reporting.comparison_figures import differences, endpoint, matrix, sweep_lines
+from fedmed.reporting.facts import Estimate
+
+SCHEMA = 1
+
+
+def write_comparison(folder: Path) -> Path:
+    """Writes `comparison.html` into the folder of an experiment that has a `comparison.json`.
+
+    Raises:
+        DataError: there is none, or it is damaged, or the page cannot be written.
+    """
+    found = _read(folder / "comparison.json", ("arms", "places", "matrix", "comparisons", "subgroups", "notes"))
+    plots = {"arms": endpoint(found), "differences": differences(found), "matrix": matrix(found)}
+    return _write(folder / "comparison.html", "comparison.html.j2", found, plots)
+
+
+def write_sweep(folder: Path) -> Path:
+    """Writes `sweep.html` into the folder of an experiment that has a `sweep.json`.
+
+    Raises:
+        DataError: there is none, or it is damaged, or the page cannot be written.
+    """
+    found = _read(folder / "sweep.json", ("points", "keys", "seeds"))
+    return _write(folder / "sweep.html", "sweep.html.j2", found, {"points": sweep_lines(found)})
+
+
+def estimate(found: dict[str, Any]) -> Estimate:
+    """A value with its interval, as the other pages have them."""
+    return Estimate(value=found["value"], low=found["low"], high=found["high"], patients=found["n"])
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"there is no {path.name} in the folder; fedmed compare and fedmed sweep write them") from None
+    except (OSError, ValueError, RecursionError):
+        raise DataError(f"{path.name} cannot be read; run the experiment again, which reuses its runs") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not set(keys) <= found.keys():
+        raise DataError(
+            f"{path.name} is damaged or of another version; run the experiment again, which reuses its runs"
+        )
+    return found
+
+
+def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, Any]) -> Path:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.globals.update(
+        title=words.title, number=words.number, count=words.count, interval=words.interval, plural=words.plural,
+        estimate=estimate, signed=signed, p=p_value,
+    )  # fmt: skip
+    files = resources.files("fedmed.reporting")
+    environment.globals["frame"] = environment.from_string(
+        files.joinpath("experiment.html.j2").read_text(encoding="utf-8")
+    )
+    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8")).render(
+        found=found, plots=plots, plotly_js=get_plotlyjs()
+    )
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(page, encoding="utf-8", errors="replace")
+        part.replace(target)
+    except OSError as error:
+        raise DataError(f"{target.name} cannot be written: {error.strerror}. Make room or mend permissions.") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return target
+
+
+def signed(value: float | None) -> str:
+    """A difference: `+0.012`, `−0.031`."""
+    return words.UNDEFINED if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def p_value(value: float | None) -> str:
+    """`0.031`, `< 0.001`."""
+    return words.UNDEFINED if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"

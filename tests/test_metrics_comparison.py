@@ -1,0 +1,159 @@
+"""Paired differences, p-values and Holm's correction: by hand, as laws, and whether intervals cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmed.metrics import (
+    bootstrap_patients,
+    classification_measures,
+    holm,
+    over_seeds,
+    p_value,
+    paired_difference,
+    percentiles,
+    replicate,
+    seed_draws,
+)
+from fedmed.metrics.ranking import auroc
+
+
+def test_p_value_counts_replicates_beyond_zero() -> None:
+    assert p_value(np.array([-1.0, 1.0, 2.0, 3.0])) == pytest.approx(2 * 2 / 5)
+    assert p_value(np.arange(1.0, 1000.0)) == pytest.approx(2 / 1000)
+    assert p_value(np.zeros(9)) == 1.0
+    assert p_value(np.array([np.nan, 1.0, 2.0, 3.0])) == pytest.approx(2 / 4), "undefined replicates are left out"
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0.0001, 1.0), min_size=1, max_size=8))
+def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(q >= p for p, q in zip(p_values, adjusted, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert sorted(adjusted) == [adjusted[i] for i in order]
+    assert all(q <= min(1.0, len(p_values) * p) + 1e-12 for p, q in zip(p_values, adjusted, strict=True)), "Bonferroni"
+
+
+def test_seeds_are_drawn_with_replacement_and_averaged() -> None:
+    drawn = np.array([[0.0, 10.0], [1.0, 11.0]])  # two seeds, two replicates
+    assert over_seeds(drawn, np.array([[0, 1], [1, 1]])).tolist() == [0.5, 11.0]
+    assert over_seeds(drawn[:1], seed_draws(1, 2, np.random.default_rng(0))).tolist() == [0.0, 10.0]
+
+
+def test_difference_of_equals_is_zero_and_of_opposites_the_negative() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(1, 1, 500), rng.normal(0, 1, 500)
+    same = paired_difference((0.4, 0.4), (first, first))
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    one, other = paired_difference((1, 0), (first, second)), paired_difference((0, 1), (second, first))
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+    assert one.p == other.p
+
+
+def test_undefined_metrics_have_no_difference() -> None:
+    nothing = np.full(10, np.nan)
+    found = paired_difference((np.nan, 0.5), (nothing, np.zeros(10)))
+    assert (found.value, found.low, found.high, found.p) == (None, None, None, None)
+    half = np.where(np.arange(10) < 6, np.nan, 1.0)
+    assert paired_difference((1.0, 0.5), (half, np.zeros(10))).low is None, "most replicates are undefined"
+
+
+def test_equal_generators_resample_equal_patients() -> None:
+    rng = np.random.default_rng(1)
+    targets = (rng.random((60, 1)) < 0.4).astype(float)
+    patients = [f"p{i // 2}" for i in range(60)]
+    weak, strong = rng.normal(targets, 1.5), rng.normal(targets, 0.5)
+    drawn = [
+        replicate(classification_measures(each, targets, ["x"]).statistic, patients, 300, np.random.default_rng(3))[1]
+        for each in (weak, strong, weak)
+    ]
+    assert np.array_equal(drawn[0], drawn[2], equal_nan=True)
+    paired = paired_difference(
+        (auroc(strong[:, 0], targets[:, 0]), auroc(weak[:, 0], targets[:, 0])), tuple(drawn[1::-1])
+    )
+    assert 0 < paired.low < paired.value < paired.high and paired.p < 0.05
+
+
+def test_training_variance_widens_an_interval_over_seeds() -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.normal(0, 0.01, 1000)  # what resampling patients alone shows
+    seeds = rng.normal(0, 0.2, 5)
+    drawn = patients + seeds[:, None]  # (5, 1000)
+    chosen = seed_draws(5, 1000, rng)
+    low, high = percentiles(over_seeds(drawn, chosen))
+    alone = percentiles(drawn[0])
+    assert high - low > 5 * (alone[1] - alone[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bootstrap_intervals_cover_as_often_as_they_say() -> None:
+    """Coverage of the AUROC of clustered patients, whose true value is known: between 93 and 97 %."""
+    trials, people = 1200, 150
+    truth = 0.7602499389065233  # Φ(1 / √2) for two unit normals one apart
+    covered = 0
+    patients = [f"p{i // 3}" for i in range(3 * people)]
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        targets = np.repeat((rng.random(people) < 0.4).astype(float), 3)
+        shared = np.repeat(rng.normal(size=people), 3)  # images of one patient resemble each other
+        scores = targets + np.sqrt(0.7) * shared + np.sqrt(0.3) * rng.normal(size=3 * people)
+        measures = classification_measures(scores[:, None], targets[:, None], ["x"])
+        place = measures.names.index("auroc/x")
+        low, high = bootstrap_patients(
+            lambda weights, measures=measures, place=place: measures.statistic(weights)[place : place + 1],
+            patients,
+            1000,
+            rng,
+        )
+        covered += low <= truth <= high
+    assert 0.93 <= covered / trials <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_paired_test_is_right_under_no_difference() -> None:
+    """Two networks of equal quality on the same clustered patients: p < 0.05 about one time in twenty."""
+    trials, people, found, inside = 1200, 150, 0, 0
+    patients = [f"p{i // 2}" for i in range(2 * people)]
+    for trial in range(trials):
+        rng = np.random.default_rng(10_000 + trial)
+        targets = np.repeat((rng.random(people) < 0.4).astype(float), 2)
+        hard = np.repeat(rng.normal(size=people), 2)  # both networks find the same patients hard
+        drawn, values = [], []
+        for _ in range(2):
+            scores = targets + 0.8 * hard + 0.6 * np.repeat(rng.normal(size=people), 2)
+            measures = classification_measures(scores[:, None], targets[:, None], ["x"])
+            place = measures.names.index("auroc")
+            drawn.append(replicate(measures.statistic, patients, 600, np.random.default_rng(trial))[place])
+            values.append(auroc(scores, targets))
+        test = paired_difference(tuple(values), tuple(drawn))
+        found += test.p < 0.05
+        inside += test.low <= 0 <= test.high
+    assert 0.03 <= found / trials <= 0.07
+    assert 0.93 <= inside / trials <= 0.97
+
+
+@pytest.mark.slow
+def test_two_thousand_resamples_of_ten_thousand_cases_and_fourteen_labels() -> None:
+    """The cost is what a report pays; the bound leaves room for a busy machine. See docs/compare.md."""
+    import time
+
+    from fedmed.metrics import intervals_classification
+
+    rng = np.random.default_rng(0)
+    targets = (rng.random((10_000, 14)) < rng.uniform(0.02, 0.3, 14)).astype(float)
+    logits = rng.normal(targets, 1.0)
+    patients = [f"p{i // 2}" for i in range(10_000)]
+    start = time.process_time()
+    intervals_classification(logits, targets, patients, [str(i) for i in range(14)], 2000, rng)
+    assert time.process_time() - start < 10
