@@ -15,7 +15,7 @@ from fedmed.experiments.predictions import SERVER, Place, places_of, read_predic
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of
-from fedmed.federated.run_folder import write_atomically
+from fedmed.federated.durable import write_atomically
 from fedmed.metrics import ENOUGH_SEEDS, holm
 
 RESULT = "comparison.json"

@@ -18,7 +18,7 @@ import numpy as np
 
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
-from fedmed.federated.run_folder import write_atomically
+from fedmed.federated.durable import write_atomically
 from fedmed.federated.sites import site_names
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.manifest import read_manifest

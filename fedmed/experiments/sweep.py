@@ -19,7 +19,7 @@ from fedmed.experiments.judging import Bench, Drawn, check_same_split, mean_of, 
 from fedmed.experiments.predictions import SERVER, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
-from fedmed.federated.run_folder import write_atomically
+from fedmed.federated.durable import write_atomically
 
 RESULT, TABLE = "sweep.json", "sweep.csv"
 FIXED = ("name", "seed", "evaluate.seeds", "evaluate.split-seed", "data.sites", "data.server")  # of all points
