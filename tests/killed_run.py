@@ -1,7 +1,7 @@
 """A run that is killed by SIGKILL at the n-th write, fsync or rename of its server process, and then resumed.
 
-    python tests/killed_run.py FOLDER count                 # how many calls of each kind an unbroken run makes
     python tests/killed_run.py FOLDER write:3 fsync:1 …     # kill there, resume, say what came out
+    python tests/killed_run.py FOLDER all                   # at every call that an unbroken run makes
 
 Everything is imported once; every run is a forked process of its own. One JSON object a line comes out.
 """
@@ -123,8 +123,11 @@ def main(home: Path, *what: str) -> None:
     prepare_fork(CONFIG)  # the imports that take seconds
     whole = home / "whole"
     assert forked(begin, whole) == 0, "the unbroken run failed"
-    print(json.dumps({"calls": json.loads((whole / "calls").read_text()), **outcome(whole)}), flush=True)
-    for at in [] if what == ("count",) else what:
+    calls = json.loads((whole / "calls").read_text())
+    print(json.dumps({"calls": calls, **outcome(whole)}), flush=True)
+    if what == ("all",):
+        what = tuple(f"{kind}:{number}" for kind, count in calls.items() for number in range(1, count + 1))
+    for at in what:
         path = home / at.replace(":", "-")
         killed = forked(begin, path, at)
         resumed = forked(resume, path)
