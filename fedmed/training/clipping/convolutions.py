@@ -1,0 +1,135 @@
+"""Convolutions and transposed convolutions: what they record, and in which form their gradients are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmed.errors import ModelError
+from fedmed.training.clipping import correlation
+from fedmed.training.clipping.correlation import Window
+from fedmed.training.clipping.patients import Patients
+from fedmed.training.clipping.recording import Recording, full
+
+Form = Literal["gram", "kept", "twice"]
+CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+# What a step costs beside one multiply-add of a large matrix product, on one core; see docs/dp-engine.md.
+CALL = 1.5e6  # one call of the convolution library, for one patient
+MOVE = 12.0  # one number written and read again
+SLOW = 1.4  # a multiply-add of a convolution over one patient's images
+KEEP = 1.0  # kept gradients may take as much memory as what the layer was given and got back
+
+
+def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
+    """The form of a layer's per-patient gradients that takes least time, of those that do not take much memory.
+
+    * `gram`: norms from products of positions with positions, and one weighted sum later.
+    * `kept`: every patient's gradient is computed and kept.
+    * `twice`: every patient's gradient is computed for its norm, let go, and one weighted sum follows later.
+
+    Args:
+        maps: (n, C, *sides).
+        points: (n, O, *sides).
+        window: Of the convolution.
+        patients: Of the rows.
+    """
+    (rows, channels, *sides), (_, outputs, *ends) = maps, points
+    few, many, taps = prod(ends), prod(sides), prod(window.kernel)
+    weights = outputs * channels * taps // window.groups
+    product = rows * few * weights
+    calls = 0.0 if window.pointwise else CALL * len(patients.names)
+    each = outputs * few**2
+    if window.pointwise:
+        each += channels * few**2
+    elif window.steps_by_one:
+        each += channels * many**2 + MOVE * sum(window.kernel) * many * few * window.groups
+    else:
+        each += channels * taps * few * (few + MOVE)
+    gram = product + sum(block.patients * block.images**2 * each for block in patients.blocks)
+    computed = product * (1 if window.pointwise else SLOW) + calls
+    costs: dict[Form, float] = {"gram": gram, "twice": product + computed + MOVE * len(patients.names) * weights}
+    if len(patients.names) * weights <= KEEP * rows * (channels * many + outputs * few):
+        costs["kept"] = computed + 3 * MOVE * len(patients.names) * weights
+    return min(costs, key=costs.__getitem__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    name: str
+    module: Any  # one of those of CONVOLVE
+    window: Window
+    ahead: tuple[int, ...]  # padding that is added before the convolution, as F.pad takes it
+    convolve: Callable[..., Tensor]
+
+    def convolved(self, recording: Recording, maps: Tensor, sizes: list[int] | None = None) -> Tensor:
+        """What the module returns for `maps`; its gradients go to the recording."""
+        module, window = self.module, self.window
+        if maps.dim() != 2 + len(window.kernel):
+            raise ModelError(f"layer {self.name} was given one image without an axis for the batch")
+        recording.use(self.name, maps, module.weight, module.bias)
+        if any(self.ahead):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            maps = F.pad(maps, self.ahead, mode=mode)
+        bias = None if module.bias is None else module.bias.detach()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            last: tuple[object, ...] = (window.dilation, window.groups)
+        else:
+            extra = module._output_padding(
+                maps, sizes, list(window.stride), list(window.padding), list(window.kernel), len(window.kernel),
+                list(window.dilation),
+            )  # fmt: skip
+            last = (extra, window.groups, window.dilation)
+        output = self.convolve(maps, module.weight.detach(), bias, window.stride, window.padding, *last)
+        return recording.watch(output, partial(self._received, recording, [maps, maps._version]))
+
+    def _received(self, recording: Recording, given: list[Tensor | int], gradient: Tensor) -> None:
+        """Take the gradient of the output; `given`, the input and its version, is emptied to let its memory go."""
+        maps, version = given
+        given.clear()
+        if not isinstance(maps, Tensor) or maps._version != version:
+            raise ModelError(f"what layer {self.name} was given was changed in place; make that operation a new tensor")
+        weight, bias = self.module.weight, self.module.bias
+        if bias is not None and bias.requires_grad:
+            recording.add_rows(bias, full(gradient).flatten(2).sum(2))
+        if not weight.requires_grad:
+            return
+        if maps.dtype != gradient.dtype:  # autocast rounded it inside the convolution
+            maps = maps.to(gradient.dtype)
+        points = gradient
+        if not isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            maps, points = points, maps
+        window, patients = self.window, recording.patients
+        form = cheapest(tuple(maps.shape), tuple(points.shape), window, patients)
+        if form == "kept" or not recording.single(weight):
+            recording.keep(weight, correlation.gradients(maps, points, window, patients))
+            return
+        norms = correlation.squares_by_gram if form == "gram" else correlation.squares_one_by_one
+        weighted = partial(correlation.weighted, maps, points, window)
+        recording.postpone(weight, norms(maps, points, window, patients), weighted)
+
+
+def convolution(name: str, module: nn.Module) -> Callable[..., Tensor]:
+    """The forward pass of a convolution or transposed convolution, with the recording as its first argument."""
+    kind = next(kind for kind in CONVOLVE if isinstance(module, kind))
+    of: Any = module  # the six classes have no common base that torch names in public
+    padding, ahead = of.padding, (0,) * (2 * len(of.kernel_size))
+    if isinstance(padding, str) or of.padding_mode != "zeros":  # padded before: "same" may have an odd pixel to place
+        padding, ahead = (0,) * len(of.kernel_size), tuple(of._reversed_padding_repeated_twice)
+    window = Window(
+        kernel=of.kernel_size, stride=of.stride, padding=padding, dilation=of.dilation, groups=of.groups
+    )
+    layer = _Layer(name=name, module=of, window=window, ahead=ahead, convolve=CONVOLVE[kind])
+    return layer.convolved
