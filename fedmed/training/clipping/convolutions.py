@@ -26,11 +26,12 @@ CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-# What a step costs beside one multiply-add of a large matrix product, on one core; see docs/dp-engine.md.
-CALL = 1.5e6  # one call of the convolution library, for one patient
-MOVE = 12.0  # one number written and read again
-SLOW = 1.4  # a multiply-add of a convolution over one patient's images
-KEEP = 1.0  # kept gradients may take as much memory as what the layer was given and got back
+# Time in multiply-adds of a large matrix product on one core; see docs/dp-engine.md.
+PAIR = 60.0  # a pair of positions, for each pass over the square of all of them
+KEPT = 100.0  # a number of a kept gradient: written, read for its norm, read for the sum
+WRITTEN = 60.0  # a number of a gradient that is let go
+APART = 1.15  # a multiply-add of the patients' own weight gradients
+ROOM = 1.0  # kept gradients may take as much memory as what the layer was given and got back
 
 
 def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
@@ -49,20 +50,20 @@ def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, pat
     (rows, channels, *sides), (_, outputs, *ends) = maps, points
     few, many, taps = prod(ends), prod(sides), prod(window.kernel)
     weights = outputs * channels * taps // window.groups
-    product = rows * few * weights
-    calls = 0.0 if window.pointwise else CALL * len(patients.names)
-    each = outputs * few**2
+    product, all_weights = rows * few * weights, len(patients.names) * weights
+    pairs = few**2 * window.groups * PAIR
     if window.pointwise:
-        each += channels * few**2
+        each = few**2 * (channels + outputs) + 2 * pairs
     elif window.steps_by_one:
-        each += channels * many**2 + MOVE * sum(window.kernel) * many * few * window.groups
+        each = many**2 * channels + few**2 * outputs + (2 + sum(window.kernel)) * pairs * max(1, many // few)
     else:
-        each += channels * taps * few * (few + MOVE)
-    gram = product + sum(block.patients * block.images**2 * each for block in patients.blocks)
-    computed = product * (1 if window.pointwise else SLOW) + calls
-    costs: dict[Form, float] = {"gram": gram, "twice": product + computed + MOVE * len(patients.names) * weights}
-    if len(patients.names) * weights <= KEEP * rows * (channels * many + outputs * few):
-        costs["kept"] = computed + 3 * MOVE * len(patients.names) * weights
+        each = few**2 * (channels * taps + outputs) + 2 * pairs
+    costs: dict[Form, float] = {
+        "gram": product + sum(block.patients * block.images**2 * each for block in patients.blocks),
+        "twice": product + APART * product + WRITTEN * all_weights,
+    }
+    if all_weights <= ROOM * rows * (channels * many + outputs * few):
+        costs["kept"] = APART * product + KEPT * all_weights
     return min(costs, key=costs.__getitem__)
 
 

@@ -10,7 +10,7 @@ arXiv:2110.05679, section 4), which is cheap where there are few positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -21,6 +21,9 @@ from fedmed.training.clipping.patients import Block, Patients
 from fedmed.training.clipping.recording import full, quiet, square_norms
 
 TRANSIENT = 2**22  # numbers in a temporary tensor, above which a product is made in several parts
+LANES = 16  # floats that the processor multiplies at once
+HEAVY = 2**17  # weights of a layer, above which a convolution with as many groups as patients is slow
+LARGE = 2000  # positions, from which on one patient's convolution keeps a core busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,9 @@ class Window:
 def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:
     """(Q, O, C / groups, *kernel) the weight gradient of every patient.
 
+    On a CPU as the weight gradient of one convolution whose groups are the patients, which costs no more than the plain
+    one where the library has a fast path for it: channels in multiples of 16, weights that fit its cache.
+
     Args:
         maps: (n, C, *sides).
         points: (n, O, *sides).
@@ -55,7 +61,13 @@ def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) 
     """
     maps, points = full(maps), full(points)
     if window.pointwise or maps.is_cuda:
-        return torch.cat([_by_products(maps, points, window, block) for block in patients.blocks])
+        return _joined([_by_products(maps, points, window, block) for block in patients.blocks])
+    volumes, weights = len(window.kernel) > 2, prod(_shape(maps, points, window))
+    small, large = min(maps.shape[1], points.shape[1]), prod(points.shape[2:]) >= LARGE
+    even = maps.shape[1] % LANES == points.shape[1] % LANES == 0 and window.groups == 1
+    if volumes or (even and weights < HEAVY and not large):
+        lanes = LANES if not even and window.groups == 1 and small > LANES // 2 else 1
+        return _joined([_by_groups(maps, points, window, block, lanes) for block in patients.blocks])
     found = maps.new_empty(len(patients.names), *_shape(maps, points, window))
     for number, rows in enumerate(patients.each()):
         found[number] = weight_gradient(maps[rows], points[rows], window)
@@ -83,7 +95,13 @@ def squares_by_gram(maps: Tensor, points: Tensor, window: Window, patients: Pati
 def weighted(maps: Tensor, points: Tensor, window: Window, factors: Tensor, silent: Tensor | None) -> Tensor:
     """Σ_i factor_i · G_i for factors (n,); silent rows count as 0."""
     maps, points = quiet(full(maps), silent), quiet(full(points), silent)
-    return weight_gradient(maps, points * factors.view(-1, *[1] * (points.dim() - 1)), window)
+    points = points * factors.view(-1, *[1] * (points.dim() - 1))
+    positions = prod(points.shape[2:])
+    if window.groups > 1 or (positions > 64 if window.pointwise else 4 * len(points) * positions > points.shape[1]):
+        return weight_gradient(maps, points, window)
+    # One product of two matrices: the library's convolution spends more on laying out large weights than on small maps.
+    a, b = (_matrices(rows, len(rows), 1)[0] for rows in (maps if window.pointwise else patches(maps, window), points))
+    return (b @ a.t()).view(_shape(maps, points, window))
 
 
 def weight_gradient(maps: Tensor, points: Tensor, window: Window) -> Tensor:
@@ -101,6 +119,34 @@ def _shape(maps: Tensor, points: Tensor, window: Window) -> tuple[int, ...]:
     return points.shape[1], maps.shape[1] // window.groups, *window.kernel
 
 
+def _by_groups(maps: Tensor, points: Tensor, window: Window, block: Block, lanes: int) -> Tensor:
+    """(patients, O, C / groups, *kernel) by one convolution whose groups are the patients.
+
+    Args:
+        maps: (n, C, *sides).
+        points: (n, O, *sides).
+        window: Of the convolution.
+        block: The patients.
+        lanes: Channels are filled up with zeros to a multiple of it.
+    """
+    shape = _shape(maps, points, window)
+    rows = [
+        _filled(each[block.rows], lanes).unflatten(0, (block.patients, block.images)).transpose(0, 1).flatten(1, 2)
+        for each in (maps, points)
+    ]  # (images, patients * channels, *sides)
+    found = weight_gradient(*rows, replace(window, groups=block.patients * window.groups))
+    return found.unflatten(0, (block.patients, -1))[:, : shape[0], : shape[1]]
+
+
+def _filled(rows: Tensor, lanes: int) -> Tensor:
+    missing = -rows.shape[1] % lanes
+    return F.pad(rows, [0, 0] * (rows.dim() - 2) + [0, missing]) if missing else rows
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _by_products(maps: Tensor, points: Tensor, window: Window, block: Block) -> Tensor:
     """(patients, O, C / groups, *kernel) by one matrix product for every patient, patches laid out in memory."""
     size = prod(window.kernel) * maps[0].numel() * block.images
@@ -112,8 +158,7 @@ def _by_products(maps: Tensor, points: Tensor, window: Window, block: Block) -> 
         a = _matrices(rows, part.images, window.groups)  # (patients * groups, C / groups * K, images * T)
         b = _matrices(full(points[part.rows]), part.images, window.groups)
         parts.append(torch.bmm(b, a.transpose(1, 2)))
-    found = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return found.view(block.patients, *_shape(maps, points, window))
+    return _joined(parts).view(block.patients, *_shape(maps, points, window))
 
 
 def _gram(maps: Tensor, points: Tensor, window: Window, images: int) -> Tensor:

@@ -104,6 +104,7 @@ class Recording:
         """Collect the uses of a linear layer's weight: inputs (n, T, features) and gradient (n, T, outputs)."""
         self.products.setdefault(parameter, (products, []))[1].append((inputs, gradient))
 
+    @torch.no_grad()
     def finish_(self, bounds: Tensor) -> Tensor:
         """Add the clipped sum to every trainable parameter's .grad, and return the norms (Q, groups).
 
@@ -131,8 +132,10 @@ class Recording:
         of_rows = self.patients.spread(factors)  # (n, groups)
         for group, (parameters, matrix) in small.items():
             sums = torch.mv(quiet(matrix, silent).t(), of_rows[:, group])
-            for parameter, total in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
-                _add_(parameter, total)
+            start = 0
+            for parameter in parameters:  # no split: autograd forbids changing one of several views in place
+                _add_(parameter, sums[start : start + parameter.numel()])
+                start += parameter.numel()
         small.clear()
         while self.kept:
             parameter, gradients = self.kept.popitem()
