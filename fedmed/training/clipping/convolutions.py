@@ -31,7 +31,7 @@ PAIR = 60.0  # a pair of positions, for each pass over the square of all of them
 KEPT = 100.0  # a number of a kept gradient: written, read for its norm, read for the sum
 WRITTEN = 60.0  # a number of a gradient that is let go
 APART = 1.15  # a multiply-add of the patients' own weight gradients
-ROOM = 1.0  # kept gradients may take as much memory as what the layer was given and got back
+ROOM = 2.0  # kept gradients may take twice the memory of what the layer was given and got back
 
 
 def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
