@@ -17,7 +17,7 @@ from fedmed.training.clipping.correlation import Window
 from fedmed.training.clipping.patients import Patients
 from fedmed.training.clipping.recording import Recording, full
 
-Form = Literal["gram", "kept", "twice"]
+Form = Literal["gram", "kept"]
 CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
@@ -29,17 +29,18 @@ CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
 # Time in multiply-adds of a large matrix product on one core; see docs/dp-engine.md.
 PAIR = 60.0  # a pair of positions, for each pass over the square of all of them
 KEPT = 100.0  # a number of a kept gradient: written, read for its norm, read for the sum
-WRITTEN = 60.0  # a number of a gradient that is let go
 APART = 1.15  # a multiply-add of the patients' own weight gradients
-ROOM = 2.0  # kept gradients may take twice the memory of what the layer was given and got back
+ROOM = 3.0  # kept gradients may take so many times the memory of what the layer was given and got back
 
 
-def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
-    """The form of a layer's per-patient gradients that takes least time, of those that do not take much memory.
+def cheaper(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
+    """The form of a layer's per-patient gradients that takes less time.
 
-    * `gram`: norms from products of positions with positions, and one weighted sum later.
-    * `kept`: every patient's gradient is computed and kept.
-    * `twice`: every patient's gradient is computed for its norm, let go, and one weighted sum follows later.
+    * `gram`: norms from products of positions with positions, and one weighted sum later. Cheap for small maps.
+    * `kept`: every patient's gradient is computed and kept, unless that takes much memory. Cheap for few weights.
+
+    Where memory forbids `kept`, 3 k T (C + O) < C O K for k images of T positions and K taps, the products over
+    positions, (k T)² (C + O), are under a third of those of the plain weight gradient: `gram` is never dear there.
 
     Args:
         maps: (n, C, *sides).
@@ -58,13 +59,9 @@ def cheapest(maps: tuple[int, ...], points: tuple[int, ...], window: Window, pat
         each = many**2 * channels + few**2 * outputs + (2 + sum(window.kernel)) * pairs * max(1, many // few)
     else:
         each = few**2 * (channels * taps + outputs) + 2 * pairs
-    costs: dict[Form, float] = {
-        "gram": product + sum(block.patients * block.images**2 * each for block in patients.blocks),
-        "twice": product + APART * product + WRITTEN * all_weights,
-    }
-    if all_weights <= ROOM * rows * (channels * many + outputs * few):
-        costs["kept"] = APART * product + KEPT * all_weights
-    return min(costs, key=costs.__getitem__)
+    gram = product + sum(block.patients * block.images**2 * each for block in patients.blocks)
+    fits = all_weights <= ROOM * rows * (channels * many + outputs * few)
+    return "kept" if fits and APART * product + KEPT * all_weights < gram else "gram"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +110,12 @@ class _Layer:
         if not isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             maps, points = points, maps
         window, patients = self.window, recording.patients
-        form = cheapest(tuple(maps.shape), tuple(points.shape), window, patients)
+        form = cheaper(tuple(maps.shape), tuple(points.shape), window, patients)
         if form == "kept" or not recording.single(weight):
             recording.keep(weight, correlation.gradients(maps, points, window, patients))
             return
-        norms = correlation.squares_by_gram if form == "gram" else correlation.squares_one_by_one
-        weighted = partial(correlation.weighted, maps, points, window)
-        recording.postpone(weight, norms(maps, points, window, patients), weighted)
+        squares = correlation.squares_by_gram(maps, points, window, patients)
+        recording.postpone(weight, squares, partial(correlation.weighted, maps, points, window))
 
 
 def convolution(name: str, module: nn.Module) -> Callable[..., Tensor]:

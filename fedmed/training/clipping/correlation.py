@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmed.training.clipping.patients import Block, Patients
-from fedmed.training.clipping.recording import full, quiet, square_norms
+from fedmed.training.clipping.recording import full, quiet
 
 TRANSIENT = 2**22  # numbers in a temporary tensor, above which a product is made in several parts
 LANES = 16  # floats that the processor multiplies at once
@@ -72,14 +72,6 @@ def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) 
     for number, rows in enumerate(patients.each()):
         found[number] = weight_gradient(maps[rows], points[rows], window)
     return found
-
-
-def squares_one_by_one(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:
-    """(Q,) squared norms of the weight gradients, of which only one is in memory at a time."""
-    maps, points = full(maps), full(points)
-    return torch.cat(
-        [square_norms(weight_gradient(maps[rows], points[rows], window)[None]) for rows in patients.each()]
-    )
 
 
 def squares_by_gram(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:

@@ -36,7 +36,7 @@ def one_by_one(name: str, module: nn.Module, recording: Recording, *given: Any, 
         own = {f"inner.{key}": value for key, value in own.items()}
         outputs.append(functional_call(apart, own, cut(given), cut(named)))
     recording.ends.append(partial(_collect, recording, trained, copies))
-    return _joined(outputs, 1 if isinstance(module, nn.RNNBase) else 0)
+    return _joined(outputs, 0, 1 if isinstance(module, nn.RNNBase) else 0)  # of which states are (layers, n, units)
 
 
 class _Apart(nn.Module):
@@ -70,16 +70,14 @@ def _cut(name: str, images: int, rows: slice, value: Any) -> Any:
     return value
 
 
-def _joined(values: list[Any], state_axis: int) -> Any:
-    """One value out of the patients'; of a tuple, the second tensor and later ones along `state_axis`."""
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if isinstance(values[0], tuple | list):
+def _joined(values: list[Any], axis: int, later: int) -> Any:
+    """One value out of the patients', tensors along `axis`; in a tuple, what follows the first along `later`."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values, dim=axis)
+    if isinstance(first, tuple | list):
         parts = [list(part) for part in zip(*values, strict=True)]
-        return type(values[0])(
-            torch.cat(part, dim=state_axis) if place and isinstance(part[0], Tensor) else _joined(part, state_axis)
-            for place, part in enumerate(parts)
-        )
-    if isinstance(values[0], dict):
-        return {key: _joined([value[key] for value in values], state_axis) for key in values[0]}
-    return values[0]
+        return type(first)(_joined(part, later if place else axis, later) for place, part in enumerate(parts))
+    if isinstance(first, dict):
+        return {key: _joined([value[key] for value in values], axis, later) for key in first}
+    return first
