@@ -277,8 +277,9 @@ def main() -> None:
         text = (
             "# A private training step\n\n"
             f"`{' '.join(['python benchmarks/dp_step.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, "
-            f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, one thread an engine, batch {BATCH}, "
-            f"noise included, {options.repeats} repeats, engines in turn. `hooks`, `functorch` and `ghost` are Opacus'.\n\n"
+            f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, one thread an engine, "
+            f"batch {BATCH}, noise included, {options.repeats} repeats, engines in turn. `hooks`, `functorch` and "
+            "`ghost` are Opacus'.\n\n"
         )
         (HERE / "dp_step.md").write_text(text + "\n".join([head, *table]) + "\n", encoding="utf-8")
 

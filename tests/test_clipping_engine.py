@@ -30,7 +30,9 @@ def images_of(rows: int, seed: int = 1, side: int = 6) -> Tensor:
     return torch.randn((rows, 1, side, side), generator=torch.Generator().manual_seed(seed))
 
 
-def sum_of(module: nn.Module, images: Tensor, patients: Tensor, max_norm: float, weights: Tensor | None = None) -> Tensor:
+def sum_of(
+    module: nn.Module, images: Tensor, patients: Tensor, max_norm: float, weights: Tensor | None = None
+) -> Tensor:
     module.zero_grad()
     GradientClipper(module, max_norm=max_norm).accumulate_(squares_of, images, images, patients, weights)
     return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
@@ -130,6 +132,17 @@ def test_bounds_for_groups_of_parameters_clip_each_group_alone() -> None:
     clipped = GradientClipper(module, max_norm=bounds).accumulate_(squares_of, images, images, patients, weights)
     assert clipped.norms.shape == (3, 3)
     assert_clipped(module, clipped.norms, expected)
+
+
+def test_the_bound_may_change_between_batches() -> None:
+    module, images, patients = network().double(), images_of(4).double(), torch.zeros(4, dtype=torch.int64)
+    clipper = GradientClipper(module, max_norm=0.01)
+    for bound in (0.02, 0.005):
+        module.zero_grad()
+        clipper.max_norm = bound
+        clipper.accumulate_(squares_of, images, images, patients)
+        norm = torch.cat([parameter.grad.flatten() for parameter in module.parameters()]).norm()
+        assert float(norm) == pytest.approx(bound, rel=1e-12)
 
 
 def test_the_network_is_as_it_was_between_batches_and_after_errors() -> None:
@@ -295,6 +308,9 @@ def test_refuses_bounds_and_layers_when_it_is_made() -> None:
     for bound in (0.0, -1.0, float("nan")):
         with pytest.raises(ModelError, match="more than 0"):
             GradientClipper(network(), max_norm=bound)
+    clipper = GradientClipper(network(), max_norm=1.0)
+    with pytest.raises(ModelError, match="more than 0"):
+        clipper.max_norm = 0.0
     with pytest.raises(ModelError, match="in 0 of the groups"):
         GradientClipper(network(), max_norm={"0.": 1.0})
     with pytest.raises(ModelError, match="in 2 of the groups"):

@@ -13,7 +13,11 @@ from fedmed.training.clipping.convolutions import cheaper
 from fedmed.training.clipping.correlation import Window
 from fedmed.training.clipping.patients import patients_of
 
-CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+CONVOLUTIONS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
 PATIENTS = torch.tensor([2, 0, 2, 1, 0, 2])
 
 
@@ -35,7 +39,12 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     channels, outputs = (groups * draw(st.integers(1, 9 if axes == 2 else 3)) for _ in range(2))
     per_axis = [[draw(st.integers(1, 3)) for _ in range(axes)] for _ in range(2)]
     dilation, sides = [draw(st.integers(1, 2)) for _ in range(axes)], [draw(st.integers(5, 7)) for _ in range(axes)]
-    settings = {"groups": groups, "bias": draw(st.booleans()), "stride": tuple(per_axis[1]), "dilation": tuple(dilation)}
+    settings = {
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "stride": tuple(per_axis[1]),
+        "dilation": tuple(dilation),
+    }
     kernel = tuple(per_axis[0])
     padding: object = tuple(draw(st.integers(0, 2)) for _ in range(axes))
     if not transposed and draw(st.booleans()):
@@ -68,7 +77,10 @@ def correlations(draw: st.DrawFn) -> tuple[Tensor, Tensor, Window]:
     sides = tuple(draw(st.integers(5, 7)) for _ in range(axes))
     width = draw(st.sampled_from([1, 5, 9, 16]))
     window = Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    ends = tuple((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, p, d, k, t in zip(sides, padding, dilation, kernel, stride, strict=True))
+    ends = tuple(
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, p, d, k, t in zip(sides, padding, dilation, kernel, stride, strict=True)
+    )
     drawn = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     maps, points = (
         torch.randn((6, groups * width, *size), generator=drawn, dtype=torch.float64) for size in (sides, ends)

@@ -125,8 +125,6 @@ def convolution(name: str, module: nn.Module) -> Callable[..., Tensor]:
     padding, ahead = of.padding, (0,) * (2 * len(of.kernel_size))
     if isinstance(padding, str) or of.padding_mode != "zeros":  # padded before: "same" may have an odd pixel to place
         padding, ahead = (0,) * len(of.kernel_size), tuple(of._reversed_padding_repeated_twice)
-    window = Window(
-        kernel=of.kernel_size, stride=of.stride, padding=padding, dilation=of.dilation, groups=of.groups
-    )
+    window = Window(kernel=of.kernel_size, stride=of.stride, padding=padding, dilation=of.dilation, groups=of.groups)
     layer = _Layer(name=name, module=of, window=window, ahead=ahead, convolve=CONVOLVE[kind])
     return layer.convolved

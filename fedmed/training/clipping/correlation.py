@@ -122,12 +122,13 @@ def _by_groups(maps: Tensor, points: Tensor, window: Window, block: Block, lanes
         lanes: Channels are filled up with zeros to a multiple of it.
     """
     shape = _shape(maps, points, window)
-    rows = [
-        _filled(each[block.rows], lanes).unflatten(0, (block.patients, block.images)).transpose(0, 1).flatten(1, 2)
-        for each in (maps, points)
-    ]  # (images, patients * channels, *sides)
-    found = weight_gradient(*rows, replace(window, groups=block.patients * window.groups))
-    return found.unflatten(0, (block.patients, -1))[:, : shape[0], : shape[1]]
+    together = []
+    for rows in (maps, points):
+        each = _filled(rows[block.rows], lanes)
+        each = each.reshape(block.patients, block.images, *each.shape[1:]).transpose(0, 1)
+        together.append(each.reshape(block.images, -1, *each.shape[3:]))  # (images, patients * channels, *sides)
+    found = weight_gradient(together[0], together[1], replace(window, groups=block.patients * window.groups))
+    return found.view(block.patients, -1, *found.shape[1:])[:, : shape[0], : shape[1]]
 
 
 def _filled(rows: Tensor, lanes: int) -> Tensor:
@@ -167,9 +168,7 @@ def _gram(maps: Tensor, points: Tensor, window: Window, images: int) -> Tensor:
     return squares.view(-1, window.groups).sum(1)
 
 
-def _slid(
-    gram: Tensor, window: Window, images: int, sides: tuple[int, ...], outputs: tuple[int, ...]
-) -> Tensor:
+def _slid(gram: Tensor, window: Window, images: int, sides: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
     """AᵀA of patches from MᵀM of single positions: Σ_δ (MᵀM)[q + δ, q' + δ], one axis after the other.
 
     The patches of a 3 × 3 convolution hold every position nine times; this way none of them is multiplied twice.
@@ -221,6 +220,6 @@ def patches(maps: Tensor, window: Window) -> Tensor:
 
 
 def _matrices(rows: Tensor, images: int, groups: int) -> Tensor:
-    """(patients * groups, C / groups, images * T) for rows (patients * images, C, *sides): a matrix for each product."""
+    """(patients * groups, C / groups, images * T) for rows (patients * images, C, *sides): one matrix a product."""
     rows = rows.reshape(len(rows) // images, images, groups, rows.shape[1] // groups, -1)
     return rows.permute(0, 2, 3, 1, 4).reshape(len(rows) * groups, rows.shape[3], -1)

@@ -80,11 +80,9 @@ class GradientClipper:
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ModelError("every parameter of the network is frozen; there is nothing to train")
-        self.by_group = isinstance(max_norm, Mapping)
-        self.max_norm: dict[str, float] = dict(max_norm) if isinstance(max_norm, Mapping) else {"": float(max_norm)}
-        if not all(bound > 0 for bound in self.max_norm.values()):
-            raise ModelError(f"gradients cannot be clipped to a norm of {max_norm}; expected more than 0")
-        self.groups = {parameter: _group(name, list(self.max_norm)) for name, parameter in self.trained.items()}
+        self.max_norm = max_norm
+        beginnings = list(max_norm) if isinstance(max_norm, Mapping) else [""]
+        self.groups = {parameter: _group(name, beginnings) for name, parameter in self.trained.items()}
         self.precision = precision
         self.fallbacks: list[str] = []  # layers that are run patient by patient, because no quicker way is known
         self.forwards: list[tuple[nn.Module, Forward]] = []
@@ -96,6 +94,18 @@ class GradientClipper:
                     raise ModelError(f"layer {name} must be made with batch_first=True to tell its images apart")
                 self.fallbacks.append(name)
             self.forwards.append((layer, make(name, layer) if make else partial(one_by_one, name, layer)))
+
+    @property
+    def max_norm(self) -> float | Mapping[str, float]:
+        """The bound, or those of the groups; adaptive clipping sets it anew between batches."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, bound: float | Mapping[str, float]) -> None:
+        self._bounds = list(bound.values()) if isinstance(bound, Mapping) else [bound]
+        if not all(each > 0 for each in self._bounds):
+            raise ModelError(f"gradients cannot be clipped to a norm of {bound}; expected more than 0")
+        self._max_norm = bound
 
     def accumulate_(
         self, loss: PerImageLoss, images: Tensor, targets: Tensor, patients: Tensor, weights: Tensor | None = None
@@ -118,7 +128,7 @@ class GradientClipper:
                 in place, a normalization would mix images, or the losses are not (n,).
         """
         self._refuse_mixing()
-        bounds = torch.tensor(list(self.max_norm.values()), device=images.device, dtype=_dtype(self.trained))
+        bounds = torch.tensor(self._bounds, device=images.device, dtype=_dtype(self.trained))
         before = {p: p.grad for p in self.trained.values()}
         sorted_by = patients_of(patients)
         order = sorted_by.order
@@ -141,7 +151,7 @@ class GradientClipper:
         for parameter in before:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return Clipped(norms=norms if self.by_group else norms[:, 0], losses=losses)
+        return Clipped(norms=norms if isinstance(self.max_norm, Mapping) else norms[:, 0], losses=losses)
 
     def _backward(self, loss: PerImageLoss, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         half: AbstractContextManager[object] = nullcontext()
@@ -163,17 +173,17 @@ class GradientClipper:
     @contextmanager
     def _attached(self, recording: Recording) -> Iterator[None]:
         """Let the layers record; afterwards the module is as it was."""
-        own = [(layer, layer.__dict__.get("forward")) for layer, _ in self.forwards]
+        own: list[tuple[nn.Module, Any]] = [(layer, layer.__dict__.get("forward")) for layer, _ in self.forwards]
         try:
             for layer, forward in self.forwards:
                 layer.__dict__["forward"] = partial(forward, recording)
             yield
         finally:
-            for layer, forward in own:
-                if forward is None:
+            for layer, before in own:
+                if before is None:
                     del layer.__dict__["forward"]
                 else:
-                    layer.__dict__["forward"] = forward
+                    layer.__dict__["forward"] = before
 
     def _refuse_mixing(self) -> None:
         for layer in self.norms_of_batches:

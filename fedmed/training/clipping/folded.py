@@ -51,9 +51,7 @@ def prelu(name: str, module: nn.PReLU, recording: Recording, maps: Tensor) -> Te
     return F.prelu(folded, recording.own(module.weight)).view(maps.shape)
 
 
-def _affine(
-    name: str, module: nn.Module, recording: Recording, maps: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _affine(name: str, module: nn.Module, recording: Recording, maps: Tensor) -> tuple[Tensor | None, Tensor | None]:
     scale, shift = module._parameters.get("weight"), module._parameters.get("bias")
     recording.use(name, maps, scale, shift)
     own = (None if each is None else recording.own(each) for each in (scale, shift))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,10 @@ MOVE = 12.0  # as in `convolutions`
 
 def linear(name: str, module: nn.Linear, recording: Recording, inputs: Tensor) -> Tensor:
     """What a linear layer returns for inputs (n, …, features); its gradients go to the recording."""
-    return product(name, recording, inputs, module.weight, module.bias)
+    return product(name, recording, inputs, cast(nn.Parameter, module.weight), module.bias)
 
 
-def product(
-    name: str, recording: Recording, inputs: Tensor, weight: nn.Parameter, bias: nn.Parameter | None
-) -> Tensor:
+def product(name: str, recording: Recording, inputs: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
     """W x + b for inputs (n, …, features)."""
     recording.use(name, inputs, weight, bias)
     output = F.linear(inputs, weight.detach(), None if bias is None else bias.detach())

@@ -60,7 +60,7 @@ class Patients:
         """(Q, …) sums over each patient's rows of a tensor (n, …)."""
         if self.alone:
             return rows
-        return torch.cat([rows[b.rows].unflatten(0, (b.patients, b.images)).sum(1) for b in self.blocks])
+        return torch.cat([rows[b.rows].reshape(b.patients, b.images, *rows.shape[1:]).sum(1) for b in self.blocks])
 
     def spread(self, values: Tensor) -> Tensor:
         """(n, …) each patient's value (Q, …) at each of its rows."""

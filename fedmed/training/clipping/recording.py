@@ -63,7 +63,7 @@ class Recording:
         """
         if not output.requires_grad:
             output = _Root.apply(output, self.anchor)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        output.register_hook(received)
+        output.register_hook(received)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return output
 
     def own(self, parameter: nn.Parameter) -> Tensor:
@@ -184,7 +184,8 @@ class _Root(torch.autograd.Function):
 
 def square_norms(rows: Tensor) -> Tensor:
     """(n,) squared Euclidean norms of rows (n, …)."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return norms.square()
 
 
 def quiet(rows: Tensor, silent: Tensor | None) -> Tensor:
