@@ -31,7 +31,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from opacus import PrivacyEngine
-from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,7 +44,7 @@ from fedmed.models.resnet50 import resnet50
 from fedmed.models.small_cnn import small_cnn
 from fedmed.models.unet import unet
 from fedmed.models.vgg16 import vgg16
-from fedmed.training.clipping import GradientClipper
+from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 
 HERE = Path(__file__).parent
 BATCH, LABELS, MAX_NORM, NOISE, SLICES = 16, 14, 1.0, 1.0, 8
@@ -129,7 +128,7 @@ def step_of(engine: str, network: nn.Module, images: Tensor, targets: Tensor) ->
             plain.step()
 
     elif engine.startswith(OURS):
-        optimizer = DPOptimizerFastGradientClipping(
+        optimizer = ClippedSumOptimizer(
             plain, noise_multiplier=NOISE, max_grad_norm=MAX_NORM, expected_batch_size=len(images)
         )
         clipper = GradientClipper(network, max_norm=MAX_NORM)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import ModelError
 from fedmed.models.small_cnn import small_cnn
-from fedmed.training.clipping import GradientClipper
+from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -162,7 +162,7 @@ def test_the_network_is_as_it_was_between_batches_and_after_errors() -> None:
 def steps(module: nn.Module, engine: str, batches: list[list[Tensor]], noise: float) -> Tensor:
     """Weights after optimizer steps, each on the physical batches of one list."""
     plain = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    make = DPOptimizer if engine == "hooks" else DPOptimizerFastGradientClipping
+    make = {"hooks": DPOptimizer, "copied": DPOptimizerFastGradientClipping, "ours": ClippedSumOptimizer}[engine]
     optimizer = make(
         plain, noise_multiplier=noise, max_grad_norm=0.5, expected_batch_size=5,
         generator=torch.Generator().manual_seed(3),
@@ -187,9 +187,23 @@ def steps(module: nn.Module, engine: str, batches: list[list[Tensor]], noise: fl
 @pytest.mark.parametrize("noise", [0.0, 1.3])
 def test_training_below_opacus_optimizer_equals_training_with_opacus_hooks(noise: float) -> None:
     batches = [[images_of(5, 1)], [images_of(4, 2), images_of(3, 3)], [images_of(1, 4)]]
-    ours, theirs = (steps(network(), engine, batches, noise) for engine in ("ours", "hooks"))
+    ours, copied, theirs = (steps(network(), engine, batches, noise) for engine in ("ours", "copied", "hooks"))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours, copied)
     assert not torch.allclose(ours, torch.cat([p.flatten() for p in network().parameters()]))
+
+
+def test_a_sum_is_noised_once() -> None:
+    module = network()
+    optimizer = ClippedSumOptimizer(
+        torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=0.5, expected_batch_size=5
+    )
+    clipper = GradientClipper(module, max_norm=0.5)
+    clipper.accumulate_(squares_of, images_of(3), images_of(3), torch.arange(3))
+    optimizer.step()
+    clipper.accumulate_(squares_of, images_of(3), images_of(3), torch.arange(3))
+    with pytest.raises(ValueError, match="already been processed"):  # zero_grad was forgotten
+        optimizer.step()
 
 
 def test_an_empty_poisson_batch_is_a_step_of_noise_alone() -> None:
