@@ -1,0 +1,9 @@
+"""Per-patient gradient clipping at little more than the cost of a plain step.
+
+One door, `GradientClipper`; `ClippedSumOptimizer` is Opacus' optimizer for what it makes.
+"""
+
+from fedmed.training.clipping.engine import Clipped, GradientClipper
+from fedmed.training.clipping.optimizer import ClippedSumOptimizer
+
+__all__ = ["Clipped", "ClippedSumOptimizer", "GradientClipper"]
