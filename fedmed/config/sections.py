@@ -208,11 +208,22 @@ class PrivacyConfig(Section):
     """Differential privacy of the training."""
 
     mode: Literal["none", "dp-sgd", "central"] = "none"
-    unit: Literal["patient", "image"] = "patient"
+    unit: Annotated[
+        Literal["patient", "image"], Field(description="whose gradient is clipped; a budget is always a patient's")
+    ] = "patient"
     epsilon: Annotated[float, Field(gt=0)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    noise_multiplier: Annotated[
+        float, Field(ge=0, description="standard deviation of the noise / max-grad-norm; 0 = from epsilon and delta")
+    ] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    images_per_patient: Positive = 8
+    images_per_patient: Annotated[
+        Positive, Field(description="images of one patient in a step, at most; drawn in secret")
+    ] = 8
+    augmentations: Annotated[
+        Positive, Field(description="changed copies of an image whose gradients are averaged before clipping")
+    ] = 1
+    physical_batch_size: Annotated[Positive, Field(description="images in memory at once; nothing else changes")] = 32
     noise: Literal["secure", "insecure-test"] = "secure"
 
 
@@ -299,8 +310,10 @@ class RunConfig(Section):
         self._sites_can_do_their_part()
         if self.simulation.partition != "as-given" and self.data.dataset:
             raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
-        if self.privacy.mode != "none":
-            raise ValueError(f'privacy.mode = "{self.privacy.mode}" is not available in this version; use "none"')
+        if self.privacy.mode == "central":
+            raise ValueError('privacy.mode = "central" is not available in this version; use "dp-sgd" or "none"')
+        if self.privacy.mode == "dp-sgd":
+            self._touches_patients_only_under_noise()
         return self
 
     def _sites_can_do_their_part(self) -> None:
@@ -312,6 +325,19 @@ class RunConfig(Section):
             raise ValueError(f"{name} already trains a network for every site; leave strategy.personal-steps at 0")
         if self.strategy.name == "feddg-ga" and self.privacy.mode != "none":
             raise ValueError(f'{name} needs un-noised losses of the sites, which privacy.mode = "none" alone allows')
+
+    def _touches_patients_only_under_noise(self) -> None:
+        """Refuse what would let private data past the noise: docs/privacy-model.md, claim 7."""
+        train = self.train
+        refused = {
+            'model.norm = "batch"': (self.model.norm == "batch", 'couples the images of a batch; use "group"'),
+            'train.class-weights = "balanced"': (train.class_weights != "none", "come from the site's own counts"),
+            'train.sampling = "balanced"': (train.sampling != "shuffle", "voids the Poisson sampling of patients"),
+            "train.patience": (bool(train.patience), "stops by what private patients show; use evaluate.patience"),
+        }
+        for key, (present, reason) in refused.items():
+            if present:
+                raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "dp-sgd"')
 
     @property
     def dimensions(self) -> int:

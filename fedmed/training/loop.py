@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedmed.training.unfinished import Unfinished
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 Batch = tuple[Tensor, Tensor]
+AnyLoss = Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]  # of logits, or of several sizes of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +104,21 @@ def train_(
     seed = int(generator.integers(2**63))
     order = list(batches(rows, config, generator, given.weights))
     with seeded(seed, network.device):  # dropout inside the network, if it has any
-        training = _Training(network, config, deeply_supervised(loss), given, -(-len(order) // config.accumulate))
+        training = Training(network, config, given, -(-len(order) // config.accumulate))
         training.take_up()
+        supervised = deeply_supervised(loss)
         first = training.step * config.accumulate
         network.module.train()
-        parts = (_batch(data, chosen, config, (seed, first + number)) for number, chosen in enumerate(order[first:]))
+        numbered = enumerate(order[first:], start=first)
+        parts = (training_batch(data, chosen, config, (seed, number)) for number, chosen in numbered)
         while group := list(islice(parts, config.accumulate)):
-            training.step_(group)
+            training.step_(partial(_mean_gradient_, network, config, supervised, group))
             if training.over(at_end_of_pass=_ends_a_pass(training.step, rows, config)):
                 break
     return training.result_()
 
 
-def _batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, int]) -> Batch:
+def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, ...]) -> Batch:
     """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone."""
     if not config.augment:
         return data.batch(chosen)
@@ -126,43 +130,42 @@ def _batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, in
     return augment.apply(images, None, drawn)[0], targets
 
 
+def _mean_gradient_(network: FlatNetwork, config: TrainConfig, loss: AnyLoss, group: Sequence[Batch]) -> Tensor:
+    """Leave the gradient of the mean loss over some batches, each weighing as many images as it has; give that loss."""
+    half = torch.autocast(network.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    images_in_all, total = sum(len(images) for images, _ in group), torch.zeros((), device=network.device)
+    for parameter in network.parameters:
+        parameter.grad = None
+    for images, targets in group:
+        with half:
+            outputs = network(images.to(network.device), channels_last=config.channels_last)
+        value = loss(outputs, targets.to(network.device)) * (len(images) / images_in_all)
+        value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        total += value.detach()
+    return total
+
+
 def _ends_a_pass(step: int, rows: Rows, config: TrainConfig) -> bool:
     return config.local_steps == 0 and step * config.accumulate % batches_in_a_pass(rows, config) == 0
 
 
-class _Training:
+class Training:
     """The state of one round's training: the network, its optimizer, and what has been seen so far."""
 
-    def __init__(
-        self,
-        network: FlatNetwork,
-        config: TrainConfig,
-        loss: Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor],
-        given: Circumstances,
-        steps: int,
-    ) -> None:
-        self.network, self.config, self.loss, self.given, self.steps = network, config, loss, given, steps
+    def __init__(self, network: FlatNetwork, config: TrainConfig, given: Circumstances, steps: int) -> None:
+        """Begin with a fresh optimizer; `steps` are what the schedule is laid over."""
+        self.network, self.config, self.given, self.steps = network, config, given, steps
         self.optimizer = optimizer_for(config, network)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.total, self.step = torch.zeros((), device=network.device), 0
         self.average = network.vector.clone() if config.ema else None
         self.best: tuple[float, Tensor] | None = None  # validation loss and weights of the best pass
         self.stale = 0
-        self.half: AbstractContextManager[object] = nullcontext()
-        if config.precision == "bfloat16":
-            self.half = torch.autocast(network.device.type, torch.bfloat16)
 
-    def step_(self, group: list[Batch]) -> None:
-        """One optimizer step on the mean gradient of some batches, each weighing as many images as it has."""
+    def step_(self, gradient_: Callable[[], Tensor]) -> None:
+        """One optimizer step on the gradient that a function leaves in the parameters; it gives the loss, a scalar."""
         self._set_learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        images_in_all = sum(len(images) for images, _ in group)
-        for images, targets in group:
-            with self.half:
-                outputs = self.network(images.to(self.network.device), channels_last=self.config.channels_last)
-            value = self.loss(outputs, targets.to(self.network.device)) * (len(images) / images_in_all)
-            value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-            self.total += value.detach()
+        self.total += gradient_()
         if self.given.correction is not None:
             self.given.correction()
         self.optimizer.step()

@@ -1,0 +1,139 @@
+"""A private run's account at one site: on what terms it trains, what it reserves before, and what it says afterwards.
+
+The whole schedule of a run is decided before its first round, so it is reserved at once and may be composed
+numerically. Every round then leaves a mark in the ledger, a reservation of nothing. A round that is trained again,
+because a process was killed or an answer was lost, draws new noise and uses up steps again; when the schedule is used
+up, every further round is charged by itself, and the ledger may refuse it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from fedmed.config import RunConfig
+from fedmed.imaging.dataset import Dataset
+from fedmed.privacy.accounting import spent
+from fedmed.privacy.calibration import noise_multiplier_for
+from fedmed.privacy.balance import Charge
+from fedmed.privacy.cohort import Cohort
+from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.noise import NoiseGenerator, noise_generator
+from fedmed.training.oversight import Permit
+from fedmed.training.private import Terms, Unit, terms_for, units_of
+from fedmed.training.sampling import Rows
+from fedmed.types import PrivacyEvent, Scalar
+
+ADJACENCY = "add or remove one patient"
+SCHEDULE = 0  # the round under which steps are reserved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """Leave to train one round by DP-SGD."""
+
+    run: str
+    round: int
+    delta: float
+    terms: Terms
+    units: Sequence[Unit]
+    source: NoiseGenerator
+    ledger: Ledger
+
+    def facts(self) -> dict[str, Scalar]:
+        """What the site says of its patients' budget after the round; all of it follows from public terms."""
+        events = self._released()
+        own = spent(events, delta=self.delta)
+        total = self.ledger.spent()
+        values = {
+            "unit": self.terms.unit,
+            "adjacency": ADJACENCY if self.terms.unit == "patient" else "add or remove one image",
+            "delta": self.delta,
+            "images_per_patient": self.terms.images_per_patient,
+            "accountant": own.accountant,
+            "events": [asdict(replace(event, cohort="")) for event in events],
+            "epsilon": own.epsilon if self.source.secret else None,
+            "epsilon_total": total.epsilon if self.source.secret else None,
+        }
+        if not self.source.secret:
+            values["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'
+        return {"privacy": json.dumps(values)}
+
+    def _released(self) -> list[PrivacyEvent]:
+        """Of this run, what was trained so far: as many rounds as left a mark, those trained again counted again."""
+        rounds = sum(not charge.events for charge in _charges(self.ledger, self.run).values())
+        event = self.terms.event(steps=rounds * self.terms.steps)
+        return [event if self.terms.unit == "patient" else replace(event, unit="patient", images_per_patient=1)]
+
+
+def opened_account(
+    config: RunConfig, settings: str, round: int, permit: Permit, data: Dataset, rows: Rows, cohort: Cohort
+) -> Account:
+    """Reserve what a round will spend, before a gradient is computed.
+
+    Args:
+        config: the run.
+        settings: of the task, as text; with the run's name they say which run this is.
+        round: to be trained.
+        permit: of the site's policy.
+        data: of the site.
+        rows: of its training patients.
+        cohort: the same patients, as the ledger knows them.
+
+    Raises:
+        BudgetExhausted: some patient would exceed the budget.
+        PolicyRefused: the noise that the run asks for is not allowed here, or its δ protects nobody.
+        LedgerUnusable: the ledger cannot be used.
+    """
+    privacy, train = config.privacy, config.train
+    units = units_of(data, rows, privacy)
+    public = terms_for(privacy, train, units=len(units), noise_multiplier=1.0)
+    sigma = privacy.noise_multiplier or noise_multiplier_for(
+        epsilon=permit.terms.epsilon,
+        delta=permit.terms.delta,
+        sample_rate=public.sample_rate,
+        steps=train.rounds * public.steps,
+    )
+    terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
+    run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    return Account(
+        run=run,
+        round=round,
+        delta=permit.terms.delta,
+        terms=terms,
+        units=units,
+        source=noise_generator(privacy.noise, seed=config.seed * 10_000 + round),
+        ledger=permit.ledger,
+    )
+
+
+def fingerprints(data: Dataset, rows: Rows) -> dict[str, set[bytes]]:
+    """For every patient of these rows, digests of the pixels of each image: a patient with a new name is known again."""
+    found: dict[str, set[bytes]] = {}
+    for row in rows:
+        pixels = data.batch(row[None])[0].numpy()
+        found.setdefault(data.patients[row], set()).add(hashlib.sha256(pixels.tobytes()).digest())
+    return found
+
+
+def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> None:
+    """Charge the whole schedule before the first round, mark every round, and charge what goes beyond the schedule.
+
+    A mark is written before the steps are counted, so that two processes can never share the last steps of a plan.
+    """
+    if not _charges(ledger, run):
+        left = rounds - round + 1  # a site may join late
+        ledger.reserve(run, SCHEDULE, [terms.event(steps=left * terms.steps)], cohort)
+    mark = ledger.reserve(run, round, [], cohort)
+    charges = _charges(ledger, run)
+    planned = sum(event.steps for charge in charges.values() for event in charge.events)
+    used = terms.steps * sum(not charge.events for number, charge in charges.items() if number <= mark.sequence)
+    if used > planned:
+        ledger.reserve(run, SCHEDULE, [terms.event(steps=used - planned)], cohort)
+
+
+def _charges(ledger: Ledger, run: str) -> dict[int, Charge]:
+    return {number: charge for number, charge in ledger.charges.items() if charge.run == run}

@@ -1,0 +1,300 @@
+"""DP-SGD at a site, the one door to Opacus' optimizer: secret sampling, one clipped gradient per patient, noise.
+
+A step (Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with patients as the unit):
+
+    every patient takes part with probability q, drawn in secret                                    (Poisson sampling)
+    ḡ_p = Σᵢ wᵢ ∇ℓᵢ over at most k of the patient's images, times augmentations, Σᵢ wᵢ = 1
+    g   = (Σ_p ḡ_p · min(1, C / ‖ḡ_p‖) + N(0, σ²C²)) / (q·N)                          (q·N: never the number that came)
+
+Who is sampled, which images are drawn and the noise come from a generator that nobody outside the site can predict:
+the run's seed is known to the coordinator, and whoever knows the sample loses its amplification. None of it is ever
+saved. What only spreads out the work, such as augmentation, comes from the run's seed, image by image, so that taking
+a patient away changes nothing for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+from torch import Tensor
+
+from fedmed.config import PrivacyConfig, TrainConfig
+from fedmed.imaging.dataset import Dataset
+from fedmed.privacy.noise import NoiseGenerator
+from fedmed.training.clipping import GradientClipper
+from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
+from fedmed.training.losses import Loss, deeply_supervised
+from fedmed.training.network import FlatNetwork
+from fedmed.training.sampling import Rows
+from fedmed.types import PrivacyEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """On what terms a site's gradients leave it. All of it is public."""
+
+    unit: str  # "patient" or "image": whose gradient is clipped
+    units: int  # N: how many of them the site trains on, public by the site's word
+    expected_batch: float  # q·N
+    steps: int  # in a round
+    noise_multiplier: float  # σ
+    max_grad_norm: float  # C
+    images_per_patient: int  # k
+    augmentations: int
+    physical_batch: int  # images in memory at once
+
+    @property
+    def sample_rate(self) -> float:
+        """The chance of a unit to take part in a step, q."""
+        return self.expected_batch / self.units
+
+    def event(self, *, steps: int, cohort: str = "") -> PrivacyEvent:
+        """What `steps` steps on these terms release."""
+        return PrivacyEvent(
+            mechanism="sampled-gaussian",
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=steps,
+            unit="patient" if self.unit == "patient" else "image",
+            images_per_patient=self.images_per_patient,
+            release="gradients",
+            cohort=cohort,
+        )
+
+
+def terms_for(privacy: PrivacyConfig, train: TrainConfig, *, units: int, noise_multiplier: float) -> Terms:
+    """The terms of a round.
+
+    Args:
+        privacy: unit, clip, caps.
+        train: `batch-size` is the expected number of units in a step; `local-steps`, or `local-epochs` of N / batch.
+        units: patients (or images) that the site trains on.
+        noise_multiplier: σ.
+    """
+    batch = min(train.batch_size * train.accumulate, units)
+    return Terms(
+        unit=privacy.unit,
+        units=units,
+        expected_batch=batch,
+        steps=train.local_steps or train.local_epochs * ceil(units / batch),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        images_per_patient=privacy.images_per_patient,
+        augmentations=privacy.augmentations,
+        physical_batch=privacy.physical_batch_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A patient, or one image: what is sampled, and whose gradient is clipped."""
+
+    rows: Rows  # (n,) of its images
+    keys: NDArray[np.int64]  # (n,) from which each image's random changes follow, whoever else there is
+
+
+def units_of(data: Dataset, rows: Rows, privacy: PrivacyConfig) -> list[Unit]:
+    """Every patient with all images, or every image alone, of a patient `images-per-patient` at most.
+
+    The image unit uses the first images of a patient, so that the cap holds for the whole run and group privacy for
+    that many images speaks of the patient.
+    """
+    of_patient: dict[str, list[int]] = {}
+    for row in rows:
+        of_patient.setdefault(data.patients[row], []).append(int(row))
+    whole = [
+        Unit(rows=np.array(each, np.int64), keys=_keys(patient, len(each))) for patient, each in of_patient.items()
+    ]
+    if privacy.unit == "patient":
+        return whole
+    cap = privacy.images_per_patient
+    return [
+        Unit(rows=unit.rows[place : place + 1], keys=unit.keys[place : place + 1])
+        for unit in whole
+        for place in range(min(cap, len(unit.rows)))
+    ]
+
+
+def _keys(patient: str, images: int) -> NDArray[np.int64]:
+    """Of the patient's own images, so that nothing moves when another patient leaves."""
+    digests = (hashlib.sha256(f"{patient}/{place}".encode()).digest() for place in range(images))
+    return np.array([int.from_bytes(digest[:8], "big") >> 1 for digest in digests], np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Physical:
+    """Images that go through the network at once; all of a sampled unit's are together."""
+
+    rows: Rows  # (n,) repeated for every augmentation
+    keys: NDArray[np.int64]  # (n,)
+    copies: NDArray[np.int64]  # (n,) number of the augmentation
+    units: NDArray[np.int64]  # (n,) counted from 0 within this batch
+    weights: NDArray[np.float32]  # (n,) of an image in its unit's mean
+
+
+def drawn(units: Sequence[Unit], terms: Terms, source: NoiseGenerator) -> Iterator[Physical]:
+    """One Poisson sample of the units, in batches that fit into memory. Nothing at all comes when nobody was drawn."""
+    group: list[Unit] = []
+    size = 0
+    for number in np.flatnonzero(source.sample(len(units), terms.sample_rate)):
+        unit = units[number]
+        if len(unit.rows) > terms.images_per_patient:
+            places = source.choose(len(unit.rows), terms.images_per_patient)
+            unit = Unit(rows=unit.rows[places], keys=unit.keys[places])
+        if group and size + len(unit.rows) * terms.augmentations > terms.physical_batch:
+            yield _physical(group, terms.augmentations)
+            group, size = [], 0
+        group.append(unit)
+        size += len(unit.rows) * terms.augmentations
+    if group:
+        yield _physical(group, terms.augmentations)
+
+
+def _physical(group: Sequence[Unit], copies: int) -> Physical:
+    sizes = np.array([len(unit.rows) * copies for unit in group])
+    return Physical(
+        rows=np.concatenate([np.repeat(unit.rows, copies) for unit in group]),
+        keys=np.concatenate([np.repeat(unit.keys, copies) for unit in group]),
+        copies=np.concatenate([np.tile(np.arange(copies), len(unit.rows)) for unit in group]),
+        units=np.repeat(np.arange(len(group)), sizes),
+        weights=np.repeat(1 / sizes, sizes).astype(np.float32),
+    )
+
+
+class SecretNoiseOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus is not annotated
+    """Opacus' optimizer over clipped sums that already lie in one flat vector, with noise from the site's generator."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, gradient: Tensor, terms: Terms, source: NoiseGenerator
+    ) -> None:
+        """Every parameter's `grad` must be a view of `gradient`."""
+        super().__init__(
+            optimizer,
+            noise_multiplier=terms.noise_multiplier,
+            max_grad_norm=terms.max_grad_norm,
+            expected_batch_size=terms.expected_batch,
+        )
+        self.gradient, self.source = gradient, source
+
+    def accumulate(self) -> None:
+        """Physical batches were added up in place."""
+        for parameter in self.params:
+            parameter.summed_grad = parameter.grad
+
+    def add_noise(self) -> None:
+        """N(0, σ²C²) on every coordinate, in one pass."""
+        noise = torch.from_numpy(self.source.normal(self.gradient.numel())).to(self.gradient.device)
+        self.gradient.add_(noise, alpha=self.noise_multiplier * self.max_grad_norm)
+
+
+class PrivateGradient:
+    """Leaves the noised mean of clipped gradients in the parameters, step after step."""
+
+    def __init__(
+        self, network: FlatNetwork, config: TrainConfig, loss: Loss, terms: Terms, source: NoiseGenerator
+    ) -> None:
+        """Every parameter's gradient becomes a view of one flat vector.
+
+        Raises:
+            ModelError: a layer of the network couples images or cannot be clipped.
+        """
+        self.device, self.loss = network.device, one_by_one(loss)
+        self.clipper = GradientClipper(network.module, max_norm=terms.max_grad_norm, precision=config.precision)
+        self.sum = torch.zeros_like(network.vector)
+        for parameter, view in zip(network.parameters, network.cut(self.sum), strict=True):
+            parameter.grad = view
+        carrier = torch.optim.SGD(network.parameters)  # Opacus wants an optimizer to wrap; this one makes no step
+        self.noised = SecretNoiseOptimizer(carrier, self.sum, terms, source)
+
+    def __call__(self, group: Iterable[tuple[Physical, Tensor, Tensor]]) -> Tensor:
+        """One Poisson sample: g. Returns the mean loss over its images, which must not leave the site."""
+        self.sum.zero_()
+        losses = [torch.zeros(0, device=self.device)]
+        for part, images, targets in group:
+            patients, weights = torch.from_numpy(part.units), torch.from_numpy(part.weights)
+            clipped = self.clipper.accumulate_(
+                self.loss,
+                images.to(self.device),
+                targets.to(self.device),
+                patients.to(self.device),
+                weights.to(self.device),
+            )
+            losses.append(clipped.losses.detach())
+        self.noised.pre_step()
+        return torch.cat(losses).sum() / max(sum(map(len, losses)), 1)
+
+
+def train_privately_(
+    network: FlatNetwork,
+    data: Dataset,
+    units: Sequence[Unit],
+    config: TrainConfig,
+    loss: Loss,
+    terms: Terms,
+    *,
+    source: NoiseGenerator,
+    generator: np.random.Generator,
+    given: Circumstances,
+) -> Trained:
+    """Train `network` in place by DP-SGD; what comes back besides the weights must not leave the site.
+
+    Args:
+        network: without any layer that couples images.
+        data: the site's images.
+        units: from `units_of`.
+        config: optimizer, schedule, augmentation.
+        loss: mean over a batch; it is asked for one image at a time.
+        terms: of the release.
+        source: secret randomness: sampling, draws within a patient, noise.
+        generator: of augmentation and dropout, from the run's seed.
+        given: the round's circumstances; nothing in them may come from private data.
+
+    Raises:
+        ModelError: a layer of the network couples images or cannot be clipped.
+    """
+    seed = int(generator.integers(2**63))
+    with seeded(seed, network.device):
+        training = Training(network, config, given, terms.steps)
+        training.take_up()
+        network.module.train()
+        gradient_ = PrivateGradient(network, config, loss, terms, source)
+        while training.step < terms.steps:
+            parts = drawn(units, terms, source)
+            group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)
+            training.step_(partial(gradient_, group))
+            training.over(at_end_of_pass=False)
+    return training.result_()
+
+
+def _batch(data: Dataset, part: Physical, config: TrainConfig, seed: tuple[int, int]) -> Batch:
+    """Images and targets, each changed by numbers of its own: no image's depend on who else was drawn."""
+    if not config.augment:
+        return data.batch(part.rows)
+    single = [
+        training_batch(data, part.rows[n : n + 1], config, (*seed, int(part.keys[n]), int(part.copies[n])))
+        for n in range(len(part.rows))
+    ]
+    return torch.cat([images for images, _ in single]), torch.cat([targets for _, targets in single])
+
+
+def one_by_one(loss: Loss) -> Loss:
+    """(N,) losses of single images: whatever a loss averages over, it is over that image alone."""
+    supervised = deeply_supervised(loss)
+
+    def losses(outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        levels = (outputs,) if isinstance(outputs, Tensor) else outputs
+        single = (tuple(level[n : n + 1] for level in levels) for n in range(len(targets)))
+        values = [
+            supervised(of[0] if isinstance(outputs, Tensor) else of, targets[n : n + 1]) for n, of in enumerate(single)
+        ]
+        return torch.stack(values)
+
+    return losses
