@@ -1,13 +1,13 @@
 """The run configuration: one frozen, validated value behind every command and every Flower app."""
 
 from fedmed.config.files import flatten, load, nested, override, resolve_paths, to_toml, tuples, unflatten, validate
+from fedmed.config.run import RunConfig
 from fedmed.config.sections import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
     Name,
     PrivacyConfig,
-    RunConfig,
     Section,
     SimulationConfig,
     StrategyConfig,

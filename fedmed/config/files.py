@@ -15,7 +15,8 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fedmed.config.sections import RunConfig, Section
+from fedmed.config.run import RunConfig
+from fedmed.config.sections import Section
 from fedmed.errors import ConfigError
 
 

@@ -99,10 +99,10 @@ def _without_records(site: Site) -> Site:
     """A virtual hospital without a folder of its own, as in Flower's Ray simulation.
 
     Raises:
-        ConfigError: it has a policy, whose ledger would have nowhere to be.
+        ConfigError: it has to keep a ledger, which would have nowhere to be.
     """
     if site.policy is not None:
-        text = "simulation.policy needs a folder for every hospital's ledger; use --engine local"
+        text = "simulation.policy and privacy.mode need a folder for every hospital's ledger; use fedmed simulate"
         raise ConfigError(text, public=text)
     return site
 
@@ -112,9 +112,10 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
     """All virtual hospitals of a simulation, from its run file or from Flower's run configuration."""
     config = with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
     policy = None
-    if config.simulation.policy:
+    if config.simulation.policy or config.privacy.mode == "dp-sgd":
         nowhere = Path()  # until the node says where its state lies
-        policy = Oversight(policy=Path(config.simulation.policy), folder=nowhere, keys=nowhere, code=package_hash())
+        rules = Path(config.simulation.policy) if config.simulation.policy else None
+        policy = Oversight(policy=rules, folder=nowhere, keys=nowhere, code=package_hash())
     return tuple(
         Site(
             name=name,
@@ -124,6 +125,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
             cache_gib=config.data.cache_gib,
             device=device,
             policy=policy,
+            virtual=True,
         )
         for name, reference in zip(site_names(config), config.data.sites, strict=True)
     )

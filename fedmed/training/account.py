@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fedmed.config import RunConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.accounting import spent
-from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.balance import Charge
+from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.ledger import Ledger
 from fedmed.privacy.noise import NoiseGenerator, noise_generator
@@ -47,15 +48,15 @@ class Account:
         events = self._released()
         own = spent(events, delta=self.delta)
         total = self.ledger.spent()
-        values = {
+        values: dict[str, object] = {
             "unit": self.terms.unit,
             "adjacency": ADJACENCY if self.terms.unit == "patient" else "add or remove one image",
             "delta": self.delta,
             "images_per_patient": self.terms.images_per_patient,
             "accountant": own.accountant,
             "events": [asdict(replace(event, cohort="")) for event in events],
-            "epsilon": own.epsilon if self.source.secret else None,
-            "epsilon_total": total.epsilon if self.source.secret else None,
+            "epsilon": _shown(own.epsilon) if self.source.secret else None,
+            "epsilon_total": _shown(total.epsilon) if self.source.secret else None,
         }
         if not self.source.secret:
             values["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'
@@ -110,15 +111,6 @@ def opened_account(
     )
 
 
-def fingerprints(data: Dataset, rows: Rows) -> dict[str, set[bytes]]:
-    """For every patient of these rows, digests of the pixels of each image: a patient with a new name is known again."""
-    found: dict[str, set[bytes]] = {}
-    for row in rows:
-        pixels = data.batch(row[None])[0].numpy()
-        found.setdefault(data.patients[row], set()).add(hashlib.sha256(pixels.tobytes()).digest())
-    return found
-
-
 def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> None:
     """Charge the whole schedule before the first round, mark every round, and charge what goes beyond the schedule.
 
@@ -133,6 +125,11 @@ def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort,
     used = terms.steps * sum(not charge.events for number, charge in charges.items() if number <= mark.sequence)
     if used > planned:
         ledger.reserve(run, SCHEDULE, [terms.event(steps=used - planned)], cohort)
+
+
+def _shown(epsilon: float) -> float | None:
+    """An ε as JSON takes it; None where nothing bounds it."""
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def _charges(ledger: Ledger, run: str) -> dict[int, Charge]:

@@ -27,9 +27,10 @@ from fedmed.privacy.audit_log import keep_decision
 from fedmed.privacy.egress import Departure, keep_departure, with_head
 from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import DATABASE, Ledger
-from fedmed.privacy.policy import Form, Request, SitePolicy, Terms, decide, read_policy
+from fedmed.privacy.policy import Form, PrivacyRules, Request, SitePolicy, Terms, decide, read_policy
 from fedmed.types import Task, Update
 
+UNLIMITED = 1e4  # an ε that nobody reaches
 OPEN_LEDGERS = 32  # per process; a worker stands for many virtual hospitals
 
 
@@ -37,7 +38,7 @@ OPEN_LEDGERS = 32  # per process; a worker stands for many virtual hospitals
 class Oversight:
     """Where a site's policy and records lie. The policy is read anew for every task, so that a pause works at once."""
 
-    policy: Path  # the site.toml
+    policy: Path | None  # the site.toml; None = a virtual hospital without one, whose ledger counts and refuses nothing
     folder: Path  # ledger/, audit.jsonl, egress.jsonl
     keys: Path  # a folder apart
     code: str = ""  # hash of the installed fedmed, for the record
@@ -56,6 +57,7 @@ class Permit:
     keys: SiteKeys
     ledger: Ledger
     epsilon_before: float
+    private: bool  # whether what the task trains leaves under noise
 
 
 def permitted(
@@ -82,7 +84,7 @@ def permitted(
     """
     if oversight is None:
         return None
-    policy = read_policy(oversight.policy)
+    policy = read_policy(oversight.policy) if oversight.policy else _no_policy(config)
     keys = site_keys(oversight)
     ledger = open_ledger(oversight, policy)
     asked = kind or task.kind
@@ -117,12 +119,20 @@ def permitted(
         keys=keys,
         ledger=ledger,
         epsilon_before=bound,
+        private=config.privacy.mode == "dp-sgd",
     )
 
 
+def _no_policy(config: RunConfig) -> SitePolicy:
+    rules = PrivacyRules(unit="image", epsilon=UNLIMITED, delta=config.privacy.delta, stable_ids=True)
+    return SitePolicy(privacy=rules)
+
+
 def form_of(permit: Permit | None, site: Form | Literal["exact"]) -> Form | Literal["exact"]:
-    """In which form evaluations may leave: the stricter of the site's own setting and its policy."""
-    return site if permit is None or site == "none" else permit.terms.metrics
+    """In which form evaluations may leave: the stricter of site and policy; none under DP."""
+    if permit is None:
+        return site
+    return "none" if site == "none" or permit.private else permit.terms.metrics
 
 
 def released(update: Update, permit: Permit | None) -> Update:
@@ -198,10 +208,12 @@ def _ledger(oversight: Oversight, policy: SitePolicy, process: int) -> Ledger:
 def _controls(permit: Permit, update: Update) -> Sequence[str]:
     """Which technical controls applied to what leaves, in words."""
     terms = permit.terms
-    spent = permit.ledger.epsilon_rdp > permit.epsilon_before
     said = ["no metrics" if not update.metrics else f"metrics as {terms.metrics}s"]
     said += [] if terms.training_loss else ["training loss withheld"]
-    return [*said, "noise on what leaves (differential privacy)" if spent else "no noise: no differential privacy"]
+    return [
+        *said,
+        "clipped and noised (differential privacy)" if permit.private else "no noise: no differential privacy",
+    ]
 
 
 def _digest(text: str) -> str:

@@ -15,11 +15,13 @@ from fedmed.config import RunConfig, TrainConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Form
+from fedmed.training.account import Account
 from fedmed.training.evaluate import mean_loss
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
 from fedmed.training.loop import Circumstances, Trained, train_
 from fedmed.training.losses import loss_for
 from fedmed.training.network import FlatNetwork
+from fedmed.training.private import train_privately_
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
 from fedmed.training.site_state import write_durably
 from fedmed.types import FloatVector, Weights
@@ -50,9 +52,23 @@ class OwnPatients:
         """Rows of the patients that the site holds out."""
         return np.flatnonzero(self.data.evaluation)
 
-    def train_(self, settings: TrainConfig, given: Circumstances) -> Trained:
-        """Train the network in place from the weights that it holds; the order of images follows from the round."""
+    def train_(self, settings: TrainConfig, given: Circumstances, account: Account | None = None) -> Trained:
+        """Train the network in place from the weights that it holds; the order of images follows from the round.
+
+        Args:
+            settings: of the training.
+            given: the round.
+            account: of a round that is to leave the site under differential privacy; what is trained without one
+                stays there.
+        """
         rows, task = self.rows, self.config.task
+        generator = site_generator(self.config.seed, self.site, given.round)
+        if account is not None:
+            loss = loss_for(task, settings)
+            terms, source, units = account.terms, account.source, account.units
+            return train_privately_(
+                self.network, self.data, units, settings, loss, terms, source=source, generator=generator, given=given
+            )
         balanced = settings.sampling == "balanced"
         given = replace(
             given,
@@ -60,7 +76,6 @@ class OwnPatients:
             validation=self._validation(settings),
         )
         loss = loss_for(task, settings, self._positive_weights(settings))
-        generator = site_generator(self.config.seed, self.site, given.round)
         return train_(self.network, self.data, rows, settings, loss, generator, given)
 
     def held_out_loss(self, *, form: Form) -> float:

@@ -23,13 +23,12 @@ from math import ceil
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
 from torch import Tensor
 
 from fedmed.config import PrivacyConfig, TrainConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.noise import NoiseGenerator
-from fedmed.training.clipping import GradientClipper
+from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
@@ -169,30 +168,27 @@ def _physical(group: Sequence[Unit], copies: int) -> Physical:
     )
 
 
-class SecretNoiseOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus is not annotated
-    """Opacus' optimizer over clipped sums that already lie in one flat vector, with noise from the site's generator."""
+class SecretNoiseOptimizer(ClippedSumOptimizer):
+    """Opacus' optimizer with noise from the site's own generator."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, gradient: Tensor, terms: Terms, source: NoiseGenerator
-    ) -> None:
-        """Every parameter's `grad` must be a view of `gradient`."""
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], terms: Terms, source: NoiseGenerator) -> None:
+        """Opacus wants an optimizer to wrap; this one never makes a step, and the round's own one does."""
         super().__init__(
-            optimizer,
+            torch.optim.SGD(parameters),
             noise_multiplier=terms.noise_multiplier,
             max_grad_norm=terms.max_grad_norm,
-            expected_batch_size=terms.expected_batch,
+            expected_batch_size=terms.expected_batch,  # type: ignore[arg-type]  # it is only divided by
         )
-        self.gradient, self.source = gradient, source
-
-    def accumulate(self) -> None:
-        """Physical batches were added up in place."""
-        for parameter in self.params:
-            parameter.summed_grad = parameter.grad
+        self.source = source
 
     def add_noise(self) -> None:
-        """N(0, σ²C²) on every coordinate, in one pass."""
-        noise = torch.from_numpy(self.source.normal(self.gradient.numel())).to(self.gradient.device)
-        self.gradient.add_(noise, alpha=self.noise_multiplier * self.max_grad_norm)
+        """N(0, σ²C²) on every coordinate."""
+        sums = [parameter.summed_grad for parameter in self.params]
+        noise = torch.from_numpy(self.source.normal(sum(map(torch.numel, sums)))).to(sums[0].device)
+        parts = [part.view_as(each) for part, each in zip(noise.split(list(map(torch.numel, sums))), sums, strict=True)]
+        torch._foreach_add_(sums, parts, alpha=self.noise_multiplier * self.max_grad_norm)
+        for parameter, total in zip(self.params, sums, strict=True):
+            parameter.grad, parameter.summed_grad = total, None
 
 
 class PrivateGradient:
@@ -201,31 +197,28 @@ class PrivateGradient:
     def __init__(
         self, network: FlatNetwork, config: TrainConfig, loss: Loss, terms: Terms, source: NoiseGenerator
     ) -> None:
-        """Every parameter's gradient becomes a view of one flat vector.
+        """Look at every layer once.
 
         Raises:
             ModelError: a layer of the network couples images or cannot be clipped.
         """
-        self.device, self.loss = network.device, one_by_one(loss)
+        self.network, self.loss = network, one_by_one(loss)
         self.clipper = GradientClipper(network.module, max_norm=terms.max_grad_norm, precision=config.precision)
-        self.sum = torch.zeros_like(network.vector)
-        for parameter, view in zip(network.parameters, network.cut(self.sum), strict=True):
-            parameter.grad = view
-        carrier = torch.optim.SGD(network.parameters)  # Opacus wants an optimizer to wrap; this one makes no step
-        self.noised = SecretNoiseOptimizer(carrier, self.sum, terms, source)
+        self.noised = SecretNoiseOptimizer(network.parameters, terms, source)
 
     def __call__(self, group: Iterable[tuple[Physical, Tensor, Tensor]]) -> Tensor:
         """One Poisson sample: g. Returns the mean loss over its images, which must not leave the site."""
-        self.sum.zero_()
-        losses = [torch.zeros(0, device=self.device)]
+        device = self.network.device
+        for parameter in self.network.parameters:
+            parameter.grad = torch.zeros_like(parameter)  # of nobody, if nobody was drawn
+        losses = [torch.zeros(0, device=device)]
         for part, images, targets in group:
-            patients, weights = torch.from_numpy(part.units), torch.from_numpy(part.weights)
             clipped = self.clipper.accumulate_(
                 self.loss,
-                images.to(self.device),
-                targets.to(self.device),
-                patients.to(self.device),
-                weights.to(self.device),
+                images.to(device),
+                targets.to(device),
+                torch.from_numpy(part.units).to(device),
+                torch.from_numpy(part.weights).to(device),
             )
             losses.append(clipped.losses.detach())
         self.noised.pre_step()

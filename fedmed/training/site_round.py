@@ -21,9 +21,10 @@ import torch
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, ModelError
+from fedmed.errors import ConfigError, ModelError, PolicyRefused
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
+from fedmed.training.account import Account, opened_account
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
@@ -32,9 +33,10 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.oversight import Oversight, form_of, permitted, released
+from fedmed.training.oversight import Oversight, Permit, form_of, permitted, released
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.sampling import Rows
+from fedmed.training.site_cohort import cohort_of_patients, patients_of
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import Unfinished
 from fedmed.types import FloatVector, Scalar, Sums, Task, Update
@@ -54,6 +56,7 @@ class Site:
     metrics: Form = "histogram"  # in which form its evaluation may leave
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
     policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
+    virtual: bool = False  # a hospital of a simulation
 
 
 def settings_for_sites(config: RunConfig) -> str:
@@ -93,6 +96,7 @@ def train_round(task: Task, site: Site) -> Update:
     metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: _unfinished(task, site, config, part) for part in ("round", "personal")}
+    account = _account(task, site, permit, own)
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
         given = Circumstances(
@@ -101,7 +105,9 @@ def train_round(task: Task, site: Site) -> Update:
             unfinished=saves["personal" if personal else "round"],
             correction=correction,
         )
-        return own.train_(personal_training(config) if personal else config.train, given)
+        if personal:
+            return own.train_(personal_training(config), given)
+        return own.train_(config.train, given, account)
 
     visit = Visit(
         config=config,
@@ -120,14 +126,16 @@ def train_round(task: Task, site: Site) -> Update:
     for saved in saves.values():
         if saved is not None:
             saved.clear()
+    patients = len({data.patients[row] for row in own.rows})
     facts: dict[str, Scalar] = {
-        "patients": len({data.patients[row] for row in own.rows}),
-        "loss": outcome.trained.loss,
+        "patients": patients,
         "steps": outcome.trained.steps,
+        **({"loss": outcome.trained.loss} if account is None else account.facts()),
         **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    return released(_update(network, len(own.rows), metrics, facts, outcome), permit)
+    count = len(own.rows) if account is None else patients  # how many images they have is not for others to know
+    return released(_update(network, count, metrics, facts, outcome), permit)
 
 
 def evaluate_round(task: Task, site: Site) -> Update:
@@ -165,16 +173,42 @@ def evaluate_round(task: Task, site: Site) -> Update:
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
-    data = site_data(site, task.settings)
-    permitted(task, site.policy, settings_from(task.settings), data, kind="card")
+    config, data = settings_from(task.settings), site_data(site, task.settings)
+    _require_ledger(site, config)
+    permitted(task, site.policy, config, data, kind="card")
+    patients, private = len(set(data.patients)), config.privacy.mode == "dp-sgd"
     return {
         "site": site.name,
-        "patients": len(set(data.patients)),
-        "images": len(data),
-        "unreadable": len(data.unreadable),
-        "reasons": "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
+        "patients": patients,
+        "images": patients if private else len(data),  # under DP the number of patients alone is public
+        "unreadable": 0 if private else len(data.unreadable),
+        "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
     }
+
+
+def _account(task: Task, site: Site, permit: Permit | None, own: OwnPatients) -> Account | None:
+    """What the round will cost the patients, reserved; None without differential privacy."""
+    if own.config.privacy.mode != "dp-sgd":
+        return None
+    _require_ledger(site, own.config)
+    if permit is None:  # the same, for the type checker
+        raise PolicyRefused("no ledger", rule="policy.ledger")
+    manifest = None if site.dataset else site.manifest
+    cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
+    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort)
+
+
+def _require_ledger(site: Site, config: RunConfig) -> None:
+    """Refuse differential privacy where nobody would count it, and noise that can be predicted at a real hospital."""
+    if config.privacy.mode != "dp-sgd":
+        return
+    if site.policy is None:
+        text = "a run with differential privacy needs [policy] in this site's site.toml: its ledger keeps the budget"
+        raise PolicyRefused(text, rule="policy.ledger")
+    if config.privacy.noise != "secure" and not site.virtual:
+        text = f'privacy.noise = "{config.privacy.noise}" can be predicted; it is for simulation alone'
+        raise PolicyRefused(text, rule="privacy.noise")
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,100 @@
+"""A whole run: its sections, and what must agree between them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from fedmed.config.sections import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    Name,
+    PrivacyConfig,
+    Section,
+    SimulationConfig,
+    StrategyConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+
+class RunConfig(Section):
+    """One federation, completely described. No `data.sites` means the built-in phantom hospitals."""
+
+    name: Name = "quickstart"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 7
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if any("," in site for site in self.data.sites):
+            raise ValueError("data.sites: a path must not hold a comma, which separates sites in Flower's run config")
+        if self.data.sites and not self.task.labels:
+            raise ValueError("task.labels is empty: name the label columns of the manifests")
+        metric, slash, label = self.primary.partition("/")
+        known = {
+            "classification": ("auroc", "auprc", "sensitivity-at-90-specificity", "f1", "accuracy"),
+            "segmentation": ("dice", "iou", "micro-dice", "micro-iou", "lesion-sensitivity"),
+        }[self.task.kind]
+        if metric not in known or (slash and label not in self.task.labels):
+            raise ValueError(f'evaluate.primary = "{self.primary}": expected {", ".join(known)}, or one with /LABEL')
+        fits = {"classification": ("bce", "focal"), "segmentation": ("bce", "focal", "dice-bce", "dice-ce", "tversky")}
+        if self.train.loss not in ("auto", *fits[self.task.kind]):
+            raise ValueError(f'train.loss = "{self.train.loss}" is no loss for {self.task.kind}')
+        if self.train.patience and self.train.local_steps:
+            raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
+        self._sites_can_do_their_part()
+        if self.simulation.partition != "as-given" and self.data.dataset:
+            raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
+        if self.privacy.mode == "central":
+            raise ValueError('privacy.mode = "central" is not available in this version; use "dp-sgd" or "none"')
+        if self.privacy.mode == "dp-sgd":
+            self._touches_patients_only_under_noise()
+        return self
+
+    def _sites_can_do_their_part(self) -> None:
+        """Refuse what an algorithm's work at the sites is not defined for."""
+        name = f'strategy.name = "{self.strategy.name}"'
+        if self.strategy.name == "scaffold" and self.train.layer_decay < 1:
+            raise ValueError(f"{name} needs one learning rate for all layers; leave train.layer-decay at 1")
+        if self.strategy.name == "ditto" and self.strategy.personal_steps:
+            raise ValueError(f"{name} already trains a network for every site; leave strategy.personal-steps at 0")
+        if self.strategy.name == "feddg-ga" and self.privacy.mode != "none":
+            raise ValueError(f'{name} needs un-noised losses of the sites, which privacy.mode = "none" alone allows')
+
+    def _touches_patients_only_under_noise(self) -> None:
+        """Refuse what would let private data past the noise: docs/privacy-model.md, claim 7."""
+        train = self.train
+        refused = {
+            'model.norm = "batch"': (self.model.norm == "batch", 'couples the images of a batch; use "group"'),
+            'train.class-weights = "balanced"': (train.class_weights != "none", "come from the site's own counts"),
+            'train.sampling = "balanced"': (train.sampling != "shuffle", "voids the Poisson sampling of patients"),
+            "train.patience": (bool(train.patience), "stops by what private patients show; use evaluate.patience"),
+        }
+        for key, (present, reason) in refused.items():
+            if present:
+                raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "dp-sgd"')
+
+    @property
+    def dimensions(self) -> int:
+        """Of what the network sees: 2 for images and slices, 3 for volumes and patches."""
+        return 3 if self.data.items in ("volumes", "patches") else 2
+
+    @property
+    def split_seed(self) -> int:
+        """The seed that decides who is held out: several trainings with it are judged on the same patients."""
+        return self.evaluate.split_seed or self.seed
+
+    @property
+    def primary(self) -> str:
+        """The metric that selects a network."""
+        return self.evaluate.primary or ("auroc" if self.task.kind == "classification" else "dice")
