@@ -202,7 +202,7 @@ def test_a_sum_is_noised_once() -> None:
     clipper.accumulate_(squares_of, images_of(3), images_of(3), torch.arange(3))
     optimizer.step()
     clipper.accumulate_(squares_of, images_of(3), images_of(3), torch.arange(3))
-    with pytest.raises(ValueError, match="already been processed"):  # zero_grad was forgotten
+    with pytest.raises(ValueError, match="haven't been cleared"):  # zero_grad was forgotten
         optimizer.step()
 
 
