@@ -272,6 +272,8 @@ def test_commands_show_a_table_and_write_pages(toy_config, tmp_path, capsys, mon
     out, _ = fedmed("compare", run, "--out", tmp_path / "out")
     for words in ("federated vs pooled", "worst site", "bootstrap of patients, 1 seed", "note: 1 seed"):
         assert words in out
+    for own in (tmp_path / "out" / "sites").iterdir():
+        assert "trained here alone" in (own / "report.html").read_text(), "what its patients gained"
     out, err = fedmed("sweep", run, "--vary", "train.rounds=2", "--out", tmp_path / "out", "--json")
     assert json.loads(out)["points"][0]["values"] == {"train.rounds": 2}
     assert "1 of them reused" in err

@@ -31,12 +31,14 @@ def compare(
     config = resolved(run, assignments)
     from fedmed.cli.grid import grid_progress
     from fedmed.experiments.compare import compare as run_comparison
+    from fedmed.reporting import write_site_reports
     from fedmed.reporting.comparison import write_comparison
 
     folder = out or Path("runs") / f"{config.name}-experiment".replace(" ", "-")
     with grid_progress(quiet=quiet) as watch:
         report = run_comparison(config, folder, jobs=jobs, watch=watch)
     page = write_comparison(folder)
+    write_site_reports(folder)  # what each site's own patients gained
     if as_json:
         print(json.dumps(report))
     else:
