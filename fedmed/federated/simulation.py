@@ -79,6 +79,9 @@ def prepare_fork(config: RunConfig) -> None:
     torch.set_num_threads(1)
     if config.train.augment:
         import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: five seconds
+    if config.privacy.mode == "dp-sgd":
+        import dp_accounting  # noqa: F401  # seconds
+        import opacus.accountants  # noqa: F401
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every page of what was imported here

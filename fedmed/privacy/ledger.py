@@ -54,7 +54,7 @@ class Ledger:
         self._witness = Witness(path=witness_path(folder, keys, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
-        self._spent: tuple[str, Spent] | None = None
+        self._spent: tuple[Events, Spent] | None = None
 
     @classmethod
     def open(cls, folder: Path, *, keys: SiteKeys, policy: SitePolicy) -> Ledger:
@@ -188,8 +188,9 @@ class Ledger:
         """What the patient who has spent most has spent, by the accountants, at the site's δ."""
         if not self._balance.charges:
             return Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
-        if self._spent is None or self._spent[0] != self._head.hash:
-            self._spent = self._head.hash, spent(self._balance.worst(), delta=self._balance.delta)
+        events = tuple(self._balance.worst())
+        if self._spent is None or self._spent[0] != events:  # the mark of a round changes nothing
+            self._spent = events, spent(events, delta=self._balance.delta)
         return self._spent[1]
 
     def close(self) -> None:

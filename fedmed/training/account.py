@@ -91,14 +91,14 @@ def opened_account(
     privacy, train = config.privacy, config.train
     units = units_of(data, rows, privacy)
     public = terms_for(privacy, train, units=len(units), noise_multiplier=1.0)
-    sigma = privacy.noise_multiplier or noise_multiplier_for(
+    run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    sigma = privacy.noise_multiplier or _planned_noise(permit.ledger, run, public) or noise_multiplier_for(
         epsilon=permit.terms.epsilon,
         delta=permit.terms.delta,
         sample_rate=public.sample_rate,
         steps=train.rounds * public.steps,
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
-    run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
     return Account(
         run=run,
@@ -130,6 +130,12 @@ def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort,
 def _shown(epsilon: float) -> float | None:
     """An ε as JSON takes it; None where nothing bounds it."""
     return epsilon if math.isfinite(epsilon) else None
+
+
+def _planned_noise(ledger: Ledger, run: str, public: Terms) -> float:
+    """σ of the schedule that this run has reserved, whichever process did so; 0 if there is none."""
+    planned = (event for charge in _charges(ledger, run).values() for event in charge.events)
+    return next((each.noise_multiplier for each in planned if each.sample_rate == public.sample_rate), 0.0)
 
 
 def _charges(ledger: Ledger, run: str) -> dict[int, Charge]:
