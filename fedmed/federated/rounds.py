@@ -154,6 +154,7 @@ class Federation:
         facts, weights, state = saved
         self.progress = Progress.from_json(facts)
         self._began -= self.progress.total_s
+        self.folder.prune(keep=self.config.strategy.keep_checkpoints, best_round=self.progress.best_round)
         return weights, state
 
     def _gather(self) -> Membership:

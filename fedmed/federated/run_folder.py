@@ -121,12 +121,15 @@ class RunFolder:
             {"parameters": weights.parameters, "buffers": weights.buffers, **vectors},
         )
         write_atomically(self.path / "checkpoints" / "state.json", facts)
-        for old in self._numbered("round")[:-keep]:
-            old.unlink()
-            old.with_suffix(".json").unlink(missing_ok=True)
-        for old in self._numbered("best"):
-            if number_of(old) != progress.get("best_round"):
-                old.unlink()
+        self.prune(keep=keep, best_round=progress.get("best_round", 0))
+
+    def prune(self, *, keep: int, best_round: int) -> None:
+        """Remove all checkpoints but the last ones, and all networks that were best but the present one."""
+        kept = {path.stem for path in self._numbered("round")[-keep:]} | {f"best-{best_round:04d}"}
+        for kind in ("round-*.safetensors", "round-*.json", "best-*.safetensors"):
+            for path in (self.path / "checkpoints").glob(kind):
+                if path.stem not in kept:
+                    path.unlink()
 
     def save_best(self, round: int, weights: Weights) -> None:
         """Keep a copy of the best network so far; the one before stays until the next checkpoint names this one."""
