@@ -26,7 +26,7 @@ from fedmed.federated.membership import Membership
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, metric, metrics_json, model_facts, summary_of
 from fedmed.federated.run_folder import RunFolder
-from fedmed.federated.server_evaluation import Judgement, ServerEvaluation
+from fedmed.federated.server_evaluation import Judgement, ServerEvaluation, server_device
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
 from fedmed.federated.wire import encode_task
@@ -299,9 +299,3 @@ class Federation:
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:
         self.watch(self.folder.event(kind, round, **facts))
-
-
-def server_device(config: RunConfig) -> str:
-    """The device of the server's evaluation."""
-    cuda = config.simulation.device == "cuda" or (config.simulation.device == "auto" and torch.cuda.is_available())
-    return "cuda" if cuda else "cpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedmed.config import RunConfig
@@ -140,6 +141,12 @@ def _joined(scores: Sequence[Scores]) -> Scores:
 def chosen_by(config: RunConfig, data: Dataset) -> NDArray[np.bool_]:
     """Which items of the server's set, (N,), belong to the patients that select the network; the others judge it."""
     return held_out(data.patients, share=config.evaluate.selection_share, seed=config.split_seed, name="server")
+
+
+def server_device(config: RunConfig) -> str:
+    """The device of the server's evaluation."""
+    cuda = config.simulation.device == "cuda" or (config.simulation.device == "auto" and torch.cuda.is_available())
+    return "cuda" if cuda else "cpu"
 
 
 def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:
