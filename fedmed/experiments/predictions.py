@@ -21,8 +21,7 @@ from safetensors.numpy import save_file
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
-from fedmed.federated.rounds import server_device
-from fedmed.federated.server_evaluation import chosen_by, load_server_data
+from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
 from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.dataset import Dataset

@@ -168,9 +168,8 @@ class Federation:
         sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
         absent = sites.gather(self._greeted)
         self._absent(absent, 0)
-        missing = sites.missing([member.name for member in sites.members])
-        if missing:
-            self.sites = sites
+        self.sites = sites
+        if missing := sites.missing([member.name for member in sites.members]):
             raise RunFailed(f"{missing}. {summary_of(absent) or ''}".strip())
         return sites
 
