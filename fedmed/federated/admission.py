@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,13 @@ from flwr.app import RecordDict
 from fedmed.config import TaskConfig
 from fedmed.errors import UpdateRefused
 from fedmed.federated.wire import decode_update
-from fedmed.training.evaluate import checked_sums, parted_sums, personal_sums
-from fedmed.types import FloatVector, Layout, Update, Weights
+from fedmed.training.evaluate import checked_sums, metrics_from, parted_sums, personal_sums
+from fedmed.types import FloatVector, Layout, Scalar, Update, Weights
 
+PRIVACY = (
+    "unit", "adjacency", "delta", "images_per_patient", "accountant", "events", "epsilon", "epsilon_total"
+)  # fmt: skip
+LONGEST_PRIVACY = 65_536  # characters
 CHUNK = 65_536  # values; a chunk of two vectors and their difference stay in a core's second-level cache
 
 
@@ -38,6 +43,31 @@ def decoded_update(answer: RecordDict | str, task: TaskConfig) -> Update:
     except (OverflowError, RecursionError) as error:  # numbers and texts that no site of ours would send
         raise UpdateRefused(f"the reply is no update: {type(error).__name__}") from None
     return update
+
+
+def privacy_in(facts: Mapping[str, Scalar]) -> dict[str, Any] | None:
+    """What a site says of its patients' budget, as `result.json` holds it; None if it says nothing, or nonsense."""
+    text = facts.get("privacy")
+    if not isinstance(text, str) or len(text) > LONGEST_PRIVACY:
+        return None
+    try:
+        values = json.loads(text)
+        known = {name: values[name] for name in PRIVACY}
+        numbers = [known[name] for name in ("delta", "epsilon", "epsilon_total") if known[name] is not None]
+        if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+            return None
+        return known | {"void": str(values["void"])[:200]} if "void" in values else known
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def public_facts(update: Update, task: TaskConfig) -> dict[str, Any]:
+    """What the log of a run says of an update."""
+    known: dict[str, Any] = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}
+    privacy = privacy_in(update.facts)
+    known |= {"epsilon": privacy["epsilon"]} if privacy else {}
+    known |= {"metrics": dict(metrics_from(update.metrics, task))} if update.metrics else {}
+    return {"images": update.num_examples, **known}
 
 
 def validated_counts(update: Update, *, images: int, patients: int) -> None:

@@ -25,6 +25,7 @@ class Progress:
     best_value: float | None = None
     stale: int = 0  # evaluations since the best one
     centres: list[float] = field(default_factory=list)  # of the last evaluation; see Task.centres
+    privacy: dict[str, Any] = field(default_factory=dict)  # by site: what it last said of its patients' budget
     train_s: float = 0.0  # wall time in which sites were at work
     total_s: float = 0.0  # wall time until the last checkpoint, in all processes that the run has had
 
@@ -46,6 +47,11 @@ class Progress:
     def log(self) -> list[dict[str, Any]]:
         """The finished rounds, and a last one that paused the run if nothing came after it."""
         return [*self.rounds, *(entry for entry in self.broken[-1:] if entry["round"] > self.round)]
+
+    def spent(self, site: str, privacy: dict[str, Any] | None) -> None:
+        """Note what a site says of its patients' budget, if anything."""
+        if privacy is not None:
+            self.privacy[site] = privacy
 
     def failures(self) -> list[Failure]:
         """Every time that a site did not do its part."""

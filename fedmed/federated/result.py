@@ -79,10 +79,10 @@ def build_result(
             {
                 "site": member.name,
                 "patients": member.patients,
-                "images": member.images,
+                "images": member.images if config.privacy.mode == "none" else None,
                 "rounds_joined": progress.rounds_joined(member.name),
                 "metrics": dict(site_metrics.get(member.name, {})),
-                "privacy": None,
+                "privacy": progress.privacy.get(member.name),
             }
             for member in members
         ],

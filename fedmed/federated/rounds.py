@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
-from fedmed.federated.admission import decoded_update, number_in, validated_counts, validated_weights
+from fedmed.federated.admission import decoded_update, privacy_in, public_facts, validated_counts, validated_weights
 from fedmed.federated.combiners import Terms, combiner
 from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
@@ -31,7 +31,6 @@ from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
 from fedmed.federated.wire import encode_task
 from fedmed.models import build, build_with_report
-from fedmed.training.evaluate import metrics_from
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork
@@ -97,7 +96,8 @@ class Federation:
                     continue
                 joined.append(site)
                 sites.joined(site)
-                self._tell("update_received", round, site=site, **self._public_facts(update))
+                self.progress.spent(site, privacy_in(update.facts))
+                self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
             missing = missing or sites.missing(joined) or combined.too_few()
@@ -225,11 +225,6 @@ class Federation:
         update = decoded_update(answer, self.config.task)
         validated_counts(update, images=member.images, patients=member.patients)
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
-
-    def _public_facts(self, update: Update) -> dict[str, Any]:
-        known = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}
-        metrics = metrics_from(update.metrics, self.config.task) if update.metrics else {}
-        return {"images": update.num_examples, **known, **({"metrics": dict(metrics)} if metrics else {})}
 
     def _judge(self, round: int, weights: Weights) -> Judgement | None:
         due = round % self.config.evaluate.every == 0 or round == self.config.train.rounds

@@ -30,6 +30,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import preset_named
 from fedmed.models import build
+from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
 from fedmed.training.local_algorithms.fedbn import require_norms
 from fedmed.training.site_round import custom_dataset
@@ -80,8 +81,7 @@ def prepare_fork(config: RunConfig) -> None:
     if config.train.augment:
         import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: five seconds
     if config.privacy.mode == "dp-sgd":
-        import dp_accounting  # noqa: F401  # seconds
-        import opacus.accountants  # noqa: F401
+        warm_up()
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
     gc.collect()
     gc.freeze()  # a collection in a worker would touch, and so copy, every page of what was imported here

@@ -107,6 +107,12 @@ def rdp_epsilon(orders: Values, divergences: Values, *, delta: float) -> float:
     return float(compute_epsilon(orders[known], divergences[known], delta)[0])
 
 
+def warm_up() -> None:
+    """Import what the accountants need, which takes seconds: before processes are forked, so that it is done once."""
+    import dp_accounting.rdp  # noqa: F401
+    from opacus.accountants.analysis import prv  # noqa: F401
+
+
 def check_delta(delta: float) -> None:
     """Refuse a δ that is no probability of failure.
 

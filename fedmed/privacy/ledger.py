@@ -54,7 +54,7 @@ class Ledger:
         self._witness = Witness(path=witness_path(folder, keys, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
-        self._spent: tuple[Events, Spent] | None = None
+        self._spent: tuple[tuple[PrivacyEvent, ...], Spent] | None = None
 
     @classmethod
     def open(cls, folder: Path, *, keys: SiteKeys, policy: SitePolicy) -> Ledger:

@@ -13,8 +13,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar, cast
 
 from fedmed.config import RunConfig
+from fedmed.errors import PolicyRefused
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.balance import Charge
@@ -27,6 +29,7 @@ from fedmed.training.private import Terms, Unit, terms_for, units_of
 from fedmed.training.sampling import Rows
 from fedmed.types import PrivacyEvent, Scalar
 
+Keeper = TypeVar("Keeper")
 ADJACENCY = "add or remove one patient"
 SCHEDULE = 0  # the round under which steps are reserved
 
@@ -69,6 +72,26 @@ class Account:
         return [event if self.terms.unit == "patient" else replace(event, unit="patient", images_per_patient=1)]
 
 
+def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -> Keeper:
+    """Refuse privacy that nobody counts, and at a real hospital noise that can be predicted.
+
+    Args:
+        config: the run.
+        keeper: what leads to the site's ledger, or None.
+        virtual: whether the hospital is one of a simulation.
+
+    Raises:
+        PolicyRefused: as said.
+    """
+    if config.privacy.mode == "dp-sgd" and keeper is None:
+        text = "a run with differential privacy needs [policy] in this site's site.toml: its ledger keeps the budget"
+        raise PolicyRefused(text, rule="policy.ledger")
+    if config.privacy.noise != "secure" and not virtual:
+        text = f'privacy.noise = "{config.privacy.noise}" can be predicted; it is for simulation alone'
+        raise PolicyRefused(text, rule="privacy.noise")
+    return cast(Keeper, keeper)
+
+
 def opened_account(
     config: RunConfig, settings: str, round: int, permit: Permit, data: Dataset, rows: Rows, cohort: Cohort
 ) -> Account:
@@ -92,11 +115,15 @@ def opened_account(
     units = units_of(data, rows, privacy)
     public = terms_for(privacy, train, units=len(units), noise_multiplier=1.0)
     run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    sigma = privacy.noise_multiplier or _planned_noise(permit.ledger, run, public) or noise_multiplier_for(
-        epsilon=permit.terms.epsilon,
-        delta=permit.terms.delta,
-        sample_rate=public.sample_rate,
-        steps=train.rounds * public.steps,
+    sigma = (
+        privacy.noise_multiplier
+        or _planned_noise(permit.ledger, run, public)
+        or noise_multiplier_for(
+            epsilon=permit.terms.epsilon,
+            delta=permit.terms.delta,
+            sample_rate=public.sample_rate,
+            steps=train.rounds * public.steps,
+        )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
     _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)

@@ -143,7 +143,7 @@ def drawn(units: Sequence[Unit], terms: Terms, source: NoiseGenerator) -> Iterat
     """One Poisson sample of the units, in batches that fit into memory. Nothing at all comes when nobody was drawn."""
     group: list[Unit] = []
     size = 0
-    for number in np.flatnonzero(source.sample(len(units), terms.sample_rate)):
+    for number in np.flatnonzero(source.sample(len(units), terms.sample_rate)).tolist():
         unit = units[number]
         if len(unit.rows) > terms.images_per_patient:
             places = source.choose(len(unit.rows), terms.images_per_patient)
@@ -171,21 +171,22 @@ def _physical(group: Sequence[Unit], copies: int) -> Physical:
 class SecretNoiseOptimizer(ClippedSumOptimizer):
     """Opacus' optimizer with noise from the site's own generator."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], terms: Terms, source: NoiseGenerator) -> None:
+    def __init__(self, parameters: Sequence[Tensor], terms: Terms, source: NoiseGenerator) -> None:
         """Opacus wants an optimizer to wrap; this one never makes a step, and the round's own one does."""
         super().__init__(
             torch.optim.SGD(parameters),
             noise_multiplier=terms.noise_multiplier,
             max_grad_norm=terms.max_grad_norm,
-            expected_batch_size=terms.expected_batch,  # type: ignore[arg-type]  # it is only divided by
+            expected_batch_size=terms.expected_batch,
         )
         self.source = source
 
     def add_noise(self) -> None:
         """N(0, σ²C²) on every coordinate."""
         sums = [parameter.summed_grad for parameter in self.params]
-        noise = torch.from_numpy(self.source.normal(sum(map(torch.numel, sums)))).to(sums[0].device)
-        parts = [part.view_as(each) for part, each in zip(noise.split(list(map(torch.numel, sums))), sums, strict=True)]
+        sizes = [each.numel() for each in sums]
+        noise = torch.from_numpy(self.source.normal(sum(sizes))).to(sums[0].device)
+        parts = [part.view_as(each) for part, each in zip(torch.split(noise, sizes), sums, strict=True)]
         torch._foreach_add_(sums, parts, alpha=self.noise_multiplier * self.max_grad_norm)
         for parameter, total in zip(self.params, sums, strict=True):
             parameter.grad, parameter.summed_grad = total, None

@@ -21,10 +21,10 @@ import torch
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, ModelError, PolicyRefused
+from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
-from fedmed.training.account import Account, opened_account
+from fedmed.training.account import Account, opened_account, require_ledger
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
@@ -96,7 +96,7 @@ def train_round(task: Task, site: Site) -> Update:
     metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: _unfinished(task, site, config, part) for part in ("round", "personal")}
-    account = _account(task, site, permit, own)
+    account = _account(task, site, permit, own) if config.privacy.mode == "dp-sgd" else None
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
         given = Circumstances(
@@ -174,8 +174,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, data = settings_from(task.settings), site_data(site, task.settings)
-    _require_ledger(site, config)
-    permitted(task, site.policy, config, data, kind="card")
+    permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, data, kind="card")
     patients, private = len(set(data.patients)), config.privacy.mode == "dp-sgd"
     return {
         "site": site.name,
@@ -185,30 +184,6 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
     }
-
-
-def _account(task: Task, site: Site, permit: Permit | None, own: OwnPatients) -> Account | None:
-    """What the round will cost the patients, reserved; None without differential privacy."""
-    if own.config.privacy.mode != "dp-sgd":
-        return None
-    _require_ledger(site, own.config)
-    if permit is None:  # the same, for the type checker
-        raise PolicyRefused("no ledger", rule="policy.ledger")
-    manifest = None if site.dataset else site.manifest
-    cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
-    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort)
-
-
-def _require_ledger(site: Site, config: RunConfig) -> None:
-    """Refuse differential privacy where nobody would count it, and noise that can be predicted at a real hospital."""
-    if config.privacy.mode != "dp-sgd":
-        return
-    if site.policy is None:
-        text = "a run with differential privacy needs [policy] in this site's site.toml: its ledger keeps the budget"
-        raise PolicyRefused(text, rule="policy.ledger")
-    if config.privacy.noise != "secure" and not site.virtual:
-        text = f'privacy.noise = "{config.privacy.noise}" can be predicted; it is for simulation alone'
-        raise PolicyRefused(text, rule="privacy.noise")
 
 
 @lru_cache(maxsize=256)
@@ -282,6 +257,14 @@ def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
 def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kept: Mapping[str, FloatVector]) -> None:
     if config.strategy.name == "fedbn":
         network.load_(with_own_norms(network, task.weights, kept))
+
+
+def _account(task: Task, site: Site, permit: Permit | None, own: OwnPatients) -> Account:
+    """What the round will cost the patients, reserved."""
+    permit = require_ledger(own.config, permit, virtual=site.virtual)
+    manifest = None if site.dataset else site.manifest
+    cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
+    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort)
 
 
 def _unfinished(task: Task, site: Site, config: RunConfig, part: str) -> Unfinished | None:
