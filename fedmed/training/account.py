@@ -93,7 +93,15 @@ def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -
 
 
 def opened_account(
-    config: RunConfig, settings: str, round: int, permit: Permit, data: Dataset, rows: Rows, cohort: Cohort
+    config: RunConfig,
+    settings: str,
+    round: int,
+    permit: Permit,
+    data: Dataset,
+    rows: Rows,
+    cohort: Cohort,
+    *,
+    seed: int,
 ) -> Account:
     """Reserve what a round will spend, before a gradient is computed.
 
@@ -105,6 +113,7 @@ def opened_account(
         data: of the site.
         rows: of its training patients.
         cohort: the same patients, as the ledger knows them.
+        seed: of noise that is for tests alone.
 
     Raises:
         BudgetExhausted: some patient would exceed the budget.
@@ -133,7 +142,7 @@ def opened_account(
         delta=permit.terms.delta,
         terms=terms,
         units=units,
-        source=noise_generator(privacy.noise, seed=config.seed * 10_000 + round),
+        source=noise_generator(privacy.noise, seed=seed),
         ledger=permit.ledger,
     )
 

@@ -34,7 +34,7 @@ from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import Oversight, Permit, form_of, permitted, released
-from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
+from fedmed.training.own_patients import OwnPatients, become_personal_, site_generator, write_personal
 from fedmed.training.sampling import Rows
 from fedmed.training.site_cohort import cohort_of_patients, patients_of
 from fedmed.training.site_state import SiteState, resume_reach
@@ -259,12 +259,13 @@ def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kep
         network.load_(with_own_norms(network, task.weights, kept))
 
 
-def _account(task: Task, site: Site, permit: Permit | None, own: OwnPatients) -> Account:
+def _account(task: Task, site: Site, given: Permit | None, own: OwnPatients) -> Account:
     """What the round will cost the patients, reserved."""
-    permit = require_ledger(own.config, permit, virtual=site.virtual)
+    permit = require_ledger(own.config, given, virtual=site.virtual)
     manifest = None if site.dataset else site.manifest
     cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
-    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort)
+    seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
+    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed)
 
 
 def _unfinished(task: Task, site: Site, config: RunConfig, part: str) -> Unfinished | None:
