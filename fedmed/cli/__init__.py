@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from fedmed.cli import compare, data, ledger, predict, privacy, report, simulate, sweep
+from fedmed.cli import compare, data, ledger, predict, privacy, report, server, simulate, site, sweep
 from fedmed.errors import FedmedError
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command("report")(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(site.app, name="site")
+app.add_typer(server.app, name="server")
 
 
 def main() -> None:

@@ -131,6 +131,21 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
     )
 
 
+def read_site_config(path: Path) -> SiteConfig:
+    """The values of a hospital's site.toml, as they stand in it.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    try:
+        return SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
 @lru_cache(maxsize=4)
 def read_site(path: Path) -> Site:
     """Read a hospital's site.toml; paths in it are relative to it.
@@ -138,13 +153,7 @@ def read_site(path: Path) -> Site:
     Raises:
         ConfigError: the file is missing or wrong.
     """
-    try:
-        values = SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    values = read_site_config(path)
     cache = path.parent / values.cache_dir if values.cache_dir else None
     manifest = path.parent / values.manifest
     policy = None

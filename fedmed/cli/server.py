@@ -1,0 +1,160 @@
+"""`fedmed server`: what a consortium's coordinator does: provision sites, run the server, submit runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedmed.deployment.control import FlowerRun
+
+app = typer.Typer(
+    help="The coordinator's side: provision, serve, submit runs, follow and stop them.", no_args_is_help=True
+)
+
+Place = Annotated[Path, typer.Argument(metavar="SERVER", help="the server's folder, or its consortium.toml")]
+Server = Annotated[Path, typer.Option("--server", metavar="SERVER", help="the server's folder, or its consortium.toml")]
+AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
+
+
+@app.callback()
+def server() -> None:
+    """Make and run a consortium's server. All of it on the server's own machine."""
+
+
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to make")],
+    name: Annotated[str, typer.Option(help="the consortium's name; else the folder's")] = "",
+    address: Annotated[str, typer.Option(help="DNS name or IP address that sites connect to")] = "localhost",
+    port: Annotated[int, typer.Option(help="TCP port")] = 8443,
+) -> None:
+    """Write a commented consortium.toml.
+
+    Example: fedmed server init chest --address fl.example.org
+    """
+    from fedmed.deployment.consortium import init_consortium
+
+    path = init_consortium(folder, name=name or folder.absolute().name, address=address, port=port)
+    print(f"wrote {path}; read it, then: fedmed server provision {path} CARD…")
+
+
+@app.command("provision")
+def provision(
+    folder: Place,
+    cards: Annotated[list[Path] | None, typer.Argument(metavar="CARD", help="card.json of sites that are new")] = None,
+) -> None:
+    """Make authority and certificate, take in sites' cards, and write every site's kit anew.
+
+    Example: fedmed server provision chest/consortium.toml north.json south.json
+    """
+    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.provision import provision as make
+
+    place = read_consortium(folder)
+    made = make(place, cards or [])
+    names = ", ".join(place.consortium.addresses)
+    state = "new" if made.renewed else "kept"
+    print(f"certificate for {names} ({state}): valid until {made.certificate.not_valid_after_utc:%Y-%m-%d}")
+    for card in made.cards:
+        print(f"site {card.name}: card {card.fingerprint} (ask the site by telephone), kit {place.kits / card.name}")
+    if made.kits:
+        print(f"fingerprint of the coordinator's key, which sites will ask for: {made.kits[0].fingerprint}")
+    else:
+        print("no sites yet: fedmed site keygen at each hospital writes its card")
+
+
+@app.command("start")
+def start(folder: Place) -> None:
+    """Run the server until SIGTERM or Ctrl-C.
+
+    Example: fedmed server start chest
+    """
+    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.superlink import start_server
+
+    start_server(read_consortium(folder), lambda line: print(line, flush=True))
+
+
+@app.command("submit")
+def submit(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")],
+    folder: Server = Path(),
+    overrides: Annotated[list[str], typer.Option("--set", metavar="K=V", help="override a key of the run file")] = [],  # noqa: B006  # typer wants a list
+    wait: Annotated[bool, typer.Option(help="wait for the run's end; exit status 1 if it failed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run at all sites that are connected. Where their data lie, only they know.
+
+    Example: fedmed server submit run.toml --server chest --wait
+    """
+    from fedmed import config as run_file
+    from fedmed.deployment import control
+    from fedmed.deployment.consortium import read_consortium
+    from fedmed.errors import RunFailed
+
+    place = read_consortium(folder)
+    config = control.deployable(run_file.load(run, overrides), place)
+    with control.control(place) as client:
+        number = control.submit(client, config)
+        if not as_json:
+            print(f"run {number} of {config.name} is submitted", flush=True)
+        ended = control.finished(client, number) if wait else None
+    kept = next(place.runs.glob(f"*-{number}"), None) if ended else None
+    if as_json:
+        facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}
+        print(json.dumps(facts))
+    if ended is None:
+        return
+    if not as_json:
+        print(f"{ended.status}: {kept or 'no run folder was made'}")
+    if not ended.status.endswith(":completed"):
+        raise RunFailed(f"run {number}: {ended.status}; {ended.details or 'logs/server.log says why'}")
+
+
+@app.command("status")
+def status(folder: Place = Path(), as_json: AsJson = False) -> None:
+    """Show which sites may connect, which are there, and all runs.
+
+    Example: fedmed server status chest
+    """
+    from fedmed.deployment import control
+    from fedmed.deployment.consortium import read_consortium
+
+    with control.control(read_consortium(folder)) as client:
+        sites, runs = control.nodes(client), control.runs(client)
+    if as_json:
+        facts = {
+            "sites": [{"site": node.site, "status": node.status} for node in sites],
+            "runs": [_facts(run) for run in runs],
+        }
+        print(json.dumps(facts))
+        return
+    for node in sites:
+        print(f"site {node.site}: {node.status}")
+    for run in runs:
+        print(f"run {run.number}: {run.status}" + (f" ({run.details})" if run.details else ""))
+
+
+@app.command("stop")
+def stop(
+    number: Annotated[int, typer.Argument(metavar="RUN", help="the run's number, from submit or status")],
+    folder: Server = Path(),
+) -> None:
+    """Stop a run. Its folder keeps what was reached.
+
+    Example: fedmed server stop 1234567 --server chest
+    """
+    from fedmed.deployment import control
+    from fedmed.deployment.consortium import read_consortium
+
+    with control.control(read_consortium(folder)) as client:
+        control.stop_run(client, number)
+    print(f"run {number} is stopped")
+
+
+def _facts(run: FlowerRun) -> dict[str, object]:
+    return {"run": run.number, "status": run.status, "details": run.details}

@@ -1,0 +1,189 @@
+"""The consortium's certificate authority and its server's certificate: ECDSA on P-256, X.509 version 3."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedmed.deployment.files import OPEN, SECRET, write_new
+from fedmed.errors import ConfigError
+
+AUTHORITY_DAYS = 3650
+BACKDATE = timedelta(hours=1)  # for sites whose clocks are late
+SOON = timedelta(days=30)  # before its end a certificate is renewed, and a site's check warns
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the server's own tasks come this way
+
+
+def make_authority(folder: Path, name: str) -> None:
+    """Make `ca.key` (0600) and `ca.crt`, which signs server certificates and nothing else.
+
+    Raises:
+        ConfigError: there is one already.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} certificate authority"[:64])])
+    start = datetime.now(UTC) - BACKDATE
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=AUTHORITY_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(authority=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    _write_key(folder / "ca.key", key)
+    write_new(folder / "ca.crt", certificate.public_bytes(Encoding.PEM), OPEN)
+
+
+def make_server_certificate(folder: Path, names: Sequence[str], days: int) -> x509.Certificate:
+    """Make `server.key` (0600) and `server.crt`, in the place of those that are there, signed by `ca.key`.
+
+    Args:
+        folder: of the authority and of the server's files.
+        names: DNS names and IP addresses that sites connect to; loopback is added.
+        days: of validity, never beyond the authority's.
+
+    Raises:
+        ConfigError: the authority cannot be read.
+    """
+    authority, signer = read_certificate(folder / "ca.crt"), _read_key(folder / "ca.key")
+    key = ec.generate_private_key(ec.SECP256R1())
+    start = datetime.now(UTC) - BACKDATE
+    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(min(start + timedelta(days=days), authority.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(_alternatives(names)), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+        .sign(signer, hashes.SHA256())
+    )
+    for name in ("server.key", "server.crt"):
+        (folder / name).unlink(missing_ok=True)
+    _write_key(folder / "server.key", key)
+    write_new(folder / "server.crt", certificate.public_bytes(Encoding.PEM), OPEN)
+    return certificate
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """The certificate in a PEM file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return parse_certificate(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: no certificate can be read there ({error.strerror})") from None
+
+
+def parse_certificate(pem: bytes) -> x509.Certificate:
+    """The certificate in a PEM text.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise ConfigError("the certificate is damaged") from None
+
+
+def alternative_names(certificate: x509.Certificate) -> set[str]:
+    """The DNS names and IP addresses that a certificate stands for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
+
+
+def problem(certificate: x509.Certificate, authority: x509.Certificate, moment: datetime) -> str | None:
+    """What is wrong with a certificate now, as a sentence, or None.
+
+    Args:
+        certificate: of the server.
+        authority: that should have signed it.
+        moment: with its time zone.
+    """
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return "it was not signed by the consortium's authority"
+    for who, each in (("it", certificate), ("the consortium's authority", authority)):
+        if moment < each.not_valid_before_utc:
+            return (
+                f"{who} is valid from {each.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on; is this machine's clock right?"
+            )
+        if moment > each.not_valid_after_utc:
+            return f"{who} expired on {each.not_valid_after_utc:%Y-%m-%d}"
+    return None
+
+
+def ends_soon(certificate: x509.Certificate, moment: datetime) -> bool:
+    """Whether a certificate should be renewed."""
+    return moment > certificate.not_valid_after_utc - SOON
+
+
+def _alternatives(names: Sequence[str]) -> list[x509.GeneralName]:
+    found: list[x509.GeneralName] = []
+    for name in dict.fromkeys((*names, *LOOPBACK)):
+        try:
+            found.append(x509.IPAddress(ipaddress.ip_address(name)))
+        except ValueError:
+            found.append(x509.DNSName(name))
+    return found
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), SECRET)
+
+
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except OSError as error:
+        raise ConfigError(f"{path}: the authority's key cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{path}: the authority's key is damaged; restore it from your safe")
+    return key

@@ -1,0 +1,147 @@
+"""`consortium.toml`: what the coordinator says of the consortium's server; and where its files lie."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fedmed import config as run_file
+from fedmed.config import Name, Section
+from fedmed.deployment.files import make_folder, write_new
+from fedmed.errors import ConfigError
+
+FILE = "consortium.toml"
+DNS = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+TEMPLATE = """\
+# A consortium of hospitals, as its coordinator describes it. Read by every `fedmed server` command.
+
+name = "{name}"
+
+# DNS names and IP addresses at which sites reach this server. The certificate stands for all of them; kits name the
+# first one.
+addresses = ["{address}"]
+
+# The one TCP port of the server.
+port = {port}
+
+# The address that the server listens on. Loopback lets nobody else in; "0.0.0.0" is every network of this machine.
+listen = "127.0.0.1"
+
+# Days that the server's certificate is valid. `fedmed server provision` renews it in the last 30.
+certificate-days = 365
+
+# Where runs are kept, relative to this file.
+runs = "runs"
+"""
+
+
+def _address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        if DNS.fullmatch(value):
+            return value
+        raise ValueError("expected DNS names in lower case, or IP addresses, without a port") from None
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class Consortium(Section):
+    """The file's keys."""
+
+    name: Name
+    addresses: Annotated[tuple[Address, ...], Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    listen: Address = "127.0.0.1"
+    certificate_days: Annotated[int, Field(ge=1, le=825)] = 365
+    runs: str = "runs"
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that sites connect to."""
+        return joined(self.addresses[0], self.port)
+
+
+def joined(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFolder:
+    """Where things lie beside a consortium.toml."""
+
+    root: Path
+    consortium: Consortium
+
+    @property
+    def tls(self) -> Path:
+        """The authority's and the server's keys and certificates."""
+        return self.root / "tls"
+
+    @property
+    def coordinator(self) -> Path:
+        """The key that signs kits."""
+        return self.root / "coordinator"
+
+    @property
+    def cards(self) -> Path:
+        """The cards of the sites that may connect, `NAME.json`."""
+        return self.root / "sites"
+
+    @property
+    def kits(self) -> Path:
+        """One folder per site, to be sent to it."""
+        return self.root / "kits"
+
+    @property
+    def flower(self) -> Path:
+        """Flower's own files: its database and apps."""
+        return self.root / "flower"
+
+    @property
+    def runs(self) -> Path:
+        """Run folders."""
+        return self.root / self.consortium.runs
+
+
+def read_consortium(path: Path) -> ServerFolder:
+    """Read a consortium.toml, or the one in a folder.
+
+    Raises:
+        ConfigError: it is missing or wrong.
+    """
+    path = (path / FILE if path.is_dir() else path).absolute()
+    try:
+        values = Consortium.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); fedmed server init makes one") from None
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place, text = ".".join(map(str, found["loc"])), str(found["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {place}: {text}") from None
+    return ServerFolder(root=path.parent, consortium=values)
+
+
+def init_consortium(folder: Path, *, name: str, address: str, port: int) -> Path:
+    """Write a commented consortium.toml into a folder that only its owner enters.
+
+    Raises:
+        ConfigError: there is one, or a value is wrong.
+    """
+    make_folder(folder)
+    path = folder / FILE
+    write_new(path, TEMPLATE.format(name=name, address=address, port=port).encode())
+    try:
+        read_consortium(path)
+    except ConfigError:
+        path.unlink()
+        raise
+    return path

@@ -1,0 +1,72 @@
+"""Files of a deployment: secrets that only their owner reads, and values that are signed as canonical JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmed.errors import ConfigError
+
+SECRET, OPEN = 0o600, 0o644
+LONGEST = 1 << 20  # bytes of a card or a kit; what is longer is neither
+
+
+def write_new(path: Path, content: bytes, mode: int = OPEN) -> None:
+    """Write a file that must not exist yet, with its mode from the first byte on; on disk when this returns.
+
+    Raises:
+        ConfigError: it exists.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists; nothing is overwritten") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> Path:
+    """A folder that only its owner enters, made if it is not there."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def canonical(values: Mapping[str, Any]) -> bytes:
+    """One spelling of a value, to be signed."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file by values, readable by people."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_new(partial, json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+    partial.replace(path)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a file that somebody sent.
+
+    Args:
+        path: the file.
+        what: it should be, for the error.
+
+    Raises:
+        ConfigError: it cannot be read or holds no JSON object.
+    """
+    try:
+        if path.stat().st_size > LONGEST:
+            raise ValueError("too long")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: no {what} can be read there ({error.strerror})") from None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: this is no {what}")
+    return values

@@ -1,0 +1,138 @@
+"""A site's kit: what a hospital needs to connect. The coordinator signs it, and each kit is for one site only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import TypeAdapter, ValidationError
+
+import fedmed
+from fedmed.config import Name
+from fedmed.deployment.cards import SiteCard
+from fedmed.deployment.certificates import parse_certificate
+from fedmed.deployment.files import SECRET, canonical, make_folder, read_json, write_json, write_new
+from fedmed.deployment.node_keys import fingerprint
+from fedmed.errors import ConfigError
+from fedmed.privacy.keys import signed_by
+
+KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "authority", "fedmed", "made"}
+KIND = "fedmed site kit"
+CERTIFICATE, CONTENT = "ca.crt", "kit.json"
+ADDRESS = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9.-]+):\d{1,5}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """A kit whose signature was checked."""
+
+    consortium: str
+    site: str
+    node_key: str  # of the site that it is for, one line
+    address: str  # HOST:PORT of the server
+    apps: tuple[str, ...]  # SHA-256 of the apps that runs may bring
+    coordinator: bytes  # public key
+    certificate: bytes  # of the authority, PEM
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the coordinator's key, to be compared by telephone."""
+        return fingerprint(self.coordinator)
+
+
+def coordinator_key(folder: Path) -> Ed25519PrivateKey:
+    """The key that signs kits, made when it is first needed.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = make_folder(folder) / "signing.key"
+    if not path.exists():
+        key = Ed25519PrivateKey.generate()
+        write_new(path, key.private_bytes_raw().hex().encode() + b"\n", SECRET)
+        return key
+    try:
+        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text(encoding="ascii")))
+    except ValueError:
+        raise ConfigError(f"{path}: the coordinator's key is damaged; restore it from your safe") from None
+
+
+def write_kit(
+    folder: Path,
+    card: SiteCard,
+    key: Ed25519PrivateKey,
+    *,
+    consortium: str,
+    address: str,
+    apps: Sequence[str],
+    ca: bytes,
+) -> Kit:
+    """Write a site's kit in the place of an older one.
+
+    Args:
+        folder: to send to the site.
+        card: of the site.
+        key: of the coordinator.
+        consortium: its name.
+        address: HOST:PORT of the server.
+        apps: SHA-256 of the apps that runs may bring.
+        ca: the authority's certificate, PEM.
+    """
+    make_folder(folder)
+    values: dict[str, Any] = {
+        "schema": 1,
+        "kind": KIND,
+        "consortium": consortium,
+        "site": card.name,
+        "node-key": card.node_text,
+        "address": address,
+        "apps": list(apps),
+        "authority": hashlib.sha256(ca).hexdigest(),
+        "fedmed": fedmed.__version__,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    signature = key.sign(canonical(values)).hex()
+    public = key.public_key().public_bytes_raw().hex()
+    (folder / CERTIFICATE).unlink(missing_ok=True)
+    write_new(folder / CERTIFICATE, ca)
+    write_json(folder / CONTENT, {**values, "coordinator": public, "signature": signature})
+    return read_kit(folder)
+
+
+def read_kit(folder: Path) -> Kit:
+    """Read a kit and check its signature. Whose key that is, only the fingerprint says.
+
+    Raises:
+        ConfigError: it is no kit, or was changed.
+    """
+    values = read_json(folder / CONTENT, "site kit")
+    if set(values) != KEYS | {"coordinator", "signature"} or values["kind"] != KIND or values["schema"] != 1:
+        raise ConfigError(f"{folder}: this is no site kit of this version")
+    try:
+        certificate = (folder / CERTIFICATE).read_bytes()
+        public, signature = bytes.fromhex(values["coordinator"]), bytes.fromhex(values["signature"])
+        names = [TypeAdapter(Name).validate_python(values[key], strict=True) for key in ("consortium", "site")]
+        sound = bool(ADDRESS.fullmatch(values["address"])) and all(map(DIGEST.fullmatch, values["apps"]))
+    except (OSError, ValidationError, ValueError, TypeError):
+        raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
+    signed = {key: values[key] for key in KEYS}
+    same = hashlib.sha256(certificate).hexdigest() == values["authority"]
+    if not (sound and same and signed_by(public, canonical(signed), signature)):
+        raise ConfigError(f"{folder}: the site kit was changed since it was signed; ask the coordinator for it again")
+    parse_certificate(certificate)
+    return Kit(
+        consortium=names[0],
+        site=names[1],
+        node_key=str(values["node-key"]),
+        address=values["address"],
+        apps=tuple(values["apps"]),
+        coordinator=public,
+        certificate=certificate,
+    )

@@ -1,0 +1,214 @@
+"""Processes that a runner starts, watches and ends, with all that they started themselves.
+
+On Linux the runner adopts orphans of its children (prctl(2), PR_SET_CHILD_SUBREAPER), so that none escapes it, and its
+children get SIGTERM when it is killed itself (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from types import FrameType
+
+from fedmed.deployment.files import make_folder
+from fedmed.errors import ConfigError
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LOG_BYTES, LOG_FILES = 5_000_000, 5
+GRACE_S = 15.0  # Flower ends by itself in 3–10 s
+LINUX = sys.platform == "linux"
+EXIT_CODE = re.compile(r"Exit Code: (\d+)")
+
+
+def flower_environment(home: Path, **more: str) -> dict[str, str]:
+    """The environment of a Flower process that installs nothing, reports to nobody and asks for no update.
+
+    Args:
+        home: its own folder.
+        more: variables besides.
+    """
+    beside = str(Path(sys.executable).parent)  # where flower-superexec and its kin are looked for
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(filter(None, (beside, os.environ.get("PATH", "")))),
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+def program(name: str) -> str:
+    """One of Flower's commands, from the environment that fedmed is installed in.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise ConfigError(f"{name} is not installed beside this Python; install fedmed with its dependencies")
+    return str(path)
+
+
+def log_file(folder: Path, name: str) -> logging.Logger:
+    """A log of at most 25 MB; older lines are dropped."""
+    make_folder(folder)
+    handler = RotatingFileHandler(folder / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.Logger(name)
+    log.addHandler(handler)
+    return log
+
+
+class Child:
+    """A process whose lines go to a log."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: logging.Logger) -> None:
+        """Start it in a session of its own, so that Ctrl-C reaches the runner alone."""
+        self.flower_code: int | None = None  # Flower's own exit code, which it only prints
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if LINUX else None,
+        )
+        self.started = time.monotonic()
+        self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended in time."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        self._reader.join(timeout=1.0)
+        return True
+
+    def end(self) -> None:
+        """Ask it to end, wait, then kill it and whatever it started."""
+        below = descendants(self.pid)
+        if self.running:
+            self._process.terminate()
+            if not self.wait(GRACE_S):
+                below |= descendants(self.pid)
+                self._process.kill()
+                self._process.wait()
+        kill(below)
+
+    def _read(self, log: logging.Logger) -> None:
+        assert self._process.stdout is not None  # it is a pipe
+        for line in self._process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            found = EXIT_CODE.search(text)
+            self.flower_code = int(found[1]) if found else self.flower_code
+            log.info(text)
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process that a process started, and those that these started; empty where /proc is not there."""
+    found: set[int] = set()
+    ahead = [pid]
+    while ahead:
+        for path in Path(f"/proc/{ahead.pop()}/task").glob("*/children"):
+            with suppress(OSError):
+                new = set(map(int, path.read_text().split())) - found
+                found |= new
+                ahead += new
+    return found
+
+
+def kill(pids: set[int]) -> None:
+    """Kill processes, and wait for those that became ours."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def reap(keep: set[int]) -> None:
+    """Take the exit status of orphans that ended, so that they do not stay as zombies."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in set(map(int, path.read_text().split())) - keep:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+@contextmanager
+def runner(folder: Path, what: str) -> Iterator[threading.Event]:
+    """Be the one runner of a folder; gives an event that SIGTERM and Ctrl-C set. No child outlives the block.
+
+    Raises:
+        ConfigError: another runner is at work there.
+    """
+    make_folder(folder)
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    with (folder / "runner.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"this {what} runs already") from None
+        if LINUX:
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield stop
+        finally:
+            kill(descendants(os.getpid()))
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def wait_until(met: Callable[[], bool], stop: threading.Event, timeout_s: float, every_s: float = 0.2) -> bool:
+    """Whether something came true before the time was over or a stop was asked for."""
+    deadline = time.monotonic() + timeout_s
+    while not stop.is_set() and time.monotonic() < deadline:
+        if met():
+            return True
+        stop.wait(every_s)
+    return False
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

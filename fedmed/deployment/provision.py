@@ -1,0 +1,102 @@
+"""What a coordinator makes before the server starts: authority, certificate, the list of sites, and a kit for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+import fedmed
+from fedmed.deployment import certificates
+from fedmed.deployment.cards import SiteCard, read_card
+from fedmed.deployment.consortium import ServerFolder
+from fedmed.deployment.files import make_folder, write_new
+from fedmed.deployment.flower_app import app_hash
+from fedmed.deployment.kits import Kit, coordinator_key, write_kit
+from fedmed.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provisioned:
+    """What there is now."""
+
+    certificate: x509.Certificate
+    renewed: bool  # whether the certificate is new
+    cards: tuple[SiteCard, ...]
+    kits: tuple[Kit, ...]  # in the order of the cards
+
+
+def site_cards(folder: ServerFolder) -> list[SiteCard]:
+    """The cards of the sites that may connect, by name.
+
+    Raises:
+        ConfigError: one of them was changed.
+    """
+    return [read_card(path) for path in sorted(folder.cards.glob("*.json"))]
+
+
+def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
+    """Make what is missing, take in cards, and write every site's kit anew.
+
+    Nothing is written before all cards are read. A site's newer card replaces its older one.
+
+    Raises:
+        ConfigError: a card is damaged, of another fedmed, or two sites share a name or a key.
+    """
+    found = [read_card(path) for path in cards]
+    everyone = {card.name: card for card in [*site_cards(folder), *found]}
+    if len({card.name for card in found}) < len(found):
+        raise ConfigError("two of the cards have the same name; sites of a consortium are told apart by it")
+    if len({card.node_text for card in everyone.values()}) < len(everyone):
+        raise ConfigError("two sites have the same key; one of them copied the other's folder and needs its own keygen")
+    for card in found:
+        if card.fedmed != fedmed.__version__:
+            raise ConfigError(
+                f"{card.name} has fedmed {card.fedmed}, this server {fedmed.__version__}; they have to be the same"
+            )
+    certificate, renewed = server_certificate(folder)
+    key, app = coordinator_key(folder.coordinator), app_hash()
+    authority = (folder.tls / "ca.crt").read_bytes()
+    make_folder(folder.cards)
+    for path, card in zip(cards, found, strict=True):
+        target = folder.cards / f"{card.name}.json"
+        content = path.read_bytes()
+        if path.absolute() != target.absolute():
+            target.unlink(missing_ok=True)
+            write_new(target, content)
+    everybody = tuple(site_cards(folder))
+    kits = tuple(
+        write_kit(
+            make_folder(folder.kits) / card.name,
+            card,
+            key,
+            consortium=folder.consortium.name,
+            address=folder.consortium.address,
+            apps=[app],
+            ca=authority,
+        )
+        for card in everybody
+    )
+    return Provisioned(certificate=certificate, renewed=renewed, cards=everybody, kits=kits)
+
+
+def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
+    """The server's certificate, and whether it is new: missing, near its end, or for other addresses before.
+
+    Raises:
+        ConfigError: the authority cannot be used.
+    """
+    make_folder(folder.tls)
+    if not (folder.tls / "ca.crt").exists():
+        certificates.make_authority(folder.tls, folder.consortium.name)
+    names, now = folder.consortium.addresses, datetime.now(UTC)
+    if (folder.tls / "server.crt").exists():
+        there = certificates.read_certificate(folder.tls / "server.crt")
+        authority = certificates.read_certificate(folder.tls / "ca.crt")
+        fits = set(names) <= certificates.alternative_names(there)
+        if fits and not certificates.problem(there, authority, now) and not certificates.ends_soon(there, now):
+            return there, False
+    return certificates.make_server_certificate(folder.tls, names, folder.consortium.certificate_days), True

@@ -1,0 +1,143 @@
+"""A site's runner: a SuperNode over TLS with the site's own key, started again when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedmed.deployment import certificates, door, node_keys
+from fedmed.deployment.files import make_folder
+from fedmed.deployment.kits import CERTIFICATE, Kit
+from fedmed.deployment.processes import (
+    Child,
+    flower_environment,
+    free_port,
+    log_file,
+    program,
+    reap,
+    runner,
+    wait_until,
+)
+from fedmed.deployment.site_folder import SiteFolder, joined_kit
+from fedmed.errors import ConfigError, RunFailed
+
+RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
+WARM_S = 180.0
+LOOK_S = 0.5
+WHY = {  # Flower's own exit codes
+    302: "its node.key is damaged",
+    305: "the server did not let it in: it does not know this site's key, or still counts it as online",
+    603: "the consortium's certificate is damaged; fedmed site join the kit again",
+    606: "the server has another version of Flower; install the same fedmed",
+}
+
+
+def site_command(site: SiteFolder, kit: Kit, port: int) -> list[str]:
+    """The SuperNode's command line.
+
+    Args:
+        site: whose it is.
+        kit: that it joined with.
+        port: of loopback, for its own tasks.
+
+    Raises:
+        ConfigError: the path of site.toml holds a quotation mark, which Flower cannot take.
+    """
+    if '"' in str(site.file) or "'" in str(site.file):
+        raise ConfigError("the path of site.toml must hold no quotation mark")
+    return [
+        program("flower-supernode"),
+        *("--superlink", kit.address),
+        *("--root-certificates", str(site.kit / CERTIFICATE)),
+        *("--auth-supernode-private-key", str(site.keys / node_keys.PRIVATE)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", f"site={json.dumps(str(site.file))}"),
+    ]
+
+
+def write_door(site: SiteFolder) -> Path:
+    """Write the command `flwr-clientapp` that leads to the warm process.
+
+    Returns:
+        Its folder, to stand first on the SuperNode's PATH.
+    """
+    folder = make_folder(site.flower / "bin")
+    words = (sys.executable, "-I", "-S", door.__file__, str(site.flower))
+    path = folder / "flwr-clientapp"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    path.chmod(0o700)
+    return folder
+
+
+def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
+    """Take part until SIGTERM or Ctrl-C. A SuperNode that ends by itself is started again after 15 s.
+
+    Raises:
+        ConfigError: the site cannot take part like this, or runs already.
+        RunFailed: tasks cannot be made.
+    """
+    kit = joined_kit(site)
+    authority = certificates.parse_certificate(kit.certificate)
+    wrong = certificates.problem(authority, authority, datetime.now(UTC))
+    if wrong:
+        raise ConfigError(f"the consortium's certificate cannot be used: {wrong}")
+    log = log_file(site.logs, "site")
+
+    def tell(line: str) -> None:
+        say(line)
+        log.info(line)
+
+    with runner(site.flower, "site") as stop:
+        tasks = _warm(site, log, stop)
+        node: Child | None = None
+        try:
+            while not stop.is_set():
+                node = Child(site_command(site, kit, free_port()), _environment(site), log)
+                tell(f"{site.config.name} connects to {kit.consortium} at {kit.address}")
+                while node.running and not stop.is_set():
+                    if not tasks.running:
+                        tell("the process that tasks come from ended; it is started again")
+                        tasks = _warm(site, log, stop)
+                    reap(keep={node.pid, tasks.pid})
+                    stop.wait(LOOK_S)
+                if stop.is_set():
+                    break
+                node.wait(1.0)
+                node.end()
+                why = WHY.get(node.flower_code or 0, "logs/site.log says why")
+                tell(f"the SuperNode ended ({node.flower_code or 'killed'}): {why}; again in {RESTART_S:.0f} s")
+                stop.wait(RESTART_S)
+        finally:
+            if node is not None:
+                node.end()
+            tasks.end()
+    tell("stopped")
+
+
+def _environment(site: SiteFolder) -> dict[str, str]:
+    environment = flower_environment(make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2")
+    return {**environment, "PATH": f"{write_door(site)}{os.pathsep}{environment['PATH']}"}
+
+
+def _warm(site: SiteFolder, log: logging.Logger, stop: threading.Event) -> Child:
+    """The process that tasks are forked from, ready for the first.
+
+    Raises:
+        RunFailed: it ended, or is not ready in time.
+    """
+    path = make_folder(site.flower) / door.SOCKET
+    path.unlink(missing_ok=True)
+    environment = flower_environment(site.flower)
+    child = Child([sys.executable, "-m", "fedmed.deployment.warm", str(site.file)], environment, log)
+    ready = wait_until(lambda: path.exists() or not child.running, stop, WARM_S)
+    if not stop.is_set() and not (ready and child.running):
+        child.end()
+        raise RunFailed("the process that tasks come from did not start; logs/site.log says why")
+    return child

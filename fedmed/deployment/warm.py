@@ -1,0 +1,111 @@
+"""The process at a site from which every task is forked, so that none imports torch again.
+
+A task runs the fedmed that is installed here, whatever the server sent: the app's bytes are only compared with the
+hashes that the site's kit approves, and never unpacked. A task that outlives its round is killed.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flwr.supernode.runtime.run_clientapp as flower_task
+from flwr.app import Context, Message
+from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+from fedmed.config import RunConfig
+from fedmed.deployment import door
+from fedmed.deployment.kits import read_kit
+from fedmed.deployment.site_folder import SiteFolder, read_site_folder
+from fedmed.errors import PolicyRefused
+from fedmed.federated.client_app import app
+from fedmed.federated.simulation import prepare_fork
+
+SLACK_S, LONGEST_S = 60, 86_400
+READ_S = 5.0
+
+
+def serve(site: SiteFolder) -> NoReturn:
+    """Import what tasks need, then fork one process for every task that the door hands in."""
+    prepare_fork(RunConfig())
+    os.chdir(site.flower)
+    Path(door.SOCKET).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    os.umask(0o077)
+    listener.bind(door.SOCKET)
+    listener.listen(16)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    if threading.active_count() != 1:
+        raise RuntimeError("a thread was started before the fork")
+    gc.freeze()
+    print("ready for tasks", flush=True)
+    while True:
+        connection, _ = listener.accept()
+        try:
+            connection.settimeout(READ_S)
+            arguments = json.loads(connection.makefile("r").readline())
+        except (OSError, ValueError):
+            connection.close()
+            continue
+        if os.fork() == 0:
+            listener.close()
+            _run(site, arguments, connection)
+        connection.close()
+
+
+def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> NoReturn:
+    """One task, in a process of its own."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        random.seed()
+        # Flower unpacks, loads and runs an app by these names; both are replaced in this process alone.
+        vars(flower_task).update(
+            install_from_fab=admission(site), get_load_client_app_fn=lambda **options: lambda *names: _limited
+        )
+        sys.argv = ["flwr-clientapp", *arguments]
+        flwr_clientapp()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            connection.settimeout(READ_S)
+            connection.sendall(f"{code}\n".encode())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def admission(site: SiteFolder) -> Callable[..., None]:
+    """A function in the place of Flower's, which unpacks an app: it only looks whether the site approves of it."""
+
+    def admit(content: bytes, *arguments: Any, **options: Any) -> None:
+        if hashlib.sha256(content).hexdigest() not in read_kit(site.kit).apps:
+            raise PolicyRefused("the run's app is not one that this site approves of", rule="kit.apps")
+
+    return admit
+
+
+def _limited(message: Message, context: Context) -> Message:
+    """The site's own app. The alarm is not caught by anything: it ends the process, wherever it hangs."""
+    limit_s = float(context.run_config.get("strategy.round-timeout-s", LONGEST_S))
+    signal.alarm(int(min(max(limit_s, 1.0), LONGEST_S)) + SLACK_S)
+    return app(message, context)
+
+
+if __name__ == "__main__":
+    serve(read_site_folder(Path(sys.argv[1])))
