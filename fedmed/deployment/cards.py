@@ -84,7 +84,7 @@ def read_card(path: Path) -> SiteCard:
         signing = bytes.fromhex(values["signing-key"])
         node = node_keys.read_public_text(str(values["node-key"]))
         signatures = {who: bytes.fromhex(values["signatures"][who]) for who in ("node", "signing")}
-    except (ValidationError, ValueError, TypeError, KeyError):
+    except (ConfigError, ValidationError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{path}: the site card is damaged; ask the site for it again") from None
     message = canonical(_unsigned(values))
     whole = node_keys.signed_by(node, message, signatures["node"])

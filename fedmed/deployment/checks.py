@@ -24,7 +24,7 @@ from fedmed.privacy import keys as site_keys
 from fedmed.privacy.verification import examine
 
 CONNECT_S = 10.0
-CLOCK_S = 60.0  # Flower refuses requests whose time stamps are further off
+CLOCK_S = 60.0  # Flower refuses requests from five minutes off on
 DISK_GIB = 5.0
 
 

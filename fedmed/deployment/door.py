@@ -18,6 +18,8 @@ def main(folder: str, arguments: list[str]) -> int:
         server.connect(SOCKET)
         server.sendall(json.dumps(arguments).encode() + b"\n")
         answer = server.makefile("r").readline()
+    if not answer:
+        print("a task was killed before it answered", file=sys.stderr, flush=True)
     return int(answer) if answer else 1
 
 

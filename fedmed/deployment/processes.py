@@ -29,8 +29,11 @@ from fedmed.errors import ConfigError
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
+KILLS = 3  # a process that is being killed may just have started another
 LINUX = sys.platform == "linux"
 EXIT_CODE = re.compile(r"Exit Code: (\d+)")
+BAD_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def flower_environment(home: Path, **more: str) -> dict[str, str]:
@@ -81,6 +84,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: logging.Logger) -> None:
         """Start it in a session of its own, so that Ctrl-C reaches the runner alone."""
         self.flower_code: int | None = None  # Flower's own exit code, which it only prints
+        self.bad_certificate = False  # whether it refused the other side's
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -125,12 +129,14 @@ class Child:
         kill(below)
 
     def _read(self, log: logging.Logger) -> None:
-        assert self._process.stdout is not None  # it is a pipe
-        for line in self._process.stdout:
-            text = line.decode(errors="replace").rstrip()
-            found = EXIT_CODE.search(text)
-            self.flower_code = int(found[1]) if found else self.flower_code
-            log.info(text)
+        assert self._process.stdout is not None  # noqa: S101  # it is a pipe
+        with self._process.stdout as lines:
+            for line in lines:
+                text = COLOUR.sub("", line.decode(errors="replace")).rstrip()
+                found = EXIT_CODE.search(text)
+                self.bad_certificate |= BAD_CERTIFICATE in text
+                self.flower_code = int(found[1]) if found else self.flower_code
+                log.info(text)
 
 
 def descendants(pid: int) -> set[int]:
@@ -188,7 +194,8 @@ def runner(folder: Path, what: str) -> Iterator[threading.Event]:
         try:
             yield stop
         finally:
-            kill(descendants(os.getpid()))
+            for _ in range(KILLS):
+                kill(descendants(os.getpid()))
             for number, handler in before.items():
                 signal.signal(number, handler)
 

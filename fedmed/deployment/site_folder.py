@@ -15,7 +15,7 @@ from fedmed.deployment.cards import SiteCard, write_card
 from fedmed.deployment.files import make_folder, write_json, write_new
 from fedmed.deployment.kits import CERTIFICATE, CONTENT, Kit, read_kit
 from fedmed.errors import ConfigError
-from fedmed.federated.sites import SiteConfig, read_site_config
+from fedmed.federated.site_config import SiteConfig, read_site_config
 from fedmed.privacy import keys as site_keys
 from fedmed.privacy.policy import SitePolicy
 
@@ -193,7 +193,7 @@ def _tables(name: str, section: type[BaseModel]) -> Iterator[str]:
         if _table(info) is not None:
             continue
         text = str(info.description)
-        yield f"# {text[0].upper()}{text[1:]}."
+        yield f"# {text[0].upper() if text[0].isascii() else text[0]}{text[1:]}."
         default = list(info.default) if isinstance(info.default, tuple) else info.default
         yield f"{info.alias or key} = {json.dumps(default)}"
     for key, info in section.model_fields.items():

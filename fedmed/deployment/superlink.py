@@ -15,7 +15,7 @@ from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import Child, flower_environment, log_file, program, runner, wait_until
 from fedmed.errors import ConfigError, RunFailed
 
-START_S = 120.0  # on a busy machine importing Flower takes a while
+START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
 
 
@@ -61,7 +61,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """
     require_usable(folder)
     environment = flower_environment(
-        make_folder(folder.flower), FEDMED_RUNS=str(folder.runs), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2"
+        make_folder(folder.flower), FEDMED_RUNS=str(folder.runs), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5"
     )
     log = log_file(folder.root / "logs", "server")
     with runner(folder.flower, "server") as stop:

@@ -29,7 +29,7 @@ from fedmed.deployment.site_folder import SiteFolder, joined_kit
 from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
-WARM_S = 180.0
+WARM_S = 300.0
 LOOK_S = 0.5
 WHY = {  # Flower's own exit codes
     302: "its node.key is damaged",
@@ -111,8 +111,7 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
                     break
                 node.wait(1.0)
                 node.end()
-                why = WHY.get(node.flower_code or 0, "logs/site.log says why")
-                tell(f"the SuperNode ended ({node.flower_code or 'killed'}): {why}; again in {RESTART_S:.0f} s")
+                tell(f"the SuperNode ended: {_why(node)}; again in {RESTART_S:.0f} s")
                 stop.wait(RESTART_S)
         finally:
             if node is not None:
@@ -121,8 +120,15 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
     tell("stopped")
 
 
+def _why(node: Child) -> str:
+    if node.bad_certificate:
+        return "the server's certificate is not the consortium's; fedmed site check, and tell the coordinator"
+    code = node.flower_code
+    return f"{WHY.get(code, 'logs/site.log says why')} (Flower's exit code {code})" if code else "it was killed"
+
+
 def _environment(site: SiteFolder) -> dict[str, str]:
-    environment = flower_environment(make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2")
+    environment = flower_environment(make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
     return {**environment, "PATH": f"{write_door(site)}{os.pathsep}{environment['PATH']}"}
 
 

@@ -30,6 +30,7 @@ from fedmed.deployment.kits import read_kit
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.errors import PolicyRefused
 from fedmed.federated.client_app import app
+from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
 
 SLACK_S, LONGEST_S = 60, 86_400
@@ -39,6 +40,7 @@ READ_S = 5.0
 def serve(site: SiteFolder) -> NoReturn:
     """Import what tasks need, then fork one process for every task that the door hands in."""
     prepare_fork(RunConfig())
+    package_hash()  # of the code that was imported, whatever is installed over it later
     os.chdir(site.flower)
     Path(door.SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)

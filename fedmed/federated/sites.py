@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, ValidationError
+from typing import Any
 
 from fedmed import config as run_file
-from fedmed.config import RunConfig, Section
+from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
+from fedmed.federated.site_config import SiteConfig, read_site_config
 from fedmed.imaging.cache import cache_folder
-from fedmed.privacy.policy import SitePolicy, read_policy
+from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site_round import Site
 
+__all__ = ["SIMULATION", "SiteConfig", "read_site", "site_name", "site_names", "site_of", "virtual_sites"]
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
-
-
-class SiteConfig(Section):
-    """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""
-
-    name: run_file.Name
-    manifest: str
-    dataset: str = ""
-    cache_dir: str = ""
-    cache_gib: Annotated[float, Field(gt=0)] = 50.0
-    state_dir: str = "state"
-    device: str = "cpu"
-    metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
-    networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
-    keys_dir: str = "keys"  # the site's two keys, made when they are first needed; apart from state-dir
-    policy: SitePolicy | None = None  # without it the site keeps no ledger and no logs
 
 
 def site_name(reference: str) -> str:
@@ -129,21 +112,6 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
         )
         for name, reference in zip(site_names(config), config.data.sites, strict=True)
     )
-
-
-def read_site_config(path: Path) -> SiteConfig:
-    """The values of a hospital's site.toml, as they stand in it.
-
-    Raises:
-        ConfigError: the file is missing or wrong.
-    """
-    try:
-        return SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 @lru_cache(maxsize=4)

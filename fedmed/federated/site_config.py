@@ -1,0 +1,45 @@
+"""`site.toml` as values. Apart from what trains, so that a hospital's commands answer without torch."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from fedmed import config as run_file
+from fedmed.config import Section
+from fedmed.errors import ConfigError
+from fedmed.privacy.policy import SitePolicy
+
+
+class SiteConfig(Section):
+    """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""
+
+    name: run_file.Name
+    manifest: str
+    dataset: str = ""
+    cache_dir: str = ""
+    cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    state_dir: str = "state"
+    device: str = "cpu"
+    metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
+    networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
+    keys_dir: str = "keys"  # the site's two keys, made when they are first needed; apart from state-dir
+    policy: SitePolicy | None = None  # without it the site keeps no ledger and no logs
+
+
+def read_site_config(path: Path) -> SiteConfig:
+    """The values of a hospital's site.toml, as they stand in it.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    try:
+        return SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
