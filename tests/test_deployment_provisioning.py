@@ -30,7 +30,7 @@ from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import flower_environment
 from fedmed.deployment.site_folder import join, read_site_folder
 from fedmed.deployment.superlink import require_usable, server_command
-from fedmed.errors import ConfigError, LedgerUnusable
+from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
 from fedmed.federated.site_config import SiteConfig
 from fedmed.privacy.policy import SitePolicy
 
@@ -293,6 +293,12 @@ def test_submit_and_flwr_run_and_the_wheel_bring_the_same_app(made, tmp_path):
 
     app = flower_app.build_app()
     assert app == build_fab_from_disk(ROOT)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for source, target in project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items():
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / source, tmp_path / target)
+    assert flower_app.build_app(tmp_path / "fedmed" / "_app") == app
     assert read_kit(made / "server" / "kits" / "north").apps == (hashlib.sha256(app).hexdigest(),)
 
 
@@ -312,6 +318,21 @@ def test_what_names_data_is_not_submitted(made):
         control.deployable(RunConfig(), folder)
     with pytest.raises(ConfigError, match=r"min-sites = 3, but 2"):
         control.deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), folder)
+
+
+def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
+    import flwr.supernode.runtime.run_clientapp as flower_task
+
+    from fedmed.deployment import warm
+
+    admit = warm.admission(read_site_folder(made / "north"))
+    admit(flower_app.build_app(), skip_prompt=True)
+    for content in (b"", flower_app.build_app() + b" "):
+        with pytest.raises(PolicyRefused, match="approves"):
+            admit(content, skip_prompt=True)
+    assert set(warm.REPLACED) <= set(vars(flower_task))  # else `warm` refuses to start
+    assert set(warm.REPLACED) <= set(flower_task.run_clientapp.__code__.co_names)  # and Flower does call them
+    assert warm.own_app(default_app_ref="x")("a", "b", "c") is warm.own_app()("d", "e", "f")
 
 
 def asked(path: str, client: str, server: str = "192.0.2.1") -> int:

@@ -22,14 +22,17 @@ def app_folder() -> Path:
     raise ConfigError("this fedmed was installed without its Flower app; install it from its wheel or a checkout")
 
 
-def build_app() -> bytes:
+def build_app(folder: Path | None = None) -> bytes:
     """The app as Flower packs it; equal files give equal bytes.
 
     Wheel and checkout, `fedmed server submit` and `flwr run .` give the same bytes, so that one hash stands for all.
+
+    Args:
+        folder: of the app; else that of this fedmed.
     """
     from flwr.cli.build import build_fab_from_files
 
-    folder = app_folder()
+    folder = folder or app_folder()
     names = ["pyproject.toml", *(f"{side}/{name}.py" for side in ("server", "client") for name in ("__init__", "app"))]
     content, _ = build_fab_from_files({name: (folder / name).read_bytes() for name in names})
     return content

@@ -29,6 +29,7 @@ from fedmed.errors import ConfigError
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
+NAP_S = 0.1
 KILLS = 3  # a process that is being killed may just have started another
 LINUX = sys.platform == "linux"
 EXIT_CODE = re.compile(r"Exit Code: (\d+)")
@@ -76,6 +77,28 @@ def log_file(folder: Path, name: str) -> logging.Logger:
     log = logging.Logger(name)
     log.addHandler(handler)
     return log
+
+
+class Stop:
+    """Whether a runner was asked to stop. A signal sets it, so it holds no lock, which `threading.Event` does."""
+
+    def __init__(self) -> None:
+        """Not yet."""
+        self._asked = False
+
+    def set(self) -> None:
+        """Ask."""
+        self._asked = True
+
+    def is_set(self) -> bool:
+        """Whether it was asked."""
+        return self._asked
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep, at most until it is asked."""
+        deadline = time.monotonic() + timeout_s
+        while not self._asked and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, NAP_S))
 
 
 class Child:
@@ -126,10 +149,10 @@ class Child:
                 below |= descendants(self.pid)
                 self._process.kill()
                 self._process.wait()
-        kill(below)
+        kill(below & descendants(os.getpid()))  # a number may belong to somebody else by now
 
     def _read(self, log: logging.Logger) -> None:
-        assert self._process.stdout is not None  # noqa: S101  # it is a pipe
+        assert self._process.stdout is not None  # it is a pipe
         with self._process.stdout as lines:
             for line in lines:
                 text = COLOUR.sub("", line.decode(errors="replace")).rstrip()
@@ -171,14 +194,14 @@ def reap(keep: set[int]) -> None:
 
 
 @contextmanager
-def runner(folder: Path, what: str) -> Iterator[threading.Event]:
-    """Be the one runner of a folder; gives an event that SIGTERM and Ctrl-C set. No child outlives the block.
+def runner(folder: Path, what: str) -> Iterator[Stop]:
+    """Be the one runner of a folder; gives what SIGTERM and Ctrl-C set. No child outlives the block.
 
     Raises:
         ConfigError: another runner is at work there.
     """
     make_folder(folder)
-    stop = threading.Event()
+    stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
@@ -200,7 +223,7 @@ def runner(folder: Path, what: str) -> Iterator[threading.Event]:
                 signal.signal(number, handler)
 
 
-def wait_until(met: Callable[[], bool], stop: threading.Event, timeout_s: float, every_s: float = 0.2) -> bool:
+def wait_until(met: Callable[[], bool], stop: Stop, timeout_s: float, every_s: float = 0.2) -> bool:
     """Whether something came true before the time was over or a stop was asked for."""
     deadline = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < deadline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 import sys
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -12,7 +11,7 @@ from fedmed.deployment import certificates
 from fedmed.deployment.consortium import ServerFolder
 from fedmed.deployment.control import agree, control, nodes
 from fedmed.deployment.files import make_folder
-from fedmed.deployment.processes import Child, flower_environment, log_file, program, runner, wait_until
+from fedmed.deployment.processes import Child, Stop, flower_environment, log_file, program, runner, wait_until
 from fedmed.errors import ConfigError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
@@ -80,7 +79,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     say("stopped")
 
 
-def _serve(folder: ServerFolder, link: Child, stop: threading.Event, say: Callable[[str], None]) -> None:
+def _serve(folder: ServerFolder, link: Child, stop: Stop, say: Callable[[str], None]) -> None:
     seen: object = None
     while not stop.is_set():
         listed = sorted((path.name, path.stat().st_mtime_ns) for path in folder.cards.glob("*.json"))

@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import sys
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedmed.deployment.files import make_folder
 from fedmed.deployment.kits import CERTIFICATE, Kit
 from fedmed.deployment.processes import (
     Child,
+    Stop,
     flower_environment,
     free_port,
     log_file,
@@ -132,7 +132,7 @@ def _environment(site: SiteFolder) -> dict[str, str]:
     return {**environment, "PATH": f"{write_door(site)}{os.pathsep}{environment['PATH']}"}
 
 
-def _warm(site: SiteFolder, log: logging.Logger, stop: threading.Event) -> Child:
+def _warm(site: SiteFolder, log: logging.Logger, stop: Stop) -> Child:
     """The process that tasks are forked from, ready for the first.
 
     Raises:

@@ -33,12 +33,19 @@ from fedmed.federated.client_app import app
 from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
 
+REPLACED = ("install_from_fab", "get_load_client_app_fn")  # by these names Flower unpacks and loads an app
 SLACK_S, LONGEST_S = 60, 86_400
 READ_S = 5.0
 
 
 def serve(site: SiteFolder) -> NoReturn:
-    """Import what tasks need, then fork one process for every task that the door hands in."""
+    """Import what tasks need, then fork one process for every task that the door hands in.
+
+    Raises:
+        RuntimeError: this Flower loads apps in another way, and would run what a server sends; or a thread runs.
+    """
+    if not all(name in vars(flower_task) for name in REPLACED):
+        raise RuntimeError("this version of Flower loads apps in another way; nothing is run")
     prepare_fork(RunConfig())
     package_hash()  # of the code that was imported, whatever is installed over it later
     os.chdir(site.flower)
@@ -72,10 +79,7 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         random.seed()
-        # Flower unpacks, loads and runs an app by these names; both are replaced in this process alone.
-        vars(flower_task).update(
-            install_from_fab=admission(site), get_load_client_app_fn=lambda **options: lambda *names: _limited
-        )
+        vars(flower_task).update(zip(REPLACED, (admission(site), own_app), strict=True))
         sys.argv = ["flwr-clientapp", *arguments]
         flwr_clientapp()
         code = 0
@@ -100,6 +104,11 @@ def admission(site: SiteFolder) -> Callable[..., None]:
             raise PolicyRefused("the run's app is not one that this site approves of", rule="kit.apps")
 
     return admit
+
+
+def own_app(**options: Any) -> Callable[..., Callable[[Message, Context], Message]]:
+    """A function in the place of Flower's, which finds an app's loader: whatever is asked for, it is the site's own."""
+    return lambda *names: _limited
 
 
 def _limited(message: Message, context: Context) -> Message:
