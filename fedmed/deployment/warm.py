@@ -36,6 +36,7 @@ from fedmed.federated.simulation import prepare_fork
 REPLACED = ("install_from_fab", "get_load_client_app_fn")  # by these names Flower unpacks and loads an app
 SLACK_S, LONGEST_S = 60, 86_400
 READ_S = 5.0
+IDLE_S = 30.0
 
 
 def serve(site: SiteFolder) -> NoReturn:
@@ -57,10 +58,15 @@ def serve(site: SiteFolder) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     if threading.active_count() != 1:
         raise RuntimeError("a thread was started before the fork")
-    gc.freeze()
+    listener.settimeout(IDLE_S)
     print("ready for tasks", flush=True)
     while True:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            _prepare_rest()
+            listener.settimeout(None)
+            continue
         try:
             connection.settimeout(READ_S)
             arguments = json.loads(connection.makefile("r").readline())
@@ -71,6 +77,16 @@ def serve(site: SiteFolder) -> NoReturn:
             listener.close()
             _run(site, arguments, connection)
         connection.close()
+
+
+def _prepare_rest() -> None:
+    """Import, while there is nothing to do, what only some tasks need: differential privacy, augmentation."""
+    import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: seconds
+    from fedmed.training.private import warm_up
+
+    warm_up()
+    gc.collect()
+    gc.freeze()
 
 
 def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> NoReturn:
