@@ -1,5 +1,6 @@
 """A server and hospitals that were set up by fedmed's commands alone, over TLS with registered keys, on loopback."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -21,6 +22,7 @@ from fedmed.deployment.files import read_json
 from fedmed.deployment.processes import Child, flower_environment, free_port
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
 from fedmed.deployment.supernode import site_command
+from fedmed.errors import RunFailed
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(500)]
 
@@ -44,11 +46,10 @@ def consortium(tmp_path_factory):
 
 
 def online(folder: ServerFolder) -> set[str]:
-    """The sites that are connected; none while the server is not there."""
-    if not folder.root.joinpath("flower", "superlink.db").exists():
-        return set()
-    with control.control(folder) as client:
+    """The sites that are connected; none while the server does not answer."""
+    with contextlib.suppress(RunFailed, FileNotFoundError), control.control(folder) as client:
         return {node.site for node in control.nodes(client) if node.status == "online"}
+    return set()
 
 
 def submit(folder: ServerFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Path:

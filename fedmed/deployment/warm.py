@@ -81,8 +81,9 @@ def serve(site: SiteFolder) -> NoReturn:
 
 def _prepare_rest() -> None:
     """Import, while there is nothing to do, what only some tasks need: differential privacy, augmentation."""
-    import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: seconds
-    from fedmed.training.private import warm_up
+    import fedmed.imaging.augment.planar
+    import fedmed.training.private  # noqa: F401
+    from fedmed.privacy.accounting import warm_up
 
     warm_up()
     gc.collect()
