@@ -95,9 +95,10 @@ def write_predictions(run: Path, judged: RunConfig) -> None:
         ModelError: the run kept no network, or has none for the server's patients.
         DataError: a place's data cannot be used.
     """
-    if _mark_in(run / FILE) == _mark(judged):
-        return
     own = has_personal_network(run_file.load(run / "run.toml").strategy)
+    mark = _mark(judged, own)
+    if _mark_in(run / FILE) == mark:
+        return
     arrays: dict[str, NDArray[np.generic]] = {}
     for number, place in enumerate(places_of(judged)):
         site = place.name if own and place.kind == "site" else ""
@@ -106,7 +107,7 @@ def write_predictions(run: Path, judged: RunConfig) -> None:
         for name, values in _predicted(network, data, rows, judged).items():
             arrays[f"{number}/{name}"] = np.ascontiguousarray(values)
     partial = run / f".{FILE}.partial"
-    save_file(arrays, partial, metadata={"mark": _mark(judged)})
+    save_file(arrays, partial, metadata={"mark": mark})
     partial.replace(run / FILE)
 
 
@@ -165,11 +166,11 @@ def _predicted(
     }
 
 
-def _mark(config: RunConfig) -> str:
+def _mark(config: RunConfig, own: bool) -> str:
     """What the predictions of a network depend on besides the network."""
     values = run_file.nested(config)
     facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
-    facts += [config.evaluate.selection_share, "own networks"]
+    facts += [config.evaluate.selection_share, *(["own networks"] if own else [])]
     facts += [
         hashlib.sha256(Path(p.path).read_bytes()).hexdigest() for p in places_of(config) if Path(p.path).is_file()
     ]

@@ -46,7 +46,8 @@ def metrics_of_sites(
 def _metrics(sums: Sums, task: TaskConfig) -> dict[str, Any]:
     """The metrics of one network at one site, with the bounds of histograms and the intervals that a site can give."""
     n, bounds, intervals = int(sums["patients"][0]), bounds_from(sums, task), intervals_from(sums, task)
-    return {
-        name: metric(value, *intervals.get(name, (None, None)), n=n, bound=bounds.get(name))
-        for name, value in metrics_from(sums, task).items()
-    }
+    found = {}
+    for name, value in metrics_from(sums, task).items():
+        low, high = intervals.get(name, (None, None))
+        found[name] = metric(value, low, high, n, bound=bounds.get(name))
+    return found

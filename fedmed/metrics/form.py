@@ -42,8 +42,9 @@ def released(
         centres: As for `classification_sums`.
 
     Returns:
-        Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`; for `exact` `scores` and `targets` (N * L,), image
-        after image, and `patient` (N,), a number from 0 up in place of each id. Numbers follow the order of images.
+        Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`; for `exact` `scores` and
+        `targets` (N * L,), image after image, and `patient` (N,), a number from 0 up in place of each id. Numbers
+        follow the order of images.
 
     Raises:
         ConfigError: If the form is unknown, or exact scores are asked for outside of the house.

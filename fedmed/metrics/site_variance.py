@@ -1,8 +1,8 @@
 """What a site sends beside its histograms so that its AUROC has an interval: variances, and where they are given.
 
-The server has no scores of a site to resample. The site has, and sends one number for each label and one for their mean:
-the variance of its AUROC by patient (Obuchowski 1997, `clustered_auroc`). With fewer than `MINIMUM` patients with a
-positive image, or with a negative one, it sends none.
+The server has no scores of a site to resample. The site has, and sends one number for each label and one for their
+mean: the variance of its AUROC by patient (Obuchowski 1997, `clustered_auroc`). With fewer than `MINIMUM` patients with
+a positive image, or with a negative one, it sends none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 0.25  # no quantity between 0 and 1 has a larger variance (Popoviciu 1
 def auroc_variances(
     logits: NDArray[np.floating], targets: NDArray[np.floating], patients: Sequence[str]
 ) -> dict[str, Array]:
-    """Returns `auroc-variance` and `auroc-variance-given` (1 or 0), each (1 + L,): of the mean over labels, of each label.
+    """Returns `auroc-variance` and `auroc-variance-given` (1 or 0), each (1 + L,): of the mean, and of each label.
 
     With θ̄ the mean over the K labels for which θ is defined,
 

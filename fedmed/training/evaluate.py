@@ -76,7 +76,7 @@ def evaluation_sums(
     centres: Sequence[float] = (),
     spacing_mm: tuple[float, ...] = (),
 ) -> Sums:
-    """What a site sends of its evaluation: counts, histograms and summed losses, never a case, and no ratio but variances.
+    """What a site sends of its evaluation: counts, histograms, summed losses and variances, never a case.
 
     Made once from all cases and not added up over batches: a patient with images in two batches counts once.
 
