@@ -18,6 +18,7 @@ from fedmed.metrics import (
     released,
 )
 from fedmed.metrics.ranking import ranking_metrics
+from fedmed.reporting import write_report
 from fedmed.training.evaluate import checked_sums, intervals_from, metrics_from
 
 LABELS = ("effusion", "nodule")
@@ -138,3 +139,16 @@ def test_a_site_may_send_its_sums_without_variances() -> None:
     sums, _ = parted_variances(released("histogram", *site(0), in_house=False))
     checked = checked_sums(sums, TASK)
     assert intervals_from(checked, TASK) == {} and metrics_from(checked, TASK)["auroc"] is not None
+
+
+@pytest.mark.simulation
+def test_a_run_tells_the_intervals_of_sites_that_have_enough_patients(toy_config, simulate) -> None:
+    result, folder = simulate(toy_config("large-300", "small-60", train={"rounds": 1}))
+    large, small = (site["metrics"] for site in result["sites"])
+    for name in ("auroc", "auroc/a", "auroc/b"):
+        assert 0 <= large[name]["low"] < large[name]["value"] < large[name]["high"] <= 1
+        assert small[name]["value"] is not None and small[name]["low"] is None
+    assert large["auprc"]["low"] is None and large["loss"]["low"] is None
+    words = " ".join(write_report(folder.path).read_text().split())
+    assert "the variance by patient that the site computed" in words
+    assert f"{large['auroc']['low']:.3f}–{large['auroc']['high']:.3f}" in words
