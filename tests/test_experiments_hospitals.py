@@ -76,7 +76,7 @@ def test_other_partitions_are_dealt_beside_and_as_given_is_left_alone(pictures, 
 
 
 def test_a_dealt_experiment_is_judged_at_its_hospitals(pictures, tmp_path) -> None:
-    config = pictures({"compare": ["federated", "pooled"], "primary": "accuracy"}, partition="iid")
+    config = pictures({"compare": ["federated"], "primary": "accuracy"}, partition="iid")
     report = compare(config, tmp_path / "out")
     assert [place["place"] for place in report["places"]] == ["site-1", "site-2", "site-3"]
     swept = sweep(config, ["strategy.name=fedavg"], tmp_path / "out")

@@ -27,16 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("data", metavar="DATA", help="the folder that holds cxr/dev and seg2d/dev")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for manifests and experiments")
     parser.add_argument("--only", choices=NAMES, help="one of the two comparisons")
+    parser.add_argument("--seeds", type=int, default=0, help="of every arm; 0 = as in the run file")
     options = parser.parse_args(arguments)
+    words = ["--set", f"evaluate.seeds={options.seeds}"] if options.seeds else []
     if prepare.main([options.data, str(options.out)]):
         return 1
     for name in [options.only] if options.only else NAMES:
-        report = fedmed("compare", options.out / name / "run.toml", "--out", options.out / f"{name}-experiment")
+        run, folder = options.out / name / "run.toml", options.out / f"{name}-experiment"
+        report = fedmed("compare", run, *words, "--out", folder)
         readme, begin, end = HERE / "README.md", f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
         text = f"{before}{begin}\n\n{text_of(report)}\n\n{end}{rest.partition(end)[2]}"
         readme.write_text(text, encoding="utf-8")
-        print(f"wrote {readme}; page: {options.out / f'{name}-experiment' / 'comparison.html'}")
+        print(f"wrote {readme}; page: {folder / 'comparison.html'}")
     return 0
 
 
