@@ -103,6 +103,13 @@ def test_an_arm_within_the_margin_is_told_apart_from_one_that_is_not() -> None:
     assert "`ditto`" in first and "**not above −0.02**" in first
     assert "`fedavg`" in second and "**above −0.02**" in second
     assert all_.endswith("chosen or not: fedavg.")
+    found = {"value": 0.8, "low": 0.7, "high": 0.9}
+    for low, met in ((-0.0199, "**above −0.02**"), (-0.02, "**not above −0.02**")):
+        report = {
+            "arms": [{"arm": "fedavg", "endpoint": found}],
+            "comparisons": [{"difference": 0, "low": low, "high": 0}],
+        }
+        assert met in run.beside_pooled(report, run.ONE_STEP)[0]
 
 
 def test_compare_deals_nobody_to_two_hospitals(tmp_path, capsys) -> None:

@@ -28,6 +28,14 @@ GRID: Mapping[str, tuple[float | str, ...]] = {
 ONE_NETWORK = ("fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "fednova")
 FEDERATED = (*ONE_NETWORK, "ditto")  # ditto ends with a network for each hospital
 TUNING_SEEDS = 5
+# One step on all of a site's patients a round: pooled gradient descent (docs/federated-equals-pooled.md)
+ONE_STEP: Mapping[str, float | str] = {
+    "train.batch-size": 1024,
+    "train.rounds": 100,
+    "train.local-epochs": 1,
+    "strategy.weight-by": "images",
+}
+ONE_STEP_GRID = ("train.learning-rate", (0.1, 0.3, 1.0))
 MARGIN = 0.02
 BEGIN, END = "<!-- begin: run.py -->", "<!-- end: run.py -->"
 FLAMBY = {"pooled": 0.795, "best single site": 0.784, "fedavg": 0.748, "best federated": 0.785}
@@ -49,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting, tuned = tune(table, options.out, options.jobs)
     print(f"tuned: {dict(setting)}; {tuned}", flush=True)
     report = experiment(options.out, "compare", table, setting, options.jobs)
+    steps, one_step = in_one_step(table, options.out, options.jobs)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    written = text_of(report, setting, tuned)
+    written = "\n".join((text_of(report, setting, tuned), *beside_pooled(one_step, steps)))
     readme.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(f"wrote {readme}; page: {options.out / 'compare' / 'comparison.html'}")
     return 0
@@ -68,6 +77,16 @@ def tune(table: Path, out: Path, jobs: int) -> tuple[Setting, dict[str, float]]:
         print("tuning folds:", *(f"{key} {value}" for key, value in {**point, **of}.items()), flush=True)
     best = max(range(len(points)), key=lambda place: sum(found[place].values()))
     return points[best], tuning(table, out, jobs, points[best], (*FEDERATED, "pooled"))
+
+
+def in_one_step(table: Path, out: Path, jobs: int) -> tuple[Setting, Found]:
+    """FedAvg with one full-batch step a round against pooled training of as many steps, tuned as the others are."""
+    key, values = ONE_STEP_GRID
+    points: list[Setting] = [{**ONE_STEP, key: value} for value in values]
+    found = [tuning(table, out, jobs, point, ("fedavg", "pooled")) for point in points]
+    best = points[max(range(len(points)), key=lambda place: sum(found[place].values()))]
+    arms = {"evaluate.compare": ("fedavg", "pooled"), "evaluate.family": ("fedavg vs pooled",)}
+    return best, experiment(out, "one-step", table, {**best, **arms}, jobs)
 
 
 def tuning(table: Path, out: Path, jobs: int, setting: Setting, arms: Sequence[str]) -> dict[str, float]:
@@ -135,6 +154,19 @@ def verdict(report: Found, judged: Sequence[str]) -> list[str]:
         lines.append(f"* `{arm}`, {what}: the lower limit against pooled is {against[arm]:+.3f}, **{met} −{MARGIN}**.")
     within = ", ".join(name for name, low in against.items() if low > -MARGIN) or "none"
     return [*lines, f"* All arms whose lower limit is above −{MARGIN}, chosen or not: {within}."]
+
+
+def beside_pooled(report: Found, setting: Setting) -> list[str]:
+    """FedAvg of one full-batch step a round, and pooled training."""
+    arms = ", ".join(f"`{arm['arm']}` {spread(arm['endpoint'])}" for arm in report["arms"])
+    (one,) = report["comparisons"]
+    chosen = ", ".join(f"`{key} = {value}`" for key, value in setting.items())
+    met = "above" if one["low"] > -MARGIN else "not above"
+    return [
+        f"One full-batch step a round ({chosen}): {arms}; difference {one['difference']:+.4f} "
+        f"({one['low']:+.4f} to {one['high']:+.4f}), lower limit **{met} −{MARGIN}**.",
+        "",
+    ]
 
 
 def beside_flamby(report: Found, arms: Mapping[str, Found], sites: Sequence[str]) -> list[str]:
