@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.federated.simulation import planned_sites
+from fedmed.federated.virtual_hospitals import planned
 from fedmed.imaging.manifest import Manifest, read_manifest
 
 FOLDER = Path(__file__).parent.parent / "simulations" / "real-cxr"
@@ -85,7 +85,7 @@ def assert_whole(out: Path, name: str, sites: set[str]) -> dict[str, Manifest]:
     """All sites are there, no patient is in two of them, and every file that they name exists."""
     config, found = manifests(out / name / "run.toml")
     assert set(found) == sites | {"server"}
-    assert {site for site, _, _ in planned_sites(config)} == sites
+    assert {hospital.name for hospital in planned(config)} == sites
     for one, other in combinations(found.values(), 2):
         assert not set(one.patients) & set(other.patients)
     rows = [row for manifest in found.values() for row in manifest.rows]

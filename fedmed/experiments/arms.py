@@ -95,18 +95,33 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
         folder: of the experiment; the merged manifest of a pooled arm is written there.
 
     Raises:
-        ConfigError: an arm is named twice, or no algorithm has its name.
+        ConfigError: an arm is named twice, no algorithm has its name, or one has no network for the server's set.
         DataError: a manifest cannot be used.
     """
     arms = arms_of(config)
     if len(set(arms)) < len(arms):
         raise ConfigError("evaluate.compare: an arm is named twice; name each once")
-    return tuple(
+    trials = tuple(
         _trial(arm, network, trained, base, seed)
         for seed, base in bases_of(config).items()
         for arm in arms
         for network, trained in _networks(base, arm, folder)
     )
+    check_judged_everywhere(trials)
+    return trials
+
+
+def check_judged_everywhere(trials: Sequence[Trial]) -> None:
+    """Refuse an algorithm that ends without a network for everybody where the server's patients judge too.
+
+    Raises:
+        ConfigError: it is FedBN, and there is a server's set.
+    """
+    if any(trial.config.strategy.name == "fedbn" and trial.judged.data.server for trial in trials):
+        raise ConfigError(
+            'strategy.name = "fedbn" ends with no network for the server\'s patients; leave data.server empty, and '
+            "every site's own patients judge its own network"
+        )
 
 
 def bases_of(config: RunConfig) -> dict[int, RunConfig]:

@@ -10,6 +10,7 @@ from typing import Any
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, arms_of, comparisons, kind_of, plain, seeds_of, trials_of
+from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import SMALL, Bench, Drawn, check_paired, check_same_split, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
@@ -17,6 +18,7 @@ from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of
 from fedmed.federated.durable import write_atomically
 from fedmed.metrics import ENOUGH_SEEDS, holm
+from fedmed.training.local_algorithms.fine_tune import has_personal_network
 
 RESULT = "comparison.json"
 BUDGET = (
@@ -43,6 +45,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
     pairs = comparisons(config)
     if config.evaluate.endpoint == "server" and not config.data.server:
         raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
+    config = dealt(config, folder)
     trials = trials_of(config, folder)
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)
     judged = {(t.network, t.seed): read_predictions(paths[t.network, t.seed], t.judged) for t in trials}
@@ -80,7 +83,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
             for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
         ],
         "subgroups": [] if config.evaluate.resplit else table.subgroups(places_of(base)),
-        "notes": _notes(bench, paths.values(), bool(pairs)),
+        "notes": _notes(bench, trials, paths.values(), bool(pairs)),
     }
     _write(folder / RESULT, report)
     for site in table.sites:
@@ -210,7 +213,7 @@ def _steps(run: Path) -> int:
     return sum(int(event.get("steps", 0)) for event in events)
 
 
-def _notes(bench: Bench, paths: Any, compared: bool) -> list[str]:
+def _notes(bench: Bench, trials: Sequence[Trial], paths: Any, compared: bool) -> list[str]:
     """What a reader has to know before believing the table."""
     notes = []
     if compared and len(bench.seeds) < ENOUGH_SEEDS:
@@ -218,6 +221,9 @@ def _notes(bench: Bench, paths: Any, compared: bool) -> list[str]:
             f"{len(bench.seeds)} seed{'s' if len(bench.seeds) > 1 else ''}: differences leave out most of the spread "
             f"between trainings, so no p-value is given; comparing takes evaluate.seeds = {ENOUGH_SEEDS} or more"
         )
+    own = dict.fromkeys(trial.arm for trial in trials if has_personal_network(trial.config.strategy))
+    if own:
+        notes.append(f"at a site, {', '.join(own)} is the site's own network; at the server, the shared one")
     degraded = sorted(path.name for path in paths if (result_of(path) or {}).get("status") == "degraded")
     if degraded:
         notes.append(f"sites dropped out of {len(degraded)} runs: {', '.join(degraded[:5])}; see their result.json")

@@ -1,5 +1,7 @@
 """What one network says of every patient that is held out anywhere: the rows of the cross-site matrix.
 
+Where a run gave every site a network of its own (FedBN, Ditto, fine-tuning), a site's patients are judged by that one.
+
 Cases are kept one by one, beside the run, so that networks can be compared in pairs. The file holds scores, targets,
 numbers of manifest rows, and a number in place of each patient. Like the run folder it stays on this machine.
 """
@@ -27,6 +29,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Cases, Measures, classification_measures, join_cases, segmentation_measures
 from fedmed.training.evaluate import predictions, scored_cases
+from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork
 from fedmed.training.predict.kept import kept_network
 from fedmed.training.site_round import Site, settings_for_sites, site_data
@@ -89,19 +92,22 @@ def write_predictions(run: Path, judged: RunConfig) -> None:
     """Predict for all held-out patients with the network that a run kept, unless that was done before.
 
     Raises:
-        ModelError: the run kept no network.
+        ModelError: the run kept no network, or has none for the server's patients.
         DataError: a place's data cannot be used.
     """
-    if _mark_in(run / FILE) == _mark(judged):
+    own = has_personal_network(run_file.load(run / "run.toml").strategy)
+    mark = _mark(judged, own)
+    if _mark_in(run / FILE) == mark:
         return
-    network, _, _ = kept_network(run, device=server_device(judged))
     arrays: dict[str, NDArray[np.generic]] = {}
     for number, place in enumerate(places_of(judged)):
+        site = place.name if own and place.kind == "site" else ""
+        network, _, _ = kept_network(run, device=server_device(judged), site=site)
         data, rows = _held_out(place, judged)
         for name, values in _predicted(network, data, rows, judged).items():
             arrays[f"{number}/{name}"] = np.ascontiguousarray(values)
     partial = run / f".{FILE}.partial"
-    save_file(arrays, partial, metadata={"mark": _mark(judged)})
+    save_file(arrays, partial, metadata={"mark": mark})
     partial.replace(run / FILE)
 
 
@@ -160,11 +166,11 @@ def _predicted(
     }
 
 
-def _mark(config: RunConfig) -> str:
+def _mark(config: RunConfig, own: bool) -> str:
     """What the predictions of a network depend on besides the network."""
     values = run_file.nested(config)
     facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
-    facts += [config.evaluate.selection_share]
+    facts += [config.evaluate.selection_share, *(["own networks"] if own else [])]
     facts += [
         hashlib.sha256(Path(p.path).read_bytes()).hexdigest() for p in places_of(config) if Path(p.path).is_file()
     ]

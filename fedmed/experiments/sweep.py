@@ -7,14 +7,15 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunFailed
-from fedmed.experiments.arms import Trial, bases_of, changed, plain, seeds_of
+from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
+from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import Bench, Drawn, check_same_split, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, read_predictions
 from fedmed.experiments.reuse import result_of
@@ -81,6 +82,7 @@ def trials_of(points: Sequence[Point]) -> tuple[Trial, ...]:
         for seed, base in bases_of(point.config).items():
             trained = changed(base, {}, seed=seed)
             found.append(Trial(arm=point.label, network=point.label, seed=seed, config=trained, judged=base))
+    check_judged_everywhere(found)
     return tuple(found)
 
 
@@ -102,7 +104,7 @@ def sweep(
     Raises:
         FedmedError: a key or a value cannot work, the data cannot be used, or a run failed.
     """
-    points = points_of(config, vary)
+    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary)]
     paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch)
     summary, rows = [], []
     for point in points:

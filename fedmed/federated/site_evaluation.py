@@ -12,7 +12,8 @@ from fedmed.errors import UpdateRefused
 from fedmed.federated.admission import decoded_update
 from fedmed.federated.exchange import Failure
 from fedmed.federated.result import metric
-from fedmed.training.evaluate import PERSONAL, bounds_from, metrics_from, parted_sums
+from fedmed.training.evaluate import PERSONAL, bounds_from, intervals_from, metrics_from, parted_sums
+from fedmed.types import Sums
 
 
 def metrics_of_sites(
@@ -34,9 +35,19 @@ def metrics_of_sites(
             continue
         shared, own = parted_sums(sums)
         metrics[site] = {
-            f"{prefix}{name}": metric(value, n=int(part["patients"][0]), bound=bounds_from(part, task).get(name))
+            f"{prefix}{name}": found
             for prefix, part in (("", shared), (PERSONAL, own))
             if part
-            for name, value in metrics_from(part, task).items()
+            for name, found in _metrics(part, task).items()
         }
     return metrics, failures
+
+
+def _metrics(sums: Sums, task: TaskConfig) -> dict[str, Any]:
+    """The metrics of one network at one site, with the bounds of histograms and the intervals that a site can give."""
+    n, bounds, intervals = int(sums["patients"][0]), bounds_from(sums, task), intervals_from(sums, task)
+    found = {}
+    for name, value in metrics_from(sums, task).items():
+        low, high = intervals.get(name, (None, None))
+        found[name] = metric(value, low, high, n, bound=bounds.get(name))
+    return found

@@ -28,6 +28,7 @@ from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, 
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
 from fedmed.metrics.resampling import Interval, bootstrap_patients, percentiles, replicate
 from fedmed.metrics.segmentation import case_sums, segmentation_metrics, segmentation_sums
+from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
 from fedmed.metrics.sums import add_sums
 
 __all__ = [
@@ -45,9 +46,12 @@ __all__ = [
     "add_sums",
     "auprc",
     "auroc",
+    "auroc_intervals",
+    "auroc_variances",
     "bin_centres",
     "bootstrap_patients",
     "case_sums",
+    "check_variances",
     "classification_bounds",
     "classification_measures",
     "classification_metrics",
@@ -64,6 +68,7 @@ __all__ = [
     "over_seeds",
     "p_value",
     "paired_difference",
+    "parted_variances",
     "percentiles",
     "released",
     "replicate",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedmed.errors import ConfigError
 from fedmed.metrics.bootstrap import intervals_classification
 from fedmed.metrics.classification import classification_metrics, classification_sums
+from fedmed.metrics.site_variance import auroc_variances, parted_variances
 from fedmed.metrics.sums import Array, Metrics, add_sums, check_cases, check_patients
 from fedmed.types import Sums
 
@@ -41,8 +42,9 @@ def released(
         centres: As for `classification_sums`.
 
     Returns:
-        Nothing for `none`; `classification_sums` for `histogram`; for `exact` `scores` and `targets` (N * L,), image
-        after image, and `patient` (N,), a number from 0 up in place of each id. Numbers follow the order of images.
+        Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`; for `exact` `scores` and
+        `targets` (N * L,), image after image, and `patient` (N,), a number from 0 up in place of each id. Numbers
+        follow the order of images.
 
     Raises:
         ConfigError: If the form is unknown, or exact scores are asked for outside of the house.
@@ -54,7 +56,8 @@ def released(
     if form == "none":
         return {}
     if form == "histogram":
-        return classification_sums(logits, targets, patients, centres)
+        sums = classification_sums(logits, targets, patients, centres)
+        return {**sums, **auroc_variances(logits, targets, patients)}
     if not in_house:
         raise ConfigError('exact scores never leave a hospital; its policy can allow "histogram" or "none"')
     check_cases(logits, targets, unknown=True)
@@ -93,7 +96,7 @@ def metrics_of_released(
     sums = [
         classification_sums(*_scores(site, labels), [f"{patient:g}" for patient in site["patient"]], centres)
         if "scores" in site
-        else site
+        else parted_variances(site)[0]
         for site in given
     ]
     return classification_metrics(add_sums([classification_sums(nothing, nothing, []), *sums]), labels)

@@ -14,11 +14,14 @@ from fedmed.metrics import (
     Cases,
     Form,
     add_sums,
+    auroc_intervals,
     case_sums,
+    check_variances,
     classification_bounds,
     classification_metrics,
     classification_sums,
     join_cases,
+    parted_variances,
     released,
     score_cases,
     segmentation_metrics,
@@ -73,7 +76,7 @@ def evaluation_sums(
     centres: Sequence[float] = (),
     spacing_mm: tuple[float, ...] = (),
 ) -> Sums:
-    """What a site sends of its evaluation: counts, histograms and summed losses, never a ratio or a case.
+    """What a site sends of its evaluation: counts, histograms, summed losses and variances, never a case.
 
     Made once from all cases and not added up over batches: a patient with images in two batches counts once.
 
@@ -112,7 +115,10 @@ def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
         empty = case_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
     else:
         empty = classification_sums(none, none, [])
-    return add_sums([empty, sums])
+    counts, variances = parted_variances(sums) if task.kind == "classification" else (sums, {})
+    checked = add_sums([empty, counts])
+    check_variances(variances, checked)
+    return {**checked, **variances}
 
 
 def personal_sums(sums: Sums) -> Sums:
@@ -138,6 +144,11 @@ def metrics_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """The ratios that sums amount to, named as in `result.json`; undefined ones are None."""
     ratios = classification_metrics if task.kind == "classification" else segmentation_metrics
     return ratios(sums, task.labels)
+
+
+def intervals_from(sums: Sums, task: TaskConfig) -> Mapping[str, tuple[float, float]]:
+    """The 95 % intervals of the AUROCs of one site, from the variances that it sent; of no other metric."""
+    return auroc_intervals(sums, task.labels) if task.kind == "classification" else {}
 
 
 def bounds_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:

@@ -19,6 +19,19 @@ from fedmed.imaging.split import held_out
 NUMBERS = ("age", "sex", "trestbps", "chol", "fbs", "thalach", "exang", "oldpeak")
 CHOICES = {"cp": (2, 3, 4), "restecg": (1, 2)}  # one column for each value but the first
 FEATURES = len(NUMBERS) + sum(map(len, CHOICES.values()))  # 13, those of Fed-Heart-Disease in FLamby
+YES_OR_NO = (0.5, 0.5)  # 0 and 1 become -1 and 1
+# Middle and width of each number in adults, round figures from no patient of the tables: years, mmHg, mg/dl, 1/min, mm.
+# The same at every hospital, for a hospital's own mean would take away how ill its patients are.
+SCALES = {
+    "age": (55.0, 10.0),
+    "sex": YES_OR_NO,
+    "trestbps": (130.0, 20.0),
+    "chol": (200.0, 100.0),
+    "fbs": YES_OR_NO,
+    "thalach": (140.0, 25.0),
+    "exang": YES_OR_NO,
+    "oldpeak": (1.0, 1.0),
+}
 TUNING_SHARE = 0.25
 
 
@@ -28,7 +41,7 @@ def network(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Modu
 
 
 def dataset(path: Path, config: RunConfig) -> Dataset:
-    """One hospital's patients without a missing value, standardized by its own training patients."""
+    """One hospital's patients without a missing value."""
     tuning = path.parent.name == "tune"
     table = path.parent.parent if tuning else path.parent
     rows = [row for row in _rows(table) if row["hospital"] == path.name and not _missing(row)]
@@ -39,8 +52,6 @@ def dataset(path: Path, config: RunConfig) -> Dataset:
         patients = tuple(f"{path.name}-{row['row']}" for row in rows)
         out = held_out(patients, share=TUNING_SHARE, seed=config.split_seed, name=f"tune/{path.name}")
     values = np.array([_features(row) for row in rows])  # (N, 13)
-    mean, spread = values[~out].mean(axis=0), values[~out].std(axis=0)
-    values = (values - mean) / np.where(spread > 0, spread, 1)
     return Dataset(
         images=values.astype(np.float32)[:, None, None, :],
         targets=np.array([[float(row["target"])] for row in rows], np.float32),
@@ -59,5 +70,6 @@ def _missing(row: dict[str, str]) -> bool:
 
 
 def _features(row: dict[str, str]) -> list[float]:
-    chosen = [float(float(row[name]) == value) for name, values in CHOICES.items() for value in values]
-    return [float(row[name]) for name in NUMBERS] + chosen
+    numbers = [(float(row[name]), *SCALES[name]) for name in NUMBERS]
+    chosen = [(float(float(row[name]) == value), *YES_OR_NO) for name, values in CHOICES.items() for value in values]
+    return [(value - middle) / width for value, middle, width in numbers + chosen]

@@ -1,19 +1,18 @@
 """Run the heart disease comparison and write its table into README.md.
 
-`python run.py DATA OUT` reads `DATA/tabular/dev/heart_disease_4hospitals.csv`, calls `fedmed sweep` on the training
-patients alone and then `fedmed compare`, and replaces the table of this folder's README.md. What was run before with
-the same settings is reused.
+`python run.py DATA OUT` reads `DATA/tabular/dev/heart_disease_4hospitals.csv`, tunes on the training patients alone,
+runs the comparison, and replaces the table of this folder's README.md, which also says what was decided beforehand.
+What was run before with the same settings is reused.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
-import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,27 @@ import tomli_w
 
 HERE = Path(__file__).absolute().parent
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va_long_beach")
-GRID = ("train.learning-rate=0.03,0.1,0.3", "train.rounds=10,30,100")
+GRID: Mapping[str, tuple[float | str, ...]] = {
+    "train.learning-rate": (0.03, 0.1, 0.3, 1.0),
+    "train.local-epochs": (1, 4),
+    "strategy.weight-by": ("images", "uniform"),
+}
+ONE_NETWORK = ("fedavg", "fedprox", "fedavgm", "fedadam", "scaffold", "fednova")
+FEDERATED = (*ONE_NETWORK, "ditto")  # ditto ends with a network for each hospital
+TUNING_SEEDS = 5
+# One step on all of a site's patients a round: pooled gradient descent (docs/federated-equals-pooled.md)
+ONE_STEP: Mapping[str, float | str] = {
+    "train.batch-size": 1024,
+    "train.rounds": 100,
+    "train.local-epochs": 1,
+    "strategy.weight-by": "images",
+}
+ONE_STEP_GRID = ("train.learning-rate", (0.1, 0.3, 1.0))
+MARGIN = 0.02
 BEGIN, END = "<!-- begin: run.py -->", "<!-- end: run.py -->"
 FLAMBY = {"pooled": 0.795, "best single site": 0.784, "fedavg": 0.748, "best federated": 0.785}
 Found = dict[str, Any]
+Setting = Mapping[str, float | str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,86 +48,141 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare local, federated and pooled training on heart disease.")
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder that holds tabular/dev")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for run files and experiments")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at once; 0 = as many as cores and memory allow")
     options = parser.parse_args(arguments)
     table = options.data.absolute() / "tabular" / "dev" / "heart_disease_4hospitals.csv"
     if not table.is_file():
         print(f"error: {table}: no such table", file=sys.stderr)
         return 1
-    tuned = tune(table, options.out)
-    report = fedmed(
-        "compare", write_run(options.out / "compare.toml", table, "", tuned), "--out", options.out / "compare"
-    )
+    setting, tuned = tune(table, options.out, options.jobs)
+    print(f"tuned: {dict(setting)}; {tuned}", flush=True)
+    report = experiment(options.out, "compare", table, setting, options.jobs)
+    steps, one_step = in_one_step(table, options.out, options.jobs)
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n\n{text_of(report, tuned)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    written = "\n".join((text_of(report, setting, tuned), *beside_pooled(one_step, steps)))
+    readme.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(f"wrote {readme}; page: {options.out / 'compare' / 'comparison.html'}")
     return 0
 
 
-def tune(table: Path, out: Path) -> dict[str, float]:
-    """The setting with the best mean accuracy of FedAvg on a quarter of each seed's training patients."""
-    run = write_run(out / "tune.toml", table, "tune", {"evaluate.seeds": 5, "evaluate.bootstrap": 0})
-    varied = [word for each in GRID for word in ("--vary", each)]
-    points = fedmed("sweep", run, *varied, "--out", out / "tune")["points"]
-    best = max(points, key=lambda point: (point["endpoint"]["value"], -point["values"]["train.rounds"]))
-    return dict(best["values"])
+def tune(table: Path, out: Path, jobs: int) -> tuple[Setting, dict[str, float]]:
+    """The setting of the grid with the best mean of FedAvg's and pooled accuracy, and every arm's accuracy with it.
+
+    All of it on a quarter of the training patients of five splits; the first of equals is taken.
+    """
+    points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    found = [tuning(table, out, jobs, point, ("fedavg", "pooled")) for point in points]
+    for point, of in zip(points, found, strict=True):
+        print("tuning folds:", *(f"{key} {value}" for key, value in {**point, **of}.items()), flush=True)
+    best = max(range(len(points)), key=lambda place: sum(found[place].values()))
+    return points[best], tuning(table, out, jobs, points[best], (*FEDERATED, "pooled"))
 
 
-def write_run(path: Path, table: Path, folder: str, keys: dict[str, float]) -> Path:
-    """A run file of the four hospitals with some keys changed."""
+def in_one_step(table: Path, out: Path, jobs: int) -> tuple[Setting, Found]:
+    """FedAvg with one full-batch step a round against pooled training of as many steps, tuned as the others are."""
+    key, values = ONE_STEP_GRID
+    points: list[Setting] = [{**ONE_STEP, key: value} for value in values]
+    found = [tuning(table, out, jobs, point, ("fedavg", "pooled")) for point in points]
+    best = points[max(range(len(points)), key=lambda place: sum(found[place].values()))]
+    arms = {"evaluate.compare": ("fedavg", "pooled"), "evaluate.family": ("fedavg vs pooled",)}
+    return best, experiment(out, "one-step", table, {**best, **arms}, jobs)
+
+
+def tuning(table: Path, out: Path, jobs: int, setting: Setting, arms: Sequence[str]) -> dict[str, float]:
+    """The accuracy of some arms on the tuning folds."""
+    keys = {"evaluate.seeds": TUNING_SEEDS, "evaluate.bootstrap": 0, "evaluate.compare": arms, "evaluate.family": ()}
+    report = experiment(out, "tune", table, {**setting, **keys}, jobs)
+    return {arm["arm"]: arm["endpoint"]["value"] for arm in report["arms"]}
+
+
+def experiment(out: Path, name: str, table: Path, keys: Mapping[str, Any], jobs: int) -> Found:
+    """Write a run file of the four hospitals with some keys changed, and run `fedmed compare` on it, in this process.
+
+    "tune" holds out none but training patients of the "compare" of the same seed.
+    """
+    from fedmed import config
+    from fedmed.experiments.compare import compare
+    from fedmed.reporting.comparison import write_comparison
+
     values = tomllib.loads((HERE / "heart.toml").read_text(encoding="utf-8"))
+    folder = "tune" if name == "tune" else ""
     values["data"]["sites"] = [str(table / folder / hospital) for hospital in HOSPITALS]
     for dotted, value in keys.items():
         section, _, key = dotted.partition(".")
-        values[section][key] = value
+        values[section][key] = list(value) if isinstance(value, tuple) else value
+    path = out.absolute() / f"{name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
-    return path
+    report = compare(config.load(path), out.absolute() / name, jobs=jobs)
+    write_comparison(out.absolute() / name)
+    return report
 
 
-def fedmed(*words: object) -> Found:
-    """What a command of fedmed prints with --json."""
-    command = [sys.executable, "-m", "fedmed", *map(str, words), "--json"]
-    paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: Found = json.loads(done.stdout)
-    return found
-
-
-def text_of(report: Found, tuned: dict[str, float]) -> str:
+def text_of(report: Found, setting: Setting, tuned: Mapping[str, float]) -> str:
     """The results as Markdown."""
-    arms = {arm["arm"]: arm for arm in report["arms"]}
+    rows = {arm["arm"]: arm for arm in report["arms"]}
     sites = [place["place"] for place in report["places"]]
-    single = {site: mean_at_all(report, f"local:{site}", sites) for site in HOSPITALS}
-    best = max(single, key=lambda site: single[site])
-    federated = {name: arm for name, arm in arms.items() if arm["kind"] == "federated"}
-    top = max(federated, key=lambda name: federated[name]["endpoint"]["value"])
-    chosen = ", ".join(f"`{key} = {value:g}`" for key, value in tuned.items())
+    judged = [max(arms, key=lambda arm: tuned[arm]) for arms in (FEDERATED, ONE_NETWORK)]
+    chosen = ", ".join(f"`{key} = {value}`" for key, value in setting.items())
     lines = [
-        f"Chosen on training patients: {chosen}. {len(report['seeds'])} seeds; intervals: {report['intervals']}, "
-        f"{report['replicates']:,} resamples.",
+        f"Chosen on tuning folds: {chosen}; `{judged[0]}` as the arm that is judged first and `{judged[1]}` as the one "
+        f"with a single network. {len(report['seeds'])} seeds; "
+        f"intervals: {report['intervals']}, {report['replicates']:,} resamples.",
         "",
-        "| arm | accuracy, mean of the hospitals | " + " | ".join(sites) + " | worst hospital |",
-        "|---|---|" + "---|" * (len(sites) + 1),
+        "| arm | tuning folds | accuracy, mean of the hospitals | " + " | ".join(sites) + " |",
+        "|---|---|---|" + "---|" * len(sites),
     ]
-    for name, arm in arms.items():
+    for name, arm in rows.items():
         cells = " | ".join(f"{arm['places'][site]['value']:.3f}" for site in sites)
-        lines.append(f"| {name} | {spread(arm['endpoint'])} | {cells} | {arm['worst']['value']:.3f} |")
+        before = f"{tuned[name]:.3f}" if name in tuned else ""
+        lines.append(f"| {name} | {before} | {spread(arm['endpoint'])} | {cells} |")
     lines += ["", "| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
     for one in report["comparisons"]:
         difference = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
         lines.append(f"| {one['first']} − {one['second']} | {difference} | {one['p']:.3f} | {one['p_holm']:.3f} |")
+    return "\n".join([*lines, "", *verdict(report, judged), "", *beside_flamby(report, rows, sites)]) + "\n"
+
+
+def verdict(report: Found, judged: Sequence[str]) -> list[str]:
+    """Whether the arms that were chosen beforehand are shown to be as good as pooling, and which others would be."""
+    against = {one["first"]: one["low"] for one in report["comparisons"] if one["second"] == "pooled"}
+    lines = []
+    roles = ("the best federated arm on tuning folds", "the best one of a single network")
+    for arm, what in zip(judged, roles, strict=True):
+        met = "above" if against[arm] > -MARGIN else "not above"
+        lines.append(f"* `{arm}`, {what}: the lower limit against pooled is {against[arm]:+.3f}, **{met} −{MARGIN}**.")
+    within = ", ".join(name for name, low in against.items() if low > -MARGIN) or "none"
+    return [*lines, f"* All arms whose lower limit is above −{MARGIN}, chosen or not: {within}."]
+
+
+def beside_pooled(report: Found, setting: Setting) -> list[str]:
+    """FedAvg of one full-batch step a round, and pooled training."""
+    arms = ", ".join(f"`{arm['arm']}` {spread(arm['endpoint'])}" for arm in report["arms"])
+    (one,) = report["comparisons"]
+    chosen = ", ".join(f"`{key} = {value}`" for key, value in setting.items())
+    met = "above" if one["low"] > -MARGIN else "not above"
+    return [
+        f"One full-batch step a round ({chosen}): {arms}; difference {one['difference']:+.4f} "
+        f"({one['low']:+.4f} to {one['high']:+.4f}), lower limit **{met} −{MARGIN}**.",
+        "",
+    ]
+
+
+def beside_flamby(report: Found, arms: Mapping[str, Found], sites: Sequence[str]) -> list[str]:
+    """FLamby's table beside this one."""
+    single = {site: mean_at_all(report, f"local:{site}", sites) for site in HOSPITALS}
+    best = max(single, key=lambda site: single[site])
+    top = max(ONE_NETWORK, key=lambda name: arms[name]["endpoint"]["value"])
     ours = {
         "pooled": arms["pooled"]["endpoint"]["value"],
         "best single site": single[best],
         "fedavg": arms["fedavg"]["endpoint"]["value"],
-        "best federated": federated[top]["endpoint"]["value"],
+        "best federated": arms[top]["endpoint"]["value"],
     }
     notes = {"best single site": f" ({best})", "best federated": f" ({top})"}
-    lines += ["", "| | FLamby's table | here, another split |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.3f} | {ours[name]:.3f}{notes.get(name, '')} |" for name, value in FLAMBY.items()]
-    return "\n".join(lines) + "\n"
+    rows = [f"| {name} | {value:.3f} | {ours[name]:.3f}{notes.get(name, '')} |" for name, value in FLAMBY.items()]
+    return ["| | FLamby's table | here, another split |", "|---|---|---|", *rows]
 
 
 def mean_at_all(report: Found, network: str, sites: Sequence[str]) -> float:
@@ -128,4 +199,6 @@ def spread(found: Found) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread may be there when a run is forked
+    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
     sys.exit(main())

@@ -1,0 +1,92 @@
+"""Prepare both comparisons, run `fedmed compare` on them, and write their tables into README.md.
+
+`python run.py DATA OUT` needs nothing else. What was run before with the same settings is reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import prepare
+
+HERE = Path(__file__).absolute().parent
+NAMES = ("classification", "lungs")
+Found = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run everything; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compare local, federated and pooled training on real chest X-rays.")
+    parser.add_argument("data", metavar="DATA", help="the folder that holds cxr/dev and seg2d/dev")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for manifests and experiments")
+    parser.add_argument("--only", choices=NAMES, help="one of the two comparisons")
+    parser.add_argument("--seeds", type=int, default=0, help="of every arm; 0 = as in the run file")
+    options = parser.parse_args(arguments)
+    words = ["--set", f"evaluate.seeds={options.seeds}"] if options.seeds else []
+    if prepare.main([options.data, str(options.out)]):
+        return 1
+    for name in [options.only] if options.only else NAMES:
+        run, folder = options.out / name / "run.toml", options.out / f"{name}-experiment"
+        report = fedmed("compare", run, *words, "--out", folder)
+        readme, begin, end = HERE / "README.md", f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+        text = f"{before}{begin}\n\n{text_of(report)}\n\n{end}{rest.partition(end)[2]}"
+        readme.write_text(text, encoding="utf-8")
+        print(f"wrote {readme}; page: {folder / 'comparison.html'}")
+    return 0
+
+
+def fedmed(*words: object) -> Found:
+    """What a command of fedmed prints with --json."""
+    command = [sys.executable, "-m", "fedmed", *map(str, words), "--json"]
+    paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: Found = json.loads(done.stdout)
+    return found
+
+
+def text_of(report: Found) -> str:
+    """The results as Markdown: a row for each arm, the held-out patients, and the declared comparisons."""
+    sites = [place["place"] for place in report["places"]]
+    people = [place["patients"] or "< 10" for place in report["places"]]
+    seeds = len(report["seeds"])
+    lines = [
+        f"{seeds} seed{'s' if seeds > 1 else ''}; 95 % intervals: {report['intervals']}, {report['replicates']:,} "
+        "resamples.",
+        "",
+        f"| arm | {report['primary']}, mean of the hospitals | " + " | ".join(sites) + " |",
+        "|---|---|" + "---|" * len(sites),
+        "| held-out patients | | " + " | ".join(map(str, people)) + " |",
+    ]
+    for arm in report["arms"]:
+        cells = " | ".join(number(arm["places"][site]["value"]) for site in sites)
+        lines.append(f"| {arm['arm']} | {spread(arm['endpoint'])} | {cells} |")
+    lines += ["", "| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
+    for one in report["comparisons"]:
+        difference = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+        lines.append(
+            f"| {one['first']} − {one['second']} | {difference} | {number(one['p'])} | {number(one['p_holm'])} |"
+        )
+    return "\n".join([*lines, *(f"\nNote: {note}." for note in report["notes"])])
+
+
+def number(value: float | None) -> str:
+    """Three decimals; a dash for what is undefined or was not tested."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def spread(found: Found) -> str:
+    """A value and its interval."""
+    return f"{number(found['value'])} ({number(found['low'])}–{number(found['high'])})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
