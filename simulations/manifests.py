@@ -29,16 +29,16 @@ def command(
     arguments: Sequence[str] | None,
     *,
     expected: str,
-    run_files: Mapping[str, str],
+    run_files: Sequence[str] = ("run.toml",),
 ) -> int:
     """The command line of a `prepare.py`; returns the exit status.
 
     Args:
-        folder: where its run files lie.
+        folder: where its run file lies.
         manifests_of: the rows of every manifest, out of the folder that DATA names.
         arguments: of the command line; None = the process's own.
         expected: what DATA has to hold, for `--help`.
-        run_files: name in `folder` to where below OUT it is copied.
+        run_files: where below OUT its `run.toml` is copied.
     """
     parser = argparse.ArgumentParser(
         description="Write the manifests and run files of this simulation. No image is copied.",
@@ -50,9 +50,8 @@ def command(
     try:
         manifests = manifests_of(options.data)
         write(options.out, manifests)
-        for name, place in run_files.items():
-            (options.out / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, options.out / place)
+        for place in run_files:
+            shutil.copyfile(folder / "run.toml", options.out / place)
     except (BadData, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

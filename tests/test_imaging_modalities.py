@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import LABELS, everything, load
+from kept_runs import LUNG, grey_png, kept_run
 from PIL import Image
 
 from fedmed.config import TaskConfig
@@ -24,6 +25,9 @@ from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.models import MODELS
 from fedmed.models.fusion import late_fusion
+from fedmed.training.predict.batch import predict_images
+from fedmed.training.predict.inputs import decoder
+from fedmed.training.predict.kept import load_kept
 
 ONE = TaskConfig(kind="segmentation", labels=("tumour",))
 VOLUMES = Recipe.of(
@@ -199,3 +203,18 @@ def test_augmentation_leaves_a_missing_modality_missing_and_late_fusion_leaves_i
     for parameter in network.encoders[1].parameters():
         parameter.data.add_(1.0)
     torch.testing.assert_close(network(changed), before)
+
+
+def test_a_kept_network_is_given_modalities_as_a_manifest_names_them(tmp_path: Path) -> None:
+    left, right = np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8)
+    left[:, :8], right[:, 8:] = 255, 255
+    one, two = grey_png(tmp_path / "a.png", left), grey_png(tmp_path / "b.png", right)
+    model = {"name": "kept_runs:outline", "in-channels": 2}  # a mask of where the sum of the channels is above one half
+    kept = load_kept(kept_run(tmp_path / "run", model, LUNG, **{"image-size": 16}), device="cpu")
+    cells = [Path(cell) for cell in (f"{one};{two}", f"{one};", f";{two}", f"{one};{two};", ";")]
+    (tmp_path / "out").mkdir()
+    with decoder("images") as process:
+        found = list(predict_images(kept, cells, tmp_path / "out", process))
+    assert [dict(each.voxels) for each in found] == [{"lung": 256}, {"lung": 128}, {"lung": 128}, {}, {}]
+    assert "3 modalities, but the network reads 2 channels" in found[3].error
+    assert found[4].error == "none of its modalities is there"

@@ -35,7 +35,7 @@ def manifests(data: Path) -> Manifests:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the manifests and the run file; returns the exit status."""
-    return command(FOLDER, manifests, arguments, expected="vol3d/dev", run_files={"run.toml": "run.toml"})
+    return command(FOLDER, manifests, arguments, expected="vol3d/dev")
 
 
 if __name__ == "__main__":
