@@ -14,11 +14,14 @@ from image_sets import LABELS, everything, load
 from kept_runs import LUNG, grey_png, kept_run
 from PIL import Image
 
+from fedmed import config as run_file
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError, UnreadableImage
+from fedmed.experiments.pooling import pooled_data
+from fedmed.federated.virtual_hospitals import with_hospitals
 from fedmed.imaging import augment, decoding
 from fedmed.imaging.items import item
-from fedmed.imaging.manifest import cell_of, images_of, read_manifest
+from fedmed.imaging.manifest import Row, cell_of, images_of, read_manifest
 from fedmed.imaging.phantoms.series import Acquisition, write_series
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.volumes.nifti import write_nifti
@@ -218,3 +221,25 @@ def test_a_kept_network_is_given_modalities_as_a_manifest_names_them(tmp_path: P
     assert [dict(each.voxels) for each in found] == [{"lung": 256}, {"lung": 128}, {"lung": 128}, {}, {}]
     assert "3 modalities, but the network reads 2 channels" in found[3].error
     assert found[4].error == "none of its modalities is there"
+
+
+def test_dealt_and_pooled_manifests_keep_every_place(tmp_path: Path) -> None:
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+        pictures(tmp_path / name, "abcdef")
+        table(tmp_path / name, ["a.png;b.png", "c.png;", ";d.png", "e.png;f.png"])
+    (tmp_path / "run").mkdir()
+    values = {"task": {"labels": ["a", "b"]}, "data": {"sites": ["north/manifest.csv", "south/manifest.csv"]}}
+    config = run_file.resolve_paths(run_file.validate(values), tmp_path)
+    wanted = sorted(str(row.modalities) for site in config.data.sites for row in rows_of(site))
+    assert sorted(str(row.modalities) for row in rows_of(pooled_data(config, tmp_path / "run")["sites"][0])) == wanted
+    for scheme in ("iid", "scanner"):
+        dealt = run_file.validate({**values, "simulation": {"partition": scheme, "partition-sites": 2}})
+        dealt = with_hospitals(run_file.resolve_paths(dealt, tmp_path), tmp_path / "run")
+        assert sorted(str(row.modalities) for site in dealt.data.sites for row in rows_of(site)) == wanted
+        (tmp_path / "run").rename(tmp_path / scheme)
+        (tmp_path / "run").mkdir()
+
+
+def rows_of(site: str) -> tuple[Row, ...]:
+    return read_manifest(Path(site), LABELS).rows
