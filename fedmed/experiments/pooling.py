@@ -21,7 +21,7 @@ from fedmed.errors import DataError
 from fedmed.federated.durable import write_atomically
 from fedmed.federated.sites import site_names
 from fedmed.imaging.dataset import Dataset
-from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.manifest import cell_of, read_manifest
 from fedmed.imaging.split import evaluation_rows
 from fedmed.training.site_round import custom_dataset
 
@@ -81,7 +81,8 @@ def _merged(config: RunConfig) -> str:
         for row, out in zip(manifest.rows, held, strict=True):
             known = ["" if math.isnan(value) else f"{value:g}" for value in row.labels]
             masks = [] if row.mask is None else [str(row.mask)]
-            writer.writerow([f"{name}/{row.patient}", str(row.image), *masks, *known, "test" if out else "train"])
+            image = cell_of(row.modalities)
+            writer.writerow([f"{name}/{row.patient}", image, *masks, *known, "test" if out else "train"])
     return text.getvalue()
 
 

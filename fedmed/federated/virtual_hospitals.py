@@ -18,7 +18,7 @@ from fedmed.federated import partition
 from fedmed.federated.durable import sync_folder, write_atomically
 from fedmed.federated.member import NAME
 from fedmed.federated.sites import site_names
-from fedmed.imaging.manifest import read_manifest, read_records
+from fedmed.imaging.manifest import cell_of, images_of, read_manifest, read_records
 from fedmed.imaging.scanner import scanner_digest
 from fedmed.training.site_round import custom_dataset
 
@@ -152,7 +152,8 @@ def _scanners(of_patient: Mapping[str, list[Record]], progress: Told | None) -> 
     for patient, records in of_patient.items():
         for record in records:
             try:
-                found[patient].append(scanner_digest(Path(record["image"])))
+                first = next(image for image in images_of(record["image"], Path()) if image is not None)
+                found[patient].append(scanner_digest(first))
             except UnreadableImage:
                 found[patient].append(UNKNOWN)
             done += 1
@@ -171,7 +172,9 @@ def _joined(config: RunConfig) -> tuple[tuple[str, ...], dict[str, list[Record]]
         columns, records = read_records(path)
         header |= dict.fromkeys(columns)
         for record in records:
-            files = {key: str((path.parent / record[key]).absolute()) for key in ("image", "mask") if record.get(key)}
+            files = {"image": cell_of(images_of(record["image"], path.parent.absolute()))}
+            if record.get("mask"):
+                files["mask"] = str((path.parent / record["mask"]).absolute())
             of_patient[record["patient_id"]].append({**record, **files})
     return tuple(header), dict(of_patient)
 

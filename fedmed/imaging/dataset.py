@@ -166,7 +166,7 @@ def load_dataset(
         task: labels, and classification or segmentation.
         preset: how pictures are read, a key of `reading.PRESETS`.
         image_size: side of the square that a picture or a slice is fitted into, pixels.
-        in_channels: of the network; a multiple of what the preset gives.
+        in_channels: of the network: a multiple of what the preset gives, and of several modalities all channels.
         max_unreadable: share of unreadable images above which the set is refused.
         site_share: share of patients held out for evaluation, unless the manifest has splits.
         seed: of the split.
@@ -193,6 +193,11 @@ def load_dataset(
             f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
         )
     manifest = read_manifest(manifest_path, task)
+    if manifest.modalities > 1 and in_channels != manifest.modalities * channels:
+        raise ConfigError(
+            f"model.in-channels = {in_channels} does not fit the {manifest.modalities} modalities of a manifest's "
+            f'rows, to each of which data.preset = "{preset}" gives {channels}'
+        )
     held = evaluation_rows(manifest, site_share, seed, name)
     if cache_dir is None:
         pixels = in_memory(manifest.rows, recipe, processes=processes)

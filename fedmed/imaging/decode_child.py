@@ -34,7 +34,7 @@ def mask(path: str) -> Arrays:
     return {"classes": read_mask(Path(path))}
 
 
-def item(image: str, mask: str, recipe: dict[str, Any]) -> Arrays:
+def item(image: str | list[str], mask: str, recipe: dict[str, Any]) -> Arrays:
     """One row of a manifest as it is kept: `images`, and `masks` if there is one (see `items`)."""
     from fedmed.imaging.items import item as decoded  # heavy
 

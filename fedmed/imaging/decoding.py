@@ -94,4 +94,6 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
 
 
 def _job(row: Row, recipe: Recipe) -> dict[str, Any]:
-    return {"image": str(row.image), "mask": str(row.mask or ""), "recipe": recipe.settings()}
+    files = ["" if image is None else str(image) for image in row.modalities]
+    image = files[0] if len(files) == 1 else files
+    return {"image": image, "mask": str(row.mask or ""), "recipe": recipe.settings()}

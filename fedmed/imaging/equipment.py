@@ -28,7 +28,7 @@ def scanners(rows: Sequence[Row]) -> Counter[str]:
         Counts that add up to the number of images looked at; images that are no DICOM are left out.
     """
     step = max(1, -(-len(rows) // MOST_HEADERS))
-    names = (scanner_of(row.image) for row in rows[::step])
+    names = (scanner_of(image) for row in rows[::step] for image in row.images)
     return Counter(name for name in names if name is not None)
 
 

@@ -1,7 +1,8 @@
 """One row of a manifest as the arrays that are kept of it: decoded, resized and quantised.
 
 This runs in the process that decodes (see `isolation`), so that only small arrays travel from there; hence it imports
-no torch. A row gives n items: one picture, all slices or frames, or one volume.
+no torch. A row gives n items: one picture, all slices or frames, or one volume. Its modalities are channels one after
+the other; one that is missing is zeros.
 
 How many bits are kept depends on what was decoded, and is decided before anything is resized:
 
@@ -14,7 +15,7 @@ How many bits are kept depends on what was decoded, and is decided before anythi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,32 @@ from fedmed.imaging.resize import letterbox, letterbox_mask
 Unit = NDArray[np.float32]  # values in [0, 1]
 Classes = NDArray[np.uint8]  # class numbers, 0 = background
 Arrays = dict[str, NDArray[Any]]
+Modalities = Sequence[Path | None]  # in the order of the channels; None = missing, and never all of them
 OFF_GRID = 1e-3  # of a grey level of 8 bits: above float32's rounding of k/255, and below half a level of 16 bits
 
 
-def item(*, image: str, mask: str, recipe: Mapping[str, Any]) -> Arrays:
+def item(*, image: str | Sequence[str], mask: str, recipe: Mapping[str, Any]) -> Arrays:
     """The arrays that are kept of one row.
 
     Args:
-        image: a picture, a series folder, a NIfTI or a multi-frame object.
+        image: a picture, a series folder, a NIfTI or a multi-frame object; of several modalities one each, "" for one
+            that is missing.
         mask: of the same geometry; "" = none.
         recipe: `Recipe.settings()`.
 
     Returns:
-        "images": (n, C, S, S) or (1, C, D, H, W), uint8 or uint16, 1.0 being the highest number; with a mask "masks":
-        class numbers, uint8, of the same shape with C = 1.
+        "images": (n, C, S, S) or (1, C, D, H, W), uint8 or uint16, 1.0 being the highest number, C the channels of all
+        modalities together; with a mask "masks": class numbers, uint8, of the same shape with C = 1.
 
     Raises:
         UnreadableImage: this row cannot be read.
         DataError: the mask does not fit its image or the task.
     """
-    steps, files = Recipe.from_settings(recipe), (Path(image), Path(mask) if mask else None)
+    steps = Recipe.from_settings(recipe)
+    modalities = tuple(Path(name) if name else None for name in ((image,) if isinstance(image, str) else image))
+    if not any(modalities):
+        raise UnreadableImage("none of its modalities is there")
+    files = (modalities, Path(mask) if mask else None)
     if steps.items == "images":
         return picture(*files, steps)
     from fedmed.imaging.items_3d import slices, volume  # heavy: nibabel and scipy
@@ -75,15 +82,24 @@ def needs_eight_bits_only(values: Unit) -> bool:
     return on_grid(flat[:: max(1, flat.size // 4096)]) and on_grid(flat)  # a few of them settle it nearly always
 
 
-def picture(image: Path, mask: Path | None, recipe: Recipe) -> Arrays:
+def picture(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     """One picture, (1, C, S, S)."""
-    if image.is_dir() or is_nifti(image):
-        raise UnreadableImage('a volume; data.items = "slices", "volumes" or "patches" would read it')
-    pixels = read_image(image, preset=recipe.preset)
+    read = [None if image is None else _pixels(image, recipe) for image in modalities]
+    sizes = {found.shape for found in read if found is not None}
+    if len(sizes) > 1:
+        shown = " and ".join(sorted(_size(size) for size in sizes))
+        raise UnreadableImage(f"its modalities differ in channels, height or width: {shown}")
+    pixels = np.concatenate([np.zeros(next(iter(sizes)), np.float32) if found is None else found for found in read])
     classes = None
     if mask is not None:
         classes = checked(read_mask(mask)[None], pixels.shape[1:], recipe, unit="pixels")
     return squares(pixels[None], classes, recipe)
+
+
+def _pixels(image: Path, recipe: Recipe) -> Unit:
+    if image.is_dir() or is_nifti(image):
+        raise UnreadableImage('a volume; data.items = "slices", "volumes" or "patches" would read it')
+    return read_image(image, preset=recipe.preset)
 
 
 def is_nifti(path: Path) -> bool:

@@ -12,6 +12,7 @@ from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.items import (
     Arrays,
     Classes,
+    Modalities,
     Unit,
     checked,
     is_nifti,
@@ -24,34 +25,37 @@ from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox, letterbox_mask
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.headers import ENHANCED, kind_of
-from fedmed.imaging.volumes.resample import cropped_or_padded, resampled
-from fedmed.imaging.volumes.volume import Volume, canonical
+from fedmed.imaging.volumes.resample import cropped_or_padded, onto, resampled
+from fedmed.imaging.volumes.volume import Volume, canonical, like
 
 
-def slices(image: Path, mask: Path | None, recipe: Recipe) -> Arrays:
+def slices(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     """The slices of a volume along its depth, or the frames of a cine, (n, C, S, S)."""
+    image = next(image for image in modalities if image is not None)
     if not _is_volume(image):
+        if len(modalities) > 1:
+            raise UnreadableImage("several modalities of frames are not supported; they need volumes or pictures")
         if mask is not None:
             raise UnreadableImage("masks of frames are not supported; a mask needs a volume or a single picture")
         frames = [squares(pixels[None], None, recipe)["images"] for pixels in read_frames(image, recipe.preset)]
         if len({frame.dtype for frame in frames}) > 1:  # a blank frame needs fewer bits than the others
             frames = [frame.astype(np.uint16) * 257 if frame.dtype == np.uint8 else frame for frame in frames]
         return {"images": np.concatenate(frames)}
-    values, classes, eight_bits = _volume_and_mask(image, mask, recipe)
-    planes = letterbox(values, recipe.image_size)  # the slices take the place of channels
-    arrays: Arrays = {"images": quantised(planes[:, None], eight_bits=eight_bits)}
+    values, classes, eight_bits = _volumes_and_mask(modalities, mask, recipe)
+    planes = np.stack([letterbox(channel, recipe.image_size) for channel in values], axis=1)  # slices as its channels
+    arrays: Arrays = {"images": quantised(planes, eight_bits=eight_bits)}
     if classes is not None:
         arrays["masks"] = letterbox_mask(classes, recipe.image_size)[:, None]
     return arrays
 
 
-def volume(image: Path, mask: Path | None, recipe: Recipe) -> Arrays:
-    """One volume, cropped or padded at its centre if the recipe has a size, (1, 1, D, H, W)."""
-    values, classes, eight_bits = _volume_and_mask(image, mask, recipe)
+def volume(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
+    """One volume, cropped or padded at its centre if the recipe has a size, (1, C, D, H, W)."""
+    values, classes, eight_bits = _volumes_and_mask(modalities, mask, recipe)
     if recipe.volume_size:
         values = cropped_or_padded(values, recipe.volume_size)
         classes = None if classes is None else cropped_or_padded(classes, recipe.volume_size)
-    arrays: Arrays = {"images": quantised(values[None, None], eight_bits=eight_bits)}
+    arrays: Arrays = {"images": quantised(values[None], eight_bits=eight_bits)}
     if classes is not None:
         arrays["masks"] = np.ascontiguousarray(classes[None, None])
     return arrays
@@ -64,27 +68,63 @@ def _is_volume(path: Path) -> bool:
     return is_dicom(path) and kind_of(open_dicom(path)) in ENHANCED
 
 
-def _volume_and_mask(image: Path, mask: Path | None, recipe: Recipe) -> tuple[Unit, Classes | None, bool]:
-    """Values (D, H, W) in canonical orientation at the recipe's spacing, classes, and whether 8 bits are enough.
+def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe) -> tuple[Unit, Classes | None, bool]:
+    """Values (C, D, H, W) in canonical orientation at the recipe's spacing, classes, and whether 8 bits are enough.
 
-    Values are put into [0, 1] before they are resampled: what lies beyond the window (metal, the padding around a CT's
-    circle) means nothing to the preset, and would bleed into its neighbours otherwise.
+    The first modality that is there decides the grid, and the mask lies on it as stored; others are put onto it.
     """
-    volume = read_volume(image)
-    if recipe.preset.startswith("ct-") and volume.modality not in ("CT", ""):
-        raise UnreadableImage("not a CT, which the preset is for")
+    present = [(place, image) for place, image in enumerate(modalities) if image is not None]
+    (place, image), *others = present
+    first = read_volume(image)
     classes = None
     if mask is not None:
-        numbers = checked(read_mask_volume(mask, volume, recipe.regions), volume.values.shape, recipe, unit="voxels")
-        classes = canonical(replace(volume, values=numbers, padding=None))
-    valid = None if volume.padding is None else ~volume.padding
-    unit = to_unit_range(volume.values, recipe.preset, valid=valid)
-    eight_bits = needs_eight_bits_only(unit)
-    shown = canonical(replace(volume, values=unit, padding=None))
+        numbers = checked(read_mask_volume(mask, first, recipe.regions), first.values.shape, recipe, unit="voxels")
+        classes = canonical(replace(first, values=numbers, padding=None))
+    shown = _shown(first, recipe)
+    eight_bits = needs_eight_bits_only(shown.values)
     if recipe.spacing_mm:
         shown = resampled(shown, recipe.spacing_mm)
         classes = None if classes is None else resampled(classes, recipe.spacing_mm, labels=True)
-    return shown.values, None if classes is None else _bytes(classes), eight_bits
+    values = np.zeros((len(modalities), *shown.shape), np.float32)
+    values[place] = shown.values
+    for place, image in others:
+        other = read_volume(image)
+        _check_same_patient_space(other, first)
+        unit = _shown(other, recipe)
+        eight_bits = eight_bits and needs_eight_bits_only(unit.values)
+        values[place] = _on_grid(unit, like(other, first), shown, recipe)
+    return values, None if classes is None else _bytes(classes), eight_bits
+
+
+def _shown(volume: Volume, recipe: Recipe) -> Volume:
+    """Values in [0, 1], in canonical orientation.
+
+    They are put there before they are resampled: what lies beyond the window (metal, the padding around a CT's
+    circle) means nothing to the preset, and would bleed into its neighbours otherwise.
+    """
+    if recipe.preset.startswith("ct-") and volume.modality not in ("CT", ""):
+        raise UnreadableImage("not a CT, which the preset is for")
+    valid = None if volume.padding is None else ~volume.padding
+    return canonical(replace(volume, values=to_unit_range(volume.values, recipe.preset, valid=valid), padding=None))
+
+
+def _check_same_patient_space(other: Volume, first: Volume) -> None:
+    """Positions in two systems cannot be compared (PS3.3 C.7.4.1); images of both have to be registered first."""
+    if other.frame_of_reference and first.frame_of_reference and other.frame_of_reference != first.frame_of_reference:
+        raise UnreadableImage("its modalities have different frames of reference; register them first")
+
+
+def _on_grid(unit: Volume, same: bool, target: Volume, recipe: Recipe) -> Unit:
+    """Values (D, H, W) of another modality on the first one's grid, interpolated once at most; 0 outside of it."""
+    if same:
+        values: Unit = resampled(unit, recipe.spacing_mm).values if recipe.spacing_mm else unit.values
+        return values
+    there = onto(unit, target)
+    if there.padding is None:
+        return there.values
+    if there.padding.all():
+        raise UnreadableImage("one of its modalities lies nowhere on the first one")
+    return np.where(there.padding, np.float32(0), there.values)
 
 
 def _bytes(classes: Volume) -> Classes:

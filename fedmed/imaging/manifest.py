@@ -6,6 +6,9 @@ nothing (unknown). Paths are relative to the manifest. Every refusal is one line
 `image` names a DICOM, PNG or JPEG file, the folder of a DICOM series, a multi-frame DICOM file, or a NIfTI; `mask` a
 PNG beside a picture, and beside a volume a NIfTI, a DICOM segmentation, an RT structure set or a series of class
 numbers. Which of them a run can use depends on its data.items, and is found out when they are read.
+
+Several modalities of one item stand in one cell with ";" between them, in the same order in every row; an empty place
+is a modality that this item lacks.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from fedmed.errors import DataError
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 LABEL_VALUES = {0.0, 1.0}
+BETWEEN = ";"  # the modalities of one item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,20 @@ class Row:
 
     number: int  # line in the CSV, the header being line 1
     patient: str
-    image: Path
+    modalities: tuple[Path | None, ...]  # one image for most; None = this item lacks it, and never all of them
     mask: Path | None
     labels: tuple[float, ...]  # in the task's order; NaN = unknown; empty for segmentation
     split: str  # "" | "train" | "validation" | "test"
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The image of every modality that is there."""
+        return tuple(image for image in self.modalities if image is not None)
+
+    @property
+    def image(self) -> Path:
+        """The first of them, whose geometry is the item's."""
+        return self.images[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,11 @@ class Manifest:
     def patients(self) -> tuple[str, ...]:
         """Who each row is of."""
         return tuple(row.patient for row in self.rows)
+
+    @property
+    def modalities(self) -> int:
+        """How many places every row has."""
+        return len(self.rows[0].modalities)
 
 
 def read_manifest(path: Path, task: TaskConfig) -> Manifest:
@@ -66,6 +85,7 @@ def read_manifest(path: Path, task: TaskConfig) -> Manifest:
     rows = tuple(_row(path, number, record, task) for number, record in records)
     if not rows:
         raise DataError(f"{path}: the manifest has no rows")
+    _check_modalities(path, rows)
     _check_images_differ(path, rows)
     _check_splits(path, rows)
     return Manifest(path=path, rows=rows)
@@ -113,13 +133,16 @@ def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -
     for column in ("patient_id", "image", *(("mask",) if segmentation else ())):
         if not record[column]:
             raise DataError(f"{path}: row {number} has no {column}")
+    modalities = images_of(record["image"], path.parent)
+    if not any(modalities):
+        raise DataError(f"{path}: row {number} has no image")
     split = record.get("split", "").casefold()
     if split and split not in SPLITS:
         raise DataError(f"{path}: row {number}: split is none of train, validation, test")
     return Row(
         number=number,
         patient=record["patient_id"],
-        image=path.parent / record["image"],
+        modalities=modalities,
         mask=path.parent / record["mask"] if segmentation else None,
         labels=() if segmentation else tuple(_label(path, number, record, label) for label in task.labels),
         split=SPLITS.get(split, ""),
@@ -137,12 +160,52 @@ def _label(path: Path, number: int, record: Mapping[str, str], label: str) -> fl
     return value
 
 
+def images_of(cell: str, folder: Path) -> tuple[Path | None, ...]:
+    """The modalities that a cell of the column "image" names, in order; None = an empty place.
+
+    Args:
+        cell: one path, or several with ";" between them.
+        folder: to which they are relative.
+    """
+    return tuple(folder / name if name else None for name in map(str.strip, cell.split(BETWEEN)))
+
+
+def cell_of(modalities: Sequence[Path | None]) -> str:
+    """The inverse of `images_of`, for whoever writes a manifest.
+
+    Raises:
+        DataError: a path holds the sign that would stand between them.
+    """
+    names = ["" if image is None else str(image) for image in modalities]
+    if any(BETWEEN in name for name in names):
+        raise DataError(f'a folder of images has "{BETWEEN}" in its name, which separates modalities; rename it')
+    return BETWEEN.join(names)
+
+
+def _check_modalities(path: Path, rows: Sequence[Row]) -> None:
+    """A place means one modality: with another number of places nobody could say which one is missing."""
+    count = len(rows[0].modalities)
+    others = [row.number for row in rows if len(row.modalities) != count]
+    if others:
+        raise DataError(
+            f"{path}: row {rows[0].number} names {count} modalities, other rows another number ({listed(others)}); "
+            f'leave the place of a missing one empty, as in "a{BETWEEN}{BETWEEN}c"'
+        )
+
+
 def _check_images_differ(path: Path, rows: Sequence[Row]) -> None:
     seen: dict[str, int] = {}
     for row in rows:
-        first = seen.setdefault(os.path.normpath(row.image), row.number)
-        if first != row.number:
-            raise DataError(f"{path}: rows {first} and {row.number} name the same image")
+        for image in map(os.path.normpath, row.images):
+            if image in seen:
+                one = seen[image] == row.number
+                which = (
+                    f"row {row.number} names one image twice"
+                    if one
+                    else (f"rows {seen[image]} and {row.number} name the same image")
+                )
+                raise DataError(f"{path}: {which}")
+            seen[image] = row.number
     holders = {str(Path(image).parent): number for image, number in reversed(seen.items())}
     for folder, number in holders.items():  # a slice of another row's volume would be learnt twice, or tested on
         for above in (Path(folder), *Path(folder).parents):

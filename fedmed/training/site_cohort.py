@@ -55,9 +55,10 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
     pictures: dict[str, list[bytes]] = {patient: [] for patient in wanted}
     with DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES) as process:
         for row in rows:
-            with suppress(UnreadableImage):  # such a row is trained on by nobody
-                found = process.run("fingerprints", path=str(row.image))["fingerprints"]
-                pictures[row.patient] += [bytes(fingerprint) for fingerprint in found]
+            for image in row.images:
+                with suppress(UnreadableImage):  # such a row is trained on by nobody
+                    found = process.run("fingerprints", path=str(image))["fingerprints"]
+                    pictures[row.patient] += [bytes(fingerprint) for fingerprint in found]
     cohort = cohort_of(pictures, permit.keys, stable_ids=stable)
     _keep(kept, cohort)
     return cohort
@@ -70,7 +71,7 @@ def patients_of(data: Dataset, rows: NDArray[np.int64]) -> set[str]:
 
 def _state_of(rows: Iterable[Row], permit: Permit, *, stable: bool) -> str:
     """A digest of who the rows are of and of the state of their files, under the site's key."""
-    facts = [[row.patient, str(row.image), *_times(row.image)] for row in rows]
+    facts = [[row.patient, str(image), *_times(image)] for row in rows for image in row.images]
     text = json.dumps([stable, facts]).encode()
     return permit.keys.link("cohort", hashlib.sha256(text).digest()).hex()
 

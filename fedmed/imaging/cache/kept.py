@@ -125,14 +125,19 @@ def _keys(index: Index, rows: Sequence[Row], recipe: Recipe) -> tuple[dict[int, 
     digests, keys, unreadable, settings = Digests(index), {}, {}, recipe.settings()
     for row in rows:
         try:
-            files = [(path, digests.of(path).hex()) for path in (row.image, row.mask) if path is not None]
+            files = [_file(digests, path) for path in (*row.modalities, *((row.mask,) if row.mask else ()))]
         except UnreadableImage as error:
             unreadable[row.number] = str(error)
             continue
-        facts = [FORMAT, __version__, settings, *((_suffix(path), digest) for path, digest in files)]
+        facts = [FORMAT, __version__, settings, *files]
         keys[row.number] = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=32).digest()
     digests.keep()
     return keys, unreadable
+
+
+def _file(digests: Digests, path: Path | None) -> tuple[str, str]:
+    """What counts of a file. A missing modality has a place too: the others are not the same item without it."""
+    return ("", "") if path is None else (_suffix(path), digests.of(path).hex())
 
 
 def _suffix(path: Path) -> str:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.imaging.isolation import DecodingProcess
+from fedmed.imaging.manifest import BETWEEN, images_of
+from fedmed.imaging.reading import preset_named
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.models import gate_maps
 from fedmed.training.heat_maps import grad_cam, relative
@@ -75,7 +77,7 @@ def predict_images(
 
     Args:
         kept: the network.
-        images: files, or folders of a series each.
+        images: files, or folders of a series each; of several modalities one each, with ";" between them.
         folder: where pictures and masks are written, as image-0001-… by the images' order.
         process: in which images are read, as `inputs.decoder` makes it.
         heat_maps: whether to draw where a classifier looked, or the gates of an Attention U-Net.
@@ -92,11 +94,25 @@ def predict_images(
     for number, path in enumerate(images, start=1):
         blank = Prediction(number=number, image=_text(path))
         place = folder / f"image-{number:0{width}d}"
-        job: dict[str, Any] = {"image": str(path.absolute()), "recipe": kept.recipe.settings()}
         try:
+            job: dict[str, Any] = {"image": _files(path, kept), "recipe": kept.recipe.settings()}
             yield one(blank, partial(process.run, **job), place)
         except FedmedError as error:
             yield replace(blank, error=str(error))
+
+
+def _files(path: Path, kept: Kept) -> str | list[str]:
+    """An image, or the modalities of one, named as in a cell of a manifest."""
+    if BETWEEN not in str(path) or path.exists():
+        return str(path.absolute())
+    found = ["" if image is None else str(image) for image in images_of(str(path), Path.cwd())]
+    each = 1 if kept.recipe.depth else preset_named(kept.recipe.preset).channels
+    if len(found) * each != kept.config.model.in_channels:
+        raise ConfigError(
+            f"{len(found)} modalities, but the network reads {kept.config.model.in_channels} channels; "
+            f'leave the place of a missing one empty, as in "a{BETWEEN}{BETWEEN}c"'
+        )
+    return found
 
 
 Decode = Callable[..., dict[str, NDArray[Any]]]

@@ -16,11 +16,11 @@ Arrays = dict[str, Any]
 SLICE, IMAGE, FRAMES, NO_PIXELS = range(4)  # what a DICOM file is: see `kinds`
 
 
-def original(image: str, recipe: dict[str, Any]) -> Arrays:
+def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     """An image in full size and in its own geometry, as grey or colour values of 8 bits to be looked at.
 
     Args:
-        image: as for `item`.
+        image: as for `item`; of several modalities the first that is there is shown.
         recipe: `Recipe.settings()`.
 
     Returns:
@@ -35,7 +35,8 @@ def original(image: str, recipe: dict[str, Any]) -> Arrays:
     from fedmed.imaging.volumes.resample import recentred, resampled
     from fedmed.imaging.volumes.volume import canonical
 
-    path, steps = Path(image), Recipe.from_settings(recipe)
+    path = Path(image if isinstance(image, str) else next(filter(None, image)))
+    steps = Recipe.from_settings(recipe)
     if steps.items == "images":
         return {"planes": _bytes(read_image(path, preset=steps.preset)[None])}
     if steps.items == "slices" and not _is_volume(path):
