@@ -183,7 +183,7 @@ def test_a_task_that_hangs_is_killed_and_the_site_goes_on(tmp_path, capsys):
     try:
         folder = read_consortium(server)
         wait_for(lambda: len(online(folder)) == 3, 400, lambda: f"only {online(folder)} came")
-        run = submit(folder, tmp_path, capsys, "--set", "strategy.round-timeout-s=60")
+        run = submit(folder, tmp_path, capsys, "--set", "strategy.round-timeout-s=100")
         result = json.loads((run / "result.json").read_text())
         assert result["status"] == "degraded"
         log = tmp_path / "slow-30" / "logs" / "site.log"
