@@ -5,6 +5,7 @@ import hashlib
 import ipaddress
 import json
 import shutil
+import signal
 import ssl
 import stat
 import subprocess
@@ -333,6 +334,21 @@ def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
     assert set(warm.REPLACED) <= set(vars(flower_task))  # else `warm` refuses to start
     assert set(warm.REPLACED) <= set(flower_task.run_clientapp.__code__.co_names)  # and Flower does call them
     assert warm.own_app(default_app_ref="x")("a", "b", "c") is warm.own_app()("d", "e", "f")
+
+
+HANGING = """
+import time
+from types import SimpleNamespace
+from fedmed.deployment import warm
+warm.SLACK_S, warm.app = 0, lambda message, context: time.sleep(600)
+warm._limited(None, SimpleNamespace(run_config={"strategy.round-timeout-s": 1.0}))
+"""
+
+
+@pytest.mark.slow  # seconds of imports
+def test_a_task_that_outlives_its_round_is_killed():
+    done = subprocess.run([sys.executable, "-c", HANGING], timeout=240, check=False)
+    assert done.returncode == -signal.SIGALRM
 
 
 def asked(path: str, client: str, server: str = "192.0.2.1") -> int:

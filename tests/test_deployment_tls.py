@@ -173,27 +173,6 @@ def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, capsys, pr
 
 
 @pytest.mark.slow
-def test_a_task_that_hangs_is_killed_and_the_site_goes_on(tmp_path, capsys):
-    """The third site's data never come: the others finish without it, and its task ends after the round's deadline."""
-    server = make_consortium(tmp_path, ["a-40", "b-20", "slow-30"])
-    started = [Started("server", "start", server, log=tmp_path / "server.out")]
-    started += [
-        Started("site", "start", tmp_path / name, log=tmp_path / f"{name}.out") for name in ("a-40", "b-20", "slow-30")
-    ]
-    try:
-        folder = read_consortium(server)
-        wait_for(lambda: len(online(folder)) == 3, 400, lambda: f"only {online(folder)} came")
-        run = submit(folder, tmp_path, capsys, "--set", "strategy.round-timeout-s=100")
-        result = json.loads((run / "result.json").read_text())
-        assert result["status"] == "degraded"
-        log = tmp_path / "slow-30" / "logs" / "site.log"
-        wait_for(lambda: "a task was killed" in log.read_text(), 240, lambda: log.read_text())
-    finally:
-        ended = [each.stop() for each in reversed(started)]
-    assert [left for _, left in ended] == [[], [], [], []]
-
-
-@pytest.mark.slow
 def test_nothing_stays_when_a_runner_is_killed(tmp_path):
     server = make_consortium(tmp_path, ["a-40"])
     started = [Started("server", "start", server, log=tmp_path / "server.out")]
