@@ -220,7 +220,7 @@ def test_a_pause_in_mid_run_works_at_once(under, tmp_path):
             (tmp_path / "site.toml").write_text("[policy]\npaused = true\n")
 
     result, folder = under("[policy]\n", "a-40", "b-30", watch=pause)
-    assert result["status"] == "paused" and result["rounds"] == 2
+    assert result["status"] == "paused" and result["rounds"] == 1
     reasons = {failure["reason"] for failure in result["rounds_log"][-1]["failed"]}
     assert reasons == {"the site is paused (policy.paused)"}
     assert (
