@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -196,7 +197,7 @@ def _why(run: _Run, code: int) -> str:
 
 def _fork(trial: Trial, path: Path, log: Path) -> int:
     """Start a process that trains one trial; it ends by itself, with 0 if the run is whole."""
-    parent = os.getpid()
+    parent, threads = os.getpid(), 0 if _is_alone() else 1
     pid = os.fork()
     if pid:
         return pid
@@ -205,7 +206,7 @@ def _fork(trial: Trial, path: Path, log: Path) -> int:
         os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _write_to(log)
-        _run(trial, path, parent)
+        _run(trial, path, parent, threads)
         code = 0
     except FedmedError as error:
         print(f"error: {error}", flush=True)
@@ -230,7 +231,13 @@ def _write_to(log: Path) -> None:
     sys.stderr = sys.stdout
 
 
-def _run(trial: Trial, path: Path, parent: int) -> None:
+def _is_alone() -> bool:
+    """Whether this process has one thread; a fork would wait for ever for others that torch has made."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) == 1 if tasks.exists() else threading.active_count() == 1
+
+
+def _run(trial: Trial, path: Path, parent: int, threads: int) -> None:
     def watch(event: Any) -> None:
         if os.getppid() != parent:  # killed: nobody waits for this run any more, and another may take it up
             raise KeyboardInterrupt
@@ -238,7 +245,7 @@ def _run(trial: Trial, path: Path, parent: int) -> None:
     if result_of(path) is None:
         folder = RunFolder(path) if (path / "run.toml").exists() else RunFolder.create(path, trial.config)
         with local_grid(trial.config, folder) as grid:
-            run_on(grid, trial.config, folder, watch)
+            run_on(grid, trial.config, folder, watch, threads=threads)
     if result_of(path) is not None:
         write_predictions(path, trial.judged)
     else:

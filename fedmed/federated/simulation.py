@@ -121,9 +121,9 @@ def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_
     )
 
 
-def run_on(grid: LocalGrid, config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str, Any]:
-    """Run a federation over forked workers; the server evaluates on all cores while they wait."""
-    torch.set_num_threads(os.cpu_count() or 1)
+def run_on(grid: LocalGrid, config: RunConfig, folder: RunFolder, watch: Watch, *, threads: int = 0) -> dict[str, Any]:
+    """Run a federation over forked workers; the server evaluates on all cores while they wait, or with `threads`."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     keep_freed_memory()
     return run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder(), processes=grid.worker_pids)
 
