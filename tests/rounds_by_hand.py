@@ -7,7 +7,8 @@ from torch import nn
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.federated.aggregation import Aggregate, validated_weights
+from fedmed.federated.admission import validated_weights
+from fedmed.federated.aggregation import Aggregate
 from fedmed.federated.combiners import Combiner, Terms, combiner
 from fedmed.federated.strategies import server_step
 from fedmed.training.network import layout_of

@@ -126,7 +126,7 @@ def test_flwr_run_local_gives_the_same_weights(flower_home, local_parameters, tm
 
 
 @pytest.mark.deployment
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_site(
     flower_home, local_parameters, tmp_path
 ):
@@ -172,7 +172,7 @@ def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_sit
             env=cli,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ import pytest
 from rounds_by_hand import LINEAR, add, made_up, run_of, terms_of
 
 from fedmed.errors import UpdateRefused
-from fedmed.federated.aggregation import validated_weights
+from fedmed.federated.admission import validated_weights
 from fedmed.federated.combiners import RULES, combiner
 from fedmed.types import Update, Weights
 

@@ -79,8 +79,10 @@ def prepare_fork(config: RunConfig) -> None:
     """Import what workers need and start no thread, so that a fork is safe and a worker's first step is fast."""
     torch.set_num_threads(1)
     if config.train.augment:
-        import fedmed.imaging.augment.planar  # noqa: F401  # torchvision: five seconds
+        import fedmed.imaging.augment.planar  # torchvision: five seconds
     if config.privacy.mode == "dp-sgd":
+        import fedmed.training.account  # noqa: F401  # opacus: seconds
+
         warm_up()
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
     gc.collect()

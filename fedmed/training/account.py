@@ -13,10 +13,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar, cast
 
 from fedmed.config import RunConfig
-from fedmed.errors import PolicyRefused
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.balance import Charge
@@ -29,7 +27,6 @@ from fedmed.training.private import Terms, Unit, terms_for, units_of
 from fedmed.training.sampling import Rows
 from fedmed.types import PrivacyEvent, Scalar
 
-Keeper = TypeVar("Keeper")
 ADJACENCY = "add or remove one patient"
 SCHEDULE = 0  # the round under which steps are reserved
 
@@ -70,26 +67,6 @@ class Account:
         rounds = sum(not charge.events for charge in _charges(self.ledger, self.run).values())
         event = self.terms.event(steps=rounds * self.terms.steps)
         return [event if self.terms.unit == "patient" else replace(event, unit="patient", images_per_patient=1)]
-
-
-def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -> Keeper:
-    """Refuse privacy that nobody counts, and at a real hospital noise that can be predicted.
-
-    Args:
-        config: the run.
-        keeper: what leads to the site's ledger, or None.
-        virtual: whether the hospital is one of a simulation.
-
-    Raises:
-        PolicyRefused: as said.
-    """
-    if config.privacy.mode == "dp-sgd" and keeper is None:
-        text = "a run with differential privacy needs [policy] in this site's site.toml: its ledger keeps the budget"
-        raise PolicyRefused(text, rule="policy.ledger")
-    if config.privacy.noise != "secure" and not virtual:
-        text = f'privacy.noise = "{config.privacy.noise}" can be predicted; it is for simulation alone'
-        raise PolicyRefused(text, rule="privacy.noise")
-    return cast(Keeper, keeper)
 
 
 def opened_account(

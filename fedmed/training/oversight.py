@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from fedmed.privacy.ledger import DATABASE, Ledger
 from fedmed.privacy.policy import Form, PrivacyRules, Request, SitePolicy, Terms, decide, read_policy
 from fedmed.types import Task, Update
 
+Keeper = TypeVar("Keeper")
 UNLIMITED = 1e4  # an ε that nobody reaches
 OPEN_LEDGERS = 32  # per process; a worker stands for many virtual hospitals
 
@@ -126,6 +127,26 @@ def permitted(
 def _no_policy(config: RunConfig) -> SitePolicy:
     rules = PrivacyRules(unit="image", epsilon=UNLIMITED, delta=config.privacy.delta, stable_ids=True)
     return SitePolicy(privacy=rules)
+
+
+def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -> Keeper:
+    """Refuse privacy that nobody counts, and at a real hospital noise that can be predicted.
+
+    Args:
+        config: the run.
+        keeper: what leads to the site's ledger, or None.
+        virtual: whether the hospital is one of a simulation.
+
+    Raises:
+        PolicyRefused: as said.
+    """
+    if config.privacy.mode == "dp-sgd" and keeper is None:
+        text = "a run with differential privacy needs [policy] in this site's site.toml: its ledger keeps the budget"
+        raise PolicyRefused(text, rule="policy.ledger")
+    if config.privacy.noise != "secure" and not virtual:
+        text = f'privacy.noise = "{config.privacy.noise}" can be predicted; it is for simulation alone'
+        raise PolicyRefused(text, rule="privacy.noise")
+    return cast(Keeper, keeper)
 
 
 def form_of(permit: Permit | None, site: Form | Literal["exact"]) -> Form | Literal["exact"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from fedmed.config import RunConfig, TrainConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Form
-from fedmed.training.account import Account
 from fedmed.training.evaluate import mean_loss
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
 from fedmed.training.loop import Circumstances, Trained, train_
 from fedmed.training.losses import loss_for
 from fedmed.training.network import FlatNetwork
-from fedmed.training.private import train_privately_
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
 from fedmed.training.site_state import write_durably
 from fedmed.types import FloatVector, Weights
+
+if TYPE_CHECKING:
+    from fedmed.training.account import Account
 
 
 def site_generator(seed: int, site: str, round: int) -> np.random.Generator:
@@ -64,6 +66,8 @@ class OwnPatients:
         rows, task = self.rows, self.config.task
         generator = site_generator(self.config.seed, self.site, given.round)
         if account is not None:
+            from fedmed.training.private import train_privately_  # heavy: opacus
+
             loss = loss_for(task, settings)
             terms, source, units = account.terms, account.source, account.units
             return train_privately_(

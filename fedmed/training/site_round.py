@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
-from fedmed.training.account import Account, opened_account, require_ledger
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
@@ -33,13 +33,16 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.oversight import Oversight, Permit, form_of, permitted, released
+from fedmed.training.oversight import Oversight, Permit, form_of, permitted, released, require_ledger
 from fedmed.training.own_patients import OwnPatients, become_personal_, site_generator, write_personal
 from fedmed.training.sampling import Rows
 from fedmed.training.site_cohort import cohort_of_patients, patients_of
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import Unfinished
 from fedmed.types import FloatVector, Scalar, Sums, Task, Update
+
+if TYPE_CHECKING:
+    from fedmed.training.account import Account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +264,8 @@ def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kep
 
 def _account(task: Task, site: Site, given: Permit | None, own: OwnPatients) -> Account:
     """What the round will cost the patients, reserved."""
+    from fedmed.training.account import opened_account  # heavy: opacus
+
     permit = require_ledger(own.config, given, virtual=site.virtual)
     manifest = None if site.dataset else site.manifest
     cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
