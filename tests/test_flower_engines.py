@@ -22,7 +22,13 @@ from fedmed import config as run_file
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 RUN = {"train.rounds": 2, "train.optimizer": "sgd", "train.learning-rate": 0.1, "train.weight-decay": 0.0}
-TOY = {"model.name": "toy:network", "task.labels": "a,b", "strategy.min-sites": 2, **RUN}
+TOY = {
+    "strategy.max-weight-share": 1.0,
+    "model.name": "toy:network",
+    "task.labels": "a,b",
+    "strategy.min-sites": 2,
+    **RUN,
+}
 
 
 def parameters(folder: Path) -> np.ndarray:
