@@ -17,7 +17,7 @@ MOST_SITES = 6  # columns of the terminal's table; all are in comparison.json an
 
 def compare(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="a run file; [evaluate] declares the comparison")],
-    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006
+    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006  # typer reads the default and never changes it
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="the experiment's folder, to be reused")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="runs at once; 0 = as cores and memory allow")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,

@@ -27,7 +27,7 @@ class Engine(enum.StrEnum):
 
 def simulate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="a run file; without one, the demo")] = None,
-    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006
+    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006  # typer reads the default and never changes it
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="the run folder to make")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue the run in this folder")] = None,
     engine: Annotated[Engine, typer.Option(help="fedmed's own workers, or Flower's Ray")] = Engine.local,

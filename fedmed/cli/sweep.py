@@ -13,7 +13,7 @@ import typer
 def sweep(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="a run file: what all points share")],
     vary: Annotated[list[str], typer.Option("--vary", metavar="KEY=a,b,c", help="a key and its values; repeatable")],
-    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006
+    assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006  # typer reads the default and never changes it
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="the experiment's folder, to be reused")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="runs at once; 0 = as cores and memory allow")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
