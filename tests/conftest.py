@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from toy import LABELS
+from warm_commands import run_command
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
@@ -63,7 +64,13 @@ def simulate(tmp_path: Path):
 
 @pytest.fixture
 def fedmed():
-    """A function: run the command as a user does and give the finished process."""
+    """A function: run a command as a user types it, in a warm process, and give what it printed."""
+    return run_command
+
+
+@pytest.fixture
+def fedmed_process():
+    """The same in an interpreter of its own."""
 
     def run(*arguments: object, timeout: float = 280, **options) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fedmed", *map(str, arguments)]

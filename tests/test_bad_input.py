@@ -60,8 +60,8 @@ def refused(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
     return lines[0]
 
 
-def test_the_good_run_passes(fedmed, hospitals):
-    done = fedmed("simulate", hospitals / "run.toml", "--out", hospitals / "run", "--json", "--quiet")
+def test_the_good_run_passes(fedmed_process, hospitals):
+    done = fedmed_process("simulate", hospitals / "run.toml", "--out", hospitals / "run", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert json.loads(done.stdout)["status"] == "completed"
@@ -247,14 +247,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(toy_config, tmp_path
     assert not list((tmp_path / "kept").rglob("*.partial"))
 
 
-def test_help_answers_at_once(fedmed):
-    fedmed("--help")  # the first start compiles the files
+def test_help_answers_at_once(fedmed_process):
+    fedmed_process("--help")  # the first start compiles the files
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = fedmed("--help")
+    done = fedmed_process("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # the time of a machine at rest
     assert done.returncode == 0
     for command in (["simulate"], ["report"], ["predict"], ["data", "synth"], ["data", "cache"]):
-        assert "Example: fedmed" in fedmed(*command, "--help").stdout
+        assert "Example: fedmed" in fedmed_process(*command, "--help").stdout
     heavy = "import sys, fedmed.cli; sys.exit(any(name in sys.modules for name in ('torch', 'pydantic', 'flwr')))"
     assert subprocess.run([sys.executable, "-c", heavy], check=False, env=os.environ).returncode == 0

@@ -117,13 +117,13 @@ def test_shown_run_files_are_valid(tmp_path):
         load(run)
 
 
-def test_own_network_and_data_example_runs(fedmed, tmp_path):
+def test_own_network_and_data_example_runs(fedmed_process, tmp_path):
     page = ROOT / "docs" / "your-own-network-and-data.md"
     (module,), (run,) = blocks(page, "python"), blocks(page, "toml")
     (tmp_path / "hospital.py").write_text(module, encoding="utf-8")
     (tmp_path / "run.toml").write_text(run, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
-    done = fedmed("simulate", "run.toml", "--out", "out", "--json", cwd=tmp_path, env=environment, timeout=120)
+    done = fedmed_process("simulate", "run.toml", "--out", "out", "--json", cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["status"] == "completed"

@@ -97,11 +97,11 @@ def test_what_flower_packs_is_two_short_files():
 
 
 @pytest.mark.simulation
-def test_ray_engine_gives_the_same_weights_and_names_a_dropped_site(fedmed, toy_config, simulate, tmp_path):
+def test_ray_engine_gives_the_same_weights_and_names_a_dropped_site(fedmed_process, toy_config, simulate, tmp_path):
     run = tmp_path / "run.toml"
     config = toy_config("a-40", "nan-20", "c-30", simulation={"workers": 2})
     run.write_text(run_file.to_toml(config))
-    done = fedmed("simulate", run, "--engine", "ray", "--out", tmp_path / "ray")
+    done = fedmed_process("simulate", run, "--engine", "ray", "--out", tmp_path / "ray")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ray" / "result.json").read_text())
     assert result["status"] == "degraded"

@@ -128,15 +128,48 @@ def test_compare_deals_nobody_to_two_hospitals(tmp_path, capsys) -> None:
     assert "error: " in capsys.readouterr().err
 
 
-def test_heterogeneity_varies_what_its_tables_show() -> None:
+@pytest.mark.parametrize("place", range(3))
+def test_heterogeneity_varies_what_its_tables_show(place) -> None:
     run = script("heterogeneity", "run")
-    config = run_file.load(STUDIES / "heterogeneity" / "run.toml")
+    study = (run.PHANTOMS, *run.REAL)[place]
+    config = run_file.load(study.run_file)
     for key, values in run.SWEEPS.values():
-        points = points_of(config, [f"simulation.partition={','.join(run.PARTITIONS)}", f"{key}={','.join(values)}"])
+        points = points_of(config, [f"simulation.partition={','.join(study.partitions)}", f"{key}={','.join(values)}"])
         found = {"value": 0.5, "low": 0.4, "high": None}
         report = {
             "primary": "auroc", "seeds": [1], "intervals": "x",
             "points": [{"values": dict(point.values), "endpoint": found} for point in points],
         }  # fmt: skip
-        rows = [line for line in run.text_of(report, key).splitlines() if line.startswith("| ")]
-        assert len(rows) == 1 + len(values) and rows[-1].count("0.500 (0.400––)") == len(run.PARTITIONS)
+        rows = [line for line in run.text_of(report, key, study.partitions).splitlines() if line.startswith("| ")]
+        assert len(rows) == 1 + len(values) and rows[-1].count("0.500 (0.400––)") == len(study.partitions)
+
+
+def test_fewer_patients_are_a_part_of_more_and_the_server_keeps_all(tmp_path) -> None:
+    run = script("privacy-budget", "run")
+    for site in (*run.SITES, "server"):
+        (tmp_path / "made" / site).mkdir(parents=True)
+        rows = [f"{site}-{image // 2},{image}.dcm,0,0,1,1" for image in range(20)]
+        header = "patient_id,image,nodule,cavity,reticulation,consolidation"
+        (tmp_path / "made" / site / "manifest.csv").write_text("\n".join([header, *rows]))
+    kept = {}
+    for count in (3, 7):
+        run.first_patients(tmp_path / "made", tmp_path / str(count), count)
+        config = run_file.load(tmp_path / str(count) / "run.toml")
+        manifests = [read_manifest(Path(path), config.task) for path in (*config.data.sites, config.data.server)]
+        kept[count] = [{row.patient for row in manifest.rows} for manifest in manifests]
+        assert [len(patients) for patients in kept[count]] == [count, count, 10]
+        assert manifests[0].rows[0].image.resolve() == (tmp_path / "made" / "site-1" / "0.dcm").resolve()
+    assert kept[3][0] < kept[7][0] and kept[3][2] == kept[7][2]
+
+
+def test_the_smallest_number_of_patients_is_one_from_which_on_privacy_costs_little() -> None:
+    run = script("privacy-budget", "run")
+
+    def row(*values: float):
+        arms = ("no privacy", "ε = 3", "given trunk, no privacy", "given trunk, ε = 3")
+        return {arm: {"value": value, "low": value, "high": value} for arm, value in zip(arms, values, strict=True)}
+
+    found = {100: row(0.7, 0.69, 0.8, 0.5), 1000: row(0.9, 0.8, 0.9, 0.88), 10_000: row(0.95, 0.93, 0.95, 0.94)}
+    *_, scratch, _, trunk = run.phantom_table(found).splitlines()
+    assert "from 10,000 patients a hospital on" in scratch, "100 patients lose little of nothing"
+    assert "from 1,000 patients a hospital on" in trunk

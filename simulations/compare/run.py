@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import prepare
 
 HERE = Path(__file__).absolute().parent
+sys.path.insert(0, str(HERE.parent))
+
+from readme import Found, fedmed, number, put, spread  # noqa: E402  # lies beside the simulations
+
 NAMES = ("classification", "lungs")
-Found = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,22 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in [options.only] if options.only else NAMES:
         run, folder = options.out / name / "run.toml", options.out / f"{name}-experiment"
         report = fedmed("compare", run, *words, "--out", folder)
-        readme, begin, end = HERE / "README.md", f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-        text = f"{before}{begin}\n\n{text_of(report)}\n\n{end}{rest.partition(end)[2]}"
-        readme.write_text(text, encoding="utf-8")
-        print(f"wrote {readme}; page: {folder / 'comparison.html'}")
+        put(HERE / "README.md", name, text_of(report))
+        print(f"wrote the table of {name}; page: {folder / 'comparison.html'}")
     return 0
-
-
-def fedmed(*words: object) -> Found:
-    """What a command of fedmed prints with --json."""
-    command = [sys.executable, "-m", "fedmed", *map(str, words), "--json"]
-    paths = [str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    found: Found = json.loads(done.stdout)
-    return found
 
 
 def text_of(report: Found) -> str:
@@ -76,16 +62,6 @@ def text_of(report: Found) -> str:
             f"| {one['first']} − {one['second']} | {difference} | {number(one['p'])} | {number(one['p_holm'])} |"
         )
     return "\n".join([*lines, *(f"\nNote: {note}." for note in report["notes"])])
-
-
-def number(value: float | None) -> str:
-    """Three decimals; a dash for what is undefined or was not tested."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def spread(found: Found) -> str:
-    """A value and its interval."""
-    return f"{number(found['value'])} ({number(found['low'])}–{number(found['high'])})"
 
 
 if __name__ == "__main__":
