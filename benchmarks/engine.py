@@ -1,6 +1,6 @@
 """Time fedmed's one-machine engine against plain PyTorch and against Flower's Ray simulation of the same app.
 
-    make bench                                  # all of it, about twenty minutes; run nothing beside it
+    make bench                                  # all of it, about half an hour; run nothing beside it
     .venv/bin/python benchmarks/engine.py --work small-cnn-32 --repeats 1
 
 Engines run in turn, each as a whole process, at a short and a long number of rounds. A steady round is the difference
@@ -175,6 +175,19 @@ ENGINES: dict[str, Callable[..., Measured]] = {
     "Flower's FedAvg.start over Ray": flower,
 }
 
+IMPORTS = {  # what the engine's own process imports before it can begin
+    "plain PyTorch": "floor",
+    "fedmed": "fedmed.federated.simulation, fedmed.reporting.report",
+    "fedmed over Flower's Ray": "fedmed.federated.simulation, fedmed.reporting.report, ray",
+    "Flower's FedAvg.start over Ray": "flower_own, ray",
+}
+
+
+def importing_s(engine: str) -> float:
+    """Wall seconds of an interpreter that imports what the engine needs, and ends."""
+    command = [sys.executable, "-c", f"import {IMPORTS[engine]}"]
+    return min(measure(command, lambda text: [], memory=False).wall_s for _ in range(3))
+
 
 def weights(engine: str, name: str, rounds: int, folder: Path) -> np.ndarray:
     if engine == "plain PyTorch":
@@ -210,12 +223,14 @@ def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: 
         first = statistics.median(pair[1].rounds_s[0] for pair in samples[engine])
         inner = statistics.median(value for pair in samples[engine] for value in pair[1].rounds_s[1:])
         whole = statistics.median(pair[0].wall_s for pair in samples[engine])
+        after = f"{max(0.0, whole - importing_s(engine)):.1f}"
         apart = [float(np.abs(weights(engine, name, n, folder) - reference[n]).max()) for n in (short, long)]
         memory = f"{peaks[engine]:.0f} | {peaks[engine] / peaks[engines[0]]:.2f}" if peaks[engine] else "– | –"
         rows.append(
             f"| {name}{', evaluation and checkpoints on' if full else ''} | {engine} | {wall:.3f} "
             f"({min(steady[engine]):.3f}-{max(steady[engine]):.3f}) | {wall / base:.2f} | {cpu:.3f} | "
-            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {apart[0]:.0e}, {apart[1]:.0e} |"
+            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {after} | "
+            f"{apart[0]:.0e}, {apart[1]:.0e} |"
         )
     return rows
 
@@ -235,9 +250,9 @@ def main() -> None:
             rows += compare(name, engines[:2], given.repeats, Path(temporary), full=True)
     head = (
         "| work | engine | steady round, s (min-max) | wall ratio | CPU s a round | CPU ratio | first / steady round "
-        "| peak MiB | memory ratio | whole command at the short run, s | "
+        "| peak MiB | memory ratio | whole command at the short run, s | after imports, s | "
         "largest difference of a weight, short and long run |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     rounds = ", ".join(f"{name}: {work.rounds[0]} and {work.rounds[1]}" for name, work in WORKS.items())
     text = (
