@@ -115,6 +115,24 @@ def test_volumes_become_channels_and_a_missing_one_is_zeros(tmp_path: Path) -> N
     np.testing.assert_array_equal(lacking[0, 2], both[0, 2])
 
 
+def test_every_modality_is_read_by_its_own_preset(tmp_path: Path) -> None:
+    pet, ct = nifti(tmp_path / "pet.nii.gz", RAMP), nifti(tmp_path / "ct.nii.gz", RAMP)
+    recipe = replace(VOLUMES, preset="pet;ct-soft")
+    both, only_ct = read([pet, ct], recipe), read(["", ct], recipe)
+    assert np.allclose(both[0, 0], read([pet], replace(VOLUMES, preset="pet"))[0, 0])
+    window = np.clip((RAMP - (40 - 200)) / 400, 0, 1)
+    assert np.allclose(both[0, 1], window, atol=1e-4) and np.allclose(only_ct[0, 1], window, atol=1e-4)
+
+
+def test_presets_that_do_not_fit_the_modalities_are_refused(tmp_path: Path) -> None:
+    pictures(tmp_path, "ab")
+    manifest = table(tmp_path, ["a.png;b.png"])
+    for preset, channels, reason in (("cxr;mr;us", 2, "names 3 modalities"), ("cxr;color", 2, "numbers of channels")):
+        with pytest.raises(ConfigError, match=reason):
+            load(manifest, preset=preset, in_channels=channels)
+    assert load(manifest, preset="cxr;mr", in_channels=2).batch(np.arange(1))[0].shape[1] == 2
+
+
 def test_another_grid_is_resampled_onto_the_first_one(tmp_path: Path) -> None:
     """A plane in x, of half the spacing and shifted: linear interpolation gives the plane back, and 0 beyond it."""
     x = np.broadcast_to(np.arange(10, dtype=np.float32), (6, 8, 10)) + 1

@@ -28,7 +28,7 @@ from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
 from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
-from fedmed.imaging.reading import preset_named
+from fedmed.imaging.reading import presets_named
 from fedmed.models import build
 from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
@@ -59,7 +59,7 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     too_few = too_few_sites(config.strategy, len(names))
     if too_few:
         raise ConfigError(too_few)
-    preset_named(config.data.preset)
+    presets_named(config.data.preset)
     if config.simulation.policy:
         read_policy(Path(config.simulation.policy))
     if config.data.dataset:

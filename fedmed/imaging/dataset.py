@@ -19,7 +19,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.cache.kept import Progress, kept
 from fedmed.imaging.manifest import Manifest, read_manifest
 from fedmed.imaging.memory import in_memory
-from fedmed.imaging.reading import preset_named
+from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.split import evaluation_rows
 from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles
@@ -164,7 +164,7 @@ def load_dataset(
     Args:
         manifest_path: the site's CSV.
         task: labels, and classification or segmentation.
-        preset: how pictures are read, a key of `reading.PRESETS`.
+        preset: how pictures are read, a key of `reading.PRESETS`; or one for each modality, "ct-soft;pet".
         image_size: side of the square that a picture or a slice is fitted into, pixels.
         in_channels: of the network: a multiple of what the preset gives, and of several modalities all channels.
         max_unreadable: share of unreadable images above which the set is refused.
@@ -187,7 +187,8 @@ def load_dataset(
         preset=preset, items=items, image_size=image_size, spacing_mm=spacing_mm, volume_size=volume_size,
         labels=task.labels if task.kind == "segmentation" else (),
     )  # fmt: skip
-    channels = 1 if recipe.depth else preset_named(preset).channels
+    presets = presets_named(preset)
+    channels = 1 if recipe.depth else presets[0].channels
     if in_channels % channels:
         raise ConfigError(
             f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
@@ -197,6 +198,10 @@ def load_dataset(
         raise ConfigError(
             f"model.in-channels = {in_channels} does not fit the {manifest.modalities} modalities of a manifest's "
             f'rows, to each of which data.preset = "{preset}" gives {channels}'
+        )
+    if len(presets) not in (1, manifest.modalities):
+        raise ConfigError(
+            f'data.preset = "{preset}" names {len(presets)} modalities, and a row of a manifest {manifest.modalities}'
         )
     held = evaluation_rows(manifest, site_share, seed, name)
     if cache_dir is None:

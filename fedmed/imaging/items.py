@@ -84,7 +84,10 @@ def needs_eight_bits_only(values: Unit) -> bool:
 
 def picture(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     """One picture, (1, C, S, S)."""
-    read = [None if image is None else _pixels(image, recipe) for image in modalities]
+    presets = [recipe.preset_of(place) for place in range(len(modalities))]
+    read = [
+        None if image is None else _pixels(image, preset) for image, preset in zip(modalities, presets, strict=True)
+    ]
     sizes = {found.shape for found in read if found is not None}
     if len(sizes) > 1:
         shown = " and ".join(sorted(_size(size) for size in sizes))
@@ -96,10 +99,10 @@ def picture(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays
     return squares(pixels[None], classes, recipe)
 
 
-def _pixels(image: Path, recipe: Recipe) -> Unit:
+def _pixels(image: Path, preset: str) -> Unit:
     if image.is_dir() or is_nifti(image):
         raise UnreadableImage('a volume; data.items = "slices", "volumes" or "patches" would read it')
-    return read_image(image, preset=recipe.preset)
+    return read_image(image, preset=preset)
 
 
 def is_nifti(path: Path) -> bool:

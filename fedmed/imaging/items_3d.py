@@ -80,7 +80,7 @@ def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe)
     if mask is not None:
         numbers = checked(read_mask_volume(mask, first, recipe.regions), first.values.shape, recipe, unit="voxels")
         classes = canonical(replace(first, values=numbers, padding=None))
-    shown = _shown(first, recipe)
+    shown = _shown(first, recipe.preset_of(place))
     eight_bits = needs_eight_bits_only(shown.values)
     if recipe.spacing_mm:
         shown = resampled(shown, recipe.spacing_mm)
@@ -90,22 +90,23 @@ def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe)
     for place, image in others:
         other = read_volume(image)
         _check_same_patient_space(other, first)
-        unit = _shown(other, recipe)
+        unit = _shown(other, recipe.preset_of(place))
         eight_bits = eight_bits and needs_eight_bits_only(unit.values)
         values[place] = _on_grid(unit, like(other, first), shown, recipe)
     return values, None if classes is None else _bytes(classes), eight_bits
 
 
-def _shown(volume: Volume, recipe: Recipe) -> Volume:
+def _shown(volume: Volume, preset: str) -> Volume:
     """Values in [0, 1], in canonical orientation.
 
     They are put there before they are resampled: what lies beyond the window (metal, the padding around a CT's
     circle) means nothing to the preset, and would bleed into its neighbours otherwise.
     """
-    if recipe.preset.startswith("ct-") and volume.modality not in ("CT", ""):
-        raise UnreadableImage("not a CT, which the preset is for")
+    wanted = "CT" if preset.startswith("ct-") else "PT" if preset == "pet" else volume.modality
+    if volume.modality not in (wanted, ""):
+        raise UnreadableImage(f"not a {'PET' if wanted == 'PT' else wanted}, which the preset is for")
     valid = None if volume.padding is None else ~volume.padding
-    return canonical(replace(volume, values=to_unit_range(volume.values, recipe.preset, valid=valid), padding=None))
+    return canonical(replace(volume, values=to_unit_range(volume.values, preset, valid=valid), padding=None))
 
 
 def _check_same_patient_space(other: Volume, first: Volume) -> None:

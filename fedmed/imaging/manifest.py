@@ -24,10 +24,10 @@ from pathlib import Path
 
 from fedmed.config import TaskConfig
 from fedmed.errors import DataError
+from fedmed.imaging.recipe import BETWEEN
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 LABEL_VALUES = {0.0, 1.0}
-BETWEEN = ";"  # the modalities of one item
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.dicom.pixels import check_single, declared
 from fedmed.imaging.plain_errors import plain_errors, plainly
 from fedmed.imaging.raster import raster, read_raster
+from fedmed.imaging.recipe import BETWEEN
 
 Pixels = NDArray[np.float32]
 
@@ -53,6 +54,7 @@ PRESETS = {
     "ct-brain": Preset(channels=1, intensity="window", window_hu=(40, 80), modalities=_CT),
     "ct-bone": Preset(channels=1, intensity="window", window_hu=(300, 1500), modalities=_CT),
     "mr": Preset(channels=1, intensity="robust"),  # arbitrary units: maxima from 112 to 1.7 million in one real set
+    "pet": Preset(channels=1, intensity="robust"),  # activity, or SUV where the file holds it
     "us": Preset(channels=1, colour="luma"),  # grey ultrasound is often stored as RGB or YBR
     "color": Preset(channels=3, secondary_captures=True, colour="keep"),  # fundus, skin, endoscopy, many of them SC
 }
@@ -71,6 +73,18 @@ def preset_named(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(f'data.preset = "{name}" is unknown; there are {", ".join(PRESETS)}')
     return PRESETS[name]
+
+
+def presets_named(names: str) -> tuple[Preset, ...]:
+    """The preset of every modality, "ct-soft;pet", or the one of all of them.
+
+    Raises:
+        ConfigError: there is none of a name, or they give different numbers of channels.
+    """
+    found = tuple(map(preset_named, names.split(BETWEEN)))
+    if len({preset.channels for preset in found}) > 1:
+        raise ConfigError(f'data.preset = "{names}" gives its modalities different numbers of channels')
+    return found
 
 
 def read_image(path: Path, *, preset: str = "cxr") -> Pixels:

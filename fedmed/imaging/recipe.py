@@ -10,6 +10,7 @@ from fedmed.errors import ConfigError
 
 Items = Literal["images", "slices", "volumes", "patches"]
 IN_3D: tuple[Items, ...] = ("volumes", "patches")
+BETWEEN = ";"  # the modalities of one item: their files in a manifest, their presets in a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Recipe:
     when a batch is made.
     """
 
-    preset: str  # a key of `reading.PRESETS`
+    preset: str  # a key of `reading.PRESETS`, or one for each modality with `BETWEEN` between them
     items: Items = "images"
     image_size: int = 0  # side of the square of an image or a slice, pixels; 0 in 3D
     spacing_mm: tuple[float, ...] = ()  # depth, height, width; empty = as acquired
@@ -66,6 +67,11 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """As values that JSON can hold."""
         return asdict(self)
+
+    def preset_of(self, modality: int) -> str:
+        """How the modality at that place of a row is read."""
+        presets = self.preset.split(BETWEEN)
+        return presets[modality if len(presets) > 1 else 0]
 
     @property
     def depth(self) -> bool:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.imaging.manifest import BETWEEN, images_of
-from fedmed.imaging.reading import preset_named
+from fedmed.imaging.manifest import images_of
+from fedmed.imaging.reading import presets_named
+from fedmed.imaging.recipe import BETWEEN
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.models import gate_maps
 from fedmed.training.heat_maps import grad_cam, relative
@@ -106,7 +107,7 @@ def _files(path: Path, kept: Kept) -> str | list[str]:
     if BETWEEN not in str(path) or path.exists():
         return str(path.absolute())
     found = ["" if image is None else str(image) for image in images_of(str(path), Path.cwd())]
-    each = 1 if kept.recipe.depth else preset_named(kept.recipe.preset).channels
+    each = 1 if kept.recipe.depth else presets_named(kept.recipe.preset)[0].channels
     if len(found) * each != kept.config.model.in_channels:
         raise ConfigError(
             f"{len(found)} modalities, but the network reads {kept.config.model.in_channels} channels; "

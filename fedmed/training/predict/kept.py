@@ -15,7 +15,7 @@ from torch import nn
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
-from fedmed.imaging.reading import preset_named
+from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import Recipe
 from fedmed.models import build
 from fedmed.models.attention_unet import AttentionUNet
@@ -69,7 +69,7 @@ def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
             "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
             "call the network from Python instead"
         )
-    preset_named(data.preset)
+    presets_named(data.preset)
     recipe = Recipe.of(
         preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
         volume_size=data.volume_size, labels=(),

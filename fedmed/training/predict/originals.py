@@ -35,15 +35,17 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     from fedmed.imaging.volumes.resample import recentred, resampled
     from fedmed.imaging.volumes.volume import canonical
 
-    path = Path(image if isinstance(image, str) else next(filter(None, image)))
     steps = Recipe.from_settings(recipe)
+    files = [image] if isinstance(image, str) else image
+    place = next(place for place, file in enumerate(files) if file)
+    path, preset = Path(files[place]), steps.preset_of(place)
     if steps.items == "images":
-        return {"planes": _bytes(read_image(path, preset=steps.preset)[None])}
+        return {"planes": _bytes(read_image(path, preset=preset)[None])}
     if steps.items == "slices" and not _is_volume(path):
-        return {"planes": np.stack([_bytes(frame) for frame in read_frames(path, steps.preset)])}
+        return {"planes": np.stack([_bytes(frame) for frame in read_frames(path, preset)])}
     volume = read_volume(path)
     valid = None if volume.padding is None else ~volume.padding
-    values = _bytes(to_unit_range(volume.values, steps.preset, valid=valid))
+    values = _bytes(to_unit_range(volume.values, preset, valid=valid))
     grid = canonical(replace(volume, values=values, padding=None))
     if steps.spacing_mm:
         grid = resampled(grid, steps.spacing_mm, labels=True)
