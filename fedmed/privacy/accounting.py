@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError
+from fedmed.privacy import opacus_prv
 from fedmed.privacy.renyi import step_curve
 from fedmed.types import PrivacyEvent
 
@@ -110,7 +111,8 @@ def rdp_epsilon(orders: Values, divergences: Values, *, delta: float) -> float:
 def warm_up() -> None:
     """Import what the accountants need, which takes seconds: before processes are forked, so that it is done once."""
     import dp_accounting.rdp  # noqa: F401
-    from opacus.accountants.analysis import prv  # noqa: F401
+
+    opacus_prv.prv()
 
 
 def check_delta(delta: float) -> None:
@@ -175,8 +177,7 @@ def _prv_epsilon(composition: _Composition, delta: float, bound: float) -> float
     if composition.groups or not history or delta < LEAST_DELTA or steps > MOST_STEPS or not 0 < bound < MOST_LOSS:
         return None
 
-    from opacus.accountants.analysis import prv
-
+    prv = opacus_prv.prv()
     delta_error = delta / 1000
     variables = [prv.PoissonSubsampledGaussianPRV(rate, sigma) for sigma, rate, _ in history]
     counts = [steps for _, _, steps in history]
