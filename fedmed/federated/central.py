@@ -80,6 +80,7 @@ class ServerNoise:
         self.generator: NoiseGenerator = noise_generator(config.privacy.noise, seed=config.seed)
         self.clip = config.privacy.max_grad_norm  # of the coming round
         self.noise_multiplier = 0.0  # of the sum
+        self._sigma = 0.0  # of all that a round releases
         self.adaptive: AdaptiveClip | None = None
         self._planned: tuple[PrivacyEvent, ...] = ()  # what one round releases
 
@@ -98,7 +99,7 @@ class ServerNoise:
         check_central(self.config, sites=self.sites, parameters=parameters)
         cut_torn_line(self.path)  # it was written before anything of its round was released
         lines = self._lines()
-        if not set(range(1, finished + 1)) <= {int(line["round"]) for line in lines}:
+        if not set(range(1, finished + 1)) <= {line["round"] for line in lines}:
             raise RunFailed(f"{self.path}: releases of finished rounds are missing, so nothing can be said of ε")
         for line in lines:
             if line["round"] == finished and "next-clip" in line:
@@ -112,7 +113,8 @@ class ServerNoise:
         Raises:
             RunFailed: it would exceed `privacy.epsilon`, which happens if another process ran the same folder.
         """
-        self._write({"round": round, "clip": self.clip, "events": written_events(self._planned)})
+        facts = {"clip": self.clip, "noise-multiplier": self._sigma, "events": written_events(self._planned)}
+        self._write({"round": round, **facts})
         over = not self.config.privacy.noise_multiplier and self._epsilon() > self.config.privacy.epsilon
         if over:
             raise RunFailed(f"round {round} would raise ε above privacy.epsilon; does another process train this run?")
@@ -134,11 +136,7 @@ class ServerNoise:
     @property
     def events(self) -> tuple[PrivacyEvent, ...]:
         """All releases of the run so far, in all its processes, equal ones added up."""
-        found: Counter[PrivacyEvent] = Counter()
-        for line in self._lines():
-            for event in read_events(line.get("events", ())):
-                found[replace(event, steps=1)] += event.steps
-        return tuple(replace(event, steps=steps) for event, steps in found.items())
+        return _added_up([event for line in self._lines() for event in read_events(line.get("events", ()))])
 
     def facts(self) -> dict[str, Any]:
         """What the run has spent of every hospital's budget, as `result.json` holds it.
@@ -163,7 +161,7 @@ class ServerNoise:
         return facts
 
     def _share_out(self, sigma: float) -> None:
-        self.noise_multiplier = sigma
+        self._sigma = self.noise_multiplier = sigma
         if self.config.privacy.clipping == "adaptive":
             self.noise_multiplier, self.adaptive = shared_noise(sigma, self.config.privacy.clip_quantile)
         self._planned = central_events(
@@ -173,12 +171,12 @@ class ServerNoise:
     def _least_noise(self, rounds: int) -> float:
         """σ with which so many more rounds stay within the budget: that of the rounds before, if it serves."""
         privacy, events = self.config.privacy, self.events
-        before = _release_noise(self._lines())
+        before = [float(line["noise-multiplier"]) for line in self._lines() if "events" in line]
         if before:
-            self._share_out(before)
+            self._share_out(before[-1])
             further = [replace(event, steps=rounds) for event in self._planned]
-            if spent([*events, *further], delta=privacy.delta).epsilon <= privacy.epsilon:
-                return before
+            if spent(_added_up([*events, *further]), delta=privacy.delta).epsilon <= privacy.epsilon:
+                return before[-1]
         return noise_multiplier_for(
             epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=1.0, steps=rounds, further=events, unit="site"
         )
@@ -205,14 +203,15 @@ class ServerNoise:
         if not self.path.exists():
             return []
         try:
-            return [dict(json.loads(line)) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError, TypeError):
+            lines = [dict(json.loads(line)) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            return [{**line, "round": int(line["round"])} for line in lines]
+        except (OSError, ValueError, TypeError, KeyError):
             raise RunFailed(f"{self.path}: the record of releases is damaged, so nothing can be said of ε") from None
 
 
-def _release_noise(lines: Sequence[dict[str, Any]]) -> float:
-    """The noise multiplier of the last whole release, sum and count together; 0 before the first."""
-    for line in reversed(lines):
-        if "events" in line:
-            return sum(event.noise_multiplier**-2 for event in read_events(line["events"])) ** -0.5
-    return 0.0
+def _added_up(events: Sequence[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
+    """Equal events as one with all their steps, so that ε is the same number however a run was cut into processes."""
+    found: Counter[PrivacyEvent] = Counter()
+    for event in events:
+        found[replace(event, steps=1)] += event.steps
+    return tuple(replace(event, steps=steps) for event, steps in found.items())
