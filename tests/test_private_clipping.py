@@ -12,9 +12,10 @@ from torch import nn
 
 from fedmed.config import PrivacyConfig
 from fedmed.federated.admission import privacy_in
-from fedmed.privacy.accounting import ORDERS, rdp_curve, spent
+from fedmed.privacy.accounting import rdp_curve, spent
 from fedmed.privacy.central import AdaptiveClip, following_clip, shared_noise
 from fedmed.privacy.noise import InsecureGenerator
+from fedmed.privacy.renyi import ORDERS
 from fedmed.training.clipping import layers_of
 from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce

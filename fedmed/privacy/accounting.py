@@ -22,15 +22,11 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError
 from fedmed.privacy import opacus_prv
-from fedmed.privacy.renyi import step_curve
+from fedmed.privacy.renyi import ORDERS, step_curve
 from fedmed.types import PrivacyEvent
 
 Values = NDArray[np.float64]
 
-ORDERS: tuple[float, ...] = (
-    *(1 + tenth / 10 for tenth in range(1, 100)),
-    *(float(order) for order in (*range(11, 64), 72, 80, 96, 128, 160, 192, 256, 384, 512, 1024)),
-)
 PRV_ERROR = 0.0085  # of ε: PRV adds it to its estimate, so that what it says is a bound
 LEAST_DELTA = 1e-10  # below, the rounding of the Fourier transform can reach the tail that δ cuts off
 MOST_POINTS = 2**22  # of PRV's grid: seconds and 32 MiB an array
