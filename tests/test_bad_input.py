@@ -84,7 +84,7 @@ def test_the_good_run_passes(fedmed_process, hospitals):
         ("data.dataset=nowhere:data", "nowhere"),
         ("data.preset=cxx", "cxr"),
         ("task.labels=fnding", "finding"),
-        ("privacy.mode=central", "is not available in this version"),
+        ("privacy.mode=central", "strategy.weight-by"),
     ],
 )
 def test_a_wrong_key_is_one_line_before_any_run_folder(fedmed, hospitals, assignment, line):

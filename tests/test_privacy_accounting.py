@@ -1,6 +1,8 @@
 """What events cost: against dp-accounting, against the authors' own numerical composition, and by law."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import dp_accounting
@@ -15,7 +17,7 @@ from prv_accountant.privacy_random_variables import PoissonSubsampledGaussianMec
 from scipy.stats import binom
 
 from fedmed.errors import ConfigError
-from fedmed.privacy.accounting import rdp_curve, rdp_epsilon, spent
+from fedmed.privacy.accounting import PRV_ERROR, rdp_curve, rdp_epsilon, spent
 from fedmed.privacy.calibration import noise_multiplier_for, steps_within
 from fedmed.types import PrivacyEvent
 
@@ -211,3 +213,27 @@ def test_a_budget_that_is_none_is_refused(budget):
         noise_multiplier_for(epsilon=budget, delta=1e-6, sample_rate=0.1, steps=1)
     with pytest.raises(ConfigError, match="budget"):
         steps_within(event(1.0), epsilon=budget, delta=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"),
+    [(0.76, 0.032, 320), (1.0, 0.01, 1000), (2.0, 0.5, 20), (12.0, 0.9, 400)],
+)
+@pytest.mark.filterwarnings("ignore")  # of Opacus, about optimal orders and the logarithm of 1 - q
+def test_p13_prv_without_the_rest_of_opacus_is_opacus_prv(sigma, rate, steps):
+    from opacus.accountants import PRVAccountant as Whole
+
+    whole = Whole()
+    whole.history = [(sigma, rate, steps)]
+    alone = spent([event(sigma, rate, steps)], delta=1e-6)
+    assert alone.accountant == "prv"
+    assert alone.epsilon == pytest.approx(whole.get_epsilon(1e-6, eps_error=PRV_ERROR, delta_error=1e-9), abs=1e-12)
+
+
+def test_a_plan_needs_neither_torch_nor_the_rest_of_opacus():
+    code = (
+        "import sys; from fedmed.privacy.planning import plan_training as plan; "
+        "plan(patients=500, epsilon=3, rounds=2, batch_size=50); print({'torch', 'opacus'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "set()"

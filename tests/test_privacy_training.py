@@ -1,6 +1,7 @@
 """A private run from end to end. Tests are named after the claims of docs/privacy-model.md that they hold."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from typer.testing import CliRunner
 
+from fedmed.cli import app
 from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.models import build
@@ -170,6 +173,35 @@ def test_p02_a_hospital_without_a_ledger_takes_no_part(toy_config, tmp_path):
     site = replace(site_in(tmp_path), policy=None, virtual=False)
     with pytest.raises(PolicyRefused, match="ledger"):
         train(run_of(toy_config), site)
+
+
+def test_p13_a_private_run_on_dicom_prints_the_epsilon_that_its_events_come_to(tmp_path):
+    hospitals, out = tmp_path / "hospitals", tmp_path / "run"
+    assert CliRunner().invoke(app, ["data", "synth", str(hospitals), "--sites", "2", "--patients", "12"]).exit_code == 0
+    assert next(hospitals.glob("site-1/images/*")).read_bytes()[128:132] == b"DICM"
+    settings = {
+        "model.name": "small-cnn", "model.norm": "group", "data.image-size": 32, "train.rounds": 2,
+        "train.batch-size": 4, "privacy.mode": "dp-sgd", "privacy.epsilon": 6.0, "privacy.delta": 1e-3,
+        "evaluate.bootstrap": 0, "simulation.workers": 2,
+    }  # fmt: skip
+    chosen = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["simulate", str(hospitals / "run.toml"), *chosen, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    sites = json.loads((out / "result.json").read_text())["sites"]
+    spent = [site["privacy"]["epsilon"] for site in sites]
+    for site in sites:
+        truth = pld(site["privacy"]["events"], 1e-3)
+        assert truth <= site["privacy"]["epsilon"] <= min(6.0, truth + 0.015)
+    assert f"ε ≤ {math.ceil(max(spent) * 100) / 100:.2f}" in done.stderr
+
+
+def test_p02_a_delta_that_is_large_for_so_few_patients_is_said_by_run_and_ledger(toy_config, tmp_path):
+    policy = "[policy.privacy]\nstable-ids = true\ndelta = 1e-3\n"
+    site = site_in(tmp_path, policy)
+    said = privacy_in(train(run_of(toy_config), site).facts)
+    assert said["warning"] == "δ = 0.001 is above 1/(10·160 patients)"
+    shown = CliRunner().invoke(app, ["ledger", "show", str(tmp_path)])
+    assert "warning: δ = 0.001 is above 1/(10·160 patients)" in shown.output
 
 
 @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "ditto"])

@@ -13,7 +13,8 @@ from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
 from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
-from fedmed.training.private import Terms, drawn, terms_for, train_privately_, units_of
+from fedmed.training.private import drawn, train_privately_, units_of
+from fedmed.training.terms import Terms, terms_for
 
 
 class Chosen:

@@ -80,6 +80,8 @@ class Live:
             progress.reset(self._sites, total=len(event["sites"]), description=f"round {event['round']}", facts="")
             progress.update(self._rounds, completed=event["round"] - 1, facts=seen.facts())
         elif kind == "update_received":
+            for line in seen.warnings(event):
+                progress.console.print(line, style="yellow", markup=False)
             progress.update(self._sites, advance=1, facts=f"{event['site']}: loss {_number(event['loss'])}")
         elif kind in ("site_failed", "update_refused"):
             progress.update(self._sites, advance=1)
@@ -106,6 +108,9 @@ class Lines:
         if kind == "round_started":
             for line in preamble(event):
                 self._print(line)
+        elif kind == "update_received":
+            for line in seen.warnings(event):
+                self._print(line)
         elif kind in ("site_failed", "update_refused"):
             self._print(f"{event['site']} dropped: {event['reason']}")
         elif kind == "round_finished":
@@ -129,6 +134,7 @@ class Seen:
         self._epsilon: float | None = None
         self._seconds: list[float] = []
         self._left = rounds
+        self._warned: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         """Take one event in."""
@@ -144,7 +150,16 @@ class Seen:
             self._score = score(event, self._primary)
         elif kind == "round_finished":
             self._seconds.append(event["seconds"])
+            self._epsilon = event.get("epsilon", self._epsilon)  # of noise at the server
             self._left = self.rounds - event["round"]
+
+    def warnings(self, event: Event) -> list[str]:
+        """What a site warns of with its update, said once a run."""
+        line = f"{event['site']}: warning: {event['warning']}" if "warning" in event else ""
+        if not line or line in self._warned:
+            return []
+        self._warned.add(line)
+        return [line]
 
     def facts(self) -> str:
         """`loss 0.412  auroc 0.871 (0.820-0.912)  ε ≤ 2.31  9.1 s  4 min left`, as far as it is known."""

@@ -129,12 +129,17 @@ def _show(found: Findings) -> None:
     from rich.table import Table
 
     from fedmed.cli.display import console
+    from fedmed.privacy.refusals import delta_warning
 
     print(_spent(found))
     print(
         "Counted: add or remove one patient with all images, over all runs recorded here. A patient who is also at "
         "another\nhospital spends there as well; the two add up."
     )
+    patients = [found.balance.cohorts[c.cohort].patients for c in found.balance.charges.values()
+                if c.cohort in found.balance.cohorts]  # fmt: skip
+    if warning := delta_warning(found.balance.delta, min(patients, default=0)):
+        print(f"warning: {warning}")
     if found.balance.charges:
         table = Table(
             "run", "round", "what", "noise σ", "rate", "steps", "patients", "settled", box=None, pad_edge=False

@@ -96,13 +96,8 @@ def plan(
         _show(made, noise_at_server, batch_size)
     if plot is not None:
         _draw(made, plot)
-    if noise_at_server is not None and not noise_at_server.trains:
-        noise = noise_at_server.noise_to_clip * math.sqrt(rounds)
-        raise ConfigError(
-            f"this cannot train: over {rounds} rounds the noise would move the network by {noise:,.0f} clips, and "
-            f"learning by {rounds} at most. It takes about {noise_at_server.sites_needed:,} hospitals, a smaller "
-            "network, or noise at the hospitals with the patient as the unit"
-        )
+    if noise_at_server is not None and noise_at_server.refusal:
+        raise ConfigError(noise_at_server.refusal)
 
 
 def _facts(made: Plan, central: CentralPlan | None) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from fedmed.config.sections import (
     TrainConfig,
 )
 
+POST_PROCESSING = {"fedavg", "fedprox", "ditto", "fedavgm", "fedadam", "fedyogi", "fedadagrad"}  # of the mean change
+
 
 class RunConfig(Section):
     """One federation, completely described. No `data.sites` means the built-in phantom hospitals."""
@@ -55,10 +57,12 @@ class RunConfig(Section):
         self._sites_can_do_their_part()
         if self.simulation.partition != "as-given" and self.data.dataset:
             raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
-        if self.privacy.mode == "central":
-            raise ValueError('privacy.mode = "central" is not available in this version; use "dp-sgd" or "none"')
         if self.privacy.mode == "dp-sgd":
             self._touches_patients_only_under_noise()
+        elif self.privacy.mode == "central":
+            self._sites_meet_only_in_the_noised_sum()
+        elif self.privacy.clipping != "flat":
+            raise ValueError('privacy.clipping clips nothing with privacy.mode = "none"')
         return self
 
     def _sites_can_do_their_part(self) -> None:
@@ -83,6 +87,28 @@ class RunConfig(Section):
         for key, (present, reason) in refused.items():
             if present:
                 raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "dp-sgd"')
+
+    def _sites_meet_only_in_the_noised_sum(self) -> None:
+        """Refuse what would use a site's change other than clipped, in a sum with noise: claim 9."""
+        strategy = self.strategy
+        refused = {
+            f'strategy.name = "{strategy.name}"': (
+                strategy.name not in POST_PROCESSING,
+                f"uses more of a site than the noised mean; use one of {', '.join(sorted(POST_PROCESSING))}",
+            ),
+            f'strategy.combine = "{strategy.combine}"': (strategy.combine != "mean", "compares single changes"),
+            f'strategy.weight-by = "{strategy.weight_by}"': (
+                strategy.weight_by != "uniform",
+                'gives a site more than its clip; use "uniform"',
+            ),
+            "strategy.fraction": (strategy.fraction < 1, "earns nothing while it is seen who takes part; use 1"),
+            "strategy.clip-norm": (strategy.clip_norm > 0, "clips twice; use privacy.max-grad-norm"),
+            "strategy.max-update-norm": (strategy.max_update_norm > 0, "would tell the norm of a site's change"),
+            'privacy.clipping = "per-layer"': (self.privacy.clipping == "per-layer", "is for dp-sgd"),
+        }
+        for key, (present, reason) in refused.items():
+            if present:
+                raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "central"')
 
     @property
     def dimensions(self) -> int:

@@ -216,7 +216,19 @@ class PrivacyConfig(Section):
     noise_multiplier: Annotated[
         float, Field(ge=0, description="standard deviation of the noise / max-grad-norm; 0 = from epsilon and delta")
     ] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[
+        float, Field(gt=0, description="C: norm to which a gradient, or under central a site's change, is clipped")
+    ] = 1.0
+    clipping: Annotated[
+        Literal["flat", "per-layer", "adaptive"],
+        Field(description="one bound; a share of it for every layer; or one that follows a quantile of the norms"),
+    ] = "flat"
+    clip_quantile: Annotated[
+        float, Field(gt=0, lt=1, description="adaptive: share of gradients, or of changes, that are to pass unclipped")
+    ] = 0.5
+    sites: Annotated[
+        Count, Field(description="central: fixed number of sites that the sum is divided by; 0 = that of data.sites")
+    ] = 0
     images_per_patient: Annotated[
         Positive, Field(description="images of one patient in a step, at most; drawn in secret")
     ] = 8
@@ -225,6 +237,11 @@ class PrivacyConfig(Section):
     ] = 1
     physical_batch_size: Annotated[Positive, Field(description="images in memory at once; nothing else changes")] = 32
     noise: Literal["secure", "insecure-test"] = "secure"
+
+    @property
+    def adapts_at_sites(self) -> bool:
+        """Whether every site keeps a bound of its own from round to round."""
+        return self.mode == "dp-sgd" and self.clipping == "adaptive"
 
 
 class EvaluateConfig(Section):

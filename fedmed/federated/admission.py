@@ -56,7 +56,7 @@ def privacy_in(facts: Mapping[str, Scalar]) -> dict[str, Any] | None:
         numbers = [known[name] for name in ("delta", "epsilon", "epsilon_total") if known[name] is not None]
         if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
             return None
-        return known | {"void": str(values["void"])[:200]} if "void" in values else known
+        return known | {name: str(values[name])[:200] for name in ("warning", "void") if name in values}
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -65,7 +65,7 @@ def public_facts(update: Update, task: TaskConfig) -> dict[str, Any]:
     """What the log of a run says of an update."""
     known: dict[str, Any] = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}
     privacy = privacy_in(update.facts)
-    known |= {"epsilon": privacy["epsilon"]} if privacy else {}
+    known |= {name: privacy[name] for name in ("epsilon", "warning") if name in privacy} if privacy else {}
     known |= {"metrics": dict(metrics_from(update.metrics, task))} if update.metrics else {}
     return {"images": update.num_examples, **known}
 

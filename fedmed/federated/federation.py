@@ -78,9 +78,19 @@ def run_federation(
             site_metrics=federation.site_metrics if federation else {},
             total_s=federation.total_s if federation else time.perf_counter() - started,
             peak_mib=peak_memory_mib(processes),
+            central=_central_privacy(federation),
         )
         with suppress(OSError):  # on a full disk the first error is the one to tell
             folder.write_json("result.json", result)
             watch(folder.event("run_finished", result["rounds"], status=status, reason=result["reason"]))
         folder.close()
     return result
+
+
+def _central_privacy(federation: Federation | None) -> dict[str, Any] | None:
+    """What the server's noise has cost every site, from the record of all processes of the run; None without any."""
+    if federation is None or federation.noise is None:
+        return None
+    with suppress(FedmedError):  # a damaged record, which the run's own error tells
+        return federation.noise.facts()
+    return None

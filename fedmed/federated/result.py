@@ -60,8 +60,9 @@ def build_result(
     site_metrics: Mapping[str, Mapping[str, Any]],
     total_s: float,
     peak_mib: int,
+    central: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole of `result.json`."""
+    """The whole of `result.json`; `central` is what noise at the server has cost every site alike."""
     return {
         "schema": 1,
         "run_id": run_id,
@@ -74,7 +75,7 @@ def build_result(
         "rounds": progress.round,
         "seed": config.seed,
         "versions": versions(),
-        "server": {"metrics": dict(server_metrics)},
+        "server": {"metrics": dict(server_metrics), **({"privacy": dict(central)} if central else {})},
         "sites": [
             {
                 "site": member.name,
@@ -82,7 +83,7 @@ def build_result(
                 "images": member.images if config.privacy.mode == "none" else None,
                 "rounds_joined": progress.rounds_joined(member.name),
                 "metrics": dict(site_metrics.get(member.name, {})),
-                "privacy": progress.privacy.get(member.name),
+                "privacy": dict(central) if central else progress.privacy.get(member.name),
             }
             for member in members
         ],

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
 from fedmed.federated.admission import decoded_update, privacy_in, public_facts, validated_counts, validated_weights
+from fedmed.federated.central import ServerNoise
 from fedmed.federated.combiners import Terms, combiner
 from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
@@ -50,6 +51,7 @@ class Federation:
         self.grid, self.config, self.folder, self.watch = grid, config, folder, watch
         self.cache_dir = cache_dir
         self.step = server_step(config)
+        self.noise = ServerNoise(config, folder) if config.privacy.mode == "central" else None
         self.settings = settings_for_sites(config)
         self.progress = Progress()
         self.sites: Membership | None = None
@@ -64,9 +66,12 @@ class Federation:
         weights, state = self._start()
         self.sites = sites = self._gather()
         saved = self.progress.round
+        if self.noise is not None:
+            self.noise.begin(saved, parameters=self.layout.num_parameters)
         terms = partial(
-            Terms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool
-        )
+            Terms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool,
+            noise=self.noise,
+        )  # fmt: skip
         for round in range(saved + 1, self.config.train.rounds + 1):
             if self._stops():
                 break
@@ -79,7 +84,7 @@ class Federation:
             task = self._task("train", round, weights, self.step.outgoing(state))
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            combined = combiner(terms(sent=weights, state=state, known=len(sites.members)))
+            combined = combiner(terms(sent=weights, state=state, known=len(sites.members), round=round))
             joined, failed = [], arrivals.unreachable
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))

@@ -65,7 +65,7 @@ class RunFolder:
         for partial in self.path.rglob(".*.partial"):
             partial.unlink(missing_ok=True)
         shutil.rmtree(self.spool, ignore_errors=True)
-        _cut_torn_line(self.path / "events.jsonl")
+        cut_torn_line(self.path / "events.jsonl")
 
     def last_event(self) -> dict[str, Any]:
         """The last line of `events.jsonl`; empty if there is none."""
@@ -82,7 +82,7 @@ class RunFolder:
     @cached_property
     def _events(self) -> int:
         path = self.path / "events.jsonl"
-        _cut_torn_line(path)
+        cut_torn_line(path)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     @cached_property
@@ -213,7 +213,7 @@ def number_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """Remove what a killed process left of its last line."""
     if not path.exists() or path.stat().st_size == 0:
         return

@@ -18,6 +18,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
+from fedmed.federated.central import check_central
 from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.durable import write_atomically
 from fedmed.federated.federation import Watch, run_federation
@@ -72,6 +73,9 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     network = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
     if config.strategy.name == "fedbn":
         require_norms(network)
+    if config.privacy.mode == "central":
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        check_central(config, sites=config.privacy.sites or len(names), parameters=trained)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

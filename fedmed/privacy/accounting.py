@@ -21,15 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError
-from fedmed.privacy.renyi import step_curve
+from fedmed.privacy import opacus_prv
+from fedmed.privacy.renyi import ORDERS, step_curve
 from fedmed.types import PrivacyEvent
 
 Values = NDArray[np.float64]
 
-ORDERS: tuple[float, ...] = (
-    *(1 + tenth / 10 for tenth in range(1, 100)),
-    *(float(order) for order in (*range(11, 64), 72, 80, 96, 128, 160, 192, 256, 384, 512, 1024)),
-)
 PRV_ERROR = 0.0085  # of ε: PRV adds it to its estimate, so that what it says is a bound
 LEAST_DELTA = 1e-10  # below, the rounding of the Fourier transform can reach the tail that δ cuts off
 MOST_POINTS = 2**22  # of PRV's grid: seconds and 32 MiB an array
@@ -110,7 +107,8 @@ def rdp_epsilon(orders: Values, divergences: Values, *, delta: float) -> float:
 def warm_up() -> None:
     """Import what the accountants need, which takes seconds: before processes are forked, so that it is done once."""
     import dp_accounting.rdp  # noqa: F401
-    from opacus.accountants.analysis import prv  # noqa: F401
+
+    opacus_prv.prv()
 
 
 def check_delta(delta: float) -> None:
@@ -175,8 +173,7 @@ def _prv_epsilon(composition: _Composition, delta: float, bound: float) -> float
     if composition.groups or not history or delta < LEAST_DELTA or steps > MOST_STEPS or not 0 < bound < MOST_LOSS:
         return None
 
-    from opacus.accountants.analysis import prv
-
+    prv = opacus_prv.prv()
     delta_error = delta / 1000
     variables = [prv.PoissonSubsampledGaussianPRV(rate, sigma) for sigma, rate, _ in history]
     counts = [steps for _, _, steps in history]

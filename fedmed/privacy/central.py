@@ -21,6 +21,7 @@ from fedmed.privacy.noise import NoiseGenerator
 from fedmed.types import FloatVector, PrivacyEvent, Weights
 
 CHUNK = 65_536  # values; a chunk in float64 stays in a core's cache
+COUNT_SHARE = 0.05  # of a release's precision 1/σ², what the count of unclipped changes gets where the clip adapts
 ROUNDING = 1 - 2.0**-22  # float32 products round up by at most 2⁻²⁴ each; so the clipped norm never passes the clip
 
 
@@ -140,12 +141,42 @@ def next_clip(
     Raises:
         ConfigError: the clip is not positive, or more answered than the run has hospitals.
     """
-    _check_clip(clip)
     if min(unclipped, clipped) < 0 or not 1 <= count >= unclipped + clipped:
         raise ConfigError("the counts of changes do not fit the run's fixed number of hospitals")
+    return following_clip(
+        clip, balance=(unclipped - clipped) / 2, expected=count, adaptive=adaptive, generator=generator
+    )
+
+
+def following_clip(
+    clip: float, *, balance: float, expected: float, adaptive: AdaptiveClip, generator: NoiseGenerator
+) -> float:
+    """C · exp(-η(b̃ - γ)), with b̃ = ½ + (balance + N(0, σ_b²)) / expected.
+
+    Args:
+        clip: C, of now.
+        balance: Σ(bᵢ - ½) over those who took part, of which each is ±½.
+        expected: the fixed or expected number of them, public.
+        adaptive: quantile γ, rate η and noise σ_b.
+        generator: where the noise comes from.
+
+    Raises:
+        ConfigError: the clip is not positive.
+    """
+    _check_clip(clip)
     noise = float(generator.normal(1)[0]) * adaptive.count_noise
-    share = 0.5 + ((unclipped - clipped) / 2 + noise) / count
+    share = 0.5 + (balance + noise) / expected
     return clip * math.exp(-adaptive.rate * (share - adaptive.quantile))
+
+
+def shared_noise(noise_multiplier: float, quantile: float) -> tuple[float, AdaptiveClip]:
+    """One release of noise multiplier σ as a sum and a count: the sum's own σ_s, and how the clip adapts.
+
+    1/σ² = 1/σ_s² + 1/(2σ_b)²  (Andrew et al. 2021, theorem 1): the two are one Gaussian of a longer vector, so this
+    holds as well where both come from one Poisson sample. Two events, sampled apart, would say less than is spent.
+    """
+    adaptive = AdaptiveClip(quantile=quantile, count_noise=noise_multiplier / (2 * math.sqrt(COUNT_SHARE)))
+    return noise_multiplier / math.sqrt(1 - COUNT_SHARE), adaptive
 
 
 def central_events(

@@ -80,6 +80,19 @@ class CentralPlan:
         return self.noise_to_clip < math.sqrt(self.plan.schedule[-1].round)
 
     @property
+    def refusal(self) -> str:
+        """Why such a run is refused, and what would do; empty where it may train."""
+        if self.trains:
+            return ""
+        rounds = self.plan.schedule[-1].round
+        return (
+            f"this cannot train: over {rounds} rounds the noise would move the network by "
+            f"{self.noise_to_clip * math.sqrt(rounds):,.0f} clips, and learning by {rounds} at most. It takes "
+            f"about {self.sites_needed:,} hospitals, a smaller network, or noise at the "
+            "hospitals with the patient as the unit"
+        )
+
+    @property
     def sites_needed(self) -> int:
         """The number of hospitals from which the same noise multiplier would not drown the best case."""
         limit = math.sqrt(self.plan.schedule[-1].round)
@@ -182,7 +195,14 @@ def plan_training(
 
 
 def plan_central(
-    *, sites: int, epsilon: float, rounds: int, parameters: int, clip: float = 1.0, delta: float | None = None
+    *,
+    sites: int,
+    epsilon: float,
+    rounds: int,
+    parameters: int,
+    clip: float = 1.0,
+    delta: float | None = None,
+    noise_multiplier: float = 0.0,
 ) -> CentralPlan:
     """The least noise for differential privacy at the server, with the hospital as the unit.
 
@@ -195,6 +215,7 @@ def plan_central(
         parameters: d, trained values of the network.
         clip: C, the largest norm of a hospital's change.
         delta: None = `default_delta(sites)`.
+        noise_multiplier: σ, if it is given; 0 = the least that keeps the budget.
 
     Raises:
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
@@ -203,7 +224,9 @@ def plan_central(
     warnings = check_population(delta, sites, "hospitals")
     if rounds < 1 or parameters < 1 or not (math.isfinite(clip) and clip > 0):
         raise ConfigError("a plan has at least 1 round and 1 parameter, and a clip above 0")
-    sigma = noise_multiplier_for(epsilon=epsilon, delta=delta, sample_rate=1.0, steps=rounds, unit="site")
+    sigma = noise_multiplier or noise_multiplier_for(
+        epsilon=epsilon, delta=delta, sample_rate=1.0, steps=rounds, unit="site"
+    )
     event = PrivacyEvent(mechanism="gaussian", noise_multiplier=sigma, unit="site", release="update")
     plan = Plan(
         unit="site",

@@ -172,8 +172,8 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
     if task.patients < training.min_patients:
         yield "policy.training.min-patients", "the site has too few patients for its own policy"
     private = task.privacy.mode != "none"
-    if privacy.required and not private:
-        yield "policy.privacy.required", "the site takes part with differential privacy only"
+    if privacy.required and task.privacy.mode != "dp-sgd":  # under central the server would have to be trusted
+        yield "policy.privacy.required", "the site takes part with differential privacy of its own only"
     if privacy.required and task.privacy.noise == "insecure-test":
         yield "policy.privacy.required", 'the site refuses privacy.noise = "insecure-test"'
     if private and privacy.unit == "patient" and task.privacy.unit == "image":

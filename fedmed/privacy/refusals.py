@@ -36,6 +36,11 @@ def check_plan(events: Sequence[PrivacyEvent], patients: int, delta: float, priv
         rule = "policy.privacy.delta"
         text = f"δ = {delta:g} is no protection among {patients} patients: it must be below 1/N ({rule})"
         raise PolicyRefused(text, rule=rule, public=f"the site's δ is too large for its patients ({rule})")
+    return delta_warning(delta, patients)
+
+
+def delta_warning(delta: float, patients: int) -> str:
+    """What a site should know of a δ that is allowed for so many patients; "" if it is small enough."""
     return f"δ = {delta:g} is above 1/(10·{patients} patients)" if patients * delta * 10 > 1 else ""
 
 

@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
+ORDERS: tuple[float, ...] = (
+    *(1 + tenth / 10 for tenth in range(1, 100)),
+    *(float(order) for order in (*range(11, 64), 72, 80, 96, 128, 160, 192, 256, 384, 512, 1024)),
+)
 TAILS = 13.0  # standard deviations that the integrals reach beyond their outermost peaks: what is left out is 1e-38
 MOST_VALUES = 2**21  # of the integrand at one order: above, the order is left out, which only loosens the bound
 ROUNDING = 2e-14  # of the sums; added, so that a divergence is never too small

@@ -96,7 +96,9 @@ def _privacy(site: Site, run: RunFacts) -> str:
     if run.void_privacy:
         return "noise for tests: no ε can be claimed"
     total = f", {words.epsilon(spent.epsilon_total)} with earlier runs" if spent.epsilon_total is not None else ""
-    return f"ε = {words.epsilon(spent.epsilon)}{total}, δ = {spent.delta}, unit: {plain(spent.unit)}, add or remove one"
+    where = ", noise at the server" if run.privacy_mode == "central" else ""
+    said = f"ε = {words.epsilon(spent.epsilon)}{total}, δ = {spent.delta}, unit: {plain(spent.unit)}"
+    return f"{said}, add or remove one{where}"
 
 
 def _metrics(whose: str, metrics: Mapping[str, Estimate]) -> Iterator[str]:

@@ -26,7 +26,7 @@ SETTINGS = {  # what a reader asks of a training; nothing that names a file
         "weight-decay", "schedule", "loss", "class-weights", "sampling", "augment", "precision",
     ),
     "strategy": ("weight-by", "min-sites", "server-learning-rate", "server-momentum"),
-    "privacy": ("mode", "unit", "epsilon", "delta", "max-grad-norm", "images-per-patient", "noise"),
+    "privacy": ("mode", "unit", "epsilon", "delta", "max-grad-norm", "clipping", "images-per-patient", "noise"),
     "evaluate": ("keep", "selection-share", "site-share", "bootstrap"),
 }  # fmt: skip
 TROUBLES = ("update_refused", "site_failed")

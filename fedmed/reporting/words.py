@@ -172,6 +172,8 @@ def privacy_summary(run: RunFacts) -> str:
     if not known or run.void_privacy:
         return ""
     most = max(known, key=lambda spent: spent.epsilon or 0.0)
+    if run.privacy_mode == "central":
+        return f"Differential privacy, with noise at a server that is trusted: {privacy(most, run)}."
     return f"Differential privacy: at every site that reports it, at most {privacy(most, run)}."
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fedmed.config import RunConfig
@@ -20,12 +20,13 @@ from fedmed.privacy.accounting import spent
 from fedmed.privacy.balance import Charge
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
-from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.ledger import Ledger, Reservation
 from fedmed.privacy.noise import NoiseGenerator, noise_generator
 from fedmed.training.oversight import Permit
-from fedmed.training.private import Terms, Unit, terms_for, units_of
+from fedmed.training.private import Unit, units_of
 from fedmed.training.sampling import Rows
-from fedmed.types import PrivacyEvent, Scalar
+from fedmed.training.terms import CLIP, Terms, terms_for
+from fedmed.types import FloatVector, PrivacyEvent, Scalar
 
 ADJACENCY = "add or remove one patient"
 SCHEDULE = 0  # the round under which steps are reserved
@@ -42,6 +43,7 @@ class Account:
     units: Sequence[Unit]
     source: NoiseGenerator
     ledger: Ledger
+    warning: str = ""  # of the ledger, about the site's δ
 
     def facts(self) -> dict[str, Scalar]:
         """What the site says of its patients' budget after the round; all of it follows from public terms."""
@@ -58,6 +60,8 @@ class Account:
             "epsilon": _shown(own.epsilon) if self.source.secret else None,
             "epsilon_total": _shown(total.epsilon) if self.source.secret else None,
         }
+        if self.warning:
+            values["warning"] = self.warning
         if not self.source.secret:
             values["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'
         return {"privacy": json.dumps(values)}
@@ -79,6 +83,7 @@ def opened_account(
     cohort: Cohort,
     *,
     seed: int,
+    kept: Mapping[str, FloatVector],
 ) -> Account:
     """Reserve what a round will spend, before a gradient is computed.
 
@@ -91,6 +96,7 @@ def opened_account(
         rows: of its training patients.
         cohort: the same patients, as the ledger knows them.
         seed: of noise that is for tests alone.
+        kept: of earlier rounds, at the site; the bound that adaptive clipping came to is among it.
 
     Raises:
         BudgetExhausted: some patient would exceed the budget.
@@ -112,7 +118,9 @@ def opened_account(
         )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
-    _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    mark = _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    if CLIP in kept:
+        terms = replace(terms, max_grad_norm=float(kept[CLIP][0]))
     return Account(
         run=run,
         round=round,
@@ -121,11 +129,15 @@ def opened_account(
         units=units,
         source=noise_generator(privacy.noise, seed=seed),
         ledger=permit.ledger,
+        warning=mark.warning,
     )
 
 
-def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> None:
+def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> Reservation:
     """Charge the whole schedule before the first round, mark every round, and charge what goes beyond the schedule.
+
+    Returns:
+        The round's mark.
 
     A mark is written before the steps are counted, so that two processes can never share the last steps of a plan.
     """
@@ -138,6 +150,7 @@ def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort,
     used = terms.steps * sum(not charge.events for number, charge in charges.items() if number <= mark.sequence)
     if used > planned:
         ledger.reserve(run, SCHEDULE, [terms.event(steps=used - planned)], cohort)
+    return mark
 
 
 def _shown(epsilon: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
@@ -24,6 +24,7 @@ from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows, batches, batches_in_a_pass
 from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.unfinished import Unfinished
+from fedmed.types import FloatVector
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 Batch = tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ class Trained:
 
     loss: float  # mean loss over the steps
     steps: int
+    kept: Mapping[str, FloatVector] = field(default_factory=dict)  # what the site keeps of it for its next round
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,11 @@ from fedmed.types import Task, Update
 
 Keeper = TypeVar("Keeper")
 UNLIMITED = 1e4  # an ε that nobody reaches
+NOISE = {
+    "none": "no noise: no differential privacy",
+    "dp-sgd": "clipped and noised (differential privacy)",
+    "central": "no noise here: the server clips and noises (differential privacy of the whole hospital)",
+}
 OPEN_LEDGERS = 32  # per process; a worker stands for many virtual hospitals
 
 
@@ -58,7 +63,7 @@ class Permit:
     keys: SiteKeys
     ledger: Ledger
     epsilon_before: float
-    private: bool  # whether what the task trains leaves under noise
+    private: Literal["none", "dp-sgd", "central"]  # where noise is added to what the task trains
 
 
 def permitted(
@@ -120,7 +125,7 @@ def permitted(
         keys=keys,
         ledger=ledger,
         epsilon_before=bound,
-        private=config.privacy.mode == "dp-sgd",
+        private=config.privacy.mode,
     )
 
 
@@ -149,11 +154,11 @@ def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -
     return cast(Keeper, keeper)
 
 
-def form_of(permit: Permit | None, site: Form | Literal["exact"]) -> Form | Literal["exact"]:
+def form_of(permit: Permit | None, site: Form | Literal["exact"], config: RunConfig) -> Form | Literal["exact"]:
     """In which form evaluations may leave: the stricter of site and policy; none under DP."""
-    if permit is None:
-        return site
-    return "none" if site == "none" or permit.private else permit.terms.metrics
+    if config.privacy.mode != "none":
+        return "none"
+    return site if permit is None or site == "none" else permit.terms.metrics
 
 
 def released(update: Update, permit: Permit | None) -> Update:
@@ -231,10 +236,7 @@ def _controls(permit: Permit, update: Update) -> Sequence[str]:
     terms = permit.terms
     said = ["no metrics" if not update.metrics else f"metrics as {terms.metrics}s"]
     said += [] if terms.training_loss else ["training loss withheld"]
-    return [
-        *said,
-        "clipped and noised (differential privacy)" if permit.private else "no noise: no differential privacy",
-    ]
+    return [*said, NOISE[permit.private]]
 
 
 def _digest(text: str) -> str:

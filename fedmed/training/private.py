@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 
 import numpy as np
 import torch
@@ -27,69 +26,14 @@ from torch import Tensor
 
 from fedmed.config import PrivacyConfig, TrainConfig
 from fedmed.imaging.dataset import Dataset
+from fedmed.privacy.central import following_clip
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows
-from fedmed.types import PrivacyEvent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """On what terms a site's gradients leave it. All of it is public."""
-
-    unit: str  # "patient" or "image": whose gradient is clipped
-    units: int  # N: how many of them the site trains on, public by the site's word
-    expected_batch: float  # q·N
-    steps: int  # in a round
-    noise_multiplier: float  # σ
-    max_grad_norm: float  # C
-    images_per_patient: int  # k
-    augmentations: int
-    physical_batch: int  # images in memory at once
-
-    @property
-    def sample_rate(self) -> float:
-        """The chance of a unit to take part in a step, q."""
-        return self.expected_batch / self.units
-
-    def event(self, *, steps: int, cohort: str = "") -> PrivacyEvent:
-        """What `steps` steps on these terms release."""
-        return PrivacyEvent(
-            mechanism="sampled-gaussian",
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=self.sample_rate,
-            steps=steps,
-            unit="patient" if self.unit == "patient" else "image",
-            images_per_patient=self.images_per_patient,
-            release="gradients",
-            cohort=cohort,
-        )
-
-
-def terms_for(privacy: PrivacyConfig, train: TrainConfig, *, units: int, noise_multiplier: float) -> Terms:
-    """The terms of a round.
-
-    Args:
-        privacy: unit, clip, caps.
-        train: `batch-size` is the expected number of units in a step; `local-steps`, or `local-epochs` of N / batch.
-        units: patients (or images) that the site trains on.
-        noise_multiplier: σ.
-    """
-    batch = min(train.batch_size * train.accumulate, units)
-    return Terms(
-        unit=privacy.unit,
-        units=units,
-        expected_batch=batch,
-        steps=train.local_steps or train.local_epochs * ceil(units / batch),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        images_per_patient=privacy.images_per_patient,
-        augmentations=privacy.augmentations,
-        physical_batch=privacy.physical_batch_size,
-    )
+from fedmed.training.terms import CLIP, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +119,7 @@ class SecretNoiseOptimizer(ClippedSumOptimizer):
         """Opacus wants an optimizer to wrap; this one never makes a step, and the round's own one does."""
         super().__init__(
             torch.optim.SGD(parameters),
-            noise_multiplier=terms.noise_multiplier,
+            noise_multiplier=terms.gradient_noise,
             max_grad_norm=terms.max_grad_norm,
             expected_batch_size=terms.expected_batch,
         )
@@ -203,8 +147,10 @@ class PrivateGradient:
         Raises:
             ModelError: a layer of the network couples images or cannot be clipped.
         """
-        self.network, self.loss = network, one_by_one(loss)
-        self.clipper = GradientClipper(network.module, max_norm=terms.max_grad_norm, precision=config.precision)
+        self.network, self.loss, self.terms = network, one_by_one(loss), terms
+        self.clip = terms.max_grad_norm  # C, of the coming step
+        bounds = terms.bounds(network.module)
+        self.clipper = GradientClipper(network.module, max_norm=bounds, precision=config.precision)
         self.noised = SecretNoiseOptimizer(network.parameters, terms, source)
 
     def __call__(self, group: Iterable[tuple[Physical, Tensor, Tensor]]) -> Tensor:
@@ -213,6 +159,7 @@ class PrivateGradient:
         for parameter in self.network.parameters:
             parameter.grad = torch.zeros_like(parameter)  # of nobody, if nobody was drawn
         losses = [torch.zeros(0, device=device)]
+        balance = 0.0  # Σ ±½ over the sampled units: + for a gradient that came through as it was
         for part, images, targets in group:
             clipped = self.clipper.accumulate_(
                 self.loss,
@@ -222,8 +169,21 @@ class PrivateGradient:
                 torch.from_numpy(part.weights).to(device),
             )
             losses.append(clipped.losses.detach())
+            if self.terms.adaptive:
+                balance += float((clipped.norms <= self.clip).sum()) - len(clipped.norms) / 2
         self.noised.pre_step()
+        self._follow(balance)
         return torch.cat(losses).sum() / max(sum(map(len, losses)), 1)
+
+    def _follow(self, balance: float) -> None:
+        """Move the clip by the noised count of a step's sample (Andrew et al. 2021, arXiv:1905.03871, section 3.1)."""
+        adaptive, batch = self.terms.adaptive, self.terms.expected_batch
+        if adaptive is None:
+            return
+        self.clip = following_clip(
+            self.clip, balance=balance, expected=batch, adaptive=adaptive, generator=self.noised.source
+        )
+        self.clipper.max_norm = self.noised.max_grad_norm = self.clip
 
 
 def train_privately_(
@@ -265,7 +225,8 @@ def train_privately_(
             group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)
             training.step_(partial(gradient_, group))
             training.over(at_end_of_pass=False)
-    return training.result_()
+    kept = {CLIP: np.array([gradient_.clip], np.float32)} if terms.adaptive else {}
+    return replace(training.result_(), kept=kept)
 
 
 def _batch(data: Dataset, part: Physical, config: TrainConfig, seed: tuple[int, int]) -> Batch:

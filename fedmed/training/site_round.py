@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -38,7 +38,7 @@ from fedmed.training.own_patients import OwnPatients, become_personal_, site_gen
 from fedmed.training.sampling import Rows
 from fedmed.training.site_cohort import cohort_of_patients, patients_of
 from fedmed.training.site_state import SiteState, resume_reach
-from fedmed.training.unfinished import Unfinished
+from fedmed.training.unfinished import unfinished
 from fedmed.types import FloatVector, Scalar, Sums, Task, Update
 
 if TYPE_CHECKING:
@@ -91,15 +91,15 @@ def train_round(task: Task, site: Site) -> Update:
     """
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
-    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
+    form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
-    saves = {part: _unfinished(task, site, config, part) for part in ("round", "personal")}
-    account = _account(task, site, permit, own) if config.privacy.mode == "dp-sgd" else None
+    saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
+    account = _account(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
         given = Circumstances(
@@ -124,20 +124,23 @@ def train_round(task: Task, site: Site) -> Update:
         held_out_loss=partial(own.held_out_loss, form=form),
     )
     outcome = local_algorithm(config.strategy)(visit)
-    if state is not None and outcome.kept:
-        state.keep(task.round, outcome.kept, reach=resume_reach(config.strategy.checkpoint_every))
+    to_keep = {**outcome.kept, **outcome.trained.kept}
+    if state is not None and to_keep:
+        state.keep(task.round, to_keep, reach=resume_reach(config.strategy.checkpoint_every))
     for saved in saves.values():
         if saved is not None:
             saved.clear()
     patients = len({data.patients[row] for row in own.rows})
+    mode = config.privacy.mode  # how many images its patients have is not for others to know, if it is not "none"
     facts: dict[str, Scalar] = {
         "patients": patients,
-        "steps": outcome.trained.steps,
-        **({"loss": outcome.trained.loss} if account is None else account.facts()),
+        **({} if mode == "central" else {"steps": outcome.trained.steps}),  # in a pass they tell how many images
+        **({"loss": outcome.trained.loss} if mode == "none" else {}),
+        **({} if account is None else account.facts()),
         **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    count = len(own.rows) if account is None else patients  # how many images they have is not for others to know
+    count = len(own.rows) if mode == "none" else patients
     return released(_update(network, count, metrics, facts, outcome), permit)
 
 
@@ -154,8 +157,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
-    form = form_of(permit, site.metrics)
     config, data, network = _prepared(task, site)
+    form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
@@ -178,7 +181,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, data = settings_from(task.settings), site_data(site, task.settings)
     permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, data, kind="card")
-    patients, private = len(set(data.patients)), config.privacy.mode == "dp-sgd"
+    patients, private = len(set(data.patients)), config.privacy.mode != "none"
     return {
         "site": site.name,
         "patients": patients,
@@ -251,8 +254,8 @@ def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task:
 
 
 def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
-    """What the site kept of this run, where its algorithm keeps anything."""
-    if not needs_folder(config.strategy):
+    """What the site kept of this run, where its algorithm or its clipping keeps anything."""
+    if not (needs_folder(config.strategy) or config.privacy.adapts_at_sites):
         return None
     return SiteState.of(site.state_dir, run=config.name, settings=task.settings, layout=task.layout)
 
@@ -262,7 +265,9 @@ def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kep
         network.load_(with_own_norms(network, task.weights, kept))
 
 
-def _account(task: Task, site: Site, given: Permit | None, own: OwnPatients) -> Account:
+def _account(
+    task: Task, site: Site, given: Permit | None, own: OwnPatients, kept: Mapping[str, FloatVector]
+) -> Account:
     """What the round will cost the patients, reserved."""
     from fedmed.training.account import opened_account  # heavy: opacus
 
@@ -270,25 +275,12 @@ def _account(task: Task, site: Site, given: Permit | None, own: OwnPatients) -> 
     manifest = None if site.dataset else site.manifest
     cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
     seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
-    return opened_account(own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed)
-
-
-def _unfinished(task: Task, site: Site, config: RunConfig, part: str) -> Unfinished | None:
-    """Where a long round is saved: known again by its settings, its number and the very weights that it began with.
-
-    What the site itself kept need not be told apart: in a round of this number it is always the same.
-    """
-    if site.state_dir is None or config.train.save_every_s == 0:
-        return None
-
-    def identity() -> str:
-        digest = hashlib.sha256(f"{task.settings}/{task.round}/{task.layout}/{task.learning_rate_factor}/".encode())
-        for vector in (task.weights.parameters, task.weights.buffers, *task.vectors.values()):
-            digest.update(np.ascontiguousarray(vector).data)
-        return digest.hexdigest()
-
-    path = site.state_dir / f"unfinished-{part}.safetensors"
-    return Unfinished(path=path, identify=identity, every_s=config.train.save_every_s)
+    account = opened_account(
+        own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed, kept=kept
+    )
+    if account.warning and not site.virtual:
+        print(f"warning: {account.warning}", file=sys.stderr, flush=True)  # the site's own log
+    return account
 
 
 def _update(

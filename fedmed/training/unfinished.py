@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmed.config import TrainConfig
 from fedmed.errors import DataError
+from fedmed.types import Task
 
 
 @dataclass(kw_only=True)
@@ -73,3 +77,26 @@ class Unfinished:
     def clear(self) -> None:
         """Forget the state: the round is over."""
         self.path.unlink(missing_ok=True)
+
+
+def unfinished(task: Task, folder: Path | None, train: TrainConfig, part: str) -> Unfinished | None:
+    """Where a long round is saved: known again by its settings, its number and the very weights that it began with.
+
+    What the site itself kept need not be told apart: in a round of this number it is always the same.
+
+    Args:
+        task: of the round.
+        folder: of the site's state; None = it keeps nothing.
+        train: how often to save.
+        part: of the round, as several networks may be trained in it.
+    """
+    if folder is None or train.save_every_s == 0:
+        return None
+
+    def identity() -> str:
+        digest = hashlib.sha256(f"{task.settings}/{task.round}/{task.layout}/{task.learning_rate_factor}/".encode())
+        for vector in (task.weights.parameters, task.weights.buffers, *task.vectors.values()):
+            digest.update(np.ascontiguousarray(vector).data)
+        return digest.hexdigest()
+
+    return Unfinished(path=folder / f"unfinished-{part}.safetensors", identify=identity, every_s=train.save_every_s)

@@ -10,6 +10,7 @@ from fedmed.federated.combiners.geometric_median import GEOMETRIC_MEDIAN
 from fedmed.federated.combiners.krum import KRUM, MULTI_KRUM
 from fedmed.federated.combiners.mean import Mean
 from fedmed.federated.combiners.median import MEDIAN
+from fedmed.federated.combiners.noised_sum import NoisedSum
 from fedmed.federated.combiners.rule import Rule, too_few
 from fedmed.federated.combiners.trimmed_mean import TRIMMED_MEAN
 
@@ -28,6 +29,8 @@ __all__ = ["RULES", "Combiner", "Terms", "combiner", "too_few_sites"]
 
 def combiner(terms: Terms) -> Combiner:
     """What combines the updates of one round."""
+    if terms.noise is not None:
+        return NoisedSum(terms)
     rule = RULES[terms.strategy.combine]
     return Mean(terms) if rule is None and not terms.step.weighs else Gathered(terms, rule)
 

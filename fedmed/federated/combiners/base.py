@@ -12,6 +12,7 @@ import numpy as np
 from fedmed.config import StrategyConfig
 from fedmed.errors import UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution, chunks
+from fedmed.federated.central import ServerNoise
 from fedmed.federated.strategies.base import ServerStep, State
 from fedmed.types import FloatVector, Layout, Update, Weights
 
@@ -26,6 +27,8 @@ class Terms:
     state: State
     strategy: StrategyConfig
     known: int  # sites of the federation, whether they answer or not
+    round: int = 0
+    noise: ServerNoise | None = None  # of a run with central privacy
     folder: Path | None = None  # where updates wait on disk if a rule must see them side by side; None = the system's
 
 

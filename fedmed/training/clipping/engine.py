@@ -209,6 +209,20 @@ class GradientClipper:
             )
 
 
+def layers_of(module: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of a network's trained parameters, one for each layer: groups to be clipped apart.
+
+    A layer inside one that has parameters of its own belongs to that one, so that no parameter is in two groups.
+    """
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    beginnings = sorted({name[: name.rfind(".") + 1] or name for name in names}, key=len)
+    outermost: list[str] = []
+    for beginning in beginnings:
+        if not beginning.startswith(tuple(outermost)):
+            outermost.append(beginning)
+    return tuple(outermost)
+
+
 def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that own trainable parameters, each once."""
     if module in seen:
