@@ -100,7 +100,7 @@ ENUMERATED: dict[str, frozenset[str]] = {  # the standard's own words, which dec
     "PresentationLUTShape": frozenset({"IDENTITY", "INVERSE", "LIN OD"}),
     "VOILUTFunction": frozenset({"LINEAR", "LINEAR_EXACT", "SIGMOID"}),
     "PixelIntensityRelationship": frozenset({"LIN", "LOG", "DISP"}),
-    "RescaleType": frozenset({"OD", "HU", "HU_MOD", "US", "MGML", "Z_EFF", "ED", "EDW", "PCT", "SUV", "BQML"}),
+    "RescaleType": frozenset({"OD", "HU", "HU_MOD", "US", "MGML", "Z_EFF", "ED", "EDW", "PCT"}),
     "SegmentationType": frozenset({"BINARY", "FRACTIONAL", "LABELMAP"}),
     "SegmentationFractionalType": frozenset({"PROBABILITY", "OCCUPANCY"}),
     "ContourGeometricType": frozenset(

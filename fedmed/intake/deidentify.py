@@ -19,20 +19,22 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
+from fedmed.errors import UnreadableImage
 from fedmed.intake.allowed import ALLOWED, ENUMERATED, SCHEMES
 from fedmed.intake.pixels import cleaned_pixels_
 from fedmed.intake.pseudonyms import Pseudonyms, registered
 
 OLDEST = 90  # years: every greater age is written so (PS3.15 leaves it to the site; 45 CFR 164.514(b)(2)(i)(C))
+OWN_UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")  # Type 1
 METHODS = {  # PS3.16 CID 7050
     "113100": "Basic Application Confidentiality Profile",
     "113107": "Retain Longitudinal Temporal Information Modified Dates Option",
     "113108": "Retain Patient Characteristics Option",
 }
 IDENTIFIERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "AdmissionID", "PatientBirthDate", "StudyID")
-PLACES = ("InstitutionName", "StationName", "DeviceSerialNumber")
 EMPTY = (
     "StudyTime",
     "ReferringPhysicianName",
@@ -57,7 +59,7 @@ class _Rules:
 
     pseudonyms: Pseudonyms
     back: timedelta
-    words: frozenset[str]  # of the people, numbers and places that the object names, see `_folded`
+    words: frozenset[str]  # of the people and numbers that the object names, see `_folded`
 
 
 def deidentified(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
@@ -72,8 +74,12 @@ def deidentified(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
         pseudonyms: of the site.
 
     Raises:
+        UnreadableImage: it lacks a UID of its own, of its series or of its study, or its pixels are not what it says.
         Exception: whatever pydicom raises where values cannot be read; see `plain_errors`.
     """
+    for keyword in OWN_UIDS:
+        if not dataset.get(keyword):
+            raise UnreadableImage(f"header lacks {keyword}")
     patient = str(dataset.get("PatientID") or "")
     rules = _Rules(
         pseudonyms=pseudonyms,
@@ -100,11 +106,14 @@ def deidentified(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
 def _kept(dataset: Dataset, rules: _Rules) -> Dataset:
     """What may stay of an object or of an item of a sequence."""
     kept = Dataset()
-    kept.set_original_encoding(*dataset.original_encoding, "utf8")
+    implicit, little = dataset.original_encoding
+    kept.set_original_encoding(implicit, little, "utf8")
     for tag in sorted(dataset.keys()):  # an element is parsed when it is asked for: what goes never is
         if tag.is_private or keyword_for_tag(tag) not in ALLOWED:
             continue
-        element = dataset[tag]
+        element = _read(dataset, tag)
+        if element is None:
+            continue
         if element.VR == "SQ":
             items = [_kept(item, rules) for item in element.value if _is_standard(item)]
             kept.add(DataElement(tag, "SQ", Sequence(items)))
@@ -113,6 +122,14 @@ def _kept(dataset: Dataset, rules: _Rules) -> Dataset:
         if element.value is not None and None not in (changed := [_value(element, one, rules) for one in values]):
             kept.add(DataElement(tag, element.VR, changed if len(changed) != 1 else changed[0]))
     return kept
+
+
+def _read(dataset: Dataset, tag: BaseTag) -> DataElement | None:
+    """An element, None if its value is not what its VR says: then nothing can be said of it, and it goes."""
+    try:
+        return dataset[tag]
+    except (ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError):
+        return None
 
 
 def _value(element: DataElement, value: Any, rules: _Rules) -> Any:
@@ -143,7 +160,7 @@ def _value(element: DataElement, value: Any, rules: _Rules) -> Any:
 def _word(keyword: str, text: str, words: frozenset[str]) -> str:
     """A short text, emptied where it may be more than its keyword asks for."""
     if keyword in ENUMERATED:
-        return text if text in ENUMERATED[keyword] else ""
+        return text if not text or text in ENUMERATED[keyword] else "OTHER"  # which is refused where "" would pass
     if keyword == "CodeMeaning":
         return "see the code"
     form = REGION if keyword in ("SegmentLabel", "ROIName", "Manufacturer", "ManufacturerModelName") else CODE
@@ -156,21 +173,19 @@ def _word(keyword: str, text: str, words: frozenset[str]) -> str:
 
 
 def _words(dataset: Dataset) -> Iterator[str]:
-    """Everything that names a person, a number of the patient or a place, anywhere in the object."""
+    """Everything that names a person or a number of the patient, anywhere in the object."""
     for tag in list(dataset.keys()):
         if tag.is_private:
             continue
         vr, keyword = dictionary_VR(tag) if dictionary_has_tag(tag) else "", keyword_for_tag(tag)
         if vr == "SQ":
-            for item in dataset[tag].value:
+            element = _read(dataset, tag)
+            for item in element.value if element is not None and element.VR == "SQ" else ():
                 yield from _words(item)
-        elif vr == "PN":
-            names = re.split(r"[^\w]+", str(dataset[tag].value))
-            yield from (word for name in names if len(word := _folded(name)) >= SHORTEST_WORD)
-        elif keyword in (*IDENTIFIERS, *PLACES):
-            value = dataset[tag].value
-            for one in value if isinstance(value, MultiValue | list) else [value]:
-                if len(word := _folded(str(one or ""))) >= SHORTEST_WORD:
+        elif (vr == "PN" or keyword in IDENTIFIERS) and (element := _read(dataset, tag)) is not None:
+            separators = r"\W+|_" if vr == "PN" else r"\\"
+            for part in re.split(separators, str(element.value)):
+                if len(word := _folded(part)) >= SHORTEST_WORD:
                     yield word
 
 
@@ -230,8 +245,7 @@ def _code(value: str, meaning: str) -> Dataset:
 def _file_meta(dataset: Dataset, kept: Dataset) -> FileMetaDataset:
     """Of the source only its transfer syntax: the rest says which machines sent it."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = kept.get("SOPClassUID", "")
-    meta.MediaStorageSOPInstanceUID = kept.get("SOPInstanceUID", "")
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kept.SOPClassUID, kept.SOPInstanceUID
     meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
     meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return meta

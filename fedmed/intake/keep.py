@@ -12,12 +12,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.kinds import kind_of
+from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake.deidentify import deidentified
@@ -64,7 +64,7 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms) -> Kept:
         DataError: the folder cannot be written.
     """
     with plain_errors():
-        dataset = source if isinstance(source, Dataset) else pydicom.dcmread(source)
+        dataset = source if isinstance(source, Dataset) else open_dicom(source)
         kind = kind_of(dataset)
         is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
         if not is_mask and (kind.refusal and kind.modality != "capture"):
@@ -115,7 +115,7 @@ def _pixel_reason(path: Path) -> str | None:
 
 def _written(clean: Dataset, path: Path) -> Path:
     """The object in a file that only its owner reads, on disk when this returns."""
-    _make(path.parent)
+    make_private(path.parent)
     buffer = io.BytesIO()
     with plain_errors():
         clean.save_as(buffer, enforce_file_format=True)
@@ -128,11 +128,11 @@ def _written(clean: Dataset, path: Path) -> Path:
 
 def _moved(source: Path, target: Path) -> None:
     """All of the file or none of it."""
-    _make(target.parent)
+    make_private(target.parent)
     source.replace(target)
 
 
-def _make(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """A folder and those above it that are missing, for the owner alone (`parents=True` would open those above)."""
     for one in (*reversed(folder.parents), folder):
         if not one.exists():

@@ -31,10 +31,10 @@ def cleaned_pixels_(dataset: Dataset) -> None:
     if claims.syntax.is_encapsulated:
         _clean_frames_(dataset, claims)
         return
-    data = bytes(dataset.PixelData)[: claims.stored_bytes]
-    if claims.allocated in (8, 16, 32) and claims.stored < claims.allocated:
+    data = bytes(dataset.PixelData)[: claims.stored_bytes + claims.stored_bytes % 2]
+    if claims.allocated in (16, 32) and claims.stored < claims.allocated:
         data = _without_unused_bits(data, claims)
-    dataset.PixelData = data + b"\0" * (len(data) % 2)
+    dataset.PixelData = data
 
 
 def _without_unused_bits(data: bytes, claims: Declared) -> bytes:
@@ -47,7 +47,7 @@ def _without_unused_bits(data: bytes, claims: Declared) -> bytes:
     above, below = claims.allocated - 1 - claims.high, claims.high + 1 - claims.stored
     with np.errstate(all="ignore"):
         clean = np.right_shift(np.left_shift(cells, above), above + below)
-    return np.left_shift(clean, below).astype(kind).tobytes()
+    return bytes(np.left_shift(clean, below).astype(kind))
 
 
 def _clean_frames_(dataset: Dataset, claims: Declared) -> None:

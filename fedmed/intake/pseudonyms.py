@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass
 
 from pydicom.uid import UID
 
 from fedmed.privacy.keys import SiteKeys
 
+STANDARD = re.compile(r"1\.2\.840\.10008(\.\d{1,3}){1,8}")
 YEAR = 364  # days back at most: more would move a study into another year's equipment and another age
 
 
@@ -45,8 +47,11 @@ class Pseudonyms:
 
 
 def registered(uid: str) -> bool:
-    """Whether a UID is one of the standard's own (PS3.6 A), which says what something is and not whose."""
-    return UID(uid).name != uid
+    """Whether a UID is one of the standard's own (PS3.6 A), which says what something is and not whose.
+
+    Those of its last editions are known by their root, and by being as short as all others are.
+    """
+    return UID(uid).name != uid or STANDARD.fullmatch(uid) is not None
 
 
 def _plain(text: str) -> str:
