@@ -15,20 +15,24 @@ ROOMS: dict[str, set[str]] = {
     "models": GROUND,
     "metrics": GROUND,
     "privacy": GROUND,
+    "intake": GROUND | {"imaging", "privacy"},
     "training": GROUND | {"imaging", "models", "metrics", "privacy"},
     "federated": GROUND | {"imaging", "models", "metrics", "privacy", "training"},
     "reporting": GROUND | {"metrics"},
-    "experiments": GROUND | {"imaging", "models", "metrics", "privacy", "training", "federated"},
-    "deployment": GROUND | {"imaging", "models", "metrics", "privacy", "training", "federated"},
+    "experiments": GROUND | {"imaging", "models", "metrics", "privacy", "training", "federated", "intake"},
+    "deployment": GROUND | {"imaging", "models", "metrics", "privacy", "training", "federated", "intake"},
     "cli": GROUND
-    | {"imaging", "models", "metrics", "privacy", "training", "federated", "reporting", "experiments", "deployment"},
+    | {"imaging", "models", "metrics", "privacy", "training", "federated", "reporting", "experiments", "deployment"}
+    | {"intake"},
 }
 OUTSIDE: dict[str, set[str]] = {  # packages that only some rooms may import
     "flwr": {"federated", "deployment", "cli"},
     "ray": {"federated"},
     "opacus": {"training", "privacy"},
     "dp_accounting": {"privacy"},
-    "pydicom": {"imaging"},
+    "pydicom": {"imaging", "intake"},
+    "pynetdicom": {"intake"},
+    "dicomweb_client": {"intake"},
     "nibabel": {"imaging"},
     "highdicom": {"imaging"},
     "plotly": {"reporting"},

@@ -67,3 +67,42 @@ def cache(
     from fedmed.cli.cache import show_cache
 
     show_cache(folder, keep_gib=0.0 if clear else keep, verify=verify, as_json=as_json)
+
+
+@app.command("pull")
+def pull(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where images, quarantine and pulled.csv go")],
+    dicomweb: Annotated[str, typer.Option(metavar="URL", help="of the archive's DICOMweb service")] = "",
+    ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="certificate of the authority that signed the archive's")
+    ] = None,
+    pacs: Annotated[str, typer.Option(metavar="HOST:PORT", help="of an archive without DICOMweb")] = "",
+    called: Annotated[str, typer.Option(metavar="AET", help="its AE title")] = "",
+    calling: Annotated[str, typer.Option(metavar="AET", help="the AE title under which it knows this machine")] = "",
+    query: Annotated[
+        str, typer.Option(help="modality=DX,CR date=20240101-20241231 body-part=CHEST description=words")
+    ] = "",
+    table: Annotated[
+        Path | None, typer.Option("--list", metavar="CSV", help="with a column accession or patient: only these")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0, metavar="MB/S", help="megabytes a second at most; 0 = no limit")] = 0.0,
+    site: Annotated[
+        Path | None, typer.Option(metavar="SITE", help="the site's folder or site.toml, for its keys")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the site's keys; made if they are not there")
+    ] = None,
+) -> None:
+    """Pull images from the hospital's archive, de-identified on the way; what may show a name goes into quarantine.
+
+    The same command goes on where it was interrupted. Passwords: FEDMED_PACS_USER and FEDMED_PACS_PASSWORD, or
+    FEDMED_PACS_TOKEN, or ~/.netrc.
+
+    Example: fedmed data pull --dicomweb https://pacs/dicom-web --query "modality=DX" --site north --out chest
+    """
+    from fedmed.cli.pull import pull_images
+
+    pull_images(
+        out, dicomweb=dicomweb, ca=ca, pacs=pacs, called=called, calling=calling, query=query, table=table, rate=rate,
+        site=site, keys=keys,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""What `fedmed data pull` does and prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fedmed.cli.display import bar
+from fedmed.errors import ConfigError, RunFailed
+from fedmed.federated.site_config import read_site_config
+from fedmed.intake.archive import Archive
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.pull import pull
+from fedmed.intake.query import parse_query
+from fedmed.privacy.keys import make_keys, read_keys
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def pull_images(
+    out: Path,
+    *,
+    dicomweb: str,
+    ca: Path | None,
+    pacs: str,
+    called: str,
+    calling: str,
+    query: str,
+    table: Path | None,
+    rate: float,
+    site: Path | None,
+    keys: Path | None,
+) -> None:
+    """Pull, and say in one line what came.
+
+    Raises:
+        ConfigError: the options contradict each other.
+        DataError: the archive refuses, is gone, or has nothing that meets the query.
+        RunFailed: some series did not come in full.
+    """
+    if bool(dicomweb) == bool(pacs):
+        raise ConfigError("give either --dicomweb URL or --pacs HOST:PORT")
+    wanted = parse_query(query, table)
+    archive = _web(dicomweb, ca) if dicomweb else _dimse(pacs, called, calling)
+    pseudonyms = site_pseudonyms(site, keys)
+    with bar("pulling series") as progress:
+        pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress)
+    print(pulled)
+    if pulled.failed:
+        raise RunFailed(f"{pulled.failed} series did not come in full; the same command asks for what is missing")
+
+
+def site_pseudonyms(site: Path | None, keys: Path | None) -> Pseudonyms:
+    """Pseudonyms under a site's keys, which are made where the folder for them is missing.
+
+    Args:
+        site: a site.toml, or the folder that holds it.
+        keys: the folder of the keys instead.
+
+    Raises:
+        ConfigError: neither or both are given, or the site.toml is wrong.
+        LedgerUnusable: a key is damaged, others may read it, or it cannot be written.
+    """
+    if site is not None and keys is None:
+        file = site / "site.toml" if site.is_dir() else site
+        keys = file.parent / read_site_config(file).keys_dir
+    elif site is not None or keys is None:
+        raise ConfigError("pseudonyms need the site's key: give --site SITE, or --keys DIR where there is no site.toml")
+    return Pseudonyms(keys=read_keys(keys) if keys.exists() else make_keys(keys))
+
+
+def _web(url: str, ca: Path | None) -> Archive:
+    from fedmed.intake.dicomweb import DicomWeb  # heavy
+
+    parts = urlsplit(url)
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        print("warning: over http, the password and the images can be read on the way; use https", file=sys.stderr)
+    return DicomWeb(url, ca=ca)
+
+
+def _dimse(address: str, called: str, calling: str) -> Archive:
+    from fedmed.intake.dimse import Dimse  # heavy
+
+    return Dimse(address, called=called, calling=calling)

@@ -1,0 +1,205 @@
+"""An archive that speaks DICOMweb (PS3.18): searched by QIDO-RS, page by page, and read by WADO-RS.
+
+A password or token comes from the environment or from ~/.netrc, never from the command line, and stands in no message.
+Proxies are those of the environment (HTTPS_PROXY, NO_PROXY).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from dicomweb_client.web import DICOMwebClient
+from pydicom.dataset import Dataset
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase, HTTPBasicAuth
+
+from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
+from fedmed.intake.archive import Interrupted
+from fedmed.intake.query import Query, Series, questions
+
+PAGE = 200  # studies or series asked for at once
+TIMEOUT_S = (10.0, 60.0)  # until connected; between two bytes
+LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # beside 5xx: worth asking again
+ENDED = {  # what a status says, where asking again does not help
+    401: "refuses the user name and password, or the token: set FEDMED_PACS_USER and FEDMED_PACS_PASSWORD, "
+    "FEDMED_PACS_TOKEN, or a line in ~/.netrc (401)",
+    403: "does not allow this user to search or read (403)",
+    404: "has no DICOMweb service at this address (404)",
+    407: "cannot be reached: the proxy wants a user name and password, in HTTPS_PROXY (407)",
+}
+AS_STORED = (("application/dicom", "*"),)  # transfer syntax
+STUDY_FIELDS = ["StudyDescription"]
+SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined"]
+
+Answer = dict[str, dict[str, Any]]  # DICOM JSON: tag to VR and Value
+
+for _name in ("dicomweb_client", "urllib3"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)  # their log records hold UIDs and queries
+
+
+class DicomWeb:
+    """An archive behind a URL."""
+
+    def __init__(self, url: str, *, ca: Path | None = None) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            url: of the DICOMweb service, such as https://pacs/dicom-web.
+            ca: certificates of the authority that signed the archive's; None = those of the system.
+
+        Raises:
+            ConfigError: the URL is none, or holds a password.
+        """
+        parts = urlsplit(url)
+        if parts.username or parts.password:
+            raise ConfigError("--dicomweb: a password on the command line is seen by everybody on this machine; "
+                              "set FEDMED_PACS_USER and FEDMED_PACS_PASSWORD")  # fmt: skip
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError("--dicomweb: expected a URL such as https://pacs.hospital/dicom-web")
+        if ca and not ca.is_file():
+            raise ConfigError(f"--ca {ca}: no such file")
+        session = requests.Session()
+        session.auth = _credentials()
+        session.mount("https://", _Trusting(ca))
+        self._client = DICOMwebClient(url.rstrip("/"), session=session, timeout=TIMEOUT_S, permissive_uid=True)
+        self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
+
+    def find(self, query: Query) -> Iterator[Series]:
+        """The series of all studies that the archive finds, each study once."""
+        seen: set[str] = set()
+        for question in questions(query):
+            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question):
+                uid = _text(study, "0020000D")
+                if not uid or uid in seen:
+                    continue
+                seen.add(uid)
+                for series in self._pages(self._client.search_for_series, SERIES_FIELDS, {}, study_instance_uid=uid):
+                    yield Series(
+                        study=uid,
+                        series=_text(series, "0020000E"),
+                        modality=_text(series, "00080060").upper(),
+                        body_part=_text(series, "00180015").upper() if "00180015" in series else None,
+                        description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
+                    )
+
+    def objects(self, series: Series) -> list[str]:
+        """The SOP Instance UIDs of a series."""
+        where = {"study_instance_uid": series.study, "series_instance_uid": series.series}
+        return [_text(one, "00080018") for one in self._pages(self._client.search_for_instances, [], {}, **where)]
+
+    def fetch(self, series: Series, take: Callable[[Dataset], None]) -> None:
+        """Read a whole series, in the transfer syntax that it is stored in."""
+        with _plain():
+            for dataset in self._client.iter_series(series.study, series.series, media_types=AS_STORED):
+                take(dataset)
+
+    def fetch_object(self, series: Series, uid: str, take: Callable[[Dataset], None]) -> None:
+        """Read one object of a series, as it is stored."""
+        with _plain():
+            dataset = self._client.retrieve_instance(series.study, series.series, uid, media_types=AS_STORED)
+        take(dataset)
+
+    def _pages(
+        self, search: Callable[..., list[Answer]], fields: list[str], question: dict[str, str], **where: str
+    ) -> Iterator[Answer]:
+        """All answers to a question. Archives cut their answers where they like, and some know no pages at all."""
+        seen: set[tuple[str, ...]] = set()
+        while True:
+            with _plain(searching=True):
+                page = search(
+                    limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None, **where
+                )
+            fresh = {key: one for one in page if (key := _key(one)) not in seen}
+            yield from fresh.values()
+            if not fresh:
+                return
+            seen |= fresh.keys()
+
+
+class _Bearer(AuthBase):
+    """A token, set in such a way that a line of ~/.netrc does not replace it."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+class _Trusting(HTTPAdapter):
+    """Certificates of one more authority. As `session.verify` they would yield to REQUESTS_CA_BUNDLE."""
+
+    def __init__(self, ca: Path | None) -> None:
+        self._ca = ca
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, ssl_context=ssl.create_default_context(cafile=self._ca))
+
+
+def _credentials() -> AuthBase | None:
+    """From the environment; None = requests looks into ~/.netrc."""
+    if token := os.environ.get("FEDMED_PACS_TOKEN"):
+        return _Bearer(token)
+    if user := os.environ.get("FEDMED_PACS_USER"):
+        return HTTPBasicAuth(user.encode(), os.environ.get("FEDMED_PACS_PASSWORD", "").encode())
+    return None
+
+
+@contextmanager
+def _plain(*, searching: bool = False) -> Iterator[None]:
+    """What went wrong, without a URL, a query or a UID.
+
+    Args:
+        searching: whether an answer in another form means that this is no DICOMweb at all.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FedmedError:
+        raise
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in ENDED and (searching or status != HTTPStatus.NOT_FOUND):
+            raise DataError(f"the archive {ENDED[status]}") from None
+        if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR or not searching:
+            raise Interrupted(f"the archive answers with status {status}") from None
+        raise DataError(f"the archive does not understand the search (status {status})") from None
+    except requests.exceptions.SSLError:
+        raise DataError("TLS: the certificate of the archive is not trusted, or belongs to another name; give the "
+                        "certificate of the authority that signed it with --ca") from None  # fmt: skip
+    except requests.exceptions.ProxyError as error:
+        if "407" in str(error):
+            raise DataError(f"the archive {ENDED[407]}") from None
+        raise Interrupted("the proxy of HTTPS_PROXY does not connect to the archive") from None
+    except requests.exceptions.ConnectTimeout:
+        raise Interrupted("the archive cannot be reached: no answer") from None
+    except requests.exceptions.RequestException as error:
+        reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
+        raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
+    except Exception:  # not JSON, not multipart, not DICOM
+        if searching:
+            raise DataError("what answers at this address is no DICOMweb service") from None
+        raise UnreadableImage("the archive sent what is no DICOM object") from None
+
+
+def _text(answer: Answer, tag: str) -> str:
+    """The first value of an element of DICOM JSON (PS3.18 F)."""
+    values = answer.get(tag, {}).get("Value") or [""]
+    return str(values[0] or "").strip()
+
+
+def _key(answer: Answer) -> tuple[str, ...]:
+    return tuple(_text(answer, tag) for tag in ("0020000D", "0020000E", "00080018"))

@@ -1,0 +1,20 @@
+"""Jobs of the process that looks at pixels (`fedmed.imaging.isolation`), whose crash takes nothing else down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def pixels(path: str) -> dict[str, Any]:
+    """Of one object: `reason`, the letters of why a person must look at it first, none if nothing speaks against it."""
+    from fedmed.imaging.dicom.opening import open_dicom  # heavy
+    from fedmed.intake.quarantine import pixel_reason  # heavy
+
+    return {"reason": np.frombuffer((pixel_reason(open_dicom(Path(path))) or "").encode(), np.uint8)}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pixels": pixels}

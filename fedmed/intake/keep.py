@@ -1,0 +1,150 @@
+"""One object from wherever it came to where it stays: among the images, in quarantine, or nowhere.
+
+Nothing that names a patient is written, not even for a moment: what touches the disk was de-identified before, in a
+folder that only its owner enters, and its name is a keyed one. To keep an object again changes nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom.dataset import Dataset
+from pydicom.uid import RTStructureSetStorage, SegmentationStorage
+
+from fedmed.errors import DataError, UnreadableImage
+from fedmed.imaging.dicom.kinds import kind_of
+from fedmed.imaging.dicom.opening import open_dicom
+from fedmed.imaging.isolation import DecodingProcess
+from fedmed.imaging.plain_errors import plain_errors
+from fedmed.intake.deidentify import deidentified
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.quarantine import header_reason
+
+IMAGES, QUARANTINE, INCOMING = "images", "quarantine", ".incoming"
+REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason")
+MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStorage)  # regions of other images
+
+_pixels = DecodingProcess(jobs="fedmed.intake.judging")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What became of an object. Everything in it is keyed or harmless, and none of it is to leave the site."""
+
+    path: Path | None  # in `images`; None = set apart, or not written
+    reason: str | None  # why it was set apart or not written
+    set_apart: bool = False  # in quarantine; else an object with a reason was not written at all
+    image: str = ""  # where it is or, after a person looked at it, may be, relative to the folder
+    patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    view: str = ""
+    age: str = ""  # whole years
+    sex: str = ""
+    accession: str = ""
+    modality: str = ""
+
+
+def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms) -> Kept:
+    """De-identify one object and write it to `folder/images/PATIENT/SERIES/OBJECT.dcm`, or to `folder/quarantine`.
+
+    Objects that are neither images nor masks (reports, presentation states, directories) are not written.
+
+    Args:
+        source: a DICOM file, or an object with its pixels and its file meta information.
+        folder: made if it is not there, for its owner alone.
+        pseudonyms: of the site.
+
+    Raises:
+        UnreadableImage: the object cannot be parsed or written anew; the reason names nothing of it.
+        DataError: the folder cannot be written.
+    """
+    with plain_errors():
+        dataset = source if isinstance(source, Dataset) else open_dicom(source)
+        kind = kind_of(dataset)
+        is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
+        if not is_mask and (kind.refusal and kind.modality != "capture"):
+            return Kept(path=None, reason=kind.refusal)
+        clean = deidentified(dataset, pseudonyms)
+        name = f"{clean.SOPInstanceUID}.dcm"
+        image = Path(IMAGES, str(clean.PatientID) or "nobody", str(clean.SeriesInstanceUID), name)
+        reason = header_reason(dataset)
+    if (folder / image).exists():
+        return _kept(clean, folder, image, None)
+    try:
+        incoming = _written(clean, folder / INCOMING / name)
+        if not reason and not is_mask:
+            reason = _pixel_reason(incoming)
+        _moved(incoming, folder / (Path(QUARANTINE, name) if reason else image))
+        if reason:
+            _note(folder / REASONS, (f"{QUARANTINE}/{name}", image.as_posix(), reason))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
+    return _kept(clean, folder, image, reason)
+
+
+def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept:
+    age = str(clean.get("PatientAge") or "")
+    return Kept(
+        path=None if reason else folder / image,
+        reason=reason,
+        set_apart=bool(reason),
+        image=image.as_posix(),
+        patient_id=str(clean.PatientID),
+        study_uid=str(clean.get("StudyInstanceUID") or ""),
+        series_uid=str(clean.get("SeriesInstanceUID") or ""),
+        view=str(clean.get("ViewPosition") or ""),
+        age=str(int(age[:3])) if age.endswith("Y") else "0" if age else "",
+        sex=str(clean.get("PatientSex") or ""),
+        accession=str(clean.AccessionNumber),
+        modality=str(clean.get("Modality") or ""),
+    )
+
+
+def _pixel_reason(path: Path) -> str | None:
+    """What its pixels show, seen by a process that may crash."""
+    try:
+        return bytes(_pixels.run("pixels", path=str(path))["reason"]).decode() or None
+    except UnreadableImage:
+        return "pixels that cannot be looked at"
+
+
+def _written(clean: Dataset, path: Path) -> Path:
+    """The object in a file that only its owner reads, on disk when this returns."""
+    make_private(path.parent)
+    buffer = io.BytesIO()
+    with plain_errors():
+        clean.save_as(buffer, enforce_file_format=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _moved(source: Path, target: Path) -> None:
+    """All of the file or none of it."""
+    make_private(target.parent)
+    source.replace(target)
+
+
+def make_private(folder: Path) -> None:
+    """A folder and those above it that are missing, for the owner alone (`parents=True` would open those above)."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.exists():
+            one.mkdir(mode=0o700, exist_ok=True)
+
+
+def _note(path: Path, cells: tuple[str, ...]) -> None:
+    """A line of quarantine.csv, once, in one write."""
+    lines = path.read_text(encoding="utf-8") if path.exists() else ""
+    if cells[0] in lines:
+        return
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([cells] if lines else [COLUMNS, cells])
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+        file.write(buffer.getvalue().encode())

@@ -1,0 +1,172 @@
+"""From an archive to a folder of de-identified images, series by series; killed and started again, it goes on.
+
+Objects are kept as they arrive (`keep`), and a line of a journal says so under keyed names. A series whose last line is
+there is not asked for again; of one that was broken off, only the objects that are missing are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydicom.dataset import Dataset
+
+from fedmed.errors import DataError, UnreadableImage
+from fedmed.intake.archive import Archive, Interrupted, patiently
+from fedmed.intake.journal import Journal, is_image, objects, open_journal, write_table
+from fedmed.intake.keep import keep, make_private
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.query import Query, Series, meets
+
+LOST_AFTER = 3  # series in a row that an archive does not give, until it is taken as gone
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulled:
+    """What a folder holds now."""
+
+    studies: int
+    images: int
+    quarantined: Counter[str]  # objects by reason
+    left_out: Counter[str]  # objects that are no images, by what they are
+    unreadable: int  # objects that could not be parsed
+    failed: int  # series that the archive did not give in full; pulling again asks for what is missing
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"{self.studies} studies", f"{self.images} images"]
+        apart = ", ".join(f"{count} × {reason}" for reason, count in self.quarantined.most_common())
+        parts.append(f"{self.quarantined.total()} quarantined{f' ({apart})' if apart else ''}")
+        parts += [f"{self.left_out.total()} that are no images"] if self.left_out else []
+        parts += [f"{self.unreadable} unreadable"] if self.unreadable else []
+        return ", ".join([*parts, f"{self.failed} series failed"])
+
+
+def pull(
+    archive: Archive,
+    query: Query,
+    folder: Path,
+    pseudonyms: Pseudonyms,
+    *,
+    megabytes_per_s: float = 0.0,
+    wait_s: float = 1.0,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Pull what meets a query into `folder/images` and `folder/quarantine`, and write `folder/pulled.csv`.
+
+    Args:
+        archive: to ask.
+        query: what is wanted.
+        folder: made if it is not there; one that an earlier pull left is completed.
+        pseudonyms: of the site.
+        megabytes_per_s: of pixels, on average at most; 0 = as fast as the archive gives them.
+        wait_s: the first wait before an interrupted archive is asked again, seconds.
+        progress: called with series done, and all.
+
+    Raises:
+        DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written.
+    """
+    found = patiently(lambda _: list(archive.find(query)), wait_s=wait_s)
+    wanted = [series for series in found if meets(query, series)]
+    if not wanted:
+        raise DataError("nothing in the archive meets the query")
+    make_private(folder)
+    pace = _Pace(megabytes_per_s)
+    with open_journal(folder) as journal:
+        failed, in_a_row = 0, 0
+        for number, series in enumerate(wanted, 1):
+            try:
+                _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s)
+                in_a_row = 0
+            except Interrupted as error:
+                failed, in_a_row = failed + 1, in_a_row + 1
+                if in_a_row == min(LOST_AFTER, len(wanted)):
+                    write_table(folder)
+                    raise DataError(f"{error}; what came so far is kept, the same command goes on from there") from None
+            if progress:
+                progress(number, len(wanted))
+        write_table(folder)
+        return _counted(folder, failed)
+
+
+class _Pace:
+    """Waits so that bytes come at no more than a rate on average."""
+
+    def __init__(self, megabytes_per_s: float) -> None:
+        self._rate = megabytes_per_s * 1e6
+        self._free = time.monotonic()
+
+    def __call__(self, size: int) -> None:
+        if self._rate:
+            now = time.monotonic()
+            self._free = max(self._free, now) + size / self._rate
+            time.sleep(self._free - now)
+
+
+def _pull_series(
+    archive: Archive, series: Series, folder: Path, pseudonyms: Pseudonyms, journal: Journal, pace: _Pace, wait_s: float
+) -> None:
+    key = pseudonyms.uid(series.series)
+    if key in journal.done:
+        return
+    here = journal.objects[key]
+
+    def take(dataset: Dataset) -> None:
+        name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
+        if name in here:
+            return
+        try:
+            facts = asdict(keep(dataset, folder, pseudonyms))
+            del facts["path"]
+        except UnreadableImage:
+            facts = {"unreadable": True}
+        journal.add(series=key, object=name, **facts)
+        here.add(name)
+        pace(len(dataset.get("PixelData") or b""))
+
+    def ask(attempt: int) -> None:
+        if not attempt and not here:
+            try:
+                archive.fetch(series, take)
+                return
+            except UnreadableImage:
+                pass  # one object of it; which one, only asking for each tells
+        for uid in archive.objects(series):
+            if (name := pseudonyms.uid(uid)) in here:
+                continue
+            try:
+                archive.fetch_object(series, uid, take)
+            except UnreadableImage:
+                journal.add(series=key, object=name, unreadable=True)
+                here.add(name)
+
+    patiently(ask, wait_s=wait_s)
+    journal.end(key)
+
+
+def _counted(folder: Path, failed: int) -> Pulled:
+    studies: set[str] = set()
+    counts: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    for line in objects(folder):
+        studies |= {line["study_uid"]} - {""} if "study_uid" in line else set()
+        if line.get("unreadable"):
+            counts["unreadable"] += 1
+        elif is_image(line, folder):
+            counts["images"] += 1
+        else:
+            (quarantined if line["set_apart"] else left_out)[line["reason"]] += 1
+    return Pulled(
+        studies=len(studies),
+        images=counts["images"],
+        quarantined=quarantined,
+        left_out=left_out,
+        unreadable=counts["unreadable"],
+        failed=failed,
+    )

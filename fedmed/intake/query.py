@@ -1,0 +1,125 @@
+"""What to pull: conditions as a user writes them, and lists of accessions or patients from a table."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmed.errors import ConfigError, DataError
+
+KEYS = ("modality", "date", "body-part", "description")
+COLUMNS = {"accession": "accessions", "patient": "patients"}  # of a list, and what it gives
+DATE = re.compile(r"\d{8}(-(\d{8})?)?|-\d{8}")  # PS3.4 C.2.2.2.5
+WILD = re.compile(r"[*?\\]")  # an id of a list is looked for as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Conditions that a series must all meet; empty = any."""
+
+    modalities: tuple[str, ...] = ()
+    dates: str = ""  # of the study: a day or a range, as DICOM writes them
+    body_part: str = ""
+    description: str = ""  # words that stand in the description of the study or of the series, in any case
+    accessions: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One series that an archive offers. It identifies a patient, so it is never written or shown."""
+
+    study: str
+    series: str
+    modality: str
+    body_part: str | None  # None = the archive does not say
+    description: str  # of study and series
+
+
+def parse_query(text: str, table: Path | None = None) -> Query:
+    """Conditions from `modality=DX,CR date=20240101-20241231 body-part=CHEST description="chest pa"` and a table.
+
+    Args:
+        text: conditions with blanks between them.
+        table: a CSV with a column `accession` or `patient`.
+
+    Raises:
+        ConfigError: a condition is misspelt, or there is none at all.
+        DataError: the table cannot be used.
+    """
+    found: dict[str, str] = {}
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise ConfigError("--query: a quotation mark is not closed") from None
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not value or key not in KEYS:
+            nearest = difflib.get_close_matches(key, KEYS, n=1)
+            text = f"; did you mean {nearest[0]}=?" if nearest else ""
+            raise ConfigError(f"--query: expected {', '.join(f'{one}=…' for one in KEYS)}{text}")
+        if key in found:
+            raise ConfigError(f"--query: {key} stands there twice; write {key}=A,B where several are meant")
+        found[key] = value
+    if "date" in found and not DATE.fullmatch(found["date"]):
+        raise ConfigError("--query: date is a day as 20240131 or a range as 20240101-20241231, 20240101- or -20241231")
+    listed = read_list(table) if table else {}
+    if not found and not listed:
+        raise ConfigError("nothing says what to pull: give --query, --list or both")
+    return Query(
+        modalities=tuple(one.strip().upper() for one in found.get("modality", "").split(",") if one.strip()),
+        dates=found.get("date", ""),
+        body_part=found.get("body-part", "").upper(),
+        description=found.get("description", ""),
+        **listed,
+    )
+
+
+def read_list(table: Path) -> dict[str, tuple[str, ...]]:
+    """The accessions or patients of a CSV, each once, by the field of `Query` that they belong to.
+
+    Raises:
+        DataError: it cannot be read, or has no column of that name, or both.
+    """
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise DataError(f"{table}: cannot be read as a CSV in UTF-8") from None
+    header = [name.strip().casefold() for name in rows[0]] if rows else []
+    columns = [name for name in COLUMNS if name in header]
+    if len(columns) != 1:
+        raise DataError(f'{table}: expected one column "accession" or "patient"')
+    place = header.index(columns[0])
+    values = [row[place].strip() for row in rows[1:] if len(row) > place]
+    if any(WILD.search(value) for value in values):
+        raise DataError(f"{table}: a value holds *, ? or \\, which an archive would take for a pattern")
+    if not any(values):
+        raise DataError(f"{table}: the column {columns[0]} is empty")
+    return {COLUMNS[columns[0]]: tuple(dict.fromkeys(filter(None, values)))}
+
+
+def meets(query: Query, series: Series) -> bool:
+    """Whether a series meets the conditions that an archive need not know. What it does not say is let through."""
+    described = series.description.casefold()
+    return (
+        (not query.modalities or series.modality in query.modalities)
+        and (not query.body_part or series.body_part in (None, "", query.body_part))
+        and all(word in described for word in query.description.casefold().split())
+    )
+
+
+def questions(query: Query) -> list[dict[str, str]]:
+    """The study-level questions that together find the studies of a query: keyword to value (PS3.4 C.6.2.1)."""
+    days = {"StudyDate": query.dates} if query.dates else {}
+    if query.accessions or query.patients:
+        return [days | {"AccessionNumber": one} for one in query.accessions] + [
+            days | {"PatientID": one} for one in query.patients
+        ]
+    return [days | {"ModalitiesInStudy": one} for one in query.modalities] or [days]

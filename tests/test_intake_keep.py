@@ -1,0 +1,205 @@
+"""What is kept of an object, where, and what is set apart for a person to look at."""
+
+import csv
+import hashlib
+import stat
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import cells_of, content_of, item_of, picture, written
+from intake_files import NUMBER, PLANTED, named_object, pseudonyms_in
+from PIL import Image, ImageDraw, ImageFont
+from pydicom.uid import (
+    BasicTextSRStorage,
+    CTImageStorage,
+    MRImageStorage,
+    RTStructureSetStorage,
+    SecondaryCaptureImageStorage,
+    UltrasoundImageStorage,
+)
+
+from fedmed.errors import UnreadableImage
+from fedmed.intake.burned_in import lines_of_text
+from fedmed.intake.keep import keep
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.quarantine import header_reason, quarantined
+
+HEAD = {"SOPClassUID": MRImageStorage, "Modality": "MR", "BodyPartExamined": "BRAIN"}
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def pseudonyms(tmp_path_factory: pytest.TempPathFactory) -> Pseudonyms:
+    return pseudonyms_in(tmp_path_factory.mktemp("site"))
+
+
+def with_text(text: str, *, size: int = 24, shape: tuple[int, int] = (512, 480), dark: bool = False) -> np.ndarray:
+    """A smooth picture of 12 bits with text in its upper left corner."""
+    layer = Image.new("L", shape[::-1])
+    ImageDraw.Draw(layer).text((12, 10), text, fill=255, font=ImageFont.load_default(size=size))
+    ink = np.asarray(layer) / 255
+    ground = picture(shape) * 0.6 + (0.4 if dark else 0.0)
+    return cells_of(ground * (1 - ink) + (0.0 if dark else 1.0) * ink)
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_an_image_is_kept_under_keyed_names_for_its_owner_alone(pseudonyms: Pseudonyms, tmp_path: Path):
+    kept = keep(written(named_object(), tmp_path / f"{NUMBER}.dcm"), tmp_path / "out", pseudonyms)
+    assert kept.reason is None and kept.path == tmp_path / "out" / kept.image
+    assert kept.image.split("/")[:2] == ["images", pseudonyms.patient(NUMBER)]
+    assert (kept.view, kept.age, kept.sex, kept.modality) == ("PA", "89", "F", "DX")
+    assert kept.accession == pseudonyms.accession("ACC8841907")
+    assert kept.study_uid == pseudonyms.uid("1.2.3.8841907.1") and kept.patient_id == pseudonyms.patient(NUMBER)
+    for path in (tmp_path / "out").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+        assert not any(word in str(path.relative_to(tmp_path)).lower() for word in PLANTED)
+        assert path.is_dir() or not any(word.encode() in path.read_bytes().lower() for word in PLANTED)
+    ds = pydicom.dcmread(kept.path)
+    assert ds.PatientIdentityRemoved == "YES"
+    assert (ds.pixel_array == named_object().pixel_array).all()
+
+
+def test_to_keep_an_object_again_changes_nothing(pseudonyms: Pseudonyms, tmp_path: Path):
+    first = keep(named_object(), tmp_path, pseudonyms)
+    apart = keep(named_object(2, BurnedInAnnotation="YES"), tmp_path, pseudonyms)
+    before = content(tmp_path)
+    assert keep(named_object(), tmp_path, pseudonyms) == first
+    assert keep(named_object(2, BurnedInAnnotation="YES"), tmp_path, pseudonyms) == apart
+    assert content(tmp_path) == before
+
+
+def test_what_a_person_moved_out_of_quarantine_stays_among_the_images(pseudonyms: Pseudonyms, tmp_path: Path):
+    apart = keep(named_object(BurnedInAnnotation="YES"), tmp_path, pseudonyms)
+    assert apart.path is None and apart.set_apart
+    with (tmp_path / "quarantine.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["reason"] == apart.reason and row["image"] == apart.image
+    (tmp_path / row["image"]).parent.mkdir(parents=True)
+    (tmp_path / row["file"]).rename(tmp_path / row["image"])
+    again = keep(named_object(BurnedInAnnotation="YES"), tmp_path, pseudonyms)
+    assert again.path == tmp_path / row["image"] and again.reason is None
+
+
+def test_reports_are_not_written_and_masks_are(pseudonyms: Pseudonyms, tmp_path: Path):
+    report = keep(named_object(SOPClassUID=BasicTextSRStorage), tmp_path, pseudonyms)
+    assert (report.path, report.reason, report.set_apart) == (None, "a report, not an image", False)
+    assert content(tmp_path) == {}
+    regions = [item_of(ROINumber=1, ROIName="Left lung"), item_of(ROINumber=2, ROIName="GTV Quisling")]
+    mask = keep(
+        named_object(SOPClassUID=RTStructureSetStorage, StructureSetROISequence=regions, PixelData=None),
+        tmp_path,
+        pseudonyms,
+    )
+    assert [roi.ROIName for roi in pydicom.dcmread(mask.path).StructureSetROISequence] == ["Left lung", ""]
+
+
+def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms, tmp_path: Path):
+    for name, text in (("text", b"Quisling"), ("empty", b""), ("half", content_of(named_object())[:-99])):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(UnreadableImage) as caught:
+            keep(tmp_path / name, tmp_path / "out", pseudonyms)
+        assert str(tmp_path) not in str(caught.value) and "Quisling" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({}, None),
+        ({"PatientID": ""}, "no patient id"),
+        ({"BurnedInAnnotation": "YES"}, "burned-in annotation, says its header"),
+        ({"SOPClassUID": SecondaryCaptureImageStorage}, "secondary capture"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "SCREEN SAVE"]}, "screen save"),
+        ({"SOPClassUID": UltrasoundImageStorage, "BurnedInAnnotation": "NO"}, None),
+        (
+            {"SOPClassUID": UltrasoundImageStorage, "BurnedInAnnotation": None},
+            "ultrasound that does not say it is free of text",
+        ),
+        (HEAD | {"SliceThickness": "1"}, "recognisable face"),
+        (HEAD | {"SliceThickness": "3"}, "recognisable face"),
+        (HEAD | {"SliceThickness": "5"}, None),
+        (HEAD | {"SliceThickness": "5", "SpacingBetweenSlices": "2.5"}, "recognisable face"),
+        (HEAD, "recognisable face"),  # of unknown thickness
+        (HEAD | {"SliceThickness": "1", "RecognizableVisualFeatures": "NO"}, None),  # faces were removed
+        (HEAD | {"SliceThickness": "5", "RecognizableVisualFeatures": "YES"}, "recognisable face"),
+        (HEAD | {"SliceThickness": "1", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, None),
+        (HEAD | {"BodyPartExamined": "", "SeriesDescription": "t1_head_sag"}, "recognisable face"),
+        (HEAD | {"BodyPartExamined": "", "StudyDescription": "MRT Schädel nativ"}, "recognisable face"),
+        (HEAD | {"BodyPartExamined": "HEART"}, None),  # which has an EAR in it
+        (HEAD | {"BodyPartExamined": "", "SOPClassUID": CTImageStorage}, None),
+        (
+            HEAD | {"BodyPartExamined": "", "AnatomicRegionSequence": [item_of(CodeValue="69536005")]},
+            "recognisable face",
+        ),
+        ({"BodyPartExamined": "SKULL"}, None),  # a radiograph has no face to render
+    ],
+)
+def test_the_header_says_what_a_person_must_look_at(tags: dict[str, object], reason: str | None):
+    ds = named_object(**{"StudyDescription": "", "SeriesDescription": ""} | tags)
+    assert header_reason(ds) == reason
+    assert quarantined(ds) == reason
+
+
+def test_an_enhanced_head_is_known_by_its_functional_groups():
+    measures = item_of(PixelMeasuresSequence=[item_of(SliceThickness="1.2")])
+    ds = named_object(**HEAD, SharedFunctionalGroupsSequence=[measures])
+    assert header_reason(ds) == "recognisable face"
+    measures.PixelMeasuresSequence[0].SliceThickness = "6"
+    assert header_reason(ds) is None
+
+
+@pytest.mark.parametrize("text", ["QUISLING^WILHELMINA", "Quisling, Wilhelmina 12.03.1950", "MRN8841907"])
+@pytest.mark.parametrize(
+    ("size", "shape"), [(12, (512, 480)), (24, (512, 480)), (36, (512, 480)), (24, (1400, 1200)), (72, (1400, 1200))]
+)
+@pytest.mark.parametrize("dark", [False, True])
+def test_burnt_in_names_are_seen(text: str, size: int, shape: tuple[int, int], dark: bool):
+    cells = with_text(text, size=size, shape=shape, dark=dark)
+    assert lines_of_text(cells) > 0
+    assert lines_of_text(np.rot90(cells)) > 0
+
+
+@pytest.mark.parametrize("marker", ["", "L", "R", "PA", "L AP"])
+def test_side_markers_are_no_text(marker: str):
+    assert lines_of_text(with_text(marker)) == 0
+
+
+def test_a_few_pixels_far_outside_the_range_hide_no_text():
+    cells = with_text("QUISLING^WILHELMINA")
+    cells[300, 300] = 65535
+    assert lines_of_text(cells) > 0
+    text = cells_of(picture((512, 480)))
+    text[with_text("QUISLING", size=16) == 4095] = 65535
+    assert lines_of_text(text) > 0
+
+
+def test_an_object_with_a_burnt_in_name_is_set_apart_with_its_tags_removed(pseudonyms: Pseudonyms, tmp_path: Path):
+    kept = keep(named_object(cells=with_text("QUISLING^WILHELMINA")), tmp_path, pseudonyms)
+    assert (kept.path, kept.reason, kept.set_apart) == (None, "burned-in text", True)
+    (file,) = (tmp_path / "quarantine").iterdir()
+    assert not any(word.encode() in file.read_bytes().lower() for word in PLANTED)
+    assert not (tmp_path / "images").exists()
+
+
+def test_pixels_that_no_decoder_reads_are_set_apart(pseudonyms: Pseudonyms, tmp_path: Path):
+    ds = named_object(syntax=pydicom.uid.JPEG2000Lossless)
+    ds.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + b"\0" * 60])
+    assert keep(ds, tmp_path, pseudonyms).reason == "pixels that cannot be looked at"
+
+
+def test_text_in_the_last_frame_is_seen():
+    frames = np.stack([cells_of(picture((512, 480)))] * 3 + [with_text("QUISLING^WILHELMINA")])
+    assert quarantined(named_object(cells=frames)) == "burned-in text"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real X-rays are not here")
+def test_few_real_chest_x_rays_show_text_and_most_of_these_say_portable():
+    with (SHARED / "cxr" / "dev" / "metadata.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["hospital"] == "nih_cc"]
+    flagged = sum(lines_of_text(np.asarray(Image.open(SHARED / "cxr" / row["path"]).convert("L"))) > 0 for row in rows)
+    assert 0.02 < flagged / len(rows) < 0.07
