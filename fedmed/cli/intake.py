@@ -142,15 +142,18 @@ def _print(facts: dict[str, Any]) -> None:
         out.print(table)
     for what, values in facts["counts"].items():
         told = ", ".join(f"{value} {count}" for value, count in list(values.items())[:8])
-        out.print(f"{what}: {told}{', …' if len(values) > 8 else ''}", markup=False)
+        out.print(f"{what}: {told}{', …' if len(values) > 8 else ''}", markup=False, soft_wrap=True)
     for name, histogram in facts["histograms"].items():
-        edges = histogram["edges"]
-        out.print(f"{name}: {edges[0]:g} to {edges[-1]:g}", markup=False)
+        low, high = histogram["range"]
+        out.print(f"{name}: {low:g} to {high:g}", markup=False, soft_wrap=True)
     for finding in facts["findings"]:
         rows = finding["rows"]
         where = f" (rows {', '.join(map(str, rows[:6]))}{', …' if len(rows) > 6 else ''})" if rows else ""
         do = f" → {finding['do']}" if finding["do"] else ""
-        out.print(f"{SIGNS[finding['state']]}  {escape(finding['what'] + ': ' + finding['said'] + where + do)}")
+        out.print(
+            f"{SIGNS[finding['state']]}  {escape(finding['what'] + ': ' + finding['said'] + where + do)}",
+            soft_wrap=True,
+        )
     words = {"pass": "ready to train", "warn": "ready to train; read the warnings", "fail": "not ready to train"}
     out.print(f"{SIGNS[facts['state']]}  {words[facts['state']]}")
 
@@ -188,7 +191,7 @@ def show_feasibility(paths: Sequence[Path], *, as_json: bool) -> None:
         table.add_row(*(escape(cell) for cell in line))
     console().print(table)
     for warning in warnings:
-        console().print(f"[yellow]warn[/]  {escape(warning)}")
+        console().print(f"[yellow]warn[/]  {escape(warning)}", soft_wrap=True)
     if not warnings:
         console().print("[green]pass[/]  the sites fit each other")
 

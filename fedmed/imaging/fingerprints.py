@@ -37,7 +37,7 @@ def fingerprints(path: Path) -> NDArray[np.uint8]:
         UnreadableImage: nothing of it can be decoded.
     """
     with plain_errors():
-        found = sorted({fingerprint(frame) for frame in _frames(path) if frame.size and frame.min() != frame.max()})
+        found = sorted({_fingerprint(frame) for frame in _frames(path) if frame.size and frame.min() != frame.max()})
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, BYTES)
 
 
@@ -61,7 +61,7 @@ def _frames(path: Path) -> Iterator[NDArray[Any]]:
             yield from read_nifti(path).values
 
 
-def fingerprint(frame: NDArray[Any]) -> bytes:
+def _fingerprint(frame: NDArray[Any]) -> bytes:
     """SHA-256 over the shape and the values, in one type whatever the file stores them in."""
     whole = frame.dtype.kind in "bui"
     values = np.ascontiguousarray(frame, "<i8" if whole else "<f4")

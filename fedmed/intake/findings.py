@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.intake.near_duplicates import Alike
-
-if TYPE_CHECKING:
-    from fedmed.intake.check import Seen
+from fedmed.intake.seen import Seen
 
 State = Literal["pass", "warn", "fail"]
 UNREADABLE = 0.05  # share of images: the default of data.max-unreadable

@@ -22,18 +22,19 @@ def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
     """Everything that a listed patient may be called in a manifest: the id as it stands, and the site's pseudonym.
 
     Args:
-        path: CSV or XLSX with a column `patient_id`, or with one column alone.
+        path: CSV or XLSX with a column `patient_id`.
         pseudonyms: of the site.
 
     Raises:
-        DataError: it cannot be read, or has several columns and none of that name. Nobody is trained on then.
+        DataError: it cannot be read, or has no column of that name; a list without a header would lose the first
+            patient. Nobody is trained on then.
     """
     listed = set()
     try:
         for _, row in table_rows(path):
-            if COLUMN not in row and len(row) > 1:
-                raise DataError(f'{path.name}: no column "{COLUMN}"')
-            listed.add(row[COLUMN] if COLUMN in row else next(iter(row.values())))
+            if COLUMN not in row:
+                raise DataError(f'{path.name}: the first row names no column "{COLUMN}"')
+            listed.add(row[COLUMN])
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
         raise DataError(f"{public}: {error}", public=public) from None

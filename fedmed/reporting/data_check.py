@@ -27,8 +27,11 @@ def write_check(facts: Mapping[str, Any], target: Path) -> Path:
 
 def render_check(facts: Mapping[str, Any]) -> str:
     """The page as text."""
-    bars = {name: _bars(each["counts"], each["edges"]) for name, each in facts["histograms"].items()}
-    return fill("data_check.html.j2", found=facts, verdict=WORDS[facts["state"]], bars=bars)
+    plots = {
+        name: {"bars": _bars(each["counts"], each["edges"]), "range": "{:g} to {:g}".format(*each["range"])}
+        for name, each in facts["histograms"].items()
+    }
+    return fill("data_check.html.j2", found=facts, verdict=WORDS[facts["state"]], plots=plots)
 
 
 def _bars(counts: list[int], edges: list[float]) -> list[dict[str, Any]]:

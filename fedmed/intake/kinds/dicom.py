@@ -38,13 +38,18 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
     tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
     if not tables:
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
+    incomplete = _incomplete(source, tables)
     seen: set[str] = set()
     for table in tables:
         for _, row in table_rows(table):
+            if not row.get("source", PULLED):  # cut off by a kill: its object was kept again
+                continue
             image, reason = row.get("image", ""), row.get("reason", "")
             path = source / image
             if not image or not path.exists():
                 yield Unmatched(what=reason or "in quarantine", place=image)
+            elif row["modality"] in IN_SERIES and row["series_uid"] in incomplete:
+                yield Unmatched(what="slice of a series of which another slice is missing", place=image)
             elif row["modality"] in REGIONS:
                 yield Unmatched(what="mask that no row names", place=image)
             else:
@@ -52,6 +57,12 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                 if (name := os.fspath(path)) not in seen:
                     seen.add(name)
                     yield _found(path, row)
+
+
+def _incomplete(source: Path, tables: list[Path]) -> set[str]:
+    """Series of which an object is in quarantine: what is left of them is not the volume that was acquired."""
+    rows = (row for table in tables for _, row in table_rows(table))
+    return {row["series_uid"] for row in rows if row.get("image") and not (source / row["image"]).exists()}
 
 
 def _found(path: Path, row: dict[str, str]) -> Found:
