@@ -49,9 +49,8 @@ def archive(folder: Path, count: int = 6) -> Path:
 
 
 def sheet(path: Path, pseudonyms: Pseudonyms, numbers: range) -> LabelTable:
-    path.write_text(
-        "Accession,Age,Effusion\n" + "".join(f"acc{n},{40 + n},{'pos' if n % 2 else 'neg'}\n" for n in numbers)
-    )
+    lines = [f"acc{number},{40 + number},{'pos' if number % 2 else 'neg'}" for number in numbers]
+    path.write_text("\n".join(["Accession,Age,Effusion", *lines]) + "\n")
     return read_labels(path, SHEET, pseudonyms)
 
 
@@ -107,15 +106,15 @@ def test_an_import_that_was_killed_goes_on_and_does_nothing_twice(tmp_path, pseu
         file.write("PHALF,2.25")  # a line that the kill cut off
     report = imported(source, out, Pseudonyms(keys=read_keys(tmp_path / "keys")))
     assert {path: path.stat().st_ino for path in before} == before
-    assert report.unmatched["image without row"] == 6  # there is no sheet, and nothing else is known of them
+    assert report.images == 6 and report.unmatched == {"not DICOM": 1}
     assert len(list((out / "images").rglob("*.dcm"))) == 6
 
 
 def test_what_is_in_quarantine_waits_for_a_person_and_counts_once_it_was_moved(tmp_path, pseudonyms):
     source, out = archive(tmp_path / "export", 2), tmp_path / "out"
     shown = image_object(
-        cells_of(picture()), PatientID="MRN 0", AccessionNumber="ACC9", BurnedInAnnotation="YES", SOPInstanceUID="1.2.3.9",
-        SeriesInstanceUID="1.2.5.9", StudyInstanceUID="1.2.4.9", Modality="DX",
+        cells_of(picture()), PatientID="MRN 0", AccessionNumber="ACC9", BurnedInAnnotation="YES", Modality="DX",
+        SOPInstanceUID="1.2.3.9", SeriesInstanceUID="1.2.5.9", StudyInstanceUID="1.2.4.9",
     )  # fmt: skip
     written(shown, source / "burned.dcm")
     table = sheet(tmp_path / "labels.csv", pseudonyms, range(10))
@@ -143,10 +142,9 @@ def test_slices_become_one_row_and_a_series_without_all_its_slices_none(tmp_path
     (row,) = manifest(out)
     assert np.array_equal(read_volume(out / row["image"]).values, read_volume(source).values)
     next((out / "images").rglob("*.dcm")).unlink()  # as if it were in quarantine
+    rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
     with pytest.raises(DataError, match="nothing of"):
-        import_images(
-            "dicom", out, out, Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
-        )
+        import_images("dicom", out, out, rules)
 
 
 def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):
@@ -156,7 +154,8 @@ def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):
     written(image_object(cells_of(picture())), folder / image)
     facts = ("PA", "2.25.0", "2.25.1", image, "AP", "61", "M", pseudonyms.accession("ACC1"), "DX")
     (folder / PULLED).write_text(f"{','.join(FACTS)}\n{','.join(facts)}\n")
-    import_images("dicom", folder, tmp_path / "out", Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2))))  # fmt: skip
+    rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
+    import_images("dicom", folder, tmp_path / "out", rules)
     (row,) = manifest(tmp_path / "out")
     assert (row["patient_id"], row["view"], row["effusion"], row["study_uid"]) == ("PA", "AP", "1", "2.25.0")
     assert row["image"] == os.path.join("..", "pulled", image)  # noqa: PTH118
@@ -167,7 +166,6 @@ def test_real_series_are_kept_one_row_a_series(tmp_path, pseudonyms):
     source = REAL / "dicom" / "dev" / "series" / "ct_philips_phantom_std"
     out = tmp_path / "out"
     report = imported(source, out, pseudonyms)
-    assert report.unmatched["a directory of files, not an image"] == 1
-    assert report.unmatched["image without row"] == 1
+    assert report.images == report.unmatched["a directory of files, not an image"] == 1
     (folder,) = {path.parent for path in (out / "images").rglob("*.dcm")}
     assert np.array_equal(read_volume(folder).values, read_volume(source).values)
