@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make phantom hospitals to try fedmed on; see what is kept of images.", no_args_is_help=True)
+app = typer.Typer(
+    help="From an archive to a checked training set; phantom hospitals to try fedmed on; what is kept of images.",
+    no_args_is_help=True,
+)
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR|CSV", help="a folder with a manifest.csv, or the manifest")]
+
+
+class Uncertain(enum.StrEnum):
+    """What becomes of a label of which CheXpert's labeler was not sure."""
+
+    ignore = "ignore"
+    zeros = "zeros"
+    ones = "ones"
 
 
 class Kind(enum.StrEnum):
@@ -106,3 +120,72 @@ def pull(
         out, dicomweb=dicomweb, ca=ca, pacs=pacs, called=called, calling=calling, query=query, table=table, rate=rate,
         site=site, keys=keys,
     )  # fmt: skip
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="dicom, nih, chexpert, mimic-cxr, rsna, vinbig, brats or pairs")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="the archive: a folder")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="where manifest.csv goes")],
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="CSV|XLSX", help="the hospital's own table of labels")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="TOML", help="what the table means, else DIR/labels.toml")
+    ] = None,
+    opt_out: Annotated[
+        Path | None, typer.Option("--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym")
+    ] = None,
+    uncertain: Annotated[Uncertain, typer.Option(help="what uncertain labels become")] = Uncertain.ignore,
+    site: Annotated[Path | None, typer.Option("--site", metavar="TOML", help="site.toml, whose keys are used")] = None,
+    keys: Annotated[Path | None, typer.Option("--keys", metavar="DIR", help="the site's keys, made if missing")] = None,
+) -> None:
+    """Write the manifest of an archive, joined with a table of labels, with pseudonyms for its patients.
+
+    Images stay where they are, but for DICOM, which is de-identified into DIR. The same command again goes on where it
+    was interrupted.
+
+    Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
+    """
+    from fedmed.cli.intake import import_data, pseudonyms_of
+
+    import_data(
+        kind, source, out, pseudonyms_of(site, keys),
+        table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
+    )  # fmt: skip
+
+
+@app.command("check")
+def check(
+    place: Folder,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="LABEL", help="a label of the task; else all columns of 0 and 1"),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="the page with pictures, too")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
+) -> None:
+    """Look at every image of a manifest: pass, or what to do. Exit 1 when training would be wrong.
+
+    Example: fedmed data check chest --html chest/check.html
+    """
+    from fedmed.cli.intake import check_data
+
+    if not check_data(place, labels=task or (), html=html, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command("card")
+def card(
+    place: Folder,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="the card")],
+) -> None:
+    """Write what may leave before the site joins: rounded counts and percentiles of a checked data set.
+
+    Example: fedmed data card chest --out north.json
+    """
+    from fedmed.cli.intake import write_card
+
+    write_card(place, out)

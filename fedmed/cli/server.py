@@ -67,6 +67,22 @@ def provision(
         print("no sites yet: fedmed site keygen at each hospital writes its card")
 
 
+@app.command("feasibility")
+def feasibility(
+    cards: Annotated[
+        list[Path], typer.Argument(metavar="CARD", help="files of `fedmed data card`, called as the sites")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show whether the data of some sites fit each other, before anybody joins.
+
+    Example: fedmed server feasibility north.json south.json
+    """
+    from fedmed.cli.intake import show_feasibility
+
+    show_feasibility(cards, as_json=as_json)
+
+
 @app.command("start")
 def start(folder: Place) -> None:
     """Run the server until SIGTERM or Ctrl-C.

@@ -30,6 +30,9 @@ name = {name}
 # The CSV of images: patient_id, image, and mask or one column per label.
 manifest = {manifest}
 
+# A CSV of patients who withdrew, by id or pseudonym. It is read anew for every task, and nobody in it takes part.
+opt-out = ""
+
 # "module:function" for data that are no images.
 dataset = ""
 

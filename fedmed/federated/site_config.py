@@ -19,6 +19,7 @@ class SiteConfig(Section):
 
     name: run_file.Name
     manifest: str
+    opt_out: str = ""  # a table of patients who withdrew, read anew for every task
     dataset: str = ""
     cache_dir: str = ""
     cache_gib: Annotated[float, Field(gt=0)] = 50.0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.cache.kept import Progress, kept
-from fedmed.imaging.manifest import Manifest, read_manifest
+from fedmed.imaging.manifest import Manifest, read_manifest, without_patients
 from fedmed.imaging.memory import in_memory
 from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import Recipe
@@ -158,6 +158,7 @@ def load_dataset(
     cache_gib: float = 50.0,
     processes: int = 1,
     progress: Progress | None = None,
+    withdrawn: frozenset[str] = frozenset(),
 ) -> Dataset:
     """Everything a manifest names, decoded, resized and split.
 
@@ -178,6 +179,7 @@ def load_dataset(
         cache_gib: size above which the sets that were used longest ago leave the cache.
         processes: decoding processes, for what is not in the cache.
         progress: told (done, all) while images are decoded into the cache.
+        withdrawn: patients who opted out; it is as if the manifest did not name them.
 
     Raises:
         DataError: the manifest is wrong, too many images cannot be read, or a mask does not fit.
@@ -193,7 +195,7 @@ def load_dataset(
         raise ConfigError(
             f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
         )
-    manifest = read_manifest(manifest_path, task)
+    manifest = without_patients(read_manifest(manifest_path, task), withdrawn)
     if manifest.modalities > 1 and in_channels != manifest.modalities * channels:
         raise ConfigError(
             f"model.in-channels = {in_channels} does not fit the {manifest.modalities} modalities of a manifest's "

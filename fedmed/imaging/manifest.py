@@ -19,7 +19,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmed.config import TaskConfig
@@ -89,6 +89,19 @@ def read_manifest(path: Path, task: TaskConfig) -> Manifest:
     _check_images_differ(path, rows)
     _check_splits(path, rows)
     return Manifest(path=path, rows=rows)
+
+
+def without_patients(manifest: Manifest, withdrawn: frozenset[str]) -> Manifest:
+    """A manifest as if it did not name some patients.
+
+    Raises:
+        DataError: it names nobody else.
+    """
+    rows = tuple(row for row in manifest.rows if row.patient not in withdrawn)
+    if not rows:
+        text = "every patient of the manifest has opted out"
+        raise DataError(f"{manifest.path}: {text}", public=text)
+    return replace(manifest, rows=rows)
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

@@ -61,8 +61,8 @@ def findings(
     )  # fmt: skip
     machines: Counter[str] = Counter()
     if manifest is not None:
-        left_out = set(data.unreadable)
-        machines = scanners([row for row in read_manifest(manifest, config.task).rows if row.number not in left_out])
+        used = set(data.rows.tolist())
+        machines = scanners([row for row in read_manifest(manifest, config.task).rows if row.number in used])
     return {
         "schema": SCHEMA,
         "site": name,

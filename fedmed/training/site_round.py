@@ -60,6 +60,7 @@ class Site:
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
     policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
     virtual: bool = False  # a hospital of a simulation
+    withdrawn: frozenset[str] = frozenset()  # ids of patients who opted out: no task sees them
 
 
 def settings_for_sites(config: RunConfig) -> str:
@@ -197,7 +198,8 @@ def site_data(site: Site, settings: str) -> Dataset:
     """The site's data set, kept by this process between tasks."""
     config = settings_from(settings)
     if site.dataset:
-        return custom_dataset(site.dataset)(site.manifest, config)
+        data = custom_dataset(site.dataset)(site.manifest, config)
+        return data.select(np.array([patient not in site.withdrawn for patient in data.patients], bool))
     return load_dataset(
         site.manifest,
         task=config.task,
@@ -213,6 +215,7 @@ def site_data(site: Site, settings: str) -> Dataset:
         spacing_mm=config.data.spacing_mm,
         volume_size=config.data.volume_size,
         cache_gib=site.cache_gib,
+        withdrawn=site.withdrawn,
     )
 
 

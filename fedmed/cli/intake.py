@@ -1,0 +1,200 @@
+"""What `fedmed data import`, `check` and `card` and `fedmed server feasibility` do and print."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from fedmed.cli.display import bar, console
+from fedmed.errors import ConfigError, DataError
+from fedmed.federated.site_config import read_site_config
+from fedmed.intake.card import card_of, read_card, read_facts
+from fedmed.intake.feasibility import table_of, warnings_of
+from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
+from fedmed.intake.kinds import KINDS
+from fedmed.intake.kinds.dicom import PULLED, take_in
+from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
+from fedmed.intake.opt_out import opted_out, remember
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.privacy.keys import make_keys, read_keys
+
+OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
+SIGNS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+
+
+def pseudonyms_of(site: Path | None, keys: Path | None) -> Pseudonyms:
+    """Pseudonyms under a site's keys, which are made where there are none yet.
+
+    Raises:
+        ConfigError: neither was given, or both.
+        LedgerUnusable: the keys cannot be read or made.
+    """
+    if site is not None and keys is None:
+        folder = site.parent / read_site_config(site).keys_dir
+    elif keys is not None and site is None:
+        folder = keys
+    else:
+        raise ConfigError("say where the site's keys are: --site site.toml, or --keys DIR")
+    return Pseudonyms(keys=read_keys(folder) if folder.exists() else make_keys(folder))
+
+
+def import_data(
+    kind: str,
+    source: Path,
+    out: Path,
+    pseudonyms: Pseudonyms,
+    *,
+    table: Path | None,
+    labels: Path | None,
+    opt_out: Path | None,
+    uncertain: Uncertain,
+) -> None:
+    """Import an archive, and say what became of it.
+
+    Raises:
+        FedmedError: a file is missing or wrong, or labels.toml was written only now.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f'"{kind}" is no kind of archive; there are {", ".join(KINDS)}')
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder")
+    if labels is not None and table is None:
+        raise ConfigError("--labels says what a table means; name the table with --table")
+    out.mkdir(parents=True, exist_ok=True)
+    known = None if table is None else _labels(table, labels or out / LABELS, pseudonyms, given=labels is not None)
+    lists = [*([opt_out] if opt_out is not None else []), *([out / OPT_OUT] if (out / OPT_OUT).exists() else [])]
+    withdrawn = frozenset(name for each in lists for name in opted_out(each, pseudonyms))
+    if lists:
+        remember(withdrawn, out / OPT_OUT)
+    if kind == "dicom" and not (source / PULLED).is_file():
+        with bar("de-identifying") as progress:
+            take_in(source, out, pseudonyms, progress)
+        source = out
+    rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, uncertain=uncertain)
+    report = import_images(kind, source, out, rules)
+    _say(report, known, out)
+
+
+def _labels(table: Path, path: Path, pseudonyms: Pseudonyms, *, given: bool) -> LabelTable:
+    if not given and not path.exists():
+        path.write_text(guessed_rules(table), encoding="utf-8")
+        raise ConfigError(f"wrote {path}, a first guess at what the table means; correct it, then run this again")
+    return read_labels(table, read_label_rules(path), pseudonyms)
+
+
+def _say(report: Imported, table: LabelTable | None, out: Path) -> None:
+    masks = f", {report.masks} masks" if report.masks else ""
+    print(f"{len(report.patients)} patients, {report.images} images{masks}")
+    for what, count in report.unmatched.most_common():
+        print(f"left out: {count} × {what}", file=sys.stderr)
+    if report.unmatched:
+        print(f"which ones: {out / UNMATCHED}", file=sys.stderr)
+    if report.withdrawn:
+        print(f"left out: {len(report.withdrawn)} patients who withdrew", file=sys.stderr)
+    if table is not None and table.conflicts:
+        print(f"unknown: {table.conflicts} labels of which two rows say the opposite", file=sys.stderr)
+    for name, count in table.strange.most_common() if table is not None else ():
+        print(f'unknown: {count} cells of "{name}" with words that labels.toml does not list', file=sys.stderr)
+    print(f"wrote {out / MANIFEST}; next: fedmed data check {out}")
+
+
+def check_data(place: Path, *, labels: Sequence[str], html: Path | None, as_json: bool) -> bool:
+    """Check a data set, show the page, and keep the facts beside the manifest; whether a training would be right.
+
+    Raises:
+        DataError: the manifest cannot be read, or the facts cannot be kept.
+    """
+    from fedmed.intake.check import check  # heavy
+    from fedmed.reporting.data_check import write_check
+
+    manifest = _manifest(place)
+    with bar("looking") as shown:
+        facts = check(manifest, labels=labels, progress=None if shown is None else lambda _, done, of: shown(done, of))
+    if html is not None:
+        write_check(facts, html)
+    del facts["pictures"]
+    kept = manifest.with_name(CHECKED)
+    kept.touch(mode=0o600)
+    kept.write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
+    if as_json:
+        print(json.dumps(facts, allow_nan=False))
+    else:
+        _print(facts)
+    return bool(facts["state"] != "fail")
+
+
+def _print(facts: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"{facts['patients']} patients, {facts['rows']} rows, {facts['images']} images")
+    if facts["labels"]:
+        table = Table("label", "positive", "negative", "unknown", "positive, of those known", box=None, pad_edge=False)
+        for name, each in facts["labels"].items():
+            known = each["positive"] + each["negative"]
+            share = f"{100 * each['positive'] / known:.1f} %" if known else "–"
+            table.add_row(escape(name), *(str(each[key]) for key in ("positive", "negative", "unknown")), share)
+        out.print(table)
+    for what, values in facts["counts"].items():
+        told = ", ".join(f"{value} {count}" for value, count in list(values.items())[:8])
+        out.print(f"{what}: {told}{', …' if len(values) > 8 else ''}", markup=False, soft_wrap=True)
+    for name, histogram in facts["histograms"].items():
+        low, high = histogram["range"]
+        out.print(f"{name}: {low:g} to {high:g}", markup=False, soft_wrap=True)
+    for finding in facts["findings"]:
+        rows = finding["rows"]
+        where = f" (rows {', '.join(map(str, rows[:6]))}{', …' if len(rows) > 6 else ''})" if rows else ""
+        do = f" → {finding['do']}" if finding["do"] else ""
+        out.print(
+            f"{SIGNS[finding['state']]}  {escape(finding['what'] + ': ' + finding['said'] + where + do)}",
+            soft_wrap=True,
+        )
+    words = {"pass": "ready to train", "warn": "ready to train; read the warnings", "fail": "not ready to train"}
+    out.print(f"{SIGNS[facts['state']]}  {words[facts['state']]}")
+
+
+def write_card(place: Path, out: Path) -> None:
+    """Write the card of a data set that was checked.
+
+    Raises:
+        DataError: it was not checked, or has changed since.
+    """
+    manifest = _manifest(place)
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    card = card_of(read_facts(manifest.with_name(CHECKED), digest))
+    out.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out}; read it: it is all that leaves, and holds nothing of fewer than 10 patients")
+
+
+def show_feasibility(paths: Sequence[Path], *, as_json: bool) -> None:
+    """Show whether the sites behind some cards fit each other; a site is called as its file.
+
+    Raises:
+        DataError: a file is no card.
+        ConfigError: two files have one name.
+    """
+    cards = {path.stem: read_card(path) for path in paths}
+    if len(cards) < len(paths):
+        raise ConfigError("two cards have the same file name; call each file as its site")
+    lines, warnings = table_of(cards), warnings_of(cards)
+    if as_json:
+        sites = {name: card.model_dump(mode="json") for name, card in cards.items()}
+        print(json.dumps({"sites": sites, "warnings": warnings}, allow_nan=False))
+        return
+    table = Table(*(escape(cell) for cell in lines[0]), box=None, pad_edge=False)
+    for line in lines[1:]:
+        table.add_row(*(escape(cell) for cell in line))
+    console().print(table)
+    for warning in warnings:
+        console().print(f"[yellow]warn[/]  {escape(warning)}", soft_wrap=True)
+    if not warnings:
+        console().print("[green]pass[/]  the sites fit each other")
+
+
+def _manifest(place: Path) -> Path:
+    return place / MANIFEST if place.is_dir() else place

@@ -1,0 +1,175 @@
+"""`fedmed data check`: everything about a manifest that a training would trip over, before it does.
+
+Every image is looked at once (`survey`), in processes whose end is one image's error. What it comes to, `findings`
+says, and `seen` holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmed.errors import DataError, UnreadableImage
+from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
+from fedmed.imaging.isolation import DecodingProcess
+from fedmed.imaging.manifest import images_of, read_records
+from fedmed.imaging.plain_errors import plain_errors
+from fedmed.intake import survey
+from fedmed.intake.findings import findings, verdict
+from fedmed.intake.near_duplicates import near_duplicates
+from fedmed.intake.seen import Arrays, Seen, add_, facts_of
+from fedmed.intake.survey import SIDE
+
+ABOUT = ("patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex")
+PICTURES, PICTURE_SIDE = 24, 112  # thumbnails of a page, pixels
+TEXT_SAMPLE = 400  # images in which burnt-in text is looked for: a tenth of a second each
+AHEAD = 4  # images that each process has waiting
+PAYS = 200  # images for which it pays to start a process
+
+Look = Callable[..., Arrays]
+Told = Callable[[str, int, int], None]  # what is done, how far, of how much
+
+
+def check(
+    manifest: Path, *, labels: Sequence[str] = (), processes: int = 2, progress: Told | None = None
+) -> dict[str, Any]:
+    """Look at everything that a manifest names.
+
+    Args:
+        manifest: the site's CSV.
+        labels: of the task; () = every column that holds only 0, 1 and nothing.
+        processes: that decode, at most.
+        progress: told what is done and how far.
+
+    Returns:
+        Facts that JSON can hold: `state` ("pass", "warn" or "fail"), `findings`, counts, histograms and pictures. They
+        are for the site: exact, and with thumbnails. `card.card_of` takes from them what may leave.
+
+    Raises:
+        DataError: the manifest cannot be read at all.
+    """
+    header, records = read_records(manifest)
+    for column in ("patient_id", "image"):
+        if column not in header:
+            raise DataError(f'{manifest}: no column "{column}"')
+    if not records:
+        raise DataError(f"{manifest}: the manifest has no rows")
+    chosen = tuple(labels) or tuple(name for name in header if name not in ABOUT and _is_label(records, name))
+    seen = Seen(
+        rows=list(range(2, len(records) + 2)),
+        patients=_numbers(record["patient_id"] for record in records),
+        splits=_numbers(record.get("split", "") for record in records),
+        labels={name: _values(records, name) for name in chosen if name in header},
+        masked=any(record.get("mask") for record in records),
+    )
+    for name in ("view", "sex"):
+        seen.counts[name] = Counter(record[name] or "not said" for record in records) if name in header else Counter()
+    seen.ages = [float(record["age"]) for record in records if record.get("age", "").replace(".", "", 1).isdigit()]
+    _look_(seen, manifest, records, processes, progress)
+    del records
+    alike = near_duplicates(
+        seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
+        progress=None if progress is None else lambda done, of: progress("comparing", done, of),
+    )  # fmt: skip
+    found = findings(seen, alike, manifest, tuple(labels) or tuple(seen.labels))
+    told = {"state": verdict(found), "findings": [finding.facts() for finding in found]}
+    return told | facts_of(seen, manifest)
+
+
+def _look_(
+    seen: Seen, manifest: Path, records: Sequence[dict[str, str]], processes: int, progress: Told | None
+) -> None:
+    """Look at every image, and add what is seen."""
+    jobs = [
+        (row, str(image), str(manifest.parent / record["mask"]) if place == 0 and record.get("mask") else "")
+        for row, record in enumerate(records)
+        for place, image in enumerate(image for image in images_of(record["image"], manifest.parent) if image)
+    ]
+    shown, read = (_spread(len(jobs), most) for most in (PICTURES, TEXT_SAMPLE))
+    seen.images = len(jobs)
+    seen.thumbnails = np.zeros((len(jobs), SIDE, SIDE), np.uint8)
+    seen.of_row = np.array([row for row, _, _ in jobs], np.int64)
+    seen.prints = np.zeros(len(jobs), np.uint64)
+    processes = min(processes, -(-len(jobs) // PAYS))
+    with ExitStack() as stack:
+        idle: SimpleQueue[Look] = SimpleQueue()
+        for _ in range(processes):
+            idle.put(stack.enter_context(apart()))
+
+        def one(number: int) -> Arrays | UnreadableImage:
+            look = idle.get()
+            try:
+                _, image, mask = jobs[number]
+                side = PICTURE_SIDE if number in shown else 0
+                return look(image=image, mask=mask, side=side, text=number in read)
+            except UnreadableImage as error:
+                return error
+            finally:
+                idle.put(look)
+
+        pool = ThreadPoolExecutor(processes)  # its threads only wait for the processes
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for number, outcome in enumerate(_in_order(pool, one, len(jobs), AHEAD * processes)):
+            if isinstance(outcome, UnreadableImage):
+                seen.unreadable[jobs[number][0]] = str(outcome)
+            else:
+                add_(seen, number, jobs[number][0], outcome)
+            if progress is not None:
+                progress("looking", number + 1, len(jobs))
+
+
+@contextmanager
+def apart() -> Iterator[Look]:
+    """Look at images in another process: a decoder that crashes, hangs or eats memory costs one image."""
+    with DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES, jobs="fedmed.intake.survey") as process:
+        yield lambda **settings: process.run("look", **settings)
+
+
+@contextmanager
+def here() -> Iterator[Look]:
+    """Look at images in this process: to be put in the place of `apart` for a debugger."""
+
+    def look(**settings: Any) -> Arrays:
+        with plain_errors():
+            return survey.look(**settings)
+
+    yield look
+
+
+def _spread(count: int, most: int) -> set[int]:
+    """At most so many of `count` numbers, evenly spread."""
+    return set(np.linspace(0, count - 1, min(most, count)).astype(int).tolist())
+
+
+def _in_order(pool: ThreadPoolExecutor, one: Callable[[int], Any], count: int, ahead: int) -> Iterator[Any]:
+    waiting: deque[Future[Any]] = deque()
+    for number in range(count):
+        waiting.append(pool.submit(one, number))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _is_label(records: Sequence[dict[str, str]], name: str) -> bool:
+    values = {record[name] for record in records}
+    return bool(values - {""}) and values <= {"", "0", "1", "0.0", "1.0"}
+
+
+def _values(records: Sequence[dict[str, str]], name: str) -> NDArray[np.int8]:
+    meaning = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+    return np.array([meaning.get(record[name], -1) for record in records], np.int8)
+
+
+def _numbers(texts: Iterator[str]) -> NDArray[np.int64]:
+    """Texts as numbers, equal ones equal."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(text, len(known)) for text in texts], np.int64)

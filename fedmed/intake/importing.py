@@ -1,0 +1,160 @@
+"""`fedmed data import`: an archive and a table of labels as a manifest, with the site's pseudonyms for its patients."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TextIO
+
+from fedmed.errors import DataError
+from fedmed.imaging.manifest import cell_of
+from fedmed.intake.kinds import KINDS
+from fedmed.intake.kinds.found import UNCERTAIN, Found, Unmatched
+from fedmed.intake.labels import LabelTable
+from fedmed.intake.pseudonyms import Pseudonyms
+
+MANIFEST, UNMATCHED = "manifest.csv", "unmatched.csv"
+MASKED = ("brats", "pairs")  # kinds that may have masks
+Uncertain = Literal["ignore", "zeros", "ones"]
+POLICIES: dict[Uncertain, str] = {"ignore": "", "zeros": "0", "ones": "1"}  # U-Ignore, U-Zeros and U-Ones of CheXpert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How an archive is imported."""
+
+    pseudonyms: Pseudonyms
+    table: LabelTable | None = None
+    withdrawn: frozenset[str] = frozenset()  # ids and pseudonyms of patients who opted out
+    uncertain: Uncertain = "ignore"  # what a label becomes of which CheXpert's labeler was not sure
+
+
+@dataclass(kw_only=True)
+class Imported:
+    """What became of an archive, counted while it is read."""
+
+    images: int = 0
+    masks: int = 0
+    patients: set[str] = field(default_factory=set, repr=False)
+    withdrawn: set[str] = field(default_factory=set, repr=False)  # patients who are there and opted out
+    unmatched: Counter[str] = field(default_factory=Counter)  # what -> how many; `UNMATCHED` says which
+
+
+def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
+    """Write `out`/manifest.csv and `out`/unmatched.csv, each whole or not at all. Images stay where they are.
+
+    An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask.
+
+    Args:
+        kind: a key of `KINDS`.
+        source: the archive.
+        out: a folder; files of these names in it are replaced.
+        rules: how.
+
+    Raises:
+        DataError: the archive is none of this kind, or nothing of it can be imported.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    report = Imported()
+    with _whole(out / UNMATCHED) as misses, _whole(out / MANIFEST) as manifest:
+        told = csv.writer(misses)
+        told.writerow(["what", "where"])
+        writer: csv.DictWriter[str] | None = None
+        for each in _chosen(KINDS[kind](source), rules, report):
+            if isinstance(each, Unmatched):
+                report.unmatched[each.what] += 1
+                told.writerow([each.what, each.place])
+                continue
+            row = _row(each, out, masked=kind in MASKED)
+            if writer is None:
+                writer = csv.DictWriter(manifest, list(row))
+                writer.writeheader()
+            writer.writerow(row)
+        if writer is None:
+            raise DataError(f"nothing of {source} can be imported: {_listed(report) or 'it holds no image'}")
+    return report
+
+
+def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) -> Iterator[Found | Unmatched]:
+    """What the manifest gets, under pseudonyms and with the table's labels, and what fits nothing."""
+    for each in found:
+        if isinstance(each, Unmatched):
+            yield each
+            continue
+        told = rules.table.match(each) if rules.table is not None else {}
+        if told is None and not each.labels and each.mask is None:
+            yield Unmatched(what="image without row", place=os.fspath(each.image))
+            continue
+        known = _labelled(each, rules, told or {})
+        if known.patient in rules.withdrawn:
+            report.withdrawn.add(known.patient)
+            continue
+        report.images += 1
+        report.masks += known.mask is not None
+        report.patients.add(known.patient)
+        yield known
+    for number in rules.table.unmatched() if rules.table is not None else ():
+        yield Unmatched(what="row without image", place=f"row {number} of the table")
+
+
+def _labelled(found: Found, rules: Rules, told: dict[str, str]) -> Found:
+    """An image under its patient's pseudonym, with what the table says of it beside what its archive says."""
+    patient, pseudonymous = told.get("patient_id", ""), found.pseudonymous
+    patient, pseudonymous = (patient, False) if patient else (found.patient, pseudonymous)
+    labels = {name: POLICIES[rules.uncertain] if text == UNCERTAIN else text for name, text in found.labels.items()}
+    if rules.table is not None:
+        labels |= {name: told.get(name, "") or labels.get(name, "") for name in rules.table.names}
+    return replace(
+        found,
+        patient=patient if pseudonymous else rules.pseudonyms.patient(patient),
+        labels=labels,
+        view=told.get("view") or found.view,
+        age=told.get("age") or found.age,
+        sex=told.get("sex") or found.sex,
+        split=told.get("split") or found.split,
+        site=told.get("site") or found.site,
+    )
+
+
+def _row(found: Found, out: Path, *, masked: bool) -> dict[str, str]:
+    """A row of the manifest; all rows of an archive have the same columns."""
+    places = [None if image is None else Path(_relative(image, out)) for image in found.images]
+    return {
+        "patient_id": found.patient,
+        "image": cell_of(places),
+        **({"mask": _relative(found.mask, out) if found.mask else ""} if masked else {}),
+        **found.labels,
+        "view": found.view,
+        "age": found.age,
+        "sex": found.sex,
+        "split": found.split,
+        "site": found.site,
+        "study_uid": found.study if found.pseudonymous else "",
+    }
+
+
+def _relative(path: Path, out: Path) -> str:
+    return os.path.relpath(path, out)
+
+
+def _listed(report: Imported) -> str:
+    return ", ".join(f"{count} × {what}" for what, count in report.unmatched.items())
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[TextIO]:
+    """A file that its owner alone may read, and that takes its name when everything is in it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            part.chmod(0o600)
+            yield file
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

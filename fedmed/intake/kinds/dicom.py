@@ -1,0 +1,132 @@
+"""DICOM: a tree of files, which is de-identified into a folder of the site's own, and such folders as archives.
+
+`fedmed data pull` and `take_in` leave the same: `images/`, `quarantine/` and a table of what became of every object. An
+object that a person moves from quarantine to the place that the table names for it counts at the next import.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedmed.errors import DataError, UnreadableImage
+from fedmed.imaging.dicom.opening import is_dicom
+from fedmed.intake.keep import Kept, keep
+from fedmed.intake.kinds.found import Found, Unmatched
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.tables import table_rows
+
+PULLED, TAKEN = "pulled.csv", "imported.csv"
+FACTS = ("patient_id", "study_uid", "series_uid", "image", "view", "age", "sex", "accession", "modality")
+COLUMNS = (*FACTS, "reason", "source")
+IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
+REGIONS = ("SEG", "RTSTRUCT")
+
+Told = Callable[[int, int], None]
+
+
+def dicom(source: Path) -> Iterator[Found | Unmatched]:
+    """The images of a folder that `fedmed data pull` or `take_in` filled: single ones, and CT, MR and PET by series.
+
+    Raises:
+        DataError: it is no such folder.
+    """
+    tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
+    if not tables:
+        raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
+    incomplete = _incomplete(source, tables)
+    seen: set[str] = set()
+    for table in tables:
+        for _, row in table_rows(table):
+            if not row.get("source", PULLED):  # cut off by a kill: its object was kept again
+                continue
+            image, reason = row.get("image", ""), row.get("reason", "")
+            path = source / image
+            if not image or not path.exists():
+                yield Unmatched(what=reason or "in quarantine", place=image)
+            elif row["modality"] in IN_SERIES and row["series_uid"] in incomplete:
+                yield Unmatched(what="slice of a series of which another slice is missing", place=image)
+            elif row["modality"] in REGIONS:
+                yield Unmatched(what="mask that no row names", place=image)
+            else:
+                path = path.parent if row["modality"] in IN_SERIES and path.is_file() else path
+                if (name := os.fspath(path)) not in seen:
+                    seen.add(name)
+                    yield _found(path, row)
+
+
+def _incomplete(source: Path, tables: list[Path]) -> set[str]:
+    """Series of which an object is in quarantine: what is left of them is not the volume that was acquired."""
+    rows = (row for table in tables for _, row in table_rows(table))
+    return {row["series_uid"] for row in rows if row.get("image") and not (source / row["image"]).exists()}
+
+
+def _found(path: Path, row: dict[str, str]) -> Found:
+    return Found(
+        patient=row["patient_id"], images=(path,), study=row["study_uid"], accession=row["accession"],
+        view=row["view"], age=row["age"], sex=row["sex"], pseudonymous=True,
+    )  # fmt: skip
+
+
+def take_in(source: Path, folder: Path, pseudonyms: Pseudonyms, progress: Told | None = None) -> None:
+    """De-identify every DICOM file below `source` into `folder`, or into quarantine there; see `keep`.
+
+    What was done is written down file by file in `imported.csv`, under keyed names. A second call goes on where the
+    first one ended, and takes in files that are new or have changed.
+
+    Args:
+        source: any tree of files. What is no DICOM is passed over.
+        folder: made if it is not there.
+        pseudonyms: of the site.
+        progress: told (done, all) in files.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    table = folder / TAKEN
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    done = _done(table)
+    files = [
+        Path(place, name)
+        for place, _, names in os.walk(source, followlinks=True)
+        if not Path(place).resolve().is_relative_to(folder.resolve())
+        for name in names
+    ]
+    with os.fdopen(
+        os.open(table, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8", newline=""
+    ) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        else:
+            file.write("\n")  # a line that was cut off by a kill ends here; blank ones count for nothing
+        for number, path in enumerate(sorted(files), 1):
+            facts = path.stat()
+            text = f"{os.path.relpath(path, source)} {facts.st_size} {facts.st_mtime_ns}"
+            name = pseudonyms.keys.link("file", text.encode()).hex()
+            if name not in done:
+                writer.writerow({**_kept(path, folder, pseudonyms), "source": name})
+                file.flush()
+            if progress is not None:
+                progress(number, len(files))
+
+
+def _kept(path: Path, folder: Path, pseudonyms: Pseudonyms) -> dict[str, Any]:
+    """A line of the table."""
+    try:
+        if not is_dicom(path):
+            return {"reason": "not DICOM"}
+        kept: Kept = keep(path, folder, pseudonyms)
+    except (UnreadableImage, OSError) as error:
+        return {"reason": f"unreadable: {error if isinstance(error, UnreadableImage) else error.strerror}"}
+    facts = asdict(kept)
+    reason = f"in quarantine: {kept.reason}" if kept.set_apart else kept.reason
+    return {name: facts[name] for name in FACTS} | {"reason": reason or ""}
+
+
+def _done(table: Path) -> set[str]:
+    return {row["source"] for _, row in table_rows(table) if row["source"]} if table.is_file() else set()

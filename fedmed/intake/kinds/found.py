@@ -1,0 +1,112 @@
+"""What every kind of archive gives: images with whose they are and what is known of them, or what fits nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pydicom
+
+from fedmed.errors import DataError, UnreadableImage
+from fedmed.imaging.plain_errors import plain_errors
+
+PICTURES = (".png", ".jpg", ".jpeg")
+NIFTI = (".nii", ".nii.gz")
+ENDINGS = (*PICTURES, *NIFTI, ".dcm", ".dicom")
+UNCERTAIN = "-1"  # as CheXpert and MIMIC-CXR write it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One image or volume."""
+
+    patient: str
+    images: tuple[Path | None, ...]  # one for most; several modalities in the set's order, None = this one is missing
+    mask: Path | None = None
+    study: str = ""
+    series: str = ""
+    accession: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)  # "0", "1", "" = unknown, "-1" = uncertain; in one order
+    view: str = ""
+    age: str = ""  # years
+    sex: str = ""  # M, F or O
+    split: str = ""
+    site: str = ""
+    pseudonymous: bool = False  # patient, study and accession are the site's pseudonyms already
+
+    @property
+    def image(self) -> Path:
+        """The first modality that is there."""
+        return next(image for image in self.images if image is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """An image without a row of labels, or a row without an image."""
+
+    what: str  # "image without row", "row without image", "image without mask", "mask without image"
+    place: str  # the image relative to its archive, or "row 17" of the table
+
+
+def the_file(source: Path, *patterns: str) -> Path:
+    """The one file of an archive that such a name has, first pattern first.
+
+    Raises:
+        DataError: there is none.
+    """
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            return path
+    raise DataError(f"{source}: holds no {' or '.join(patterns)}, as this kind of data set does")
+
+
+def files_by_stem(source: Path, endings: tuple[str, ...]) -> dict[str, str]:
+    """Every file below a folder with such an ending: name without it -> path. Links to folders are followed."""
+    found = {}
+    for folder, _, names in os.walk(source, followlinks=True):
+        for name in names:
+            stem = stem_of(name, endings)
+            if stem:
+                found[stem] = str(Path(folder, name))
+    return found
+
+
+def stem_of(name: str, endings: tuple[str, ...]) -> str:
+    """A file's name without the longest of the endings that it has; "" if it has none."""
+    fitting = [ending for ending in endings if name.lower().endswith(ending)]
+    return name[: -len(max(fitting, key=len))] if fitting else ""
+
+
+def leftovers(source: Path, paths: Mapping[str, str], what: str) -> Iterator[Unmatched]:
+    """What stayed unmatched in an archive."""
+    for path in sorted(paths.values()):
+        yield Unmatched(what=what, place=os.path.relpath(path, source))
+
+
+def with_header(found: Found) -> Found:
+    """The same image with view, age and sex from its DICOM header, if it is a DICOM file that can be read."""
+    try:
+        with plain_errors():
+            tags = ["ViewPosition", "PatientAge", "PatientSex"]
+            header = pydicom.dcmread(found.image, stop_before_pixels=True, specific_tags=list(tags), force=True)
+            view, age, sex = (str(header.get(tag) or "").strip() for tag in tags)
+    except UnreadableImage:
+        return found
+    return replace(found, view=view, age=years(age), sex=sex_of(sex))
+
+
+def years(text: str) -> str:
+    """An age as whole years below 120: from "61", "61.0" or DICOM's "061Y", "018M"; "" for what is none."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "Y")
+    try:
+        age = int(float(digits) / {"Y": 1.0, "M": 12.0, "W": 52.0, "D": 365.0}[unit])
+    except (ValueError, KeyError, OverflowError):
+        return ""
+    return str(age) if 0 <= age < 120 else ""
+
+
+def sex_of(text: str) -> str:
+    """M, F or O from what tables write; "" for what is none of them."""
+    return {"M": "M", "F": "F", "O": "O", "W": "F"}.get(text.strip()[:1].upper(), "")

@@ -1,0 +1,281 @@
+"""The label dictionary: how a hospital's own table of labels is joined with its images, and what its words mean.
+
+`labels.toml` says which column of the table is matched with what of the images, which columns make up a label, and
+which of their values mean 1 and 0. Whatever is in neither list is unknown: it becomes an empty cell, and never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from fedmed import config as run_file
+from fedmed.config import Section
+from fedmed.errors import ConfigError, DataError
+from fedmed.intake.kinds.found import ENDINGS, Found, sex_of, stem_of, years
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.tables import Cells, columns_of, table_rows
+
+Join = Literal["accession", "study", "patient", "image"]
+JOINS: dict[Join, tuple[str, ...]] = {  # what names of columns hint at, folded
+    "accession": ("accession", "acc", "zugangsnummer", "auftragsnummer"),
+    "study": ("studyinstanceuid", "studyuid", "study"),
+    "patient": ("patientid", "patient", "pid", "mrn", "subject", "recordid"),
+    "image": ("image", "path", "file", "filename"),
+}
+ABOUT = ("patient_id", "age", "sex", "view", "split", "site")
+WORDS = {  # values that mean the same in many sheets
+    "1": ("1", "1.0", "yes", "y", "true", "pos", "positive", "present", "ja", "oui", "si", "vorhanden"),
+    "0": ("0", "0.0", "no", "n", "false", "neg", "negative", "absent", "nein", "non", "keine"),
+}
+MOST_VALUES = 6  # of a column that may be a label
+GUESS_ROWS = 2000
+
+
+class Label(Section):
+    """One label of the federation."""
+
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]  # of the table; the first that says 0 or 1 counts
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    unknown: tuple[str, ...] = ("",)  # words that are known to say nothing, and so are not counted as strange
+
+
+class LabelRules(Section):
+    """`labels.toml`."""
+
+    join: Join
+    column: str
+    columns: dict[str, str] = Field(
+        default_factory=dict
+    )  # age, sex, view, split, site, patient_id -> the table's column
+    labels: dict[str, Label]
+
+
+@dataclass(kw_only=True)
+class LabelTable:
+    """A hospital's table, ready to be asked; it remembers which of its rows were never asked for."""
+
+    names: tuple[str, ...]
+    about: tuple[str, ...]
+    join: Join
+    pseudonyms: Pseudonyms
+    strange: Counter[str] = field(default_factory=Counter)  # label -> cells that say nothing labels.toml knows
+    conflicts: int = 0  # labels of which two rows of one key say the opposite: they are unknown
+    _rows: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict, repr=False)
+    _used: set[str] = field(default_factory=set, repr=False)
+
+    def match(self, found: Found) -> dict[str, str] | None:
+        """Labels, and what else the table says, of an image; None if it has no row."""
+        key = self._key_of(found)
+        row = self._rows.get(key) if key else None
+        if row is None:
+            return None
+        self._used.add(key)
+        return dict(zip((*self.names, *self.about), row[1], strict=True))
+
+    def unmatched(self) -> list[int]:
+        """Rows of the table, by number, that no image asked for."""
+        return sorted(number for key, (number, _) in self._rows.items() if key not in self._used)
+
+    def __len__(self) -> int:
+        """How many different keys the table has."""
+        return len(self._rows)
+
+    def _key_of(self, found: Found) -> str:
+        match self.join:
+            case "image":
+                return stem_of(found.image.name, ENDINGS) or found.image.name
+            case "study":
+                return _keyed(self.join, found.study, self.pseudonyms, known=found.pseudonymous)
+            case "patient":
+                return _keyed(self.join, found.patient, self.pseudonyms, known=found.pseudonymous)
+            case "accession":
+                return _keyed(self.join, found.accession, self.pseudonyms, known=found.pseudonymous)
+
+    def _add(
+        self, key: str, number: int, values: tuple[str, ...], shared: dict[tuple[str, ...], tuple[str, ...]]
+    ) -> None:
+        first, before = self._rows.get(key, (number, values))
+        labels = len(self.names)
+        pairs = list(zip(before, values, strict=True))
+        torn = [place < labels and bool(a) and bool(b) and a != b for place, (a, b) in enumerate(pairs)]
+        self.conflicts += sum(torn)
+        merged = tuple("" if split else a or b for split, (a, b) in zip(torn, pairs, strict=True))
+        self._rows[key] = first, shared.setdefault(merged, merged)
+
+
+def read_label_rules(path: Path) -> LabelRules:
+    """Read a labels.toml.
+
+    Raises:
+        ConfigError: it is missing or wrong.
+    """
+    try:
+        values = run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8")))
+        rules = LabelRules.model_validate(values)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    unknown = sorted(set(rules.columns) - set(ABOUT))
+    if unknown:
+        raise ConfigError(f"{path}: columns.{unknown[0]}: there are {', '.join(ABOUT)}")
+    for name, label in rules.labels.items():
+        both = {*map(_folded, label.positive)} & {*map(_folded, label.negative)}
+        if both:
+            raise ConfigError(f'{path}: labels.{name}: "{sorted(both)[0]}" is positive and negative')
+    return rules
+
+
+def read_labels(table: Path, rules: LabelRules, pseudonyms: Pseudonyms) -> LabelTable:
+    """Read a table into memory: about 250 bytes a row.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column that labels.toml names.
+    """
+    header = columns_of(table)
+    for column in (
+        rules.column,
+        *rules.columns.values(),
+        *(name for label in rules.labels.values() for name in label.columns),
+    ):
+        if column not in header:
+            raise DataError(f'{table.name}: no column "{column}", which labels.toml names')
+    read = LabelTable(names=tuple(rules.labels), about=tuple(rules.columns), join=rules.join, pseudonyms=pseudonyms)
+    meanings = {name: _meaning(label) for name, label in rules.labels.items()}
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # few combinations of labels, many rows
+    for number, row in table_rows(table):
+        key = _key_in_table(rules.join, row[rules.column], pseudonyms)
+        if not key:
+            continue
+        values = [_value(row, label, meanings[name], name, read.strange) for name, label in rules.labels.items()]
+        more = [_plain_about(name, row[column]) for name, column in rules.columns.items()]
+        read._add(key, number, (*values, *more), shared)
+    return read
+
+
+def guessed_rules(table: Path) -> str:
+    """A labels.toml to start from: the table's columns, and guesses at what they are. Values of few kinds are listed.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    header = columns_of(table)
+    values = _values_of(table, header)
+    join, column = _guessed_join(header)
+    lines = [
+        "# How the table is joined with the images, and what its words mean. A first guess by fedmed: read it, correct",
+        "# it, delete what is no label, then run the import again.",
+        "#",
+        f"# The table's columns: {', '.join(json.dumps(name, ensure_ascii=False) for name in header)}",
+        "",
+        "# What of an image the column holds: accession, study, patient, or image (a file's name).",
+        f"join = {json.dumps(join)}",
+        f"column = {json.dumps(column, ensure_ascii=False)}",
+        "",
+        "[columns]  # copied into the manifest; patient_id where the files themselves do not say whose they are",
+    ]
+    for name in ("age", "sex", "view", "split", "site", *(["patient_id"] if join == "image" else [])):
+        guess = next((each for each in header if _bare(each) == _bare(name)), "")
+        lines.append(f"{name} = {json.dumps(guess, ensure_ascii=False)}" if guess else f'# {name} = ""')
+    for name in header:
+        kinds = values.get(name)
+        if (
+            name == column
+            or kinds is None
+            or not any(_guess(kind) for kind in kinds)
+            or _bare(name) in map(_bare, ABOUT)
+        ):
+            continue
+        lines += ["", f"[labels.{json.dumps(_common(name))}]", f"columns = [{json.dumps(name, ensure_ascii=False)}]"]
+        for key, meaning in (("positive", "1"), ("negative", "0"), ("unknown", "")):
+            chosen = sorted(kind for kind in kinds if _guess(kind) == meaning)
+            lines.append(f"{key} = [{', '.join(json.dumps(kind, ensure_ascii=False) for kind in chosen)}]")
+    if not any(line.startswith("[labels.") for line in lines):
+        lines += ["", "# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
+    return "\n".join(lines) + "\n"
+
+
+def _values_of(table: Path, header: tuple[str, ...]) -> dict[str, set[str]]:
+    """The different values of every column that has few."""
+    values: dict[str, set[str]] = {name: set() for name in header}
+    for number, (_, row) in enumerate(table_rows(table)):
+        if number >= GUESS_ROWS:
+            break
+        for name in list(values):
+            values[name].add(row[name])
+            if len(values[name]) > MOST_VALUES:
+                del values[name]
+    return values
+
+
+def _guessed_join(header: tuple[str, ...]) -> tuple[Join, str]:
+    for join, hints in JOINS.items():
+        for name in header:
+            if any(_bare(name).startswith(hint) for hint in hints):
+                return join, name
+    return "accession", header[0]
+
+
+def _guess(value: str) -> str:
+    """What a value of a column probably means: 1, 0, or nothing."""
+    return next((meaning for meaning, words in WORDS.items() if _folded(value) in map(_folded, words)), "")
+
+
+def _common(name: str) -> str:
+    return "-".join(name.lower().split())
+
+
+def _meaning(label: Label) -> dict[str, str]:
+    words = ((label.unknown, ""), (label.negative, "0"), (label.positive, "1"))
+    return {_folded(word): value for spellings, value in words for word in spellings}
+
+
+def _value(row: Cells, label: Label, meaning: Mapping[str, str], name: str, strange: Counter[str]) -> str:
+    """What the first column that says 0 or 1 says."""
+    for column in label.columns:
+        word = _folded(row[column])
+        if word and word not in meaning:
+            strange[name] += 1
+        if value := meaning.get(word, ""):
+            return value
+    return ""
+
+
+def _plain_about(name: str, text: str) -> str:
+    if name == "age":
+        return years(text)
+    return sex_of(text) if name == "sex" else text
+
+
+def _key_in_table(join: Join, text: str, pseudonyms: Pseudonyms) -> str:
+    if join == "image":
+        name = Path(text).name
+        return stem_of(name, ENDINGS) or name
+    return _keyed(join, text, pseudonyms, known=False)
+
+
+def _keyed(join: Join, text: str, pseudonyms: Pseudonyms, *, known: bool) -> str:
+    """An id as the site's pseudonym of it, so that tables fit to images that were pulled and de-identified before."""
+    if known or not text.strip():
+        return text.strip()
+    return {"accession": pseudonyms.accession, "study": pseudonyms.uid, "patient": pseudonyms.patient}[join](text)
+
+
+def _folded(text: str) -> str:
+    """A cell's word whatever its case and blanks."""
+    return " ".join(text.split()).casefold()
+
+
+def _bare(column: str) -> str:
+    """A column's name without what people put between words."""
+    return "".join(letter for letter in column.casefold() if letter.isalnum())

@@ -1,0 +1,50 @@
+"""Patients who withdrew: excluded when images are imported, and at every later round.
+
+The hospital keeps one table, of its own ids or of pseudonyms; a listed patient is meant under both. What fedmed keeps
+of it is pseudonyms, which are keyed digests: without the site's key nobody can try hospital numbers against them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fedmed.errors import DataError
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.tables import table_rows
+
+COLUMN = "patient_id"
+PSEUDONYM = re.compile(r"P[A-Z2-7]{16}")
+
+
+def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
+    """Everything that a listed patient may be called in a manifest: the id as it stands, and the site's pseudonym.
+
+    Args:
+        path: CSV or XLSX with a column `patient_id`.
+        pseudonyms: of the site.
+
+    Raises:
+        DataError: it cannot be read, or has no column of that name; a list without a header would lose the first
+            patient. Nobody is trained on then.
+    """
+    listed = set()
+    try:
+        for _, row in table_rows(path):
+            if COLUMN not in row:
+                raise DataError(f'{path.name}: the first row names no column "{COLUMN}"')
+            listed.add(row[COLUMN])
+    except DataError as error:
+        public = "the site's list of patients who withdrew cannot be read"
+        raise DataError(f"{public}: {error}", public=public) from None
+    listed.discard("")
+    return frozenset(listed | {pseudonyms.patient(patient) for patient in listed})
+
+
+def remember(names: frozenset[str], path: Path) -> None:
+    """Write the pseudonyms among these names as a table for `opted_out`, whole or not at all, for its owner alone."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.touch(mode=0o600)
+    part.write_text("\n".join([COLUMN, *sorted(filter(PSEUDONYM.fullmatch, names))]) + "\n", encoding="ascii")
+    part.replace(path)

@@ -1,0 +1,108 @@
+"""Tables as hospitals export them, CSV or XLSX, one row at a time: RIS, registries, REDCap, and public label files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zipfile
+from collections.abc import Iterator
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from fedmed.errors import DataError
+
+Cells = dict[str, str]  # by column
+SEPARATORS = (",", ";", "\t")  # German and French Excel write semicolons
+EXCEL = (".xlsx", ".xlsm")
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, Cells]]:
+    """Every row that is not blank, with its number in the file.
+
+    Args:
+        path: CSV in UTF-8 (perhaps compressed as .csv.gz), or the first sheet of an XLSX. The first row names columns.
+
+    Yields:
+        The row's number, the header being row 1, and its cells as text without blanks around them. Missing cells are
+        empty, cells beyond the header are left out.
+
+    Raises:
+        DataError: it cannot be read as a table.
+    """
+    rows = _excel(path) if path.suffix.lower() in EXCEL else _csv(path)
+    columns: list[str] = []
+    for number, cells in rows:
+        texts = [cell.strip() for cell in cells]
+        if not columns:
+            columns = texts
+            if not any(columns):
+                raise DataError(f"{path.name}: the first row names no columns")
+        elif any(texts):
+            yield number, dict(zip(columns, texts + [""] * (len(columns) - len(texts)), strict=False))
+    if not columns:
+        raise DataError(f"{path.name}: the table is empty")
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """The columns of a table that has at least one row.
+
+    Raises:
+        DataError: as `table_rows`, or it has no rows.
+    """
+    for _, cells in table_rows(path):
+        return tuple(cells)
+    raise DataError(f"{path.name}: the table has no rows")
+
+
+def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        with _opened(path) as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(SEPARATORS, key=first.count))
+            for cells in reader:
+                yield reader.line_num, cells
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name}: not in UTF-8; save it as CSV UTF-8, or as XLSX") from None
+    except (csv.Error, EOFError):
+        raise DataError(f"{path.name}: not a CSV") from None
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror or 'damaged'})") from None
+
+
+def _opened(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _excel(path: Path) -> Iterator[tuple[int, list[str]]]:
+    import openpyxl  # heavy, and only spreadsheets need it
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path.name}: not an XLSX that can be read ({type(error).__name__})") from None
+    try:
+        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+            yield number, [_text(cell) for cell in cells]
+    finally:
+        book.close()
+
+
+def _text(cell: Any) -> str:
+    """A cell as a CSV would show it: whole numbers without a point, dates by ISO 8601."""
+    match cell:
+        case None:
+            return ""
+        case bool():
+            return str(int(cell))
+        case float() if cell.is_integer():
+            return str(int(cell))
+        case datetime() if cell.time() == time():
+            return cell.date().isoformat()
+        case datetime() | date() | time():
+            return cell.isoformat()
+        case _:
+            return str(cell)

@@ -1,0 +1,401 @@
+"""Importing: every kind of archive ends in a manifest that can be trained on, and nobody's own number is in it."""
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import openpyxl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from image_sets import REAL
+from PIL import Image
+
+from fedmed.config import TaskConfig
+from fedmed.errors import ConfigError, DataError
+from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.volumes.nifti import write_nifti
+from fedmed.imaging.volumes.volume import Volume
+from fedmed.intake.importing import Rules, import_images
+from fedmed.intake.kinds import KINDS
+from fedmed.intake.kinds.nih import LABELS as NIH_LABELS
+from fedmed.intake.labels import LabelRules, guessed_rules, read_label_rules, read_labels
+from fedmed.intake.opt_out import opted_out, remember
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.tables import table_rows
+from fedmed.privacy.keys import make_keys
+
+
+@pytest.fixture(scope="module")
+def pseudonyms(tmp_path_factory: pytest.TempPathFactory) -> Pseudonyms:
+    return Pseudonyms(keys=make_keys(tmp_path_factory.mktemp("site") / "keys"))
+
+
+def table(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="PNG")
+    return path
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def missed(out: Path) -> list[tuple[str, str]]:
+    with (out / "unmatched.csv").open(newline="") as file:
+        return [(row["what"], row["where"]) for row in csv.DictReader(file)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the kinds
+
+
+NIH = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+)
+
+
+def test_nih_has_fourteen_labels_and_the_official_split_and_says_what_is_missing(tmp_path, pseudonyms):
+    source = tmp_path / "nih"
+    table(
+        source / "Data_Entry_2017.csv", NIH,
+        "00000001_000.png,Cardiomegaly|Effusion,0,1,058Y,M,PA,2682,2749,0.143,0.143,",
+        "00000001_001.png,No Finding,1,1,58,M,AP,2682,2749,0.143,0.143,",
+        "00000002_000.png,Hernia,0,2,414,F,PA,2682,2749,0.143,0.143,",
+    )  # fmt: skip
+    table(source / "train_val_list.txt", "00000001_000.png", "00000001_001.png")
+    table(source / "test_list.txt", "00000002_000.png")
+    for name in ("images_001/images/00000001_000.png", "images_001/images/00000001_001.png", "more/extra.png"):
+        picture(source / name)
+    report = import_images("nih", source, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    first, second = rows(tmp_path / "out")
+    assert len(report.patients) == 1 and report.images == 2
+    assert first["patient_id"] == second["patient_id"] == pseudonyms.patient("1")
+    assert [name for name in NIH_LABELS if first[name] == "1"] == ["Cardiomegaly", "Effusion"]
+    assert all(second[name] == "0" for name in NIH_LABELS)
+    assert (first["age"], first["sex"], first["view"], first["split"]) == ("58", "M", "PA", "train")
+    assert missed(tmp_path / "out") == [("row without image", "row 4"), ("image without row", "more/extra.png")]
+    assert len(read_manifest(tmp_path / "out" / "manifest.csv", TaskConfig(labels=NIH_LABELS)).rows) == 2
+
+
+CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema"
+
+
+@pytest.mark.parametrize(("uncertain", "edema"), [("ignore", ""), ("zeros", "0"), ("ones", "1")])
+def test_chexpert_masks_what_is_blank_and_treats_uncertain_as_asked(tmp_path, pseudonyms, uncertain, edema):
+    source = tmp_path / "CheXpert"
+    table(
+        source / "train.csv", CHEXPERT,
+        "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,1.0,-1.0",
+        "CheXpert-v1.0/train/patient00001/study2/view1_lateral.jpg,Female,68,Lateral,,,0.0",
+    )  # fmt: skip
+    table(
+        source / "valid.csv",
+        CHEXPERT,
+        "CheXpert-v1.0/valid/patient00002/study1/view1_frontal.jpg,Male,60,Frontal,PA,,1.0",
+    )
+    for name in ("train/patient00001/study1/view1_frontal.jpg", "train/patient00001/study2/view1_lateral.jpg"):
+        picture(source / name)
+    picture(source / "valid/patient00002/study1/view1_frontal.jpg")
+    import_images("chexpert", source, tmp_path / "out", Rules(pseudonyms=pseudonyms, uncertain=uncertain))
+    first, second, third = rows(tmp_path / "out")
+    assert (first["No Finding"], first["Edema"], first["split"]) == ("1", edema, "train")
+    assert (second["No Finding"], second["Edema"], second["view"]) == ("", "0", "LATERAL")
+    assert (third["patient_id"], third["split"]) == (pseudonyms.patient("patient00002"), "validation")
+
+
+def test_mimic_joins_three_tables_by_study(tmp_path, pseudonyms):
+    source = tmp_path / "mimic"
+    table(
+        source / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        "subject_id,study_id,Edema,Fracture",
+        "10000032,50414267,-1.0,",
+        "10000033,5,1.0,0.0",
+    )
+    table(
+        source / "mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,subject_id,study_id,ViewPosition",
+        "aaa,10000032,50414267,PA", "bbb,10000033,5,AP", "ccc,10000034,6,AP",
+    )  # fmt: skip
+    table(
+        source / "mimic-cxr-2.0.0-split.csv", "dicom_id,study_id,subject_id,split",
+        "aaa,50414267,10000032,train", "bbb,5,10000033,validate", "ccc,6,10000034,test",
+    )  # fmt: skip
+    picture(source / "files/p10/p10000032/s50414267/aaa.jpg")
+    picture(source / "files/p10/p10000034/s6/ccc.jpg")
+    import_images("mimic-cxr", source, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    (row,) = rows(tmp_path / "out")
+    assert (row["Edema"], row["Fracture"], row["split"], row["view"]) == ("", "", "train", "PA")
+    assert [what for what, _ in missed(tmp_path / "out")] == ["row without image", "image without row"]
+
+
+def test_rsna_groups_boxes_and_vinbig_asks_for_two_of_three_radiologists(tmp_path, pseudonyms):
+    rsna, vinbig = tmp_path / "rsna", tmp_path / "vinbig"
+    table(
+        rsna / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target",
+        "a,1,1,2,2,1", "a,5,5,2,2,1", "b,,,,,0",
+    )  # fmt: skip
+    for name in "ab":
+        picture(rsna / "stage_2_train_images" / f"{name}.dcm")  # no DICOM: age and view are unknown then
+    import_images("rsna", rsna, tmp_path / "out-rsna", Rules(pseudonyms=pseudonyms))
+    assert [row["Lung Opacity"] for row in rows(tmp_path / "out-rsna")] == ["1", "0"]
+    table(
+        vinbig / "train.csv", "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max",
+        "i,Nodule,8,R1,1,1,2,2", "i,Nodule,8,R1,3,3,4,4", "i,Effusion,10,R2,,,,", "i,Effusion,10,R3,,,,",
+        "j,No finding,14,R1,,,,",
+    )  # fmt: skip
+    for name in "ij":
+        picture(vinbig / "train" / f"{name}.png")
+    import_images("vinbig", vinbig, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    assert [(row["Effusion"], row["Nodule"]) for row in rows(tmp_path / "out")] == [("1", "0"), ("0", "0")]
+
+
+def test_brats_keeps_the_place_of_a_missing_sequence(tmp_path, pseudonyms):
+    volume = Volume(values=np.ones((2, 3, 4), np.float32), affine=np.eye(4))
+    for patient, names in {"B1": ("t1ce", "flair", "seg"), "B2": ("t2", "flair", "seg"), "B3": ("flair",)}.items():
+        for name in names:
+            (tmp_path / "brats" / patient).mkdir(parents=True, exist_ok=True)
+            write_nifti(volume, tmp_path / "brats" / patient / f"{patient}_{name}.nii.gz")
+    import_images("brats", tmp_path / "brats", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    first, second = rows(tmp_path / "out")
+    assert [Path(name).name for name in first["image"].split(";")] == ["B1_flair.nii.gz", "B1_t1ce.nii.gz", ""]
+    assert [Path(name).name for name in second["image"].split(";")] == ["B2_flair.nii.gz", "", "B2_t2.nii.gz"]
+    assert missed(tmp_path / "out") == [("image without mask", "B3")]
+    task = TaskConfig(kind="segmentation", labels=("tumour",))
+    assert read_manifest(tmp_path / "out" / "manifest.csv", task).modalities == 3
+
+
+def test_pairs_finds_masks_by_name_and_refuses_a_folder_without_images(tmp_path, pseudonyms):
+    for name in ("images/a.png", "images/b.png", "masks/a_mask.png", "masks/c.png"):
+        picture(tmp_path / "set" / name)
+    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    (row,) = rows(tmp_path / "out")
+    assert Path(row["mask"]).name == "a_mask.png"
+    assert [what for what, _ in missed(tmp_path / "out")] == ["image without mask", "mask without image"]
+    (tmp_path / "empty").mkdir()
+    for kind in KINDS:
+        with pytest.raises(DataError, match="hold"):
+            import_images(kind, tmp_path / "empty", tmp_path / "nothing", Rules(pseudonyms=pseudonyms))
+    assert not (tmp_path / "nothing" / "manifest.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------- tables of labels
+
+
+RULES = """
+join = "image"
+column = "Datei"
+[columns]
+patient_id = "PatNr"
+sex = "Geschlecht"
+[labels.effusion]
+columns = ["Erguss", "Erguss 2"]
+positive = ["pos"]
+negative = ["neg"]
+unknown = ["", "not annotated"]
+"""
+
+
+def spreadsheet(path: Path, lines: list[list[object]]) -> Path:
+    book = openpyxl.Workbook()
+    for line in lines:
+        book.active.append(line)
+    book.save(path)
+    return path
+
+
+def hospital(tmp_path: Path, pseudonyms: Pseudonyms) -> tuple[Path, Rules]:
+    for number in range(5):
+        picture(tmp_path / "set" / f"{number}.png", number)
+    sheet = spreadsheet(
+        tmp_path / "labels.xlsx",
+        [
+            ["Datei", "PatNr", "Geschlecht", "Erguss", "Erguss 2"],
+            ["0.png", 17.0, "w", "pos", None],
+            ["1.png", 17, "w", "", "NEG "],
+            ["2.png", 18, "m", "not annotated", ""],
+            ["3.png", 19, "m", "vielleicht", None],
+            ["3.png", 19, "m", "pos", None],
+            ["9.png", 20, "m", "neg", None],
+        ],
+    )
+    (tmp_path / "labels.toml").write_text(RULES)
+    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
+    return tmp_path / "set", Rules(pseudonyms=pseudonyms, table=known)
+
+
+def test_a_spreadsheet_is_joined_both_ways_and_what_is_unknown_is_never_zero(tmp_path, pseudonyms):
+    source, rules = hospital(tmp_path, pseudonyms)
+    report = import_images("pairs", source, tmp_path / "out", rules)
+    read = {Path(row["image"]).stem: row for row in rows(tmp_path / "out")}
+    assert {stem: row["effusion"] for stem, row in read.items()} == {"0": "1", "1": "0", "2": "", "3": "1"}
+    assert read["0"]["patient_id"] == read["1"]["patient_id"] == pseudonyms.patient("17")
+    assert (read["0"]["sex"], read["2"]["sex"]) == ("F", "M")
+    assert rules.table.strange == {"effusion": 1}
+    assert report.unmatched == {"image without row": 1, "row without image": 1}
+    assert missed(tmp_path / "out")[1] == ("row without image", "row 7 of the table")
+
+
+def test_rows_that_contradict_each_other_leave_the_label_unknown(tmp_path, pseudonyms):
+    sheet = table(
+        tmp_path / "t.csv", "Datei;PatNr;Geschlecht;Erguss;Erguss 2", "1;1;m;pos;", "1;1;m;neg;", "2;1;m;pos;"
+    )
+    (tmp_path / "labels.toml").write_text(RULES)
+    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
+    for stem in "12":
+        picture(tmp_path / "set" / f"{stem}.png")
+    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
+    assert [row["effusion"] for row in rows(tmp_path / "out")] == ["", "1"]
+    assert known.conflicts == 1
+
+
+def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
+    sheet = table(
+        tmp_path / "t.csv", "Accession Number,Patient ID,Age,Pleural Effusion,Comment",
+        *(f"A{number},{number},{number + 30},{'yes' if number % 2 else 'no'},text {number}" for number in range(20)),
+    )  # fmt: skip
+    (tmp_path / "labels.toml").write_text(guessed_rules(sheet))
+    rules = read_label_rules(tmp_path / "labels.toml")
+    assert (rules.join, rules.column, rules.columns) == ("accession", "Accession Number", {"age": "Age"})
+    assert {name: label.columns for name, label in rules.labels.items()} == {"pleural-effusion": ("Pleural Effusion",)}
+    assert (rules.labels["pleural-effusion"].positive, rules.labels["pleural-effusion"].negative) == (("yes",), ("no",))
+    assert len(read_labels(sheet, rules, pseudonyms)) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('positive = ["pos"]', 'positive = ["pos", "NEG"]'), "is positive and negative"),
+        (('join = "image"', 'join = "name"'), "join"),
+        (('sex = "Geschlecht"', 'gender = "Geschlecht"'), "columns.gender"),
+        (("[labels.effusion]", "[labels.effusion"), "cannot be read"),
+    ],
+)
+def test_a_wrong_labels_toml_is_refused(tmp_path, change, said):
+    (tmp_path / "labels.toml").write_text(RULES.replace(*change))
+    with pytest.raises(ConfigError, match=said):
+        read_label_rules(tmp_path / "labels.toml")
+
+
+def test_a_column_that_the_table_lacks_is_named(tmp_path, pseudonyms):
+    (tmp_path / "labels.toml").write_text(RULES)
+    sheet = table(tmp_path / "t.csv", "Datei,PatNr,Geschlecht,Erguss", "1,1,m,pos")
+    with pytest.raises(DataError, match='no column "Erguss 2"'):
+        read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
+
+
+CELLS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=12).map(str.strip)
+
+
+@given(cells=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=8), separator=st.sampled_from(",;\t"))
+def test_a_table_reads_back_what_was_written(tmp_path_factory, cells, separator):
+    path = tmp_path_factory.mktemp("table") / "t.csv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows([("first", "second"), *cells])
+    read = [(row["first"], row["second"]) for _, row in table_rows(path)]
+    assert read == [pair for pair in cells if any(pair)]
+
+
+def test_excel_and_csv_of_one_table_are_equal(tmp_path):
+    lines = [["id", "age", "when"], [1.0, 61.5, "2020-01-02"], ["007", None, "x"]]
+    sheet = spreadsheet(tmp_path / "t.xlsx", lines)
+    plain = table(tmp_path / "t.csv", "id,age,when", "1,61.5,2020-01-02", "007,,x")
+    assert list(table_rows(sheet)) == list(table_rows(plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.xlsx", b"no zip"), ("a.csv", b"\xff\xfe\x00"), ("a.csv", b""), ("b.csv.gz", b"x")]
+)
+def test_what_is_no_table_is_refused_in_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name) as raised:
+        list(table_rows(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------------- who withdrew
+
+
+def test_who_withdrew_is_left_out_by_id_or_by_pseudonym_and_only_pseudonyms_are_kept(tmp_path, pseudonyms):
+    source, rules = hospital(tmp_path, pseudonyms)
+    listed = table(tmp_path / "optout.csv", "patient_id", "17", pseudonyms.patient("18"))
+    names = opted_out(listed, pseudonyms)
+    remember(names, tmp_path / "kept.csv")
+    again = opted_out(tmp_path / "kept.csv", pseudonyms)
+    for withdrawn in (names, again):
+        report = import_images(
+            "pairs", source, tmp_path / "out", Rules(pseudonyms=pseudonyms, table=rules.table, withdrawn=withdrawn)
+        )
+        assert {row["patient_id"] for row in rows(tmp_path / "out")} == {pseudonyms.patient("19")}
+        assert len(report.withdrawn) == 2
+    kept = (tmp_path / "kept.csv").read_text().split()
+    assert "17" not in kept and pseudonyms.patient("17") in kept
+    assert (tmp_path / "kept.csv").stat().st_mode & 0o077 == 0
+
+
+def test_a_list_of_withdrawals_that_cannot_be_read_stops_everything(tmp_path, pseudonyms):
+    headless = table(tmp_path / "headless.csv", "17", "18")
+    for path in (headless, tmp_path / "missing.csv"):
+        with pytest.raises(DataError) as raised:
+            opted_out(path, pseudonyms)
+        assert raised.value.public == "the site's list of patients who withdrew cannot be read"
+
+
+# ---------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")
+def test_real_nih_images_find_their_rows(tmp_path, pseudonyms):
+    source = tmp_path / "nih"
+    source.mkdir()
+    (source / "images").symlink_to(REAL / "cxr" / "dev" / "nih_cc")
+    (source / "Data_Entry_2017.csv.gz").symlink_to(
+        REAL / "tabular" / "dev" / "nih_cxr14" / "Data_Entry_2017_v2020.csv.gz"
+    )
+    report = import_images("nih", source, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    with (REAL / "cxr" / "dev" / "metadata.csv").open(newline="") as file:
+        truth = {row["image_id"]: row for row in csv.DictReader(file) if row["hospital"] == "nih_cc"}
+    read = {Path(row["image"]).stem: row for row in rows(tmp_path / "out")}
+    assert read.keys() == truth.keys() and len(report.patients) == len({row["patient_id"] for row in truth.values()})
+    for stem, row in truth.items():
+        assert [read[stem][name] for name in NIH_LABELS] == [str(int(float(row[name]))) for name in NIH_LABELS]
+    assert report.unmatched["row without image"] == 112_120 - len(read)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")
+def test_a_real_hospital_table_is_joined_with_its_images(tmp_path, pseudonyms):
+    rules = LabelRules(
+        join="image", column="path", columns={"patient_id": "patient_id", "sex": "sex", "site": "hospital"},
+        labels={"covid": {"columns": ("COVID19",), "positive": ("1", "1.0"), "negative": ("0", "0.0")}},
+    )  # fmt: skip
+    known = read_labels(REAL / "cxr" / "dev" / "metadata.csv", rules, pseudonyms)
+    report = import_images(
+        "pairs", REAL / "cxr" / "dev" / "hannover_mhh", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known)
+    )
+    read = rows(tmp_path / "out")
+    assert report.images == len(list((REAL / "cxr" / "dev" / "hannover_mhh").glob("*.*g")))
+    assert {row["covid"] for row in read} == {"1"} and {row["site"] for row in read} == {"hannover_mhh"}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")
+def test_real_volumes_are_paired_with_their_masks(tmp_path, pseudonyms):
+    hippocampus = REAL / "vol3d" / "dev" / "msd_hippocampus"
+    report = import_images("pairs", hippocampus, tmp_path / "pairs", Rules(pseudonyms=pseudonyms))
+    assert report.images == report.masks == len(list((hippocampus / "images").iterdir()))
+    brats = REAL / "vol3d" / "dev" / "brats2013_2mm"
+    report = import_images("brats", brats, tmp_path / "brats", Rules(pseudonyms=pseudonyms))
+    assert report.images == len(list(brats.iterdir())) and all(
+        row["image"].count(";") == 1 for row in rows(tmp_path / "brats")
+    )

@@ -1,0 +1,171 @@
+"""DICOM archives: de-identified once, gone on with after a kill, joined with a sheet of accession numbers."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import cells_of, image_object, picture, written
+from image_sets import REAL
+
+from fedmed.errors import DataError
+from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
+from fedmed.imaging.volumes import read_volume
+from fedmed.intake.importing import Imported, Rules, import_images
+from fedmed.intake.kinds.dicom import FACTS, PULLED, TAKEN, take_in
+from fedmed.intake.labels import LabelRules, LabelTable, read_labels
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.privacy.keys import make_keys, read_keys
+
+SHEET = LabelRules.model_validate(
+    {
+        "join": "accession", "column": "Accession", "columns": {"age": "Age"},
+        "labels": {"effusion": {"columns": ("Effusion",), "positive": ("pos",), "negative": ("neg",)}},
+    }
+)  # fmt: skip
+
+
+@pytest.fixture
+def pseudonyms(tmp_path: Path) -> Pseudonyms:
+    return Pseudonyms(keys=make_keys(tmp_path / "keys"))
+
+
+def archive(folder: Path, count: int = 6) -> Path:
+    """Radiographs of patients who have two each, in a tree whose names are names."""
+    for number in range(count):
+        name = f"Doe-{number // 2}"
+        ds = image_object(
+            np.roll(cells_of(picture()), 7 * number, axis=1), PatientID=f"MRN {number // 2}", PatientName=name,
+            AccessionNumber=f"ACC{number}", SOPInstanceUID=f"1.2.3.{number + 1}", StudyInstanceUID=f"1.2.4.{number + 1}",
+            SeriesInstanceUID=f"1.2.5.{number + 1}", Modality="DX", ViewPosition="PA", PatientSex="F",
+        )  # fmt: skip
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        written(ds, folder / name / f"{name}-{number}.dcm")
+    (folder / "note.txt").write_text("Doe")
+    return folder
+
+
+def sheet(path: Path, pseudonyms: Pseudonyms, numbers: range) -> LabelTable:
+    lines = [f"acc{number},{40 + number},{'pos' if number % 2 else 'neg'}" for number in numbers]
+    path.write_text("\n".join(["Accession,Age,Effusion", *lines]) + "\n")
+    return read_labels(path, SHEET, pseudonyms)
+
+
+def manifest(out: Path) -> list[dict[str, str]]:
+    with (out / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def imported(source: Path, out: Path, pseudonyms: Pseudonyms, table: LabelTable | None = None) -> Imported:
+    take_in(source, out, pseudonyms)
+    return import_images("dicom", out, out, Rules(pseudonyms=pseudonyms, table=table))
+
+
+def test_a_tree_is_joined_with_a_sheet_of_accession_numbers_and_names_nobody(tmp_path, pseudonyms):
+    table, out = sheet(tmp_path / "labels.csv", pseudonyms, range(1, 8)), tmp_path / "out"
+    report = imported(archive(tmp_path / "export"), out, pseudonyms, table)
+    rows = manifest(out)
+    assert len(rows) == 5 and {row["patient_id"] for row in rows} == {pseudonyms.patient(f"MRN {n}") for n in range(3)}
+    assert sorted((row["age"], row["effusion"]) for row in rows) == [
+        ("41", "1"), ("42", "0"), ("43", "1"), ("44", "0"), ("45", "1"),
+    ]  # fmt: skip
+    assert {(row["view"], row["sex"]) for row in rows} == {("PA", "F")}
+    assert report.unmatched == {"image without row": 1, "row without image": 2, "not DICOM": 1}
+    for file in (path for path in out.rglob("*") if path.is_file()):
+        content = file.read_bytes() + str(file.relative_to(out)).encode()
+        assert not any(word in content for word in (b"Doe", b"MRN", b"ACC", b"acc1", b"1.2.3."))
+        assert file.stat().st_mode & 0o077 == 0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fedmed.intake.kinds.dicom import take_in
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.privacy.keys import read_keys
+
+def at_three(done, of):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+source, out, keys = map(Path, sys.argv[1:])
+take_in(source, out, Pseudonyms(keys=read_keys(keys)), at_three)
+"""
+
+
+def test_an_import_that_was_killed_goes_on_and_does_nothing_twice(tmp_path, pseudonyms):
+    source, out = archive(tmp_path / "export"), tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, source, out, tmp_path / "keys"], check=False)
+    assert done.returncode == -9
+    before = {path: path.stat().st_ino for path in (out / "images").rglob("*.dcm")}
+    assert len(before) == 3
+    with (out / TAKEN).open("a") as file:
+        file.write("PHALF,2.25")  # a line that the kill cut off
+    report = imported(source, out, Pseudonyms(keys=read_keys(tmp_path / "keys")))
+    assert {path: path.stat().st_ino for path in before} == before
+    assert report.images == 6 and report.unmatched == {"not DICOM": 1}
+    assert len(list((out / "images").rglob("*.dcm"))) == 6
+
+
+def test_what_is_in_quarantine_waits_for_a_person_and_counts_once_it_was_moved(tmp_path, pseudonyms):
+    source, out = archive(tmp_path / "export", 2), tmp_path / "out"
+    shown = image_object(
+        cells_of(picture()), PatientID="MRN 0", AccessionNumber="ACC9", BurnedInAnnotation="YES", Modality="DX",
+        SOPInstanceUID="1.2.3.9", SeriesInstanceUID="1.2.5.9", StudyInstanceUID="1.2.4.9",
+    )  # fmt: skip
+    written(shown, source / "burned.dcm")
+    table = sheet(tmp_path / "labels.csv", pseudonyms, range(10))
+    report = imported(source, out, pseudonyms, table)
+    assert report.images == 2 and report.unmatched["in quarantine: burned-in annotation, says its header"] == 1
+    with (out / "quarantine.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    (out / line["image"]).parent.mkdir(parents=True)
+    (out / line["file"]).rename(out / line["image"])
+    assert imported(source, out, pseudonyms, sheet(tmp_path / "labels.csv", pseudonyms, range(10))).images == 3
+
+
+def series(folder: Path) -> Path:
+    acquisition = Acquisition(shape=(5, 24, 20))
+    folder.mkdir(parents=True)
+    for number, ds in enumerate(slice_objects(phantom_body(acquisition.shape)[0], acquisition)):
+        ds.PatientID, ds.AccessionNumber, ds.BodyPartExamined = "MRN 5", "ACC1", "CHEST"
+        ds.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_slices_become_one_row_and_a_series_without_all_its_slices_none(tmp_path, pseudonyms):
+    source, out = series(tmp_path / "export"), tmp_path / "out"
+    imported(source, out, pseudonyms, sheet(tmp_path / "labels.csv", pseudonyms, range(2)))
+    (row,) = manifest(out)
+    assert np.array_equal(read_volume(out / row["image"]).values, read_volume(source).values)
+    next((out / "images").rglob("*.dcm")).unlink()  # as if it were in quarantine
+    rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
+    with pytest.raises(DataError, match="nothing of"):
+        import_images("dicom", out, out, rules)
+
+
+def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):
+    folder = tmp_path / "pulled"
+    image = "images/PA/2.25.1/2.25.2.dcm"
+    (folder / image).parent.mkdir(parents=True)
+    written(image_object(cells_of(picture())), folder / image)
+    facts = ("PA", "2.25.0", "2.25.1", image, "AP", "61", "M", pseudonyms.accession("ACC1"), "DX")
+    (folder / PULLED).write_text(f"{','.join(FACTS)}\n{','.join(facts)}\n")
+    rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
+    import_images("dicom", folder, tmp_path / "out", rules)
+    (row,) = manifest(tmp_path / "out")
+    assert (row["patient_id"], row["view"], row["effusion"], row["study_uid"]) == ("PA", "AP", "1", "2.25.0")
+    assert row["image"] == os.path.join("..", "pulled", image)  # noqa: PTH118
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")
+def test_real_series_are_kept_one_row_a_series(tmp_path, pseudonyms):
+    source = REAL / "dicom" / "dev" / "series" / "ct_philips_phantom_std"
+    out = tmp_path / "out"
+    report = imported(source, out, pseudonyms)
+    assert report.images == report.unmatched["a directory of files, not an image"] == 1
+    (folder,) = {path.parent for path in (out / "images").rglob("*.dcm")}
+    assert np.array_equal(read_volume(folder).values, read_volume(source).values)
