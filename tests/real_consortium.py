@@ -56,13 +56,13 @@ def make_site(root: Path, name: str) -> Path:
     return folder
 
 
-def make_consortium(root: Path, names: list[str]) -> Path:
+def make_consortium(root: Path, names: list[str], address: str = "127.0.0.1") -> Path:
     """A server's folder, and beside it those of its sites, which have joined."""
     from fedmed.deployment.kits import read_kit
 
     sites = [make_site(root, name) for name in names]
     server = root / "server"
-    command("server", "init", server, "--name", "toys", "--address", "127.0.0.1", "--port", free_port())
+    command("server", "init", server, "--name", "toys", "--address", address, "--port", free_port())
     command("server", "provision", server / "consortium.toml", *(site / "card.json" for site in sites))
     for site in sites:
         kit = server / "kits" / site.name
@@ -73,14 +73,14 @@ def make_consortium(root: Path, names: list[str]) -> Path:
 class Started:
     """A `fedmed … start` in a process of its own."""
 
-    def __init__(self, *words: object, log: Path) -> None:
+    def __init__(self, *words: object, log: Path, **environment: str) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedmed", *map(str, words)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             )
 
     def says(self, text: str, timeout_s: float = 120) -> None:

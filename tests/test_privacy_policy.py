@@ -329,11 +329,11 @@ def test_the_policy_page_is_the_model():
     shown = dict(re.findall(r"^\| `([a-z.-]+)` \| `([^`]*)` \|", page, re.MULTILINE))
     expected: dict[str, str] = {}
     for model, prefix in (
-        (SiteConfig, ""), (SitePolicy, "policy."), (TrainingRules, "policy.training."),
+        (SiteConfig, ""), (SitePolicy, "policy."), (Approval, "policy.approval."), (TrainingRules, "policy.training."),
         (MetricRules, "policy.metrics."), (PrivacyRules, "policy.privacy."),
     ):  # fmt: skip
         for field in model.model_fields.values():
-            if field.alias not in ("policy", "training", "metrics", "privacy") or (
+            if field.alias not in ("policy", "approval", "training", "metrics", "privacy") or (
                 not prefix and field.alias == "metrics"
             ):
                 value = None if field.is_required() else field.default
