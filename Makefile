@@ -47,7 +47,10 @@ bench: .venv/installed ## time the engine, the reading of images and the network
 	@$(BIN)/python benchmarks/scale.py
 	@$(BIN)/python benchmarks/dropout.py
 
+wheelhouse: .venv/installed ## every wheel with hashes, SBOM and signature, for hospitals without a registry
+	@$(BIN)/python -m fedmed.deployment.wheelhouse wheelhouse wheelhouse.key
+
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo flower-demo test test-slow check bench clean
+.PHONY: help install demo flower-demo test test-slow check bench wheelhouse clean

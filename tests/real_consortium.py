@@ -1,5 +1,8 @@
 """A consortium on loopback, made by fedmed's own commands: folders, keys, kits, and processes of both sides."""
 
+import contextlib
+import io
+import json
 import os
 import signal
 import socket
@@ -13,6 +16,7 @@ import psutil
 import typer
 
 from fedmed.cli import app
+from fedmed.errors import FedmedError
 
 RUN = """\
 name = "toy"
@@ -49,20 +53,20 @@ def make_site(root: Path, name: str) -> Path:
     path = folder / "site.toml"
     head, table, policy = path.read_text().partition("[policy]")
     head = head.replace('dataset = ""', 'dataset = "toy:dataset"').replace(
-        "networks = []", 'networks = ["toy:network"]'
+        "networks = []", 'networks = ["toy:network", "toy:slow", "toy:heavy"]'
     )
     path.write_text(head + table + policy)
     command("site", "keygen", folder)
     return folder
 
 
-def make_consortium(root: Path, names: list[str]) -> Path:
+def make_consortium(root: Path, names: list[str], address: str = "127.0.0.1") -> Path:
     """A server's folder, and beside it those of its sites, which have joined."""
     from fedmed.deployment.kits import read_kit
 
     sites = [make_site(root, name) for name in names]
     server = root / "server"
-    command("server", "init", server, "--name", "toys", "--address", "127.0.0.1", "--port", free_port())
+    command("server", "init", server, "--name", "toys", "--address", address, "--port", free_port())
     command("server", "provision", server / "consortium.toml", *(site / "card.json" for site in sites))
     for site in sites:
         kit = server / "kits" / site.name
@@ -70,17 +74,45 @@ def make_consortium(root: Path, names: list[str]) -> Path:
     return server
 
 
+def online(server: Path) -> set[str]:
+    """The sites that are connected; none while the server does not answer."""
+    said = io.StringIO()
+    with contextlib.suppress(FedmedError, OSError), contextlib.redirect_stdout(said):
+        command("server", "status", server, "--json")
+        return {site["site"] for site in json.loads(said.getvalue())["sites"] if site["status"] == "online"}
+    return set()
+
+
+def processes_of(runner: int) -> dict[str, psutil.Process]:
+    """What a site's runner started, by what it is: `supernode`, `warm`, and of a task `messenger` and `worker`."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(runner).children():
+            words = " ".join(process.cmdline())
+            found |= {"supernode": process} if "flower-supernode" in words else {}
+            found |= {"warm": process} if "fedmed.deployment.warm" in words else {}
+        messengers = found["warm"].children() if "warm" in found else []
+        found |= {"messenger": messengers[0], "worker": messengers[0].children()[0]} if messengers else {}
+    return found
+
+
+def recorded(site: Path, log: str, task: str) -> int:
+    """How many lines of a site's audit log, or of its egress manifest, are of tasks of that kind."""
+    path = site / "state" / f"{log}.jsonl"
+    return path.read_text().count(f'"task":"{task}"') if path.exists() else 0
+
+
 class Started:
     """A `fedmed … start` in a process of its own."""
 
-    def __init__(self, *words: object, log: Path) -> None:
+    def __init__(self, *words: object, log: Path, **environment: str) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedmed", *map(str, words)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             )
 
     def says(self, text: str, timeout_s: float = 120) -> None:

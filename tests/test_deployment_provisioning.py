@@ -5,7 +5,6 @@ import hashlib
 import ipaddress
 import json
 import shutil
-import signal
 import ssl
 import stat
 import subprocess
@@ -329,26 +328,46 @@ def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
     admit = warm.admission(read_site_folder(made / "north"))
     admit(flower_app.build_app(), skip_prompt=True)
     for content in (b"", flower_app.build_app() + b" "):
-        with pytest.raises(PolicyRefused, match="approves"):
+        with pytest.raises(PolicyRefused, match="kit names"):
             admit(content, skip_prompt=True)
     assert set(warm.REPLACED) <= set(vars(flower_task))  # else `warm` refuses to start
     assert set(warm.REPLACED) <= set(flower_task.run_clientapp.__code__.co_names)  # and Flower does call them
-    assert warm.own_app(default_app_ref="x")("a", "b", "c") is warm.own_app()("d", "e", "f")
+    ours = object()
+    assert warm.own_app(ours)(default_app_ref="x")("a", "b", "c") is ours
 
 
-HANGING = """
-import time
-from types import SimpleNamespace
-from fedmed.deployment import warm
-warm.SLACK_S, warm.app = 0, lambda message, context: time.sleep(600)
-warm._limited(None, SimpleNamespace(run_config={"strategy.round-timeout-s": 1.0}))
-"""
+def test_only_a_supernode_of_this_machine_can_have_tasks_made():
+    from fedmed.deployment.warm import from_supernode
+
+    own = ["--runtime-api-address", "127.0.0.1:4000", "--token", "a1-b2_c3", "--insecure", "--parent-pid", "12"]
+    assert from_supernode(own)
+    for words in (
+        ["--runtime-api-address", "192.0.2.1:4000"],
+        ["--runtime-api-address=192.0.2.1:4000"],
+        ["--runtime", "127.0.0.1:4000"],
+        ["--allow-runtime-dependency-installation"],
+        ["--token"],
+    ):
+        assert not from_supernode([*own, *words])
 
 
-@pytest.mark.slow  # seconds of imports
-def test_a_task_that_outlives_its_round_is_killed():
-    done = subprocess.run([sys.executable, "-c", HANGING], timeout=240, check=False)
-    assert done.returncode == -signal.SIGALRM
+def test_an_app_that_the_hospital_does_not_approve_is_refused_and_no_path_is_said(copied):
+    from fedmed.deployment import warm
+
+    path = copied / "north" / "site.toml"
+    app = flower_app.app_hash()
+    text = path.read_text()
+    admit = warm.admission(read_site_folder(copied / "north"))
+    path.write_text(text.replace("approved-apps = []", f'approved-apps = ["{"0" * 64}"]'))
+    with pytest.raises(PolicyRefused) as refused:  # read anew for every task
+        admit(flower_app.build_app())
+    assert refused.value.rule == "approved-apps"
+    path.write_text(text.replace("approved-apps = []", f'approved-apps = ["{"0" * 64}", "{app}"]'))
+    admit(flower_app.build_app())
+    path.write_text("nonsense")
+    with pytest.raises(PolicyRefused) as refused:
+        admit(flower_app.build_app())
+    assert str(copied) not in str(refused.value)
 
 
 def asked(path: str, client: str, server: str = "192.0.2.1") -> int:
@@ -400,21 +419,21 @@ def test_the_server_listens_on_loopback_with_tls_and_registered_keys_unless_told
 
 
 def test_a_check_says_what_to_do(copied, tmp_path, capsys):
-    found = {each.what: each for each in check_site(copied / "north")}
+    found = {each.what: each for each in check_site(copied / "north", dry_round=False)}
     assert not found["port"].ok and "firewall" in found["port"].said
     assert "certificate" not in found  # nothing to look at
     (copied / "north" / "keys" / "node.key").chmod(0o644)
-    assert "chmod 600" in {each.what: each for each in check_site(copied / "north")}["keys"].said
+    assert "chmod 600" in {each.what: each for each in check_site(copied / "north", dry_round=False)}["keys"].said
     alone = make_site(tmp_path, "alone")
-    assert "fedmed site join" in [each for each in check_site(alone) if not each.ok][-1].said
+    assert "fedmed site join" in [each for each in check_site(alone, dry_round=False) if not each.ok][-1].said
     text = (alone / "site.toml").read_text().replace('dataset = "toy:dataset"', 'dataset = ""')
     (alone / "site.toml").write_text(text)
     (alone / "alone").write_text("patient,image\n")
-    assert "patient_id" in {each.what: each for each in check_site(alone)}["manifest"].said
+    assert "patient_id" in {each.what: each for each in check_site(alone, dry_round=False)}["manifest"].said
     (alone / "alone").write_text("patient_id,image\np-1,x.png\n")
-    assert {each.what: each for each in check_site(alone)}["manifest"].said.startswith("1 rows")
+    assert {each.what: each for each in check_site(alone, dry_round=False)}["manifest"].said.startswith("1 rows")
     (alone / "site.toml").write_text("nonsense = 1\n")
-    assert [each.ok for each in check_site(alone)] == [False]
+    assert [each.ok for each in check_site(alone, dry_round=False)] == [False]
     with pytest.raises(ConfigError, match="1 of 1 checks failed"):
         command("site", "check", alone)
     assert "FAIL  site.toml" in capsys.readouterr().out

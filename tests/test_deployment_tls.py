@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from real_consortium import RUN, Started, command, make_consortium, wait_for
+from real_consortium import RUN, Started, command, make_consortium, processes_of, recorded, wait_for
 from safetensors.numpy import load_file
 from toy import PLANTED
 
@@ -123,7 +123,7 @@ def test_a_server_of_another_authority_is_refused(consortium, tmp_path):
     path.write_text(re.sub(r"port = \d+", f"port = {values['address'].rpartition(':')[2]}", path.read_text()))
     command("server", "provision", impostor)
     command("site", "join", impostor / "kits" / "a-40", "--site", site)
-    found = {finding.what: finding for finding in check_site(site)}
+    found = {finding.what: finding for finding in check_site(site, dry_round=False)}
     assert found["port"].ok
     assert not found["certificate"].ok
     assert "tell the coordinator" in found["certificate"].said.lower()
@@ -206,3 +206,31 @@ def test_a_site_that_is_well_passes_every_check(consortium, capsys):
     findings = json.loads(capsys.readouterr().out)
     assert [finding["what"] for finding in findings if not finding["ok"]] == []
     assert {"certificate", "clock", "port", "ledger", "disk", "versions"} <= {each["what"] for each in findings}
+
+
+def test_a_site_that_does_not_approve_the_app_stays_out_and_a_killed_task_is_asked_again(consortium, tmp_path):
+    """One run: b-20 refuses what the coordinator brings, and a-40's task is killed in the middle of a round."""
+    root = consortium.root.parent
+    policy = root / "b-20" / "site.toml"
+    text = policy.read_text()
+    policy.write_text(text.replace("approved-apps = []", f'approved-apps = ["{"0" * 64}"]'))
+    run = tmp_path / "run.toml"
+    slow = RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 2\nlocal-steps = 20")
+    run.write_text(slow.replace("min-sites = 2", "min-sites = 1"))
+    before = recorded(root / "a-40", "audit", "train")
+    submitted = Started(
+        "server", "submit", run, "--server", consortium.root, "--wait", "--json", log=tmp_path / "submit.out"
+    )
+    try:
+        wait_for(lambda: recorded(root / "a-40", "audit", "train") > before, 200, submitted.log.read_text)
+        processes_of(runner_of(consortium, "a-40"))["worker"].send_signal(signal.SIGKILL)
+        submitted.process.wait(200)
+    finally:
+        policy.write_text(text)
+        submitted.stop()
+    folder = Path(json.loads(submitted.log.read_text().splitlines()[-1])["folder"])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "degraded"
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40"], ["a-40"]]
+    said = (folder / "events.jsonl").read_text() + json.dumps(result)
+    assert "not one that this site approves of (approved-apps)" in said

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedmed.privacy.accounting import Spent
 from fedmed.privacy.egress import contents, keep_departure
 from fedmed.privacy.keys import make_keys, read_public
 from fedmed.privacy.policy import (
+    Approval,
     MetricRules,
     PrivacyRules,
     Request,
@@ -33,6 +34,7 @@ from fedmed.reporting import write_model_card
 ROOT = Path(__file__).parent.parent
 NOTHING = Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
 ASKED = Request(
+    run="study",
     kind="train",
     network="chexnet",
     algorithm="fedavg",
@@ -51,9 +53,18 @@ def test_the_default_policy_allows_and_says_its_terms():
     assert (decision.terms.metrics, decision.terms.epsilon, decision.terms.delta) == ("histogram", 8.0, 1e-6)
 
 
+def test_an_approval_holds_on_its_last_day_and_for_its_runs():
+    approval = Approval(purpose="pneumonia", expires=date(2026, 1, 2), runs=("study",))
+    assert decide(SitePolicy(approval=approval), ASKED, NOTHING).allowed
+    late = replace(ASKED, moment=datetime(2026, 1, 3, 0, 0), kind="card")
+    assert decide(SitePolicy(approval=approval), late, NOTHING).rule == "policy.approval.expires"
+
+
 REFUSALS = {
     "policy.paused": (SitePolicy(paused=True), {}),
     "policy.hours": (SitePolicy(hours=("08:00-18:00",)), {}),
+    "policy.approval.expires": (SitePolicy(approval=Approval(expires=date(2026, 1, 1))), {}),
+    "policy.approval.runs": (SitePolicy(approval=Approval(runs=("other",))), {}),
     "policy.training.networks": (SitePolicy(training=TrainingRules(networks=("unet",))), {}),
     "policy.training.algorithms": (SitePolicy(training=TrainingRules(algorithms=("scaffold",))), {}),
     "policy.training.min-sites": (SitePolicy(training=TrainingRules(min_sites=4)), {}),
@@ -318,11 +329,11 @@ def test_the_policy_page_is_the_model():
     shown = dict(re.findall(r"^\| `([a-z.-]+)` \| `([^`]*)` \|", page, re.MULTILINE))
     expected: dict[str, str] = {}
     for model, prefix in (
-        (SiteConfig, ""), (SitePolicy, "policy."), (TrainingRules, "policy.training."),
+        (SiteConfig, ""), (SitePolicy, "policy."), (Approval, "policy.approval."), (TrainingRules, "policy.training."),
         (MetricRules, "policy.metrics."), (PrivacyRules, "policy.privacy."),
     ):  # fmt: skip
         for field in model.model_fields.values():
-            if field.alias not in ("policy", "training", "metrics", "privacy") or (
+            if field.alias not in ("policy", "approval", "training", "metrics", "privacy") or (
                 not prefix and field.alias == "metrics"
             ):
                 value = None if field.is_required() else field.default

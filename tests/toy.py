@@ -80,3 +80,47 @@ def fragile(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Modu
             return self.inner(images)
 
     return Fragile()
+
+
+def hanging(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:
+    """A network that never answers."""
+
+    class Hanging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(in_channels=in_channels, outputs=outputs, norm=norm, width=width)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            time.sleep(3600)
+            return self.inner(images)
+
+    return Hanging()
+
+
+def greedy(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:
+    """A network that takes 4 GiB for its activations."""
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(in_channels=in_channels, outputs=outputs, norm=norm, width=width)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.inner(images) + torch.ones(2**30)[0] * 0
+
+    return Greedy()
+
+
+def slow(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:
+    """A network that takes a tenth of a second for every batch that it learns from."""
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network(in_channels=in_channels, outputs=outputs, norm=norm, width=width)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.1 * self.training)
+            return self.inner(images)
+
+    return Slow()

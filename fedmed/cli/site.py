@@ -86,6 +86,9 @@ def start(folder: Place) -> None:
 @app.command("check")
 def check(
     folder: Place,
+    dry_round: Annotated[
+        bool, typer.Option(help="train a small network on ten patients; no ledger and no state is touched")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
 ) -> None:
     """Check all that taking part needs, one line each: ok, or what to do. Exit status 1 if anything is wrong.
@@ -95,7 +98,7 @@ def check(
     from fedmed.deployment.checks import check_site
     from fedmed.errors import ConfigError
 
-    findings = list(check_site(folder))
+    findings = list(check_site(folder, dry_round=dry_round))
     if as_json:
         print(json.dumps([{"what": f.what, "ok": f.ok, "said": f.said} for f in findings]))
     else:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import email.utils
-import http.client
+import csv
+import json
 import shutil
-import socket
-import ssl
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 import fedmed
-from fedmed.deployment import certificates, node_keys
-from fedmed.deployment.kits import CERTIFICATE, Kit
+from fedmed.deployment import certificates, node_keys, reach
+from fedmed.deployment.kits import Kit
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.privacy import keys as site_keys
 from fedmed.privacy.verification import examine
 
-CONNECT_S = 10.0
-CLOCK_S = 60.0  # Flower refuses requests from five minutes off on
 DISK_GIB = 5.0
+DRY_ROUND_S = 600.0
+SOON_DAYS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,13 @@ class Finding:
     said: str
 
 
-def check_site(path: Path) -> Iterator[Finding]:
-    """Look at everything; what needs a thing that is missing is not looked at."""
+def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
+    """Look at everything; what needs a thing that is missing is not looked at.
+
+    Args:
+        path: of site.toml, or its folder.
+        dry_round: whether to train a small network on ten patients; no ledger and no state is touched.
+    """
     try:
         site = read_site_folder(path)
     except FedmedError as error:
@@ -47,9 +52,13 @@ def check_site(path: Path) -> Iterator[Finding]:
     yield Finding(what="site.toml", ok=True, said=site.config.name)
     yield _look("versions", versions)
     yield _look("keys", lambda: keys(site))
-    yield _look("manifest", lambda: manifest(site))
+    yield _look("approval", lambda: approval(site))
+    data = _look("manifest", lambda: manifest(site))
+    yield data
     yield _look("ledger", lambda: ledger(site))
     yield _look("disk", lambda: disk(site))
+    if dry_round and data.ok:
+        yield from tried(site)
     try:
         kit = joined_kit(site)
     except FedmedError as error:
@@ -57,11 +66,14 @@ def check_site(path: Path) -> Iterator[Finding]:
         return
     yield Finding(what="kit", ok=True, said=f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}")
     yield _look("authority", lambda: authority(kit))
-    reached = _look("port", lambda: port(kit))
+    reached = _look("proxy", lambda: reach.proxy(kit))
     yield reached
     if reached.ok:
-        yield _look("certificate", lambda: certificate(site, kit))
-        yield _look("clock", lambda: clock(site, kit))
+        reached = _look("port", lambda: reach.port(kit))
+        yield reached
+    if reached.ok:
+        yield _look("certificate", lambda: reach.certificate(kit))
+        yield _look("clock", lambda: reach.clock(kit))
 
 
 def _look(what: str, look: Callable[[], str]) -> Finding:
@@ -101,8 +113,26 @@ def keys(site: SiteFolder) -> str:
     return "there, and read by their owner only"
 
 
+def approval(site: SiteFolder) -> str:
+    """What the hospital agreed to, and until when.
+
+    Raises:
+        ConfigError: its end has passed.
+    """
+    if site.config.policy is None:
+        return "none: site.toml has no [policy]"
+    given = site.config.policy.approval
+    what = f"for {given.purpose}" if given.purpose else "no purpose is named"
+    if not given.expires:
+        return f"{what}; without an end"
+    left = (given.expires - date.today()).days
+    if left < 0:
+        raise ConfigError(f"{what}; it ended on {given.expires}, and every task is refused (policy.approval.expires)")
+    return f"{what}; until {given.expires}" + (f", {left} days: ask for the next one" if left < SOON_DAYS else "")
+
+
 def manifest(site: SiteFolder) -> str:
-    """Whether the manifest can be read; what its images hold says `fedmed data check`.
+    """Whether the manifest can be read; ten patients' images are read by the dry round.
 
     Raises:
         DataError: it cannot.
@@ -111,17 +141,38 @@ def manifest(site: SiteFolder) -> str:
         return f"the site reads its data with {site.config.dataset}; not looked at"
     path = site.root / site.config.manifest
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            columns = [column.strip() for column in file.readline().split(",")]
-            rows = sum(1 for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            columns = [column.strip() for column in next(reader, [])]
+            missing = [column for column in ("patient_id", "image") if column not in columns]
+            if missing:
+                raise DataError(f"the manifest has no column {missing[0]}; its first line names the columns")
+            place = columns.index("patient_id")
+            patients = [row[place].strip() for row in reader if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error, IndexError) as error:
         raise DataError(f"the manifest cannot be read ({type(error).__name__}); see site.toml, manifest") from None
-    missing = [column for column in ("patient_id", "image") if column not in columns]
-    if missing:
-        raise DataError(f"the manifest has no column {missing[0]}; its first line names the columns")
-    if not rows:
+    if not patients:
         raise DataError("the manifest has no rows")
-    return f"{rows} rows; fedmed data check looks at the images"
+    return f"{len(patients)} rows of {len(set(patients))} patients"
+
+
+def tried(site: SiteFolder) -> Iterator[Finding]:
+    """What a process that is confined as a task finds: limits, device, and what a round on ten patients takes."""
+    command = [sys.executable, "-m", "fedmed.deployment.dry_round", str(site.file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DRY_ROUND_S)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            what="dry round", ok=False, said=f"not done after {DRY_ROUND_S:g} s; are the images on a slow disk?"
+        )
+    except (IndexError, ValueError):
+        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else "it could not start"
+        yield Finding(
+            what="dry round", ok=False, said=f"{why}; give tasks more memory (task-memory-gib), or this machine"
+        )
+    else:
+        yield from (Finding(what=what, ok=ok, said=said) for what, ok, said in found)
 
 
 def ledger(site: SiteFolder) -> str:
@@ -139,7 +190,9 @@ def ledger(site: SiteFolder) -> str:
     found = examine(state, site_keys.read_public(site.keys / site_keys.PUBLIC), anchors=[], witnesses=[])
     if found.faults:
         raise ConfigError(f"{len(found.faults)} faults; fedmed ledger verify names them. Do not train until then")
-    return f"whole; ε = {found.spent.epsilon:.3f} of {site.config.policy.privacy.epsilon:g} is spent"
+    limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon
+    left = f"{limit - spent:.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
+    return f"whole; ε = {spent:.3f} of {limit:g} is spent, {left}"
 
 
 def disk(site: SiteFolder) -> str:
@@ -165,74 +218,3 @@ def authority(kit: Kit) -> str:
     if wrong or certificates.ends_soon(found, now):
         raise ConfigError(f"{wrong or 'it ends soon'}; ask the coordinator for a new kit")
     return f"valid until {found.not_valid_after_utc:%Y-%m-%d}"
-
-
-def port(kit: Kit) -> str:
-    """Whether the server's port can be reached from here.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    try:
-        with socket.create_connection(_place(kit), timeout=CONNECT_S):
-            return f"{kit.address} can be reached"
-    except OSError as error:
-        raise ConfigError(
-            f"{kit.address} cannot be reached ({error.strerror or type(error).__name__}); the firewall has to let TCP "
-            "out to it, and the server has to run"
-        ) from None
-
-
-def certificate(site: SiteFolder, kit: Kit) -> str:
-    """Whether the server shows a certificate of the consortium, for its name, for long enough.
-
-    Raises:
-        ConfigError: it does not; the server may be another than it says, or something stands between.
-    """
-    host, number = _place(kit)
-    trusted = ssl.create_default_context(cafile=str(site.kit / CERTIFICATE))
-    try:
-        with (
-            socket.create_connection((host, number), timeout=CONNECT_S) as plain,
-            trusted.wrap_socket(plain, server_hostname=host) as secure,
-        ):
-            shown, protocol = secure.getpeercert(binary_form=True) or b"", secure.version()
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigError(
-            f"the server's certificate is refused ({error.verify_message}); is a proxy between? Tell the coordinator"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"no TLS with {kit.address} ({type(error).__name__}); tell the coordinator") from None
-    found = certificates.parse_certificate(ssl.DER_cert_to_PEM_cert(shown).encode())
-    if certificates.ends_soon(found, datetime.now(UTC)):
-        raise ConfigError(
-            f"the server's certificate ends on {found.not_valid_after_utc:%Y-%m-%d}; tell the coordinator"
-        )
-    return f"{protocol}, valid until {found.not_valid_after_utc:%Y-%m-%d}"
-
-
-def clock(site: SiteFolder, kit: Kit) -> str:
-    """How far this machine's clock is from the server's.
-
-    Raises:
-        ConfigError: more than a minute.
-    """
-    host, number = _place(kit)
-    trusted = ssl.create_default_context(cafile=str(site.kit / CERTIFICATE))
-    try:
-        connection = http.client.HTTPSConnection(host, number, timeout=CONNECT_S, context=trusted)
-        connection.request("GET", "/")
-        said = connection.getresponse().getheader("date") or ""
-        connection.close()
-        theirs = email.utils.parsedate_to_datetime(said)
-    except (OSError, http.client.HTTPException, ValueError, TypeError):
-        raise ConfigError("the server does not tell its time; see the lines above") from None
-    off_s = (datetime.now(UTC) - theirs).total_seconds()
-    if abs(off_s) > CLOCK_S:
-        raise ConfigError(f"{off_s:+.0f} s from the server's clock; set up time synchronisation (NTP) here or there")
-    return f"{abs(off_s):.0f} s from the server's"
-
-
-def _place(kit: Kit) -> tuple[str, int]:
-    host, _, number = kit.address.rpartition(":")
-    return host.strip("[]"), int(number)

@@ -19,20 +19,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from logging.handlers import RotatingFileHandler
+from logging.handlers import RotatingFileHandler, SysLogHandler
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from fedmed.deployment.files import make_folder
 from fedmed.errors import ConfigError
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
+SYSLOG = "/dev/log"
+LOOPBACK = ("127.0.0.1", "localhost")
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
 NAP_S = 0.1
 KILLS = 3  # a process that is being killed may just have started another
 LINUX = sys.platform == "linux"
 EXIT_CODE = re.compile(r"Exit Code: (\d+)")
+CONNECTED, LOST = re.compile(r"SuperNode ID: \d|Connection successful"), re.compile(r"Connection attempt failed")
 BAD_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -45,8 +49,11 @@ def flower_environment(home: Path, **more: str) -> dict[str, str]:
         more: variables besides.
     """
     beside = str(Path(sys.executable).parent)  # where flower-superexec and its kin are looked for
+    exempt = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK)))
     return {
         **os.environ,
+        "NO_PROXY": exempt,  # what the processes here say to each other is not for the hospital's proxy
+        "no_proxy": exempt,
         "PATH": os.pathsep.join(filter(None, (beside, os.environ.get("PATH", "")))),
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -69,11 +76,24 @@ def program(name: str) -> str:
     return str(path)
 
 
-def log_file(folder: Path, name: str) -> logging.Logger:
-    """A log of at most 25 MB; older lines are dropped."""
-    make_folder(folder)
-    handler = RotatingFileHandler(folder / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+def log_file(folder: Path, name: str, to: Literal["file", "syslog", "journal"] = "file") -> logging.Logger:
+    """A log: a file of at most 25 MB, whose older lines are dropped; the system's syslog; or stderr, for a journal.
+
+    Raises:
+        ConfigError: this system has no syslog.
+    """
+    handler: logging.Handler
+    if to == "syslog":
+        if not Path(SYSLOG).is_socket():
+            raise ConfigError(f'log-to = "syslog": nothing listens at {SYSLOG}; choose "file" or "journal"')
+        handler = SysLogHandler(SYSLOG)
+        handler.setFormatter(logging.Formatter(f"fedmed-{name}: %(message)s"))
+    elif to == "journal":
+        handler = logging.StreamHandler()
+    else:
+        make_folder(folder)
+        handler = RotatingFileHandler(folder / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.Logger(name)
     log.addHandler(handler)
     return log
@@ -108,6 +128,7 @@ class Child:
         """Start it in a session of its own, so that Ctrl-C reaches the runner alone."""
         self.flower_code: int | None = None  # Flower's own exit code, which it only prints
         self.bad_certificate = False  # whether it refused the other side's
+        self.connected = False  # whether a SuperNode reached the server, by what it last said
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -159,6 +180,7 @@ class Child:
                 found = EXIT_CODE.search(text)
                 self.bad_certificate |= BAD_CERTIFICATE in text
                 self.flower_code = int(found[1]) if found else self.flower_code
+                self.connected = bool(CONNECTED.search(text)) or (self.connected and not LOST.search(text))
                 log.info(text)
 
 

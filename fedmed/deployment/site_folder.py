@@ -57,6 +57,24 @@ networks = []
 # The site's keys. Never in the ledger's folder.
 keys-dir = "keys"
 
+# Memory in GiB that each process of a task may have for itself; 0 = no limit. fedmed site check says what it needs.
+task-memory-gib = 0.0
+
+# Processors that a task may use; 0 = all.
+task-cpus = 0
+
+# Seconds in which a task neither computes nor reads, after which it is ended; 0 = only at its round's deadline.
+task-stalls-after-s = 600.0
+
+# SHA-256 of the apps that runs may bring; empty = all that the kit names.
+approved-apps = []
+
+# Port of 127.0.0.1 that answers GET /health; 0 = none.
+health-port = 0
+
+# Where the runner's log goes: "file" (logs/site.log), "syslog" or "journal".
+log-to = "file"
+
 # What this hospital allows. With this table it keeps a ledger, an audit log and an egress manifest.
 """
 

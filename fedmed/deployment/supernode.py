@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedmed.deployment import certificates, door, node_keys
 from fedmed.deployment.files import make_folder
+from fedmed.deployment.health import health_endpoint, site_facts
 from fedmed.deployment.kits import CERTIFICATE, Kit
 from fedmed.deployment.processes import (
     Child,
@@ -88,15 +90,20 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
     wrong = certificates.problem(authority, authority, datetime.now(UTC))
     if wrong:
         raise ConfigError(f"the consortium's certificate cannot be used: {wrong}")
-    log = log_file(site.logs, "site")
+    log = log_file(site.logs, "site", site.config.log_to)
+    node: Child | None = None
+    since = datetime.now(UTC).isoformat(timespec="seconds")
 
     def tell(line: str) -> None:
-        say(line)
+        if site.config.log_to != "journal":  # which gets the log from stderr, and would have each line twice
+            say(line)
         log.info(line)
 
-    with runner(site.flower, "site") as stop:
+    def facts() -> dict[str, Any]:
+        return site_facts(site, up_since=since, connected=node is not None and node.running and node.connected)
+
+    with runner(site.flower, "site") as stop, health_endpoint(site.config.health_port, facts):
         tasks = _warm(site, log, stop)
-        node: Child | None = None
         try:
             while not stop.is_set():
                 node = Child(site_command(site, kit, free_port()), _environment(site), log)

@@ -1,7 +1,7 @@
 """The process at a site from which every task is forked, so that none imports torch again.
 
 A task runs the fedmed that is installed here, whatever the server sent: the app's bytes are only compared with the
-hashes that the site's kit approves, and never unpacked. A task that outlives its round is killed.
+hashes that the site's kit and site.toml approve, and never unpacked. `task.py` says what a task may do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -21,20 +22,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import flwr.supernode.runtime.run_clientapp as flower_task
-from flwr.app import Context, Message
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from fedmed.config import RunConfig
 from fedmed.deployment import door
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.errors import PolicyRefused
-from fedmed.federated.client_app import app
+from fedmed.deployment.task import Worker, confine_task
+from fedmed.errors import ConfigError, PolicyRefused
 from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
+from fedmed.federated.site_config import read_site_config
 
 REPLACED = ("install_from_fab", "get_load_client_app_fn")  # by these names Flower unpacks and loads an app
-SLACK_S, LONGEST_S = 60, 86_400
+LOOPBACK_PORT, TOKEN, NUMBER = re.compile(r"127\.0\.0\.1:\d+"), re.compile(r"[\w.=+/-]+"), re.compile(r"\d+")
 READ_S = 5.0
 IDLE_S = 30.0
 
@@ -59,6 +60,9 @@ def serve(site: SiteFolder) -> NoReturn:
     if threading.active_count() != 1:
         raise RuntimeError("a thread was started before the fork")
     listener.settimeout(IDLE_S)
+    if os.fork() == 0:
+        print(f"every task: {confine_task(site)}", flush=True)
+        os._exit(0)
     print("ready for tasks", flush=True)
     while True:
         try:
@@ -94,9 +98,12 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
     """One task, in a process of its own."""
     code = 1
     try:
+        if not from_supernode(arguments):
+            raise ValueError("a task that does not come from this machine's SuperNode is refused")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         random.seed()
-        vars(flower_task).update(zip(REPLACED, (admission(site), own_app), strict=True))
+        worker = Worker(read_site_folder(site.file))  # anew: what the hospital changed holds from the next task on
+        vars(flower_task).update(zip(REPLACED, (admission(site), own_app(worker)), strict=True))
         sys.argv = ["flwr-clientapp", *arguments]
         flwr_clientapp()
         code = 0
@@ -113,26 +120,39 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
             os._exit(code)
 
 
+def from_supernode(arguments: list[str]) -> bool:
+    """Whether these are the words with which a SuperNode on this machine starts a task, and no others.
+
+    A task may open the door's socket. It must not be able to have another one speak with a machine elsewhere.
+    """
+    words = iter(arguments)
+    known = {"--runtime-api-address": LOOPBACK_PORT, "--token": TOKEN, "--parent-pid": NUMBER}
+    return all(
+        word == "--insecure" or (word in known and known[word].fullmatch(next(words, "")) is not None) for word in words
+    )
+
+
 def admission(site: SiteFolder) -> Callable[..., None]:
     """A function in the place of Flower's, which unpacks an app: it only looks whether the site approves of it."""
 
     def admit(content: bytes, *arguments: Any, **options: Any) -> None:
-        if hashlib.sha256(content).hexdigest() not in read_kit(site.kit).apps:
-            raise PolicyRefused("the run's app is not one that this site approves of", rule="kit.apps")
+        try:
+            apps, own = read_kit(site.kit).apps, read_site_config(site.file).approved_apps
+        except ConfigError as error:  # its text names files
+            raise PolicyRefused(error.public, rule="kit.apps") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest not in apps:
+            raise PolicyRefused("the run's app is not one that this site's kit names (kit.apps)", rule="kit.apps")
+        if own and digest not in own:
+            text = "the run's app is not one that this site approves of (approved-apps)"
+            raise PolicyRefused(text, rule="approved-apps")
 
     return admit
 
 
-def own_app(**options: Any) -> Callable[..., Callable[[Message, Context], Message]]:
+def own_app(worker: Worker) -> Callable[..., Callable[..., Worker]]:
     """A function in the place of Flower's, which finds an app's loader: whatever is asked for, it is the site's own."""
-    return lambda *names: _limited
-
-
-def _limited(message: Message, context: Context) -> Message:
-    """The site's own app. The alarm is not caught by anything: it ends the process, wherever it hangs."""
-    limit_s = float(context.run_config.get("strategy.round-timeout-s", LONGEST_S))
-    signal.alarm(int(min(max(limit_s, 1.0), LONGEST_S)) + SLACK_S)
-    return app(message, context)
+    return lambda **options: lambda *names: worker
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fedmed.training.site_round import Site, evaluate_round, site_card, train_ro
 from fedmed.types import Scalar, Task, Update
 
 app = ClientApp()
+NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's own words, of the machine and of a GPU
 
 
 @app.train()
@@ -52,6 +53,8 @@ def public_reason(error: Exception) -> str:
     """What a server may learn of an error at a site: never its text, unless it was written to be public."""
     if isinstance(error, FedmedError):
         return error.public
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "out of memory; smaller batches, or more memory for the site's tasks (task-memory-gib)"
     home = Path(fedmed.__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if home in Path(frame.filename).parents]
     place = f" in {Path(frames[-1].filename).relative_to(home.parent)}:{frames[-1].lineno}" if frames else ""

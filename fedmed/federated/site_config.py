@@ -28,6 +28,12 @@ class SiteConfig(Section):
     metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
     networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
     keys_dir: str = "keys"  # the site's two keys, made when they are first needed; apart from state-dir
+    task_memory_gib: Annotated[float, Field(ge=0)] = 0.0  # that a task's process may have for itself; 0 = no limit
+    task_cpus: Annotated[int, Field(ge=0)] = 0  # processors that a task may use; 0 = all
+    task_stalls_after_s: Annotated[float, Field(ge=0)] = 600.0  # without progress, until a task is ended; 0 = never
+    approved_apps: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()  # SHA-256; empty = all in the kit
+    health_port: Annotated[int, Field(ge=0, le=65535)] = 0  # of 127.0.0.1, for GET /health; 0 = off
+    log_to: Literal["file", "syslog", "journal"] = "file"  # where the runner's log goes
     policy: SitePolicy | None = None  # without it the site keeps no ledger and no logs
 
 

@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, time
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +79,18 @@ class PrivacyRules(Section):
     ] = ""
 
 
+class Approval(Section):
+    """What the hospital's committee agreed to."""
+
+    purpose: Annotated[str, Field(description="what for, for people; it is shown and never sent")] = ""
+    expires: Annotated[
+        date | Literal[""], Field(description='last day on which the site takes part, such as 2027-06-30; "" = no end')
+    ] = ""
+    runs: Annotated[
+        tuple[str, ...], Field(description="values of `name` of the runs that are allowed; empty = all")
+    ] = ()
+
+
 class SitePolicy(Section):
     """All rules of a hospital; the defaults allow what fedmed allows."""
 
@@ -86,6 +98,7 @@ class SitePolicy(Section):
     hours: Annotated[
         tuple[Hours, ...], Field(description='when the site trains, such as "22:00-06:00"; empty = always')
     ] = ()
+    approval: Approval = Approval()
     training: TrainingRules = TrainingRules()
     metrics: MetricRules = MetricRules()
     privacy: PrivacyRules = PrivacyRules()
@@ -95,6 +108,7 @@ class SitePolicy(Section):
 class Request:
     """What a run asks of a site, as far as a policy looks at it. It holds nothing of a single patient."""
 
+    run: str  # its name
     kind: Literal["card", "train", "evaluate"]  # `card`: may the site say who it is and how many patients it has?
     network: str
     algorithm: str
@@ -160,6 +174,11 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
             yield "policy.paused", "the site is paused"
         if policy.hours and not any(_within(task.moment.time(), span) for span in policy.hours):
             yield "policy.hours", f"the site trains at {', '.join(policy.hours)}"
+    approval = policy.approval
+    if approval.expires and task.moment.date() > approval.expires:
+        yield "policy.approval.expires", "the site's approval has ended"
+    if approval.runs and task.run not in approval.runs:
+        yield "policy.approval.runs", "the site's approval is for other runs"
     if training.networks and task.network not in training.networks:
         yield "policy.training.networks", f'the site does not allow the network "{task.network}"'
     if training.algorithms and task.algorithm not in training.algorithms:

@@ -96,6 +96,7 @@ def permitted(
     asked = kind or task.kind
     held = {data.patients[row] for row in np.flatnonzero(data.evaluation)}
     request = Request(
+        run=config.name,
         kind=asked,
         network=config.model.name,
         algorithm=config.strategy.name,

@@ -1,0 +1,162 @@
+"""A round on ten patients with a small network, in a process that is confined as a task is. It writes to no record.
+
+`fedmed site check` starts it. It prints one JSON line: what it found of the device, of the limits and of the round.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig
+from fedmed.deployment.site_folder import SiteFolder, read_site_folder
+from fedmed.deployment.task import confine_task, scratch
+from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.imaging.reading import PRESETS, read_image
+from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.site_round import Site, settings_for_sites, train_round
+from fedmed.types import Task
+
+PATIENTS = 10
+NOT_LABELS = {"patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex"}
+VOLUMES = (".nii", ".nii.gz")
+
+
+def dry_round(site: SiteFolder) -> str:
+    """Train one round on the site's first ten patients, and say what it took.
+
+    Raises:
+        FedmedError: it cannot be done with these data on this device.
+    """
+    rows, header = _first_rows(site.root / site.config.manifest)
+    with tempfile.TemporaryDirectory(dir=scratch(site)) as folder:
+        path = Path(folder) / "manifest.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *([row[name] for name in header] for row in rows)])
+        return _trained(site, path, _run(rows[0], header, preset_for(Path(rows[0]["image"].split(";")[0]))))
+
+
+def preset_for(image: Path) -> str:
+    """A preset that reads this image. Which one a run takes is the run's to say, and there is none."""
+    if _is_volume(image):
+        return "mr"  # any values
+    for name in PRESETS:
+        with suppress(FedmedError):
+            read_image(image, preset=name)
+            return name
+    return next(iter(PRESETS))  # the round says what is wrong
+
+
+def _trained(site: SiteFolder, manifest: Path, config: RunConfig) -> str:
+    here = Site(name=site.config.name, manifest=manifest, device=site.config.device)
+    network: FlatNetwork = resident_network(
+        config.model, len(config.task.labels), config.seed, here.device, config.dimensions
+    )
+    task = Task(
+        kind="train",
+        round=1,
+        settings=settings_for_sites(config),
+        layout=network.layout.hash,
+        weights=network.weights(),
+    )
+    started = time.perf_counter()
+    update = train_round(task, here)
+    seconds = time.perf_counter() - started
+    own, children = (
+        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    what = f"{update.facts['patients']} patients, {update.num_examples} images as {config.data.preset}"
+    return f"{what}, {seconds:.1f} s on {here.device}; {own:.1f} GiB of memory, {children:.1f} GiB to decode"
+
+
+def _run(row: dict[str, str], header: list[str], preset: str) -> RunConfig:
+    """The smallest run that fits a manifest's columns."""
+    labels = [name for name in header if name not in NOT_LABELS and row[name] in ("", "0", "1")][:1]
+    segmentation = not labels and "mask" in header
+    if not labels and not segmentation:
+        raise DataError("the manifest has neither a mask nor a column of 0 and 1 to learn")
+    images = row["image"].split(";")
+    volume = _is_volume(Path(images[0]))
+    values = {
+        "name": "dry-round",
+        "model": {
+            "name": "unet" if segmentation else "small-cnn",
+            "width": 4 if segmentation else 0,
+            "in-channels": len(images) * (1 if volume else PRESETS[preset].channels),
+        },
+        "task": {"kind": "segmentation" if segmentation else "classification", "labels": labels or ["mask"]},
+        "data": {"preset": preset, "items": "slices" if volume else "images", "max-unreadable": 0.0},
+        "train": {"rounds": 1, "batch-size": 4},
+        "evaluate": {"site-share": 0.0},
+    }
+    return run_file.validate(values)
+
+
+def _is_volume(image: Path) -> bool:
+    return image.is_dir() or image.name.endswith(VOLUMES)
+
+
+def _first_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of the first ten patients, with absolute paths."""
+    patients: set[str] = set()
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            row = {name.strip(): (value or "").strip() for name, value in row.items()}
+            patients.add(row["patient_id"])
+            if len(patients) > PATIENTS:
+                break
+            for name in ("image", "mask"):
+                if row.get(name):
+                    row[name] = ";".join(str(path.parent / part) if part else "" for part in row[name].split(";"))
+            rows.append(row)
+    if not rows:
+        raise DataError("the manifest has no rows")
+    return rows, list(rows[0])
+
+
+def device(name: str) -> str:
+    """Whether the device that site.toml names is there, and how much of it is free.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    try:
+        free, size = torch.cuda.mem_get_info(name)
+    except (RuntimeError, AssertionError, ValueError):
+        raise ConfigError(
+            f'device = "{name}": torch sees no such GPU; look at the driver (nvidia-smi), or write device = "cpu"'
+        ) from None
+    return f"{name}, {torch.cuda.get_device_name(name)}, {free / 2**30:.0f} of {size / 2**30:.0f} GiB free"
+
+
+def findings(site: SiteFolder) -> Iterator[tuple[str, bool, str]]:
+    """(what, whether it is well, what was found), in the confines of a task."""
+    yield "limits of a task", True, str(confine_task(site, records=False))
+    looks: dict[str, Any] = {"device": lambda: device(site.config.device)}
+    if not site.config.dataset:
+        looks["dry round"] = lambda: dry_round(site)
+    for what, look in looks.items():
+        try:
+            yield what, True, look()
+        except FedmedError as error:
+            yield what, False, str(error)
+        except (MemoryError, RuntimeError, OSError) as error:
+            yield what, False, f"ended by {type(error).__name__}; more memory (task-memory-gib), or another device"
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(findings(read_site_folder(Path(sys.argv[1]))))))
