@@ -28,6 +28,7 @@ from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.guarded import FOR_SITES, SitesOnly
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import flower_environment
+from fedmed.deployment.provision import site_cards
 from fedmed.deployment.site_folder import join, read_site_folder
 from fedmed.deployment.superlink import require_usable, server_command
 from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
@@ -303,9 +304,9 @@ def test_submit_and_flwr_run_and_the_wheel_bring_the_same_app(made, tmp_path):
 
 
 def test_what_names_data_is_not_submitted(made):
-    folder = read_consortium(made / "server")
+    names = [card.name for card in site_cards(read_consortium(made / "server"))]
     config = run_file.validate({**tomllib.loads(RUN), "data": {"sites": ["/secret/a.csv", "/secret/b.csv"]}})
-    submitted = control.deployable(config, folder)
+    submitted = control.deployable(config, names)
     assert submitted.data.sites == ("north", "south")
     assert submitted.train == config.train
     for key, value, said in (
@@ -313,11 +314,11 @@ def test_what_names_data_is_not_submitted(made):
         ("partition", "iid", "simulation.partition"),
     ):
         with pytest.raises(ConfigError, match=said):
-            control.deployable(validate({**tomllib.loads(RUN), "simulation": {key: value}}), folder)
+            control.deployable(validate({**tomllib.loads(RUN), "simulation": {key: value}}), names)
     with pytest.raises(ConfigError, match=r"task\.labels"):
-        control.deployable(RunConfig(), folder)
+        control.deployable(RunConfig(), names)
     with pytest.raises(ConfigError, match=r"min-sites = 3, but 2"):
-        control.deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), folder)
+        control.deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), names)
 
 
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
@@ -371,7 +372,7 @@ def test_an_app_that_the_hospital_does_not_approve_is_refused_and_no_path_is_sai
 
 
 def asked(path: str, client: str, server: str = "192.0.2.1") -> int:
-    """The status that the server's door gives to a request."""
+    """The status that the server's door gives to a request; run folders are served by nobody here."""
     seen: list[int] = []
 
     async def inside(scope, receive, send):
@@ -381,14 +382,15 @@ def asked(path: str, client: str, server: str = "192.0.2.1") -> int:
         seen.extend([message["status"]] if "status" in message else [])
 
     scope = {"type": "http", "path": path, "client": (client, 4000), "server": (server, 8443)}
-    asyncio.run(SitesOnly(inside)(scope, None, send))
+    asyncio.run(SitesOnly(inside, inside)(scope, None, send))
     return seen[0]
 
 
 @pytest.mark.parametrize("client", ["198.51.100.7", "10.0.0.1", "2001:db8::1", "testclient", "0.0.0.0", "128.0.0.1"])
 def test_other_machines_reach_the_sites_interface_only(client):
     assert asked("/v1/fleet/pull-messages", client) == 200
-    for path in ("/v1/control/start-run", "/v1/runtime/push-messages", "/", "/docs", "/v1/fleet", "//v1/fleet/x"):
+    closed = ("/v1/control/start-run", "/v1/runtime/push-messages", "/", "/docs", "/v1/fleet", "//v1/fleet/x")
+    for path in (*closed, "/fedmed/runs"):
         assert asked(path, client) == 403
 
 

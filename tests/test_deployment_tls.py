@@ -1,43 +1,72 @@
 """A server and hospitals that were set up by fedmed's commands alone, over TLS with registered keys, on loopback."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import logging
 import re
+import shutil
 import signal
+import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
+from flwr.proto.message_pb2 import PushObjectRequest
 from real_consortium import RUN, Started, command, make_consortium, processes_of, recorded, wait_for
+from recorder import Recorder, spellings
 from safetensors.numpy import load_file
 from toy import PLANTED
 
-from fedmed.deployment import control
+from fedmed.deployment import certificates, control, node_keys
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.consortium import ServerFolder, read_consortium
+from fedmed.deployment.coordinators import Entrance, entrance, own_entrance
 from fedmed.deployment.files import read_json
 from fedmed.deployment.processes import Child, flower_environment, free_port
+from fedmed.deployment.proxy import PLACES
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
 from fedmed.deployment.supernode import site_command
-from fedmed.errors import RunFailed
+from fedmed.errors import ConfigError, RunFailed
 
+NGINX = bool(shutil.which("nginx") or shutil.which("nginx", path=PLACES))
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
-def consortium(tmp_path_factory):
-    """A server that runs, its two sites that run, and a third that it does not know."""
+def made(tmp_path_factory):
+    """The folder of a server with two sites, behind nginx where that is installed; a third site it does not know."""
     root = tmp_path_factory.mktemp("c")
     server = make_consortium(root, ["a-40", "b-20", "unknown-30"])
     (server / "sites" / "unknown-30.json").unlink()
-    started = [Started("server", "start", server, log=root / "server.out")]
+    edit(server / "consortium.toml", loopback_port=free_port() if NGINX else 0)
+    return server
+
+
+@pytest.fixture(scope="module")
+def recorder(made):
+    """Sites connect to it: it has the port that their kits name, and the server gets another one."""
+    port = free_port()
+    recorder = Recorder(made / "tls", read_consortium(made).consortium.port, port)
+    edit(made / "consortium.toml", port=port)
+    yield recorder
+    recorder.close()
+
+
+@pytest.fixture(scope="module")
+def consortium(made, recorder):
+    """A server that runs, and its two sites that run."""
+    root = made.parent
+    started = [Started("server", "start", made, log=root / "server.out")]
     started += [Started("site", "start", root / name, log=root / f"{name}.out") for name in ("a-40", "b-20")]
     try:
         started[0].says("b-20 may connect", 240)
-        folder = read_consortium(server)
+        folder = read_consortium(made)
         wait_for(lambda: online(folder) == {"a-40", "b-20"}, 400, lambda: f"only {online(folder)} came")
         yield folder
     finally:
@@ -45,19 +74,58 @@ def consortium(tmp_path_factory):
     assert ended == [(0, []), (0, []), (0, [])], "a runner ended badly, or left processes behind"
 
 
+@pytest.fixture(scope="module")
+def anna(consortium):
+    """The folder of a coordinator at another machine, who reaches the server through nginx alone."""
+    if not NGINX:
+        pytest.skip("nginx is not installed")
+    command("server", "coordinator", "anna", "--server", consortium.root)
+    given = consortium.root / "coordinators" / "anna"
+    wait_for(lambda: let_in(entrance(given)), 60, lambda: "the server did not read its list again")
+    return given
+
+
+def let_in(server: Entrance) -> bool:
+    with contextlib.suppress(RunFailed), control.control(server) as client:
+        control.nodes(client)
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def run(consortium, request, tmp_path_factory):
+    """A completed run, submitted by a coordinator elsewhere where there is nginx: its number and its folder."""
+    server = request.getfixturevalue("anna") if NGINX else consortium.root
+    facts = submitted(server, tmp_path_factory.mktemp("run") / "run.toml")
+    assert facts["status"] == "finished:completed"
+    assert (facts["folder"] is None) == NGINX
+    (folder,) = consortium.runs.iterdir()
+    return facts["run"], folder
+
+
+def submitted(server: Path, run: Path) -> dict[str, object]:
+    run.write_text(RUN)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        command("server", "submit", run, "--server", server, "--wait", "--json")
+    return json.loads(said.getvalue())
+
+
+def edit(path: Path, **values: int) -> None:
+    text = path.read_text()
+    for key, value in values.items():
+        text = re.sub(rf"(?m)^{key.replace('_', '-')} = .*$", f"{key.replace('_', '-')} = {value}", text)
+    path.write_text(text)
+
+
 def online(folder: ServerFolder) -> set[str]:
     """The sites that are connected; none while the server does not answer."""
-    with contextlib.suppress(RunFailed, FileNotFoundError), control.control(folder) as client:
+    with contextlib.suppress(RunFailed, ConfigError), control.control(own_entrance(folder)) as client:
         return {node.site for node in control.nodes(client) if node.status == "online"}
     return set()
 
 
-def submit(folder: ServerFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Path:
-    run = tmp_path / "run.toml"
-    run.write_text(RUN)
-    capsys.readouterr()
-    command("server", "submit", run, "--server", folder.root, "--wait", "--json", *options)
-    facts = json.loads(capsys.readouterr().out)
+def submit(folder: ServerFolder, tmp_path: Path) -> Path:
+    facts = submitted(folder.root, tmp_path / "run.toml")
     assert facts["status"] == "finished:completed"
     return Path(facts["folder"])
 
@@ -79,10 +147,8 @@ def supernode(site: Path) -> tuple[Child, list[str]]:
     return Child(site_command(folder, joined_kit(folder), free_port()), flower_environment(folder.flower), log), lines
 
 
-def test_a_run_over_tls_completes_with_the_weights_of_the_local_engine(
-    consortium, toy_config, simulate, tmp_path, capsys
-):
-    folder = submit(consortium, tmp_path, capsys)
+def test_a_run_over_tls_completes_with_the_weights_of_the_local_engine(consortium, run, toy_config, simulate):
+    folder = run[1]
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "completed"
     assert [site["site"] for site in result["sites"]] == ["a-40", "b-20"]
@@ -97,7 +163,20 @@ def test_a_run_over_tls_completes_with_the_weights_of_the_local_engine(
         assert PLANTED.encode() not in path.read_bytes(), path.name
 
 
-def test_every_task_is_forked_from_the_warm_process(consortium):
+def test_nothing_planted_crossed_the_wire(recorder, run):
+    """All that passed between the sites and the server, as it was before TLS, both ways."""
+    streams = recorder.streams
+    assert sum(map(len, streams)) > 4 * 4 * 700  # two sites, two rounds: that network's parameters each way
+    for said in (b"/v1/fleet/push-object", b"toy:network", b"a-40"):  # what does cross is found
+        assert any(said in stream for stream in streams), said
+    for stream in streams:
+        lower = stream.lower()
+        assert b"content-encoding" not in lower and b"transfer-encoding" not in lower  # so bodies stand there plainly
+        for spelling in spellings(PLANTED):
+            assert spelling not in stream
+
+
+def test_every_task_is_forked_from_the_warm_process(consortium, run):
     """Flower's own `flwr-clientapp` is never started, and the app that the server sent is never unpacked."""
     for site in ("a-40", "b-20"):
         flower = consortium.root.parent / site / "flower"
@@ -119,8 +198,7 @@ def test_a_server_of_another_authority_is_refused(consortium, tmp_path):
     impostor = make_consortium(tmp_path, ["a-40"])
     site = tmp_path / "a-40"
     values = read_json(consortium.root.parent / "a-40" / "consortium" / "kit.json", "kit")
-    path = impostor / "consortium.toml"
-    path.write_text(re.sub(r"port = \d+", f"port = {values['address'].rpartition(':')[2]}", path.read_text()))
+    edit(impostor / "consortium.toml", port=int(values["address"].rpartition(":")[2]))
     command("server", "provision", impostor)
     command("site", "join", impostor / "kits" / "a-40", "--site", site)
     found = {finding.what: finding for finding in check_site(site, dry_round=False)}
@@ -138,9 +216,171 @@ def test_a_server_of_another_authority_is_refused(consortium, tmp_path):
 def test_the_port_speaks_no_plain_http(consortium):
     connection = http.client.HTTPConnection("127.0.0.1", consortium.consortium.port, timeout=10)
     connection.request("POST", "/v1/fleet/activate-node", body=b"")
-    with pytest.raises((http.client.HTTPException, OSError)):
-        connection.getresponse()
+    try:
+        status = connection.getresponse().status
+    except (http.client.HTTPException, OSError):
+        status = None  # hung up; nginx says what was wrong
+    assert status == (400 if NGINX else None)
     connection.close()
+
+
+def web(folder: ServerFolder, given: Path | None = None, pair: tuple[Path, Path] | None = None) -> httpx.Client:
+    """A client of the server's public port, with a coordinator's folder or another certificate and key."""
+    context = ssl.create_default_context(cafile=str(folder.tls / "ca.crt"))
+    if given is not None:
+        pair = (given / "coordinator.crt", given / "coordinator.key")
+    if pair is not None:
+        context.load_cert_chain(*pair)
+    return httpx.Client(base_url=f"https://127.0.0.1:{folder.consortium.port}", verify=context)
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_a_site_cannot_submit_a_run_register_a_node_or_stop_one(consortium):
+    """It has the authority's certificate and its own node key; that opens the sites' interface and nothing else."""
+    from flwr.superlink.routers.control.router import router as for_coordinators
+
+    site = Entrance(address=f"127.0.0.1:{consortium.consortium.port}", authority=consortium.tls / "ca.crt")
+    for ask in (control.nodes, control.runs, lambda client: control.stop_run(client, 1)):
+        with pytest.raises(RunFailed, match=r"refused \(403\)"), control.control(site) as client:
+            ask(client)
+    key = node_keys.read_node_key(consortium.root.parent / "a-40" / "keys")
+    moment = datetime.now(UTC).isoformat()
+    headers = {
+        "flwr-timestamp": moment,
+        "flwr-public-key": base64.b64encode(node_keys.flower_bytes(key.public_key())).decode(),
+        "flwr-signature": base64.b64encode(node_keys.sign(key, moment.encode())).decode(),
+        "x-forwarded-for": "127.0.0.1",
+        "content-type": "application/protobuf",
+    }
+    with web(consortium) as client:
+        paths = [route.path for route in for_coordinators.routes]
+        assert {"/v1/control/start-run", "/v1/control/register-node", "/v1/control/stop-run"} <= set(paths)
+        for path in [*paths, "/fedmed/runs", "/fedmed/files/x"]:
+            assert client.post(path, headers=headers).status_code == 403, path
+            assert client.get(path).status_code == 403, path
+        for path in ("/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "//v1//control/start-run"):
+            request = client.build_request("POST", "/", headers=headers)
+            request.url = request.url.copy_with(raw_path=path.encode())
+            assert client.send(request).status_code == 403, path
+        for path in ("/v1/runtime/push-messages", "/", "/docs", "/openapi.json", "/v1/controlx"):
+            assert client.post(path, headers=headers).status_code == 404, path
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
+def test_the_sites_interface_takes_posts_only(consortium, method):
+    with web(consortium) as client:
+        assert client.request(method, "/v1/fleet/pull-messages").status_code == 405
+
+
+def test_a_coordinator_elsewhere_sees_the_sites_and_fetches_a_run_folder(consortium, anna, run, tmp_path, capsys):
+    capsys.readouterr()
+    command("server", "status", anna, "--json")
+    sites = {site["site"]: site["status"] for site in json.loads(capsys.readouterr().out)["sites"]}
+    assert sites == {"a-40": "online", "b-20": "online"}
+    command("server", "fetch", run[0], "--server", anna, "--out", tmp_path)
+    names = {path.relative_to(run[1]) for path in run[1].rglob("*") if path.is_file()}
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} == names
+    assert all((tmp_path / name).read_bytes() == (run[1] / name).read_bytes() for name in names)
+
+
+def test_a_fetch_that_was_cut_off_goes_on_and_one_that_was_damaged_is_found(consortium, anna, tmp_path):
+    large = consortium.runs / "20200101T000000-large-1"
+    (large / "checkpoints").mkdir(parents=True)
+    content = np.random.default_rng(7).bytes(3_000_000)
+    (large / "checkpoints" / "round-0001.safetensors").write_bytes(content)
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "round-0001.safetensors"
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content[:1_000_000])
+    fetch = ("server", "fetch", large.name, "--server", anna, "--out", tmp_path)
+    command(*fetch)
+    assert path.read_bytes() == content and not partial.exists()
+    path.unlink()
+    partial.write_bytes(b"x" + content[1:1_000_000])
+    with pytest.raises(RunFailed, match="fetch again"):
+        command(*fetch)
+    command(*fetch)
+    assert path.read_bytes() == content
+    shutil.rmtree(large)
+    with pytest.raises(RunFailed, match="no folder"):
+        command(*fetch)
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_a_certificate_that_is_foreign_another_or_no_longer_listed_opens_nothing(consortium, tmp_path):
+    command("server", "coordinator", "carl", "--server", consortium.root)  # and taken off again: never on the list
+    (consortium.coordinators / "carl.crt").unlink()
+    certificates.make_authority(tmp_path, "toys")
+    pem, key = certificates.make_coordinator_certificate(tmp_path, "anna", 1)
+    (tmp_path / "x.crt").write_bytes(pem)
+    (tmp_path / "x.key").write_bytes(key)
+    server = (consortium.tls / "server.crt", consortium.tls / "server.key")
+    for pair, status in (((tmp_path / "x.crt", tmp_path / "x.key"), 400), (server, 400)):
+        with web(consortium, pair=pair) as client:
+            assert client.post("/v1/control/list-runs").status_code == status
+    with web(consortium, consortium.coordinators / "carl") as client:
+        assert client.post("/v1/control/list-runs").status_code == 403
+        assert client.get("/fedmed/runs").status_code == 403
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_pieces_of_a_large_network_pass_and_what_no_site_sends_does_not(consortium):
+    with web(consortium) as client:
+        for mebibytes, status in ((5, 401), (20, 401), (65, 413)):  # 401: the server itself asks for a site's key
+            answer = client.post(
+                "/v1/fleet/push-object",
+                content=PushObjectRequest(object_content=bytes(mebibytes << 20)).SerializeToString(),
+                headers={"content-type": "application/protobuf", "accept": "application/protobuf"},
+            )
+            assert answer.status_code == status, mebibytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_a_run_completes_after_a_kill_of_nginx(consortium, tmp_path):
+    """Its workers go on for a moment, and hold the port; the runner ends them and starts nginx again."""
+    out = consortium.root.parent / "server.out"
+    said = len(out.read_text())
+    (master,) = (p for p in psutil.Process(server_runner(consortium)).children() if p.name() == "nginx")
+    master.kill()
+    wait_for(lambda: "nginx ended by itself" in out.read_text()[said:], 60, out.read_text)
+    assert json.loads((submit(consortium, tmp_path) / "result.json").read_text())["status"] == "completed"
+
+
+LONG = RUN.replace("rounds = 2", "rounds = 6")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_a_run_goes_on_after_a_kill_of_the_superlink(consortium, tmp_path, done):
+    """Nobody does anything: the server starts it again and submits the run again, which goes on in its folder."""
+    (tmp_path / "run.toml").write_text(LONG)
+    before = set(consortium.runs.glob("*"))
+    words = ("server", "submit", tmp_path / "run.toml", "--server", consortium.root, "--wait")
+    waiting = Started(*words, log=tmp_path / "x")
+    try:
+        wait_for(lambda: rounds_in(consortium.runs, before) >= done, 240, lambda: (tmp_path / "x").read_text())
+        runner = psutil.Process(server_runner(consortium))
+        (victim,) = (p for p in runner.children() if "fedmed.deployment.guarded" in p.cmdline())
+        victim.kill()
+        assert waiting.process.wait(400) == 0, (tmp_path / "x").read_text()
+    finally:
+        waiting.stop()
+    (folder,) = set(consortium.runs.glob("*")) - before
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] in ("completed", "degraded")
+    assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3, 4, 5, 6]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (again,) = (event for event in events if event["kind"] == "run_continued")
+    assert "ended before the run did" in again["reason"]
+
+
+def rounds_in(runs: Path, before: set[Path]) -> int:
+    """How many rounds a new run has finished; -1 while it has not begun."""
+    new = [path / "events.jsonl" for path in set(runs.glob("*")) - before if (path / "events.jsonl").exists()]
+    kinds = [json.loads(line)["kind"] for path in new for line in path.read_text().splitlines()]
+    return kinds.count("round_finished") if "round_started" in kinds else -1
 
 
 @pytest.mark.slow
@@ -160,7 +400,7 @@ def test_a_supernode_without_tls_gets_nowhere(consortium, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["flower-supernode", "fedmed.deployment.warm"])
-def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, capsys, program):
+def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, program):
     """The runner starts again what was killed; a SuperNode is let in when the server has missed it for a minute."""
     out = consortium.root.parent / "a-40.out"
     said = len(out.read_text())
@@ -169,7 +409,7 @@ def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, capsys, pr
     victim.send_signal(signal.SIGKILL)
     wait_for(lambda: "again" in out.read_text()[said:], 60, lambda: out.read_text())
     wait_for(lambda: online(consortium) == {"a-40", "b-20"}, 300, lambda: f"only {online(consortium)} came")
-    assert json.loads((submit(consortium, tmp_path, capsys) / "result.json").read_text())["status"] == "completed"
+    assert json.loads((submit(consortium, tmp_path) / "result.json").read_text())["status"] == "completed"
 
 
 @pytest.mark.slow
@@ -190,6 +430,13 @@ def test_nothing_stays_when_a_runner_is_killed(tmp_path):
     finally:
         for each in started:
             each.stop()
+
+
+def server_runner(folder: ServerFolder) -> int:
+    """The pid of the server's runner."""
+    words = ["server", "start", str(folder.root)]
+    (found,) = (p.pid for p in psutil.Process().children() if p.cmdline()[-3:] == words)
+    return found
 
 
 def runner_of(folder: ServerFolder, site: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def verify(
         list[Path],
         typer.Option("--witness", metavar="FILE", help="a witness's file, besides the one beside the ledger"),
     ] = [],  # noqa: B006  # typer wants a list
+    heads: Annotated[
+        list[Path], typer.Option("--heads", metavar="FILE", help="events.jsonl of a run, from the coordinator")
+    ] = [],  # noqa: B006  # typer wants a list
     as_json: AsJson = False,
 ) -> None:
     """Check every hash and signature, compare with all anchors, and compute ε again from the events.
@@ -62,7 +66,7 @@ def verify(
     """
     from fedmed.errors import LedgerUnusable
 
-    found, _ = _examined(site, public, anchors, witnesses)
+    found, _ = _examined(site, public, anchors, witnesses, heads)
     count = {"ledger": len(found.records), "audit": len(found.audit), "egress": len(found.egress)}
     if as_json:
         print(json.dumps({"records": count, "spent": vars(found.spent), "faults": list(found.faults)}))
@@ -99,12 +103,15 @@ def export(
     print(f"wrote {out}: {len(found.records)} records of the ledger, {len(found.faults)} faults")
 
 
-def _examined(site: Path, public: Path | None, anchors: list[str], witnesses: list[Path]) -> tuple[Findings, bytes]:
+def _examined(
+    site: Path, public: Path | None, anchors: Sequence[str], witnesses: Sequence[Path], heads: Sequence[Path] = ()
+) -> tuple[Findings, bytes]:
     from fedmed.privacy.keys import read_public
-    from fedmed.privacy.verification import examine
+    from fedmed.privacy.verification import examine, heads_in
 
     key = read_public(public or site / "keys" / "site.pub")
-    return examine(site, key, anchors=[_anchor(text) for text in anchors], witnesses=witnesses), key
+    kept = [anchor for path in heads for anchor in heads_in(path, key)]
+    return examine(site, key, anchors=[*map(_anchor, anchors), *kept], witnesses=witnesses), key
 
 
 def _anchor(text: str) -> Any:

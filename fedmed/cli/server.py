@@ -16,13 +16,15 @@ app = typer.Typer(
 )
 
 Place = Annotated[Path, typer.Argument(metavar="SERVER", help="the server's folder, or its consortium.toml")]
-Server = Annotated[Path, typer.Option("--server", metavar="SERVER", help="the server's folder, or its consortium.toml")]
+Server = Annotated[
+    Path, typer.Option("--server", metavar="SERVER", help="the server's folder, or a coordinator's from elsewhere")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
 
 
 @app.callback()
 def server() -> None:
-    """Make and run a consortium's server. All of it on the server's own machine."""
+    """Make and run a consortium's server, on its own machine; a coordinator elsewhere submits, follows, fetches."""
 
 
 @app.command("init")
@@ -31,14 +33,16 @@ def init(
     name: Annotated[str, typer.Option(help="the consortium's name; else the folder's")] = "",
     address: Annotated[str, typer.Option(help="DNS name or IP address that sites connect to")] = "localhost",
     port: Annotated[int, typer.Option(help="TCP port")] = 8443,
+    nginx: Annotated[bool, typer.Option("--nginx", help="with nginx in front: for coordinators elsewhere")] = False,
 ) -> None:
     """Write a commented consortium.toml.
 
-    Example: fedmed server init chest --address fl.example.org
+    Example: fedmed server init chest --address fl.example.org --nginx
     """
     from fedmed.deployment.consortium import init_consortium
 
-    path = init_consortium(folder, name=name or folder.absolute().name, address=address, port=port)
+    inner = port + 1 if nginx else 0
+    path = init_consortium(folder, name=name or folder.absolute().name, address=address, port=port, loopback_port=inner)
     print(f"wrote {path}; read it, then: fedmed server provision {path} CARD…")
 
 
@@ -83,6 +87,27 @@ def feasibility(
     show_feasibility(cards, as_json=as_json)
 
 
+@app.command("coordinator")
+def coordinator(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the coordinator")],
+    folder: Server = Path(),
+    request: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a signing request (PEM), if the key was made elsewhere")
+    ] = None,
+) -> None:
+    """Let a coordinator at another machine in: make a key and a certificate, or sign a request.
+
+    Example: fedmed server coordinator anna --server chest
+    """
+    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.coordinators import KEY, admit_coordinator
+
+    place = read_consortium(folder)
+    given = admit_coordinator(place, name, request)
+    print(f"{name} may enter; give {given} to {name} alone" + ("" if request is None else f", who adds {KEY}"))
+    print(f"there: fedmed server status {given.name}    to shut {name} out: delete {place.coordinators / name}.crt")
+
+
 @app.command("start")
 def start(folder: Place) -> None:
     """Run the server until SIGTERM or Ctrl-C.
@@ -109,24 +134,25 @@ def submit(
     """
     from fedmed import config as run_file
     from fedmed.deployment import control
-    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.coordinators import entrance
     from fedmed.errors import RunFailed
+    from fedmed.federated.run_folder import folder_of
 
-    place = read_consortium(folder)
-    config = control.deployable(run_file.load(run, overrides), place)
-    with control.control(place) as client:
-        number = control.submit(client, config)
-        if not as_json:
-            print(f"run {number} of {config.name} is submitted", flush=True)
-        ended = control.finished(client, number) if wait else None
-    kept = next(place.runs.glob(f"*-{number}"), None) if ended else None
+    server = entrance(folder)
+    config = run_file.load(run, overrides)
+    with control.control(server) as client:
+        number = control.submit(client, control.deployable(config, [node.site for node in control.nodes(client)]))
+    if not as_json:
+        print(f"run {number} of {config.name} is submitted", flush=True)
+    ended = control.finished(server, number) if wait else None
+    kept = folder_of(server.runs, ended.series) if ended and server.runs else None
     if as_json:
         facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}
         print(json.dumps(facts))
     if ended is None:
         return
     if not as_json:
-        print(f"{ended.status}: {kept or 'no run folder was made'}")
+        print(f"{ended.status}: {kept or f'fedmed server fetch {number} brings its folder'}")
     if not ended.status.endswith(":completed"):
         raise RunFailed(f"run {number}: {ended.status}; {ended.details or 'logs/server.log says why'}")
 
@@ -138,9 +164,9 @@ def status(folder: Place = Path(), as_json: AsJson = False) -> None:
     Example: fedmed server status chest
     """
     from fedmed.deployment import control
-    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.coordinators import entrance
 
-    with control.control(read_consortium(folder)) as client:
+    with control.control(entrance(folder)) as client:
         sites, runs = control.nodes(client), control.runs(client)
     if as_json:
         facts = {
@@ -165,11 +191,38 @@ def stop(
     Example: fedmed server stop 1234567 --server chest
     """
     from fedmed.deployment import control
-    from fedmed.deployment.consortium import read_consortium
+    from fedmed.deployment.coordinators import entrance
 
-    with control.control(read_consortium(folder)) as client:
+    with control.control(entrance(folder)) as client:
         control.stop_run(client, number)
     print(f"run {number} is stopped")
+
+
+@app.command("fetch")
+def fetch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the run's number, or the name of its folder")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")],
+    folder: Server = Path(),
+) -> None:
+    """Bring a run's folder here. What is here already stays; a fetch that was cut off goes on.
+
+    Example: fedmed server fetch 1234567 --server anna --out runs/first
+    """
+    from fedmed.deployment import control
+    from fedmed.deployment.coordinators import entrance
+    from fedmed.deployment.run_files import fetch_run
+
+    server = entrance(folder)
+    ending = None
+    if run.isdecimal():
+        with control.control(server) as client:
+            ending = f"-{control.newest(client, int(run)).series}"
+
+    def chosen(name: str) -> bool:
+        return name.endswith(ending) if ending else name == run
+
+    files = list(fetch_run(server, lambda names: next(filter(chosen, names), None), out))
+    print(f"{len(files)} files, {sum(file.bytes for file in files) / 1e6:.1f} MB, as the server has them: {out}")
 
 
 def _facts(run: FlowerRun) -> dict[str, object]:

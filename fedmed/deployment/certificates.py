@@ -1,4 +1,4 @@
-"""The consortium's certificate authority and its server's certificate: ECDSA on P-256, X.509 version 3."""
+"""The consortium's certificate authority, and certificates of its server and coordinators: P-256, X.509 version 3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -29,7 +29,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the server's own tasks come this
 
 
 def make_authority(folder: Path, name: str) -> None:
-    """Make `ca.key` (0600) and `ca.crt`, which signs server certificates and nothing else.
+    """Make `ca.key` (0600) and `ca.crt`, which signs certificates of the server and of coordinators, and nothing else.
 
     Raises:
         ConfigError: there is one already.
@@ -65,31 +65,43 @@ def make_server_certificate(folder: Path, names: Sequence[str], days: int) -> x5
     Raises:
         ConfigError: the authority cannot be read.
     """
-    authority, signer = read_certificate(folder / "ca.crt"), _read_key(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP256R1())
-    start = datetime.now(UTC) - BACKDATE
-    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])]))
-        .issuer_name(authority.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(min(start + timedelta(days=days), authority.not_valid_after_utc))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(authority=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(_alternatives(names)), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
-        .sign(signer, hashes.SHA256())
+    certificate = _signed(
+        folder,
+        key.public_key(),
+        names[0],
+        days,
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        x509.SubjectAlternativeName(_alternatives(names)),
     )
     for name in ("server.key", "server.crt"):
         (folder / name).unlink(missing_ok=True)
     _write_key(folder / "server.key", key)
     write_new(folder / "server.crt", certificate.public_bytes(Encoding.PEM), OPEN)
     return certificate
+
+
+def make_coordinator_certificate(
+    folder: Path, name: str, days: int, request: bytes | None = None
+) -> tuple[bytes, bytes | None]:
+    """A certificate by which the server knows a coordinator, signed by `ca.key`. It can stand for no server.
+
+    Args:
+        folder: of the authority.
+        name: of the coordinator.
+        days: of validity, never beyond the authority's.
+        request: a signing request (PEM) for a key that was made elsewhere; only its key counts.
+
+    Returns:
+        The certificate and, without a request, its new key; both PEM.
+
+    Raises:
+        ConfigError: the authority cannot be read, or the request is damaged or for another kind of key.
+    """
+    key = ec.generate_private_key(ec.SECP256R1()) if request is None else None
+    public = key.public_key() if key is not None else _requested_key(request or b"")
+    certificate = _signed(folder, public, name, days, ExtendedKeyUsageOID.CLIENT_AUTH)
+    return certificate.public_bytes(Encoding.PEM), None if key is None else _pem(key)
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -159,6 +171,48 @@ def _alternatives(names: Sequence[str]) -> list[x509.GeneralName]:
     return found
 
 
+def _signed(
+    folder: Path,
+    public: ec.EllipticCurvePublicKey,
+    name: str,
+    days: int,
+    purpose: x509.ObjectIdentifier,
+    *more: x509.ExtensionType,
+) -> x509.Certificate:
+    """A certificate for one purpose, signed by the folder's authority."""
+    authority, signer = read_certificate(folder / "ca.crt"), _read_key(folder / "ca.key")
+    start = datetime.now(UTC) - BACKDATE
+    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])]))
+        .issuer_name(authority.subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(min(start + timedelta(days=days), authority.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+    )
+    for extension in more:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(signer, hashes.SHA256())
+
+
+def _requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        key, whole = asked.public_key(), asked.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError("the signing request is damaged; openssl req -new makes one") from None
+    if not whole or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.key_size < 256:
+        raise ConfigError("the signing request is unsigned, or not for an elliptic key of at least 256 bits")
+    return key
+
+
 def _usage(*, authority: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=not authority,
@@ -173,8 +227,12 @@ def _usage(*, authority: bool) -> x509.KeyUsage:
     )
 
 
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), SECRET)
+    write_new(path, _pem(key), SECRET)
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fedmed import config as run_file
 from fedmed.config import Name, Section
@@ -33,7 +33,12 @@ port = {port}
 # The address that the server listens on. Loopback lets nobody else in; "0.0.0.0" is every network of this machine.
 listen = "127.0.0.1"
 
-# Days that the server's certificate is valid. `fedmed server provision` renews it in the last 30.
+# With nginx in front, which coordinators at other machines need: the port of loopback on which the server itself then
+# listens, while nginx listens on the address and port above. 0 = no nginx.
+loopback-port = {loopback_port}
+
+# Days that the certificates of the server and of coordinators are valid. `fedmed server provision` renews the server's
+# in the last 30.
 certificate-days = 365
 
 # Where runs are kept, relative to this file.
@@ -60,13 +65,25 @@ class Consortium(Section):
     addresses: Annotated[tuple[Address, ...], Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65535)] = 8443
     listen: Address = "127.0.0.1"
+    loopback_port: Annotated[int, Field(ge=0, le=65535)] = 0
     certificate_days: Annotated[int, Field(ge=1, le=825)] = 365
     runs: str = "runs"
 
+    @model_validator(mode="after")
+    def _ports_are_distinct(self) -> Consortium:
+        if self.loopback_port == self.port:
+            raise ValueError("loopback-port must not be port: nginx listens on port, the server on loopback-port")
+        return self
+
     @property
     def address(self) -> str:
-        """HOST:PORT that sites connect to."""
+        """HOST:PORT that sites and coordinators connect to."""
         return joined(self.addresses[0], self.port)
+
+    @property
+    def inside(self) -> tuple[str, int]:
+        """Where the SuperLink itself listens: behind nginx on loopback."""
+        return ("127.0.0.1", self.loopback_port) if self.loopback_port else (self.listen, self.port)
 
 
 def joined(host: str, port: int) -> str:
@@ -90,6 +107,16 @@ class ServerFolder:
     def coordinator(self) -> Path:
         """The key that signs kits."""
         return self.root / "coordinator"
+
+    @property
+    def coordinators(self) -> Path:
+        """The certificates of the coordinators at other machines, `NAME.crt`, and a folder for each."""
+        return self.root / "coordinators"
+
+    @property
+    def nginx(self) -> Path:
+        """The proxy's configuration and its own files."""
+        return self.root / "nginx"
 
     @property
     def cards(self) -> Path:
@@ -130,7 +157,7 @@ def read_consortium(path: Path) -> ServerFolder:
     return ServerFolder(root=path.parent, consortium=values)
 
 
-def init_consortium(folder: Path, *, name: str, address: str, port: int) -> Path:
+def init_consortium(folder: Path, *, name: str, address: str, port: int, loopback_port: int = 0) -> Path:
     """Write a commented consortium.toml into a folder that only its owner enters.
 
     Raises:
@@ -138,7 +165,7 @@ def init_consortium(folder: Path, *, name: str, address: str, port: int) -> Path
     """
     make_folder(folder)
     path = folder / FILE
-    write_new(path, TEMPLATE.format(name=name, address=address, port=port).encode())
+    write_new(path, TEMPLATE.format(name=name, address=address, port=port, loopback_port=loopback_port).encode())
     try:
         read_consortium(path)
     except ConfigError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -25,13 +26,22 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig, SimulationConfig
-from fedmed.deployment.consortium import ServerFolder, joined
+from fedmed.deployment.consortium import ServerFolder
+from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
 from fedmed.deployment.provision import site_cards
 from fedmed.errors import ConfigError, RunFailed
 
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what listens there is reached on loopback
+TIMEOUT_S = 30.0
+AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
+CONTINUED_S = 60.0  # that he waits for the server to go on with a run that it lost
+GATEWAY = (502, 503, 504)
+OWN_WORDS = "ServerApp failed with exception"  # how Flower begins what a run itself said of its failure
+
+
+class ServerAway(RunFailed):
+    """The server does not answer; it may come back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +59,45 @@ class FlowerRun:
     """A run, as Flower sees it."""
 
     number: int
+    series: int  # of which it is one: a run that is continued after its server ended is a new one of the same series
     status: str  # pending, starting, running, or finished:completed, :failed, :stopped
     details: str
+    submitted: datetime
+    config: Mapping[str, Any] = field(repr=False)  # flat, as it was submitted
+
+    @property
+    def ended(self) -> bool:
+        """Whether it came to any end."""
+        return self.status.startswith("finished")
+
+    @property
+    def lost(self) -> bool:
+        """Whether its process was gone before it could say how the run ended: the server's end is its end."""
+        return self.status == "finished:failed" and not self.details.startswith(OWN_WORDS)
 
 
 @contextmanager
-def control(folder: ServerFolder) -> Iterator[ControlHttpClient]:
-    """A connection to the consortium's server, on the address that it listens on.
+def control(server: Entrance) -> Iterator[ControlHttpClient]:
+    """A connection to the consortium's server.
 
     Raises:
-        RunFailed: it does not answer, or refuses.
+        ConfigError: a certificate or a key cannot be used.
+        ServerAway: the server does not answer.
+        RunFailed: it refuses.
     """
-    listen = folder.consortium.listen
-    client = ControlHttpClient.from_server_address(
-        server_address=joined(EVERYWHERE.get(listen, listen), folder.consortium.port),
-        insecure=False,
-        root_certificates=(folder.tls / "ca.crt").read_bytes(),
+    client = ControlHttpClient(
+        f"https://{server.address}",
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedmed")],
+        verify=server.tls(),
+        timeout=TIMEOUT_S,
     )
     try:
         yield client
     except httpx.RequestError as error:
-        raise RunFailed(f"the server does not answer ({type(error).__name__}); fedmed server start") from None
+        raise ServerAway(f"the server does not answer ({type(error).__name__}); fedmed server start") from None
     except httpx.HTTPStatusError as error:
+        if error.response.status_code in GATEWAY:  # nginx, in front of a SuperLink that is away
+            raise ServerAway("the server is being started; wait a little") from None
         raise RunFailed(f"the server refused ({error.response.status_code}); its log says why") from None
     finally:
         client.close()
@@ -108,8 +134,12 @@ def agree(client: ControlHttpClient, folder: ServerFolder) -> list[str]:
     return said
 
 
-def deployable(config: RunConfig, folder: ServerFolder) -> RunConfig:
+def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     """A run file as it is submitted: real hospitals read their own site.toml, so what names data there is left out.
+
+    Args:
+        config: the run file.
+        sites: that may connect.
 
     Raises:
         ConfigError: it asks for what only a simulation can do, or has no labels.
@@ -122,14 +152,13 @@ def deployable(config: RunConfig, folder: ServerFolder) -> RunConfig:
             )
     if not config.task.labels:
         raise ConfigError("task.labels: name the labels; a run without them is the demo, which is simulated")
-    names = [card.name for card in site_cards(folder)]
-    if len(names) < config.strategy.min_sites:
+    if len(sites) < config.strategy.min_sites:
         least = config.strategy.min_sites
         raise ConfigError(
-            f"strategy.min-sites = {least}, but {len(names)} sites are provisioned; fedmed server provision"
+            f"strategy.min-sites = {least}, but {len(sites)} sites are provisioned; fedmed server provision"
         )
     values = run_file.nested(config)
-    values["data"]["sites"] = names
+    values["data"]["sites"] = list(sites)
     values["simulation"] = run_file.nested(RunConfig())["simulation"]
     return run_file.validate(values)
 
@@ -143,16 +172,19 @@ def submit(client: ControlHttpClient, config: RunConfig) -> int:
     Raises:
         RunFailed: the server took no run.
     """
-    content = build_app()
-    flat: Mapping[str, Any] = run_file.flatten(config)
-    request = StartRunRequest(
-        fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
-        override_config=user_config_to_proto(dict(flat)),
-    )
-    answer = client.StartRun(request)
-    if not answer.HasField("run_id"):
-        raise RunFailed("the server took no run; its log says why")
-    return int(answer.run_id)
+    return _start(client, run_file.flatten(config), series=None)
+
+
+def continue_run(client: ControlHttpClient, lost: FlowerRun) -> int:
+    """Start a run that goes on where a lost one ended: the same configuration, in the same series.
+
+    Returns:
+        Flower's number of it.
+
+    Raises:
+        RunFailed: the server took no run.
+    """
+    return _start(client, lost.config, series=lost.series)
 
 
 def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun]:
@@ -164,16 +196,19 @@ def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun
     request = ListRunsRequest() if number is None else ListRunsRequest(run_id=number)
     try:
         answer = client.ListRuns(request)
-    except httpx.HTTPStatusError:
-        if number is None:
+    except httpx.HTTPStatusError as error:
+        if number is None or error.response.status_code in (httpx.codes.FORBIDDEN, *GATEWAY):
             raise
         raise RunFailed(f"there is no run {number}") from None
     found = sorted(map(run_from_proto, answer.run_dict.values()), key=lambda run: run.pending_at)
     return [
         FlowerRun(
             number=run.run_id,
+            series=run.series_id,
             status=":".join(filter(None, (run.status.status, run.status.sub_status))),
             details=run.status.details,
+            submitted=datetime.fromisoformat(run.pending_at),
+            config=run.override_config,
         )
         for run in found
     ]
@@ -185,16 +220,54 @@ def stop_run(client: ControlHttpClient, number: int) -> None:
     Raises:
         RunFailed: there is no such run, or it has ended.
     """
-    if runs(client, number)[0].status.startswith("finished"):
+    if runs(client, number)[0].ended:
         raise RunFailed(f"run {number} has ended already")
     if not client.StopRun(StopRunRequest(run_id=number)).success:
         raise RunFailed(f"run {number} could not be stopped; the server's log says why")
 
 
-def finished(client: ControlHttpClient, number: int, every_s: float = 1.0) -> FlowerRun:
-    """Wait until a run has ended."""
+def newest(client: ControlHttpClient, number: int) -> FlowerRun:
+    """A run, or the last of those that continued it.
+
+    Raises:
+        RunFailed: there is no such run.
+    """
+    (run,) = runs(client, number)
+    return [each for each in runs(client) if each.series == run.series][-1]
+
+
+def finished(server: Entrance, number: int, every_s: float = 1.0) -> FlowerRun:
+    """Wait until a run, or what continues it, has ended. A server that is started again meanwhile is waited for.
+
+    Raises:
+        RunFailed: there is no such run, or the server refuses.
+        ServerAway: it is away for ten minutes.
+    """
+    answered = time.monotonic()
+    lost_at: float | None = None
     while True:
-        (run,) = runs(client, number)
-        if run.status.startswith("finished"):
-            return run
+        try:
+            with control(server) as client:
+                run = newest(client, number)
+            answered = time.monotonic()
+        except ServerAway:
+            if time.monotonic() - answered > AWAY_S:
+                raise
+        else:
+            lost_at = (lost_at or time.monotonic()) if run.lost else None
+            if run.ended and (lost_at is None or time.monotonic() - lost_at > CONTINUED_S):
+                return run
         time.sleep(every_s)
+
+
+def _start(client: ControlHttpClient, config: Mapping[str, Any], series: int | None) -> int:
+    content = build_app()
+    request = StartRunRequest(
+        fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
+        override_config=user_config_to_proto(dict(config)),
+        series_id=series,
+    )
+    answer = client.StartRun(request)
+    if not answer.HasField("run_id"):
+        raise RunFailed("the server took no run; its log says why")
+    return int(answer.run_id)

@@ -16,6 +16,7 @@ from fedmed.deployment.consortium import ServerFolder
 from fedmed.deployment.files import make_folder, write_new
 from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit, coordinator_key, write_kit
+from fedmed.deployment.proxy import write_nginx
 from fedmed.errors import ConfigError
 
 
@@ -68,6 +69,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
             target.unlink(missing_ok=True)
             write_new(target, content)
     everybody = tuple(site_cards(folder))
+    write_nginx(folder)
     kits = tuple(
         write_kit(
             make_folder(folder.kits) / card.name,

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from flwr.supercore.control import ControlHttpClient
 
 from fedmed.deployment import certificates
-from fedmed.deployment.consortium import ServerFolder
-from fedmed.deployment.control import agree, control, nodes
+from fedmed.deployment.consortium import ServerFolder, joined
+from fedmed.deployment.control import FlowerRun, agree, continue_run, control, nodes, runs, stop_run
+from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.files import make_folder
-from fedmed.deployment.processes import Child, Stop, flower_environment, log_file, program, runner, wait_until
+from fedmed.deployment.processes import (
+    Child,
+    Stop,
+    descendants,
+    flower_environment,
+    kill,
+    log_file,
+    program,
+    reap,
+    runner,
+    wait_until,
+)
+from fedmed.deployment.proxy import Proxy
 from fedmed.errors import ConfigError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
+LOST_S = 20.0  # between two looks for runs whose process is gone
+RESTART_S = 2.0
+UNDER_WAY = ("starting", "running")
+CONTINUE = 3  # times that a run is continued by itself
+KEEP = timedelta(days=7)
 
 
 def server_command(folder: ServerFolder) -> list[str]:
     """The SuperLink's command line."""
     program("flower-superexec")  # it starts the server's tasks
-    tls, consortium = folder.tls, folder.consortium
+    tls, (host, port) = folder.tls, folder.consortium.inside
     return [
         *(sys.executable, "-m", "fedmed.deployment.guarded"),
-        *("--host", consortium.listen, "--port", str(consortium.port)),
+        *("--host", host, "--port", str(port)),
         *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
         *("--ssl-ca-certfile", str(tls / "ca.crt")),
         "--enable-supernode-auth",
@@ -54,48 +77,136 @@ def require_usable(folder: ServerFolder) -> None:
 def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """Run the server until SIGTERM or Ctrl-C. Sites that are provisioned meanwhile may connect at once.
 
+    A SuperLink or an nginx that ends by itself is started again. Flower then counts the run that was under way as
+    failed; it is submitted again, and goes on from its checkpoint.
+
     Raises:
         ConfigError: it cannot be started like this, or runs already.
-        RunFailed: the SuperLink ended by itself. Start it again: it keeps registrations, and sites come back.
+        RunFailed: the SuperLink or nginx cannot be started.
     """
     require_usable(folder)
     environment = flower_environment(
         make_folder(folder.flower), FEDMED_RUNS=str(folder.runs), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5"
     )
     log = log_file(folder.root / "logs", "server")
+
+    def tell(line: str) -> None:
+        say(line)
+        log.info(line)
+
     with runner(folder.flower, "server") as stop:
-        link = Child(server_command(folder), environment, log)
+        proxy = Proxy(folder, environment, log)
         try:
-            if not wait_until(lambda: not link.running or _answers(folder), stop, START_S):
+            while not stop.is_set():
+                link = Child(server_command(folder), environment, log)
+                try:
+                    _await(folder, link, stop)
+                    proxy.start()
+                    if not stop.is_set():
+                        behind = ", behind nginx" if folder.consortium.loopback_port else ""
+                        where = joined(folder.consortium.listen, folder.consortium.port)
+                        tell(f"serving {folder.consortium.name} on {where} over TLS{behind}")
+                        _serve(folder, link, proxy, stop, tell)
+                finally:
+                    link.end()
                 if not stop.is_set():
-                    raise RunFailed(f"the server did not answer within {START_S:.0f} s; logs/server.log says why")
-                return
-            if not link.running:
-                raise RunFailed("the server ended at once; logs/server.log says why (is the port taken?)")
-            say(f"serving {folder.consortium.name} on {folder.consortium.listen}:{folder.consortium.port} over TLS")
-            _serve(folder, link, stop, say)
+                    kill(descendants(os.getpid()) - proxy.pids)  # tasks without a server must not write any more
+                    tell("the SuperLink ended by itself; it is started again")
+                    stop.wait(RESTART_S)
         finally:
-            link.end()
+            proxy.end()
     say("stopped")
 
 
-def _serve(folder: ServerFolder, link: Child, stop: Stop, say: Callable[[str], None]) -> None:
-    seen: object = None
-    while not stop.is_set():
-        listed = sorted((path.name, path.stat().st_mtime_ns) for path in folder.cards.glob("*.json"))
-        if listed != seen:
-            with control(folder) as client:
-                for line in agree(client, folder):
-                    say(line)
-            seen = listed
+def _await(folder: ServerFolder, link: Child, stop: Stop) -> None:
+    """Wait until the SuperLink answers.
+
+    Raises:
+        RunFailed: it ended, or does not answer in time.
+    """
+    answered = wait_until(lambda: not link.running or _answers(folder), stop, START_S)
+    if stop.is_set():
+        return
+    if not link.running:
+        raise RunFailed("the server ended at once; logs/server.log says why (is the port taken?)")
+    if not answered:
+        raise RunFailed(f"the server did not answer within {START_S:.0f} s; logs/server.log says why")
+
+
+def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Callable[[str], None]) -> None:
+    """Look after everything until the SuperLink ends or a stop is asked for."""
+    sites: object = None
+    doors, begun, looked = _doors(folder), True, 0.0
+    while not stop.is_set() and link.running:
+        try:
+            with control(own_entrance(folder)) as client:
+                listed = _stamps(folder.cards, "*.json")
+                if listed != sites:
+                    for line in agree(client, folder):
+                        say(line)
+                    sites = listed
+                if begun or time.monotonic() - looked > LOST_S:
+                    for line in continue_lost(client, folder, begun=begun):
+                        say(line)
+                    begun, looked = False, time.monotonic()
+        except RunFailed as error:
+            if link.running:
+                say(f"{error}; tried again")
+        if proxy.look({link.pid} | descendants(link.pid)):
+            say("nginx ended by itself and was started again")
+        if (now := _doors(folder)) != doors:
+            against = proxy.read_again()
+            doors = now
+            say(f"nginx refuses the new list: {against}" if against else "the list of coordinators was read again")
+        reap(keep={link.pid} | proxy.pids)
         stop.wait(LOOK_S)
-        if not stop.is_set() and not link.running:
-            raise RunFailed("the SuperLink ended by itself; logs/server.log says why. Start the server again")
+
+
+def continue_lost(client: ControlHttpClient, folder: ServerFolder, *, begun: bool) -> list[str]:
+    """Submit runs again whose process is gone, a few times at most, and nothing that is older than a week.
+
+    Flower notices such a process after a minute. That of a run which is under way when the SuperLink begins is gone.
+
+    Args:
+        client: of the server.
+        folder: of the server.
+        begun: whether the SuperLink was just started.
+
+    Returns:
+        What was done, in words.
+    """
+    series: dict[int, list[FlowerRun]] = {}
+    for run in runs(client):
+        series.setdefault(run.series, []).append(run)
+    said = []
+    for tries in series.values():
+        last = tries[-1]
+        gone = last.lost or (begun and last.status in UNDER_WAY)
+        if gone and len(tries) <= CONTINUE and _last_sign(folder, last) > datetime.now(UTC) - KEEP:
+            new = continue_run(client, last)
+            if not last.ended:
+                stop_run(client, last.number)
+            said.append(f"run {last.number} was cut off; run {new} goes on with it ({len(tries)} of {CONTINUE} times)")
+    return said
+
+
+def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
+    """When a run last wrote an event; else when it was submitted."""
+    path = next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path is not None else run.submitted
+
+
+def _doors(folder: ServerFolder) -> object:
+    return _stamps(folder.coordinators, "*.crt"), _stamps(folder.tls, "server.crt")
+
+
+def _stamps(folder: Path, names: str) -> list[tuple[str, int]]:
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob(names))
 
 
 def _answers(folder: ServerFolder) -> bool:
     try:
-        with control(folder) as client:
+        with control(own_entrance(folder)) as client:
             nodes(client)
     except RunFailed:
         return False

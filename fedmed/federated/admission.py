@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from flwr.app import RecordDict
 from fedmed.config import TaskConfig
 from fedmed.errors import UpdateRefused
 from fedmed.federated.wire import decode_update
+from fedmed.privacy.chain import Anchor
+from fedmed.privacy.egress import HEAD
 from fedmed.training.evaluate import checked_sums, metrics_from, parted_sums, personal_sums
 from fedmed.types import FloatVector, Layout, Scalar, Update, Weights
 
@@ -66,8 +69,23 @@ def public_facts(update: Update, task: TaskConfig) -> dict[str, Any]:
     known: dict[str, Any] = {name: number_in(update.facts, name) for name in ("steps", "seconds", "loss")}
     privacy = privacy_in(update.facts)
     known |= {name: privacy[name] for name in ("epsilon", "warning") if name in privacy} if privacy else {}
+    head = ledger_head(update.facts)
+    known |= {"ledger": vars(head)} if head else {}
     known |= {"metrics": dict(metrics_from(update.metrics, task))} if update.metrics else {}
     return {"images": update.num_examples, **known}
+
+
+def ledger_head(facts: Mapping[str, Scalar]) -> Anchor | None:
+    """The newest record of the site's ledger, as the update names it; None if it names none, or nonsense.
+
+    Whether the site signed it is for who has the site's key to say; kept here, it finds a ledger that was restored.
+    """
+    number, digest, signature = (facts.get(name) for name in HEAD)
+    texts = isinstance(digest, str) and isinstance(signature, str)
+    if not texts or not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
+        return None
+    anchor = Anchor(sequence=number, hash=str(digest), signature=str(signature))
+    return anchor if re.fullmatch(r"[0-9a-f]{64}/[0-9a-f]{128}", f"{anchor.hash}/{anchor.signature}") else None
 
 
 def validated_counts(update: Update, *, images: int, patients: int) -> None:

@@ -46,7 +46,7 @@ def run_federation(
 
     Raises:
         FedmedError: the run cannot go on; `result.json` says `failed` and why.
-        KeyboardInterrupt: the user stopped it; `result.json` says `failed`.
+        KeyboardInterrupt, SystemExit: the user or the server stopped it; `result.json` says `failed`.
         OSError: the disk is full or gone.
     """
     started = time.perf_counter()
@@ -59,6 +59,9 @@ def run_federation(
         status, reason = federation.run()
     except KeyboardInterrupt:
         reason = "interrupted by the user"
+        raise
+    except SystemExit:  # Flower's answer to a signal
+        reason = "its process was ended from outside: the run was stopped, or the server ended"
         raise
     except FedmedError as error:
         reason = str(error) if isinstance(error, RunFailed) else error.public

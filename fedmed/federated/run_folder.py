@@ -208,6 +208,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def folder_of(runs: Path, series: int) -> Path | None:
+    """The run folder of a Flower series; None if there is none."""
+    found = next(runs.glob(f"*-{series}/run.toml"), None)
+    return found.parent if found is not None else None
+
+
 def number_of(path: Path) -> int:
     """The round in the name of a checkpoint."""
     return int(path.stem.rpartition("-")[2])

@@ -9,10 +9,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
+from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
-from fedmed.federated.run_folder import RunFolder, now
+from fedmed.federated.resume import record, take_up
+from fedmed.federated.run_folder import RunFolder, folder_of, now
 from fedmed.imaging.cache import cache_folder
 
 app = ServerApp()
@@ -20,18 +22,34 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation for `flwr run`; the run folder is made under `$FEDMED_RUNS`, whatever the configuration says."""
+    """Run a federation for `flwr run`; the run folder is made under `$FEDMED_RUNS`, whatever the configuration says.
+
+    A Flower run of a series that has a folder already goes on with the run in it: the server lost its process.
+    """
     config = with_phantoms(run_file.unflatten(context.run_config))
     if config.simulation.partition != "as-given":
         raise ConfigError(
             "simulation.partition deals patients for `fedmed simulate`; under `flwr run` leave it as-given"
         )
-    stamp = now()[:19].replace(":", "").replace("-", "")
-    folder = RunFolder.create(runs_folder() / f"{stamp}-{config.name}-{context.run_id}".replace(" ", "-"), config)
+    series = context.series_id or context.run_id
+    begun = folder_of(runs_folder(), series)
+    if begun is not None and not take_up(RunFolder(begun), config):
+        return
+    folder = RunFolder.resume(begun) if begun is not None else _new_folder(config, series)
     print(f"run folder: {folder.path}")
+    if begun is not None:
+        why = "the server or the run's own process ended before the run did"
+        say(folder.event("run_continued", folder.last_event().get("round", 0), reason=why, flower_run=context.run_id))
     result = run_federation(grid, config, folder, watch=say, cache_dir=cache_folder())
     if result["status"] in ("failed", "paused"):
         raise RunFailed(f"{result['status']}: {result['reason']}")
+
+
+def _new_folder(config: RunConfig, series: int) -> RunFolder:
+    stamp = now()[:19].replace(":", "").replace("-", "")
+    folder = RunFolder.create(runs_folder() / f"{stamp}-{config.name}-{series}".replace(" ", "-"), config)
+    record(folder, config)
+    return folder
 
 
 def runs_folder() -> Path:

@@ -5,6 +5,7 @@ Everything is computed again from the stored events. Nothing is written, and no 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -85,6 +86,32 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
         spent=total,
         faults=tuple(dict.fromkeys(found)),
     )
+
+
+def heads_in(path: Path, public: bytes) -> list[Anchor]:
+    """The heads of a site's ledger that a server kept: those in a run's `events.jsonl` that the site signed.
+
+    Args:
+        path: of the file; lines about anything else, and about other sites, are left out.
+        public: the site's key.
+
+    Raises:
+        LedgerUnusable: the file cannot be read, or holds no head of this site.
+    """
+    found: list[Anchor] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("ledger"), dict):
+                head = event["ledger"]
+                found.append(Anchor(sequence=int(head["sequence"]), hash=head["hash"], signature=head["signature"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problem = f"the file of heads cannot be read ({type(error).__name__})"
+        raise LedgerUnusable(problem, rule="ledger.heads") from None
+    own = [anchor for anchor in found if is_signed(CHAIN, anchor, public)]
+    if not own:
+        raise LedgerUnusable("the file of heads holds none that this site signed", rule="ledger.heads")
+    return own
 
 
 def exported(findings: Findings, public: bytes) -> dict[str, Any]:

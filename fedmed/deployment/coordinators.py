@@ -1,0 +1,117 @@
+"""Coordinators at other machines: each has a certificate of the consortium, and stands on the server's list."""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from pydantic import TypeAdapter, ValidationError
+
+from fedmed.config import Name
+from fedmed.deployment.certificates import make_coordinator_certificate, read_certificate
+from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
+from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
+from fedmed.deployment.kits import ADDRESS
+from fedmed.errors import ConfigError
+
+KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what listens there is reached on loopback
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrance:
+    """How a coordinator reaches the server: from its own machine, or from another with a certificate."""
+
+    address: str  # HOST:PORT
+    authority: Path  # certificate, PEM
+    certificate: Path | None = None  # of the coordinator, with its key beside it
+    runs: Path | None = None  # where run folders lie, on the server's own machine
+
+    def tls(self) -> ssl.SSLContext:
+        """What a connection needs.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or others may read the coordinator's key.
+        """
+        try:
+            context = ssl.create_default_context(cafile=str(self.authority))
+            if self.certificate is not None:
+                key = self.certificate.with_name(KEY)
+                if stat.S_IMODE(key.stat().st_mode) & 0o077:
+                    raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
+                context.load_cert_chain(self.certificate, key)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"the coordinator's key or a certificate cannot be read ({error.strerror})") from None
+        return context
+
+
+def entrance(path: Path) -> Entrance:
+    """The way in that a folder describes: the server's own, or that of a coordinator at another machine.
+
+    Raises:
+        ConfigError: it is neither, or something in it is wrong.
+    """
+    if not (path / CONTENT).exists():
+        return own_entrance(read_consortium(path))
+    address = read_json(path / CONTENT, "coordinator's folder").get("address")
+    if not isinstance(address, str) or not ADDRESS.fullmatch(address):
+        raise ConfigError(f"{path / CONTENT}: address: expected HOST:PORT")
+    return Entrance(address=address, authority=path / AUTHORITY, certificate=path / CERTIFICATE)
+
+
+def own_entrance(folder: ServerFolder) -> Entrance:
+    """The way in on the server's own machine, past nginx."""
+    host, port = folder.consortium.inside
+    address = joined(EVERYWHERE.get(host, host), port)
+    return Entrance(address=address, authority=folder.tls / AUTHORITY, runs=folder.runs)
+
+
+def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> Path:
+    """Put a coordinator on the server's list, and make the folder to give to it. A newer certificate replaces an older.
+
+    Args:
+        folder: of the server.
+        name: of the coordinator.
+        request: a signing request, if the coordinator made its key itself; else the key is made here.
+
+    Returns:
+        The folder: certificate, authority, address, and the key if it was made here.
+
+    Raises:
+        ConfigError: nothing is provisioned, no nginx is meant to stand in front, or the request is none.
+    """
+    try:
+        TypeAdapter(Name).validate_python(name, strict=True)
+        asked = request.read_bytes() if request is not None else None
+    except ValidationError:
+        raise ConfigError(f'a coordinator cannot be called "{name}": letters, digits, blanks and _ . - only') from None
+    except OSError as error:
+        raise ConfigError(f"{request}: cannot be read ({error.strerror})") from None
+    if not folder.consortium.loopback_port:
+        raise ConfigError("loopback-port in consortium.toml is 0: coordinators elsewhere need nginx in front")
+    certificate, key = make_coordinator_certificate(folder.tls, name, folder.consortium.certificate_days, asked)
+    given = make_folder(make_folder(folder.coordinators) / name)
+    contents = {CERTIFICATE: certificate, AUTHORITY: (folder.tls / AUTHORITY).read_bytes()}
+    for file in (*contents, KEY):
+        (given / file).unlink(missing_ok=True)
+    if key is not None:
+        write_new(given / KEY, key, SECRET)
+    for file, content in contents.items():
+        write_new(given / file, content)
+    write_json(given / CONTENT, {"address": folder.consortium.address})
+    listed = folder.coordinators / f"{name}.crt"
+    listed.unlink(missing_ok=True)
+    write_new(listed, certificate)
+    return given
+
+
+def coordinators(folder: ServerFolder) -> dict[str, x509.Certificate]:
+    """The certificates on the server's list, by the coordinator's name.
+
+    Raises:
+        ConfigError: one of them is damaged.
+    """
+    return {path.stem: read_certificate(path) for path in sorted(folder.coordinators.glob("*.crt"))}

@@ -1,0 +1,203 @@
+"""nginx in front of the server: sites reach their interface, coordinators by certificate theirs, nobody anything else.
+
+The SuperLink then listens on loopback alone. nginx runs as a child of `fedmed server start`, as the same user.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmed.deployment.consortium import ServerFolder, joined
+from fedmed.deployment.coordinators import coordinators
+from fedmed.deployment.files import make_folder
+from fedmed.deployment.processes import Child, descendants, kill
+from fedmed.errors import ConfigError, RunFailed
+from fedmed.federated.durable import write_atomically
+
+SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
+PLACES = os.pathsep.join(("/usr/sbin", "/usr/local/sbin"))  # not on the PATH of ordinary users
+TEMPLATE = """\
+# Written by fedmed server provision, coordinator and start; what is changed here is lost.
+daemon off;
+worker_processes auto;
+{user}pid nginx.pid;
+error_log stderr warn;
+events {{ worker_connections 1024; }}
+http {{
+  server_tokens off;
+  access_log off;
+  log_format coordinators '$remote_addr $ssl_client_s_dn "$request" $status';
+
+  # Flower sends a network in pieces of 5 MB, and an app of at most 10 MB.
+  client_max_body_size 64m;
+  client_body_buffer_size 8m;
+  client_body_temp_path body;
+  proxy_temp_path proxy;
+  fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi;
+  scgi_temp_path scgi;
+  keepalive_requests 1000000;
+
+  # Who may enter as a coordinator: certificates of the authority that are on the list, by serial number.
+  map_hash_bucket_size 128;
+  map "$ssl_client_verify $ssl_client_serial" $coordinator {{
+    default "";
+{listed}  }}
+
+  upstream superlink {{
+    server {inside};
+    keepalive 16;
+    keepalive_timeout 4s;  # shorter than the SuperLink's own, so that no request meets a closed connection
+  }}
+
+  server {{
+    listen {outside} ssl;
+    ssl_certificate {tls}/server.crt;
+    ssl_certificate_key {tls}/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_client_certificate {tls}/ca.crt;
+    ssl_verify_client optional;
+    ssl_verify_depth 1;
+
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $host;
+    proxy_max_temp_file_size 0;
+    proxy_read_timeout 300s;
+    proxy_ssl_verify on;
+    proxy_ssl_trusted_certificate {tls}/ca.crt;
+    proxy_ssl_name localhost;
+
+    # Sites. The SuperLink is told where they are, and refuses them everything else once more.
+    location /v1/fleet/ {{
+      if ($request_method != POST) {{ return 405; }}
+      proxy_set_header X-Forwarded-For $remote_addr;
+      proxy_pass https://superlink;
+    }}
+
+    # Coordinators. For the SuperLink they are on its own machine.
+    location ~ ^/(v1/control|fedmed)/ {{
+      if ($coordinator = "") {{ return 403; }}
+      access_log /dev/stdout coordinators;
+      proxy_set_header X-Forwarded-For "";
+      proxy_buffering off;
+      proxy_pass https://superlink;
+    }}
+
+    location / {{ return 404; }}
+  }}
+}}
+"""
+
+
+def nginx_configuration(folder: ServerFolder) -> str:
+    """The whole of nginx.conf for a server.
+
+    Raises:
+        ConfigError: a path or a certificate cannot be used.
+    """
+    tls = str(folder.tls)
+    if set(tls) & set("\"'\\;{}$\n "):
+        raise ConfigError("the path of the server's folder holds a character that nginx cannot take, such as a blank")
+    listed = []
+    for name, certificate in coordinators(folder).items():
+        serial = f"{certificate.serial_number:X}"  # as OpenSSL writes it: two digits a byte
+        listed.append(f'    "SUCCESS {serial.zfill(len(serial) + len(serial) % 2)}" 1;  # {name}\n')
+    consortium = folder.consortium
+    return TEMPLATE.format(
+        user="user root;\n" if os.geteuid() == 0 else "",  # workers would else lose the right to their own files
+        listed="".join(listed),
+        inside=joined(*consortium.inside),
+        outside=joined(consortium.listen, consortium.port),
+        tls=tls,
+    )
+
+
+def write_nginx(folder: ServerFolder) -> Path | None:
+    """Write nginx.conf, if nginx is meant to stand in front.
+
+    Returns:
+        Its path, or None.
+    """
+    if not folder.consortium.loopback_port:
+        return None
+    path = make_folder(folder.nginx) / "nginx.conf"
+    write_atomically(path, nginx_configuration(folder).encode())
+    return path
+
+
+def nginx_command(folder: ServerFolder) -> list[str]:
+    """The command line of nginx.
+
+    Raises:
+        ConfigError: nginx is not installed.
+    """
+    program = shutil.which("nginx") or shutil.which("nginx", path=PLACES)
+    if program is None:
+        raise ConfigError("nginx is not installed; install it, or set loopback-port = 0 in consortium.toml")
+    return [program, "-e", "stderr", "-p", str(folder.nginx), "-c", str(folder.nginx / "nginx.conf")]
+
+
+class Proxy:
+    """nginx, where it stands in front: started again when it ends, told when its configuration changes."""
+
+    def __init__(self, folder: ServerFolder, environment: Mapping[str, str], log: logging.Logger) -> None:
+        """Nothing is started yet."""
+        self._folder, self._environment, self._log = folder, environment, log
+        self._child: Child | None = None
+
+    @property
+    def pids(self) -> set[int]:
+        """Its processes."""
+        return {self._child.pid} | descendants(self._child.pid) if self._child is not None else set()
+
+    def start(self) -> None:
+        """Start nginx, if it is wanted and does not run.
+
+        Raises:
+            RunFailed: it ended at once.
+        """
+        if write_nginx(self._folder) is None or (self._child is not None and self._child.running):
+            return
+        self._child = Child(nginx_command(self._folder), self._environment, self._log)
+        if self._child.wait(SETTLE_S):
+            raise RunFailed("nginx ended at once; logs/server.log says why (is the port taken?)")
+
+    def look(self, others: set[int]) -> bool:
+        """Start nginx again if it ended; whether it had.
+
+        Args:
+            others: processes of this runner that are not nginx's.
+
+        Raises:
+            RunFailed: it ended again at once.
+        """
+        if self._child is None or self._child.running:
+            return False
+        kill(descendants(os.getpid()) - others)  # workers of the old one, which hold the port
+        self.start()
+        return True
+
+    def read_again(self) -> str | None:
+        """Have nginx read its certificates and the list of coordinators again; connections stay.
+
+        Returns:
+            What nginx has against them, which it then goes on without; None if all is well.
+        """
+        if write_nginx(self._folder) is not None and self._child is not None and self._child.running:
+            tried = subprocess.run([*nginx_command(self._folder), "-t"], capture_output=True, text=True, check=False)
+            if tried.returncode:
+                return " ".join(tried.stderr.split())
+            os.kill(self._child.pid, signal.SIGHUP)
+        return None
+
+    def end(self) -> None:
+        """End it."""
+        if self._child is not None:
+            self._child.end()
