@@ -40,7 +40,8 @@ def archive(folder: Path, count: int = 6) -> Path:
         ds = image_object(
             np.roll(cells_of(picture()), 7 * number, axis=1), PatientID=f"MRN {number // 2}", PatientName=name,
             AccessionNumber=f"ACC{number}", SOPInstanceUID=f"1.2.3.{number + 1}",
-            StudyInstanceUID=f"1.2.4.{number + 1}", SeriesInstanceUID=f"1.2.5.{number + 1}", Modality="DX", ViewPosition="PA", PatientSex="F",
+            StudyInstanceUID=f"1.2.4.{number + 1}", SeriesInstanceUID=f"1.2.5.{number + 1}", Modality="DX",
+            ViewPosition="PA", PatientSex="F",
         )  # fmt: skip
         (folder / name).mkdir(parents=True, exist_ok=True)
         written(ds, folder / name / f"{name}-{number}.dcm")
