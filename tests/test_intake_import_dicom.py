@@ -15,7 +15,8 @@ from fedmed.errors import DataError
 from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_volume
 from fedmed.intake.importing import Imported, Rules, import_images
-from fedmed.intake.kinds.dicom import FACTS, PULLED, TAKEN, take_in
+from fedmed.intake.journal import COLUMNS, TABLE
+from fedmed.intake.kinds.dicom import TAKEN, take_in
 from fedmed.intake.labels import LabelRules, LabelTable, read_labels
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.privacy.keys import make_keys, read_keys
@@ -39,9 +40,8 @@ def archive(folder: Path, count: int = 6) -> Path:
         name = f"Doe-{number // 2}"
         ds = image_object(
             np.roll(cells_of(picture()), 7 * number, axis=1), PatientID=f"MRN {number // 2}", PatientName=name,
-            AccessionNumber=f"ACC{number}", SOPInstanceUID=f"1.2.3.{number + 1}",
-            StudyInstanceUID=f"1.2.4.{number + 1}", SeriesInstanceUID=f"1.2.5.{number + 1}", Modality="DX",
-            ViewPosition="PA", PatientSex="F",
+            AccessionNumber=f"ACC{number}", SOPInstanceUID=f"1.2.3.{number + 1}", Modality="DX", ViewPosition="PA",
+            StudyInstanceUID=f"1.2.4.{number + 1}", SeriesInstanceUID=f"1.2.5.{number + 1}", PatientSex="F",
         )  # fmt: skip
         (folder / name).mkdir(parents=True, exist_ok=True)
         written(ds, folder / name / f"{name}-{number}.dcm")
@@ -142,7 +142,9 @@ def test_slices_become_one_row_and_a_series_without_all_its_slices_none(tmp_path
     imported(source, out, pseudonyms, sheet(tmp_path / "labels.csv", pseudonyms, range(2)))
     (row,) = manifest(out)
     assert np.array_equal(read_volume(out / row["image"]).values, read_volume(source).values)
-    next((out / "images").rglob("*.dcm")).unlink()  # as if it were in quarantine
+    image = next((out / "images").rglob("*.dcm"))
+    image.rename(out / "apart.dcm")
+    (out / "quarantine.csv").write_text(f"file,image,reason\napart.dcm,{image.relative_to(out)},burned-in text\n")
     rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
     with pytest.raises(DataError, match="nothing of"):
         import_images("dicom", out, out, rules)
@@ -154,7 +156,7 @@ def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):
     (folder / image).parent.mkdir(parents=True)
     written(image_object(cells_of(picture())), folder / image)
     facts = ("PA", "2.25.0", "2.25.1", image, "AP", "61", "M", pseudonyms.accession("ACC1"), "DX")
-    (folder / PULLED).write_text(f"{','.join(FACTS)}\n{','.join(facts)}\n")
+    (folder / TABLE).write_text(f"{','.join(COLUMNS)}\n{','.join(facts)}\n")
     rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
     import_images("dicom", folder, tmp_path / "out", rules)
     (row,) = manifest(tmp_path / "out")

@@ -149,10 +149,11 @@ def import_(
 
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """
-    from fedmed.cli.intake import import_data, pseudonyms_of
+    from fedmed.cli.intake import import_data
+    from fedmed.cli.pull import site_pseudonyms
 
     import_data(
-        kind, source, out, pseudonyms_of(site, keys),
+        kind, source, out, site_pseudonyms(site, keys),
         table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
     )  # fmt: skip
 

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from fedmed.cli.display import bar, console
 from fedmed.errors import ConfigError, DataError
-from fedmed.federated.site_config import read_site_config
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
@@ -23,26 +22,9 @@ from fedmed.intake.kinds.dicom import PULLED, take_in
 from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import opted_out, remember
 from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.privacy.keys import make_keys, read_keys
 
 OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
 SIGNS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-
-
-def pseudonyms_of(site: Path | None, keys: Path | None) -> Pseudonyms:
-    """Pseudonyms under a site's keys, which are made where there are none yet.
-
-    Raises:
-        ConfigError: neither was given, or both.
-        LedgerUnusable: the keys cannot be read or made.
-    """
-    if site is not None and keys is None:
-        folder = site.parent / read_site_config(site).keys_dir
-    elif keys is not None and site is None:
-        folder = keys
-    else:
-        raise ConfigError("say where the site's keys are: --site site.toml, or --keys DIR")
-    return Pseudonyms(keys=read_keys(folder) if folder.exists() else make_keys(folder))
 
 
 def import_data(

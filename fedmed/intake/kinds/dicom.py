@@ -15,13 +15,14 @@ from typing import Any
 
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
-from fedmed.intake.keep import Kept, keep
+from fedmed.intake.journal import COLUMNS as FACTS
+from fedmed.intake.journal import TABLE as PULLED
+from fedmed.intake.keep import REASONS, Kept, keep
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
 
-PULLED, TAKEN = "pulled.csv", "imported.csv"
-FACTS = ("patient_id", "study_uid", "series_uid", "image", "view", "age", "sex", "accession", "modality")
+TAKEN = "imported.csv"
 COLUMNS = (*FACTS, "reason", "source")
 IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
 REGIONS = ("SEG", "RTSTRUCT")
@@ -38,7 +39,7 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
     tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
     if not tables:
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
-    incomplete = _incomplete(source, tables)
+    incomplete = _incomplete(source)
     seen: set[str] = set()
     for table in tables:
         for _, row in table_rows(table):
@@ -59,10 +60,12 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                     yield _found(path, row)
 
 
-def _incomplete(source: Path, tables: list[Path]) -> set[str]:
+def _incomplete(source: Path) -> set[str]:
     """Series of which an object is in quarantine: what is left of them is not the volume that was acquired."""
-    rows = (row for table in tables for _, row in table_rows(table))
-    return {row["series_uid"] for row in rows if row.get("image") and not (source / row["image"]).exists()}
+    if not (source / REASONS).is_file():
+        return set()
+    apart = (Path(row["image"]) for _, row in table_rows(source / REASONS))
+    return {image.parent.name for image in apart if not (source / image).exists()}
 
 
 def _found(path: Path, row: dict[str, str]) -> Found:

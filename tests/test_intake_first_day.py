@@ -1,0 +1,136 @@
+"""A hospital's first day, from an archive full of names to a federated round, and nothing that names anybody leaves."""
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_files import cells_of, image_object, written
+from PIL import Image, ImageDraw, ImageFont
+
+from fedmed import config as run_file
+from fedmed.cli.intake import check_data, import_data, write_card
+from fedmed.cli.pull import site_pseudonyms
+from fedmed.errors import ConfigError
+from fedmed.intake.check import here
+
+pytestmark = pytest.mark.simulation
+
+
+@dataclass
+class Archive:
+    """What a hospital has: files, a sheet of labels, a list of who withdrew; and every word that must stay there."""
+
+    folder: Path
+    planted: set[str] = field(default_factory=set)
+    burned: int = 0
+
+    def add(self, patient: int, study: int, pixels: np.ndarray, *, text: str = "", alias: str = "") -> str:
+        """One radiograph; returns its accession number."""
+        name, number = f"Zebrafinch^Patient{patient}{alias}", f"MRN-{770000 + patient}{alias}"
+        accession, birth = f"ACC-{880000 + study}", f"1950{patient % 12 + 1:02}17"
+        picture = Image.fromarray((pixels * 255).astype(np.uint8))
+        if text:
+            ImageDraw.Draw(picture).text((6, 4), text, fill=255, font=ImageFont.load_default(size=14))
+            self.burned += 1
+        ds = image_object(
+            cells_of(np.asarray(picture) / 255), PatientID=number, PatientName=name, PatientBirthDate=birth,
+            AccessionNumber=accession, ReferringPhysicianName="Kakapo^Doctor", InstitutionName="Wombat Hospital",
+            StudyDescription=f"chest of {name}", StudyInstanceUID=f"1.2.840.99.{study}", Modality="DX",
+            SeriesInstanceUID=f"1.2.840.98.{study}", SOPInstanceUID=f"1.2.840.97.{study}", StudyDate="20200517",
+            ViewPosition="PA", Manufacturer="Maker",
+        )  # fmt: skip
+        private = ds.private_block(0x0009, "QUOKKA", create=True)
+        private.add_new(0x01, "LO", name)
+        place = self.folder / name.replace("^", "_")
+        place.mkdir(parents=True, exist_ok=True)
+        written(ds, place / f"{name}-{accession}.dcm")
+        self.planted |= {name, number, accession, birth, "Zebrafinch", "Kakapo", "Wombat", "QUOKKA"}
+        self.planted |= {f"1.2.840.{root}.{study}" for root in (97, 98, 99)} | {"20200517", place.name}
+        return accession
+
+
+def hospital(folder: Path, first: int) -> Archive:
+    """Fourteen patients of two radiographs each, of which two show a name; and one of them again under another id."""
+    archive = Archive(folder / "export")
+    rng = np.random.default_rng(first)
+    rows = []
+    for patient in range(first, first + 14):
+        for study in (10 * patient, 10 * patient + 1):
+            burned = patient < first + 2 and study % 10 == 0
+            pixels = 0.55 * np.kron(rng.random((8, 8)), np.ones((32, 32)))
+            accession = archive.add(patient, study, pixels, text="ZEBRAFINCH PATIENT" if burned else "")
+            rows.append([accession, f"MRN-{770000 + patient}", ("ja", "nein")[study % 2], 40 + patient % 30])
+            if patient == first + 5 and study % 10 == 0:
+                again = archive.add(patient, study + 5, pixels, alias="-B")
+                rows.append([again, "", "ja", 41])
+    kept = [row for number, row in enumerate(rows) if number % 10 != 9]  # a tenth of the images has no row
+    kept += [[f"ACC-{990000 + number}", "", "ja", 50] for number in range(4)]  # and some rows have no image
+    with (folder / "ris.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([["Accession Number", "MRN", "Erguss", "Age"], *kept])
+    (folder / "withdrawn.csv").write_text(
+        "patient_id\n" + "".join(f"MRN-{770000 + first + number}\n" for number in (8, 9, 10))
+    )
+    return archive
+
+
+def first_day(folder: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> tuple[Archive, Path]:
+    """Import, look at labels.toml, check, mend, check again, card."""
+    monkeypatch.setattr("fedmed.intake.check.apart", here)
+    folder.mkdir()
+    archive, out = hospital(folder, first), folder / folder.name
+    keys = site_pseudonyms(None, folder / "keys")
+    settings = {
+        "table": folder / "ris.csv", "labels": None, "opt_out": folder / "withdrawn.csv", "uncertain": "ignore",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="first guess"):
+        import_data("dicom", archive.folder, out, keys, **settings)
+    assert 'positive = ["ja"]' in (out / "labels.toml").read_text()
+    import_data("dicom", archive.folder, out, keys, **settings)
+    assert not check_data(out, labels=(), html=None, as_json=False)  # one person under two ids
+    facts = json.loads((out / "check.json").read_text())
+    (leak,) = [finding for finding in facts["findings"] if finding["state"] == "fail"]
+    assert leak["what"] == "leaks" and len(leak["rows"]) == 2
+    lines = (out / "manifest.csv").read_text().splitlines()
+    one, other = (lines[row - 1].split(",")[0] for row in leak["rows"])
+    (out / "manifest.csv").write_text("\n".join(line.replace(other, one, 1) for line in lines) + "\n")
+    assert check_data(out, labels=("erguss",), html=folder / "check.html", as_json=False)
+    write_card(out, folder / "card.json")
+    return archive, out
+
+
+def test_from_an_archive_full_of_names_to_a_round_that_tells_none(tmp_path, monkeypatch, simulate):
+    sites = {name: first_day(tmp_path / name, monkeypatch, first) for name, first in (("north", 100), ("south", 300))}
+    for archive, out in sites.values():
+        with (out / "manifest.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert archive.burned == 2
+        assert len(list((out / "quarantine").glob("*.dcm"))) == archive.burned  # every one, and nothing else
+        assert len({row["patient_id"] for row in rows}) == 11  # three withdrew; of two a radiograph is in quarantine
+        unmatched = (out / "unmatched.csv").read_text()
+        assert unmatched.count("image without row") == 2 and unmatched.count("row without image") >= 4
+    config = run_file.validate(
+        {
+            "name": "first-day", "model": {"name": "toy:network"}, "task": {"labels": ["erguss"]},
+            "data": {"sites": [str(out / "manifest.csv") for _, out in sites.values()], "image-size": 8},
+            "train": {"rounds": 1}, "strategy": {"min-sites": 2}, "simulation": {"workers": 1, "device": "cpu"},
+        }
+    )  # fmt: skip
+    result, run = simulate(config)
+    assert result["status"] == "completed" and len(result["sites"]) == 2
+    local = {"run.toml", "sites"}  # see DESIGN: they stay on the machine
+    left = [path for path in run.path.rglob("*") if path.is_file() and path.relative_to(run.path).parts[0] not in local]
+    left += [tmp_path / name / "card.json" for name in sites]
+    assert len(left) > 6
+    kept = [path for _, out in sites.values() for path in out.rglob("*") if path.is_file()]
+    planted = {word for archive, _ in sites.values() for word in archive.planted}
+    pseudonyms = {
+        line.split(",")[0] for _, out in sites.values() for line in (out / "manifest.csv").read_text().split()
+    }
+    for files, words in ((left, planted | pseudonyms - {"patient_id"}), (kept, planted)):
+        for path in files:
+            content = path.read_bytes().lower() + path.name.lower().encode()
+            found = [word for word in words if word.lower().encode() in content]
+            assert not found, f"{path.name} holds {len(found)} planted identifiers"
