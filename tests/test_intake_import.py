@@ -274,6 +274,17 @@ def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
     assert len(read_labels(sheet, rules, pseudonyms)) == 20
 
 
+def test_a_guess_for_pictures_goes_by_their_names_and_takes_no_strange_split(tmp_path):
+    sheet = table(
+        tmp_path / "t.csv", "patient_id,path,split,sex,Nodule", "p1,a/1.png,dev,F,1.0", "p2,a/2.png,dev,M,0.0"
+    )
+    (tmp_path / "labels.toml").write_text(guessed_rules(sheet, by_name=True))
+    rules = read_label_rules(tmp_path / "labels.toml")
+    assert (rules.join, rules.column) == ("image", "path")
+    assert rules.columns == {"sex": "sex", "patient_id": "patient_id"}
+    assert rules.labels["nodule"].positive == ("1.0",)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

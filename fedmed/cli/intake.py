@@ -50,7 +50,9 @@ def import_data(
     if labels is not None and table is None:
         raise ConfigError("--labels says what a table means; name the table with --table")
     out.mkdir(parents=True, exist_ok=True)
-    known = None if table is None else _labels(table, labels or out / LABELS, pseudonyms, given=labels is not None)
+    known = (
+        None if table is None else _labels(kind, table, labels or out / LABELS, pseudonyms, given=labels is not None)
+    )
     lists = [*([opt_out] if opt_out is not None else []), *([out / OPT_OUT] if (out / OPT_OUT).exists() else [])]
     withdrawn = frozenset(name for each in lists for name in opted_out(each, pseudonyms))
     if lists:
@@ -64,9 +66,9 @@ def import_data(
     _say(report, known, out)
 
 
-def _labels(table: Path, path: Path, pseudonyms: Pseudonyms, *, given: bool) -> LabelTable:
+def _labels(kind: str, table: Path, path: Path, pseudonyms: Pseudonyms, *, given: bool) -> LabelTable:
     if not given and not path.exists():
-        path.write_text(guessed_rules(table), encoding="utf-8")
+        path.write_text(guessed_rules(table, by_name=kind == "pairs"), encoding="utf-8")
         raise ConfigError(f"wrote {path}, a first guess at what the table means; correct it, then run this again")
     return read_labels(table, read_label_rules(path), pseudonyms)
 

@@ -35,6 +35,7 @@ AHEAD = 4  # images that each process has waiting
 PAYS = 200  # images for which it pays to start a process
 
 Look = Callable[..., Arrays]
+Job = tuple[int, str, str]
 Told = Callable[[str, int, int], None]  # what is done, how far, of how much
 
 
@@ -73,8 +74,9 @@ def check(
     for name in ("view", "sex"):
         seen.counts[name] = Counter(record[name] or "not said" for record in records) if name in header else Counter()
     seen.ages = [float(record["age"]) for record in records if record.get("age", "").replace(".", "", 1).isdigit()]
-    _look_(seen, manifest, records, processes, progress)
-    del records
+    jobs = _jobs(manifest, records)
+    del records  # as large as all that follows, and of no more use
+    _look_(seen, jobs, processes, progress)
     alike = near_duplicates(
         seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
         progress=None if progress is None else lambda done, of: progress("comparing", done, of),
@@ -84,15 +86,17 @@ def check(
     return told | facts_of(seen, manifest)
 
 
-def _look_(
-    seen: Seen, manifest: Path, records: Sequence[dict[str, str]], processes: int, progress: Told | None
-) -> None:
-    """Look at every image, and add what is seen."""
-    jobs = [
+def _jobs(manifest: Path, records: Sequence[dict[str, str]]) -> list[Job]:
+    """Every image: its row, its file, and the mask of a row at its first image."""
+    return [
         (row, str(image), str(manifest.parent / record["mask"]) if place == 0 and record.get("mask") else "")
         for row, record in enumerate(records)
         for place, image in enumerate(image for image in images_of(record["image"], manifest.parent) if image)
     ]
+
+
+def _look_(seen: Seen, jobs: Sequence[Job], processes: int, progress: Told | None) -> None:
+    """Look at every image, and add what is seen."""
     shown, read = (_spread(len(jobs), most) for most in (PICTURES, TEXT_SAMPLE))
     seen.images = len(jobs)
     seen.thumbnails = np.zeros((len(jobs), SIDE, SIDE), np.uint8)

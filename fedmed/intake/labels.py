@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from fedmed import config as run_file
 from fedmed.config import Section
 from fedmed.errors import ConfigError, DataError
+from fedmed.imaging.manifest import SPLITS
 from fedmed.intake.kinds.found import ENDINGS, Found, sex_of, stem_of, years
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import Cells, columns_of, table_rows
@@ -163,15 +164,19 @@ def read_labels(table: Path, rules: LabelRules, pseudonyms: Pseudonyms) -> Label
     return read
 
 
-def guessed_rules(table: Path) -> str:
+def guessed_rules(table: Path, *, by_name: bool = False) -> str:
     """A labels.toml to start from: the table's columns, and guesses at what they are. Values of few kinds are listed.
+
+    Args:
+        table: of the hospital.
+        by_name: whether images are known by their file names at best, as pictures without headers are.
 
     Raises:
         DataError: the table cannot be read.
     """
     header = columns_of(table)
     values = _values_of(table, header)
-    join, column = _guessed_join(header)
+    join, column = _guessed_join(header, by_name=by_name)
     lines = [
         "# How the table is joined with the images, and what its words mean. A first guess by fedmed: read it, correct",
         "# it, delete what is no label, then run the import again.",
@@ -186,6 +191,8 @@ def guessed_rules(table: Path) -> str:
     ]
     for name in ("age", "sex", "view", "split", "site", *(["patient_id"] if join == "image" else [])):
         guess = next((each for each in header if _bare(each) == _bare(name)), "")
+        if name == "split" and not set(map(_folded, values.get(guess) or {"?"})) <= SPLITS.keys():
+            guess = ""  # a column of that name that means something else
         lines.append(f"{name} = {json.dumps(guess, ensure_ascii=False)}" if guess else f'# {name} = ""')
     for name in header:
         kinds = values.get(name)
@@ -218,8 +225,8 @@ def _values_of(table: Path, header: tuple[str, ...]) -> dict[str, set[str]]:
     return values
 
 
-def _guessed_join(header: tuple[str, ...]) -> tuple[Join, str]:
-    for join, hints in JOINS.items():
+def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]:
+    for join, hints in sorted(JOINS.items(), key=lambda item: by_name and item[0] != "image"):
         for name in header:
             if any(_bare(name).startswith(hint) for hint in hints):
                 return join, name
