@@ -17,8 +17,9 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
+from fedmed.intake.journal import TABLE as PULLED
 from fedmed.intake.kinds import KINDS
-from fedmed.intake.kinds.dicom import PULLED, take_in
+from fedmed.intake.kinds.dicom import take_in
 from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import opted_out, remember
 from fedmed.intake.pseudonyms import Pseudonyms
