@@ -278,7 +278,7 @@ def seen(path: Path, preset: str) -> list[np.ndarray] | str:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real DICOM files are not here")
-def test_real_files_give_the_same_pictures_fingerprints_and_scanners(pseudonyms: Pseudonyms, tmp_path: Path):
+def test_real_files_give_the_same_pictures_and_fingerprints(pseudonyms: Pseudonyms, tmp_path: Path):
     with (DATA / "dev" / "manifest.csv").open(newline="") as file:
         paths = [DATA / row["path"] for row in csv.DictReader(file) if row["expected"] == "decodes"]
     whole = [path for path in paths if "series" not in path.parts]
@@ -298,25 +298,20 @@ def test_real_files_give_the_same_pictures_fingerprints_and_scanners(pseudonyms:
             else:
                 assert all((a == b).all() for a, b in zip(one, two, strict=True))
         assert (fingerprints(path) == fingerprints(after)).all()
-        scanner = scanner_of(path).replace("://", " //").replace("@", " ").replace(":", " ").replace("  ", " ")
-        words = f"{open_dicom(path).get('PatientName', '')}".casefold()
-        assert scanner_of(after).replace("  ", " ") == scanner or any(
-            word in words for word in scanner.casefold().split()
-        )
         compared += 1
     assert compared > 150 and without_uid == 4
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real DICOM files are not here")
 @pytest.mark.parametrize("name", ["ct_philips_phantom_std", "mr_siemens_t1post_pgbm003", "torchio_tests"])
-def test_real_series_give_the_same_volumes(pseudonyms: Pseudonyms, tmp_path: Path, name: str):
+def test_real_series_give_the_same_volumes_and_scanners(pseudonyms: Pseudonyms, tmp_path: Path, name: str):
     for path in (DATA / "dev" / "series" / name).iterdir():
         try:
             with plain_errors():
                 clean = cleaned(open_dicom(path), pseudonyms)
         except UnreadableImage:
             continue  # a directory of files among the slices
-        written(clean, tmp_path / f"{clean.SOPInstanceUID}.dcm")
+        assert scanner_of(written(clean, tmp_path / f"{clean.SOPInstanceUID}.dcm")) == scanner_of(path)
     before, after = (list(volumes_in(folder)) for folder in (DATA / "dev" / "series" / name, tmp_path))
     for one, two in zip(before, after, strict=True):
         assert isinstance(one, Volume) and isinstance(two, Volume)

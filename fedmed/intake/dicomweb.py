@@ -28,6 +28,7 @@ from fedmed.intake.archive import Interrupted
 from fedmed.intake.query import Query, Series, questions
 
 PAGE = 200  # studies or series asked for at once
+CHUNK = 2**16  # bytes read at once: objects are kept as they come, also over a slow line
 TIMEOUT_S = (10.0, 60.0)  # until connected; between two bytes
 LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)  # beside 5xx: worth asking again
 ENDED = {  # what a status says, where asking again does not help
@@ -38,6 +39,7 @@ ENDED = {  # what a status says, where asking again does not help
     407: "cannot be reached: the proxy wants a user name and password, in HTTPS_PROXY (407)",
 }
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
+NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
 STUDY_FIELDS = ["StudyDescription"]
 SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined"]
 
@@ -71,7 +73,9 @@ class DicomWeb:
         session = requests.Session()
         session.auth = _credentials()
         session.mount("https://", _Trusting(ca))
-        self._client = DICOMwebClient(url.rstrip("/"), session=session, timeout=TIMEOUT_S, permissive_uid=True)
+        self._client = DICOMwebClient(
+            url.rstrip("/"), session=session, timeout=TIMEOUT_S, permissive_uid=True, chunk_size=CHUNK
+        )
         self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
 
     def find(self, query: Query) -> Iterator[Series]:
@@ -186,12 +190,14 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
         raise Interrupted("the proxy of HTTPS_PROXY does not connect to the archive") from None
     except requests.exceptions.ConnectTimeout:
         raise Interrupted("the archive cannot be reached: no answer") from None
+    except requests.exceptions.InvalidJSONError:
+        raise DataError(NOT_DICOMWEB) from None
     except requests.exceptions.RequestException as error:
         reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
         raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
     except Exception:  # not JSON, not multipart, not DICOM
         if searching:
-            raise DataError("what answers at this address is no DICOMweb service") from None
+            raise DataError(NOT_DICOMWEB) from None
         raise UnreadableImage("the archive sent what is no DICOM object") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,12 +132,9 @@ def _pull_series(
 
     def ask(attempt: int) -> None:
         if not attempt and not here:
-            try:
+            with suppress(UnreadableImage):  # one object of it; which one, only asking for each tells
                 archive.fetch(series, take)
-                return
-            except UnreadableImage:
-                pass  # one object of it; which one, only asking for each tells
-        for uid in archive.objects(series):
+        for uid in archive.objects(series):  # an archive may say that it sent everything, and have sent nothing
             if (name := pseudonyms.uid(uid)) in here:
                 continue
             try:
@@ -144,6 +142,8 @@ def _pull_series(
             except UnreadableImage:
                 journal.add(series=key, object=name, unreadable=True)
                 here.add(name)
+            if name not in here:
+                raise Interrupted("the archive does not send all objects of a series")
 
     patiently(ask, wait_s=wait_s)
     journal.end(key)
