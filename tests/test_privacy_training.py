@@ -144,6 +144,26 @@ def test_p14_a_round_that_is_trained_again_is_charged_again(toy_config, tmp_path
     assert said["epsilon_total"] >= said["epsilon"]
 
 
+def test_p03_patients_who_change_in_the_midst_of_a_run_are_charged_on_their_own_terms(toy_config, tmp_path):
+    config = run_of(toy_config)
+    train(config, site_in(tmp_path))
+    fewer = site_in(tmp_path, manifest=Path("a-200"))  # every second patient is gone, so each is drawn twice as often
+    said = privacy_in(train(config, fewer, 2).facts)
+    assert {event["sample_rate"]: event["steps"] for event in said["events"]} == {0.2: 3 * 5, 0.4: 3}
+    truth = pld(said["events"], said["delta"])
+    assert truth <= said["epsilon"] <= truth + 0.015
+    assert said["epsilon_total"] > said["epsilon"], "the whole schedule of those who are left is reserved"
+    again = privacy_in(train(config, site_in(tmp_path), 3).facts)
+    assert {event["sample_rate"]: event["steps"] for event in again["events"]} == {0.2: 2 * 5, 0.4: 2 * 3}
+
+
+def test_p03_an_update_that_the_server_refuses_has_been_released_all_the_same(toy_config, simulate):
+    config = run_of(toy_config, strategy={"max-update-norm": 1e-6})
+    result, _ = simulate(config)
+    assert result["status"] == "paused" and result["rounds"] == 0
+    assert [event["steps"] for event in result["sites"][0]["privacy"]["events"]] == [5]
+
+
 def test_p04_the_schedule_is_reserved_before_the_first_gradient(toy_config, tmp_path):
     config, site = run_of(toy_config), site_in(tmp_path)
     said = privacy_in(train(config, site).facts)

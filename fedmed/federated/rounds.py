@@ -101,7 +101,6 @@ class Federation:
                     continue
                 joined.append(site)
                 sites.joined(site)
-                self.progress.spent(site, privacy_in(update.facts))
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
@@ -228,6 +227,7 @@ class Federation:
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
         update = decoded_update(answer, self.config.task)
+        self.progress.spent(member.name, privacy_in(update.facts))  # it left the site, whether it is used or not
         validated_counts(update, images=member.images, patients=member.patients)
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
 
