@@ -94,20 +94,21 @@ def opened_account(
     cohort: Cohort,
     *,
     seed: int,
-    kept: Mapping[str, FloatVector],
+    kept: Mapping[str, FloatVector] | None,
 ) -> Account:
-    """Reserve what a round will spend, before a gradient is computed.
+    """Reserve what a round will spend, before a gradient is computed; or only say what the run has spent so far.
 
     Args:
         config: the run.
         settings: of the task, as text; with the run's name they say which run this is.
-        round: to be trained.
+        round: to be trained, or evaluated.
         permit: of the site's policy.
         data: of the site.
         rows: of its training patients.
         cohort: the same patients, as the ledger knows them.
         seed: of noise that is for tests alone.
-        kept: of earlier rounds, at the site; the bound that adaptive clipping came to is among it.
+        kept: of earlier rounds, at the site; the bound that adaptive clipping came to is among it. None = nothing is
+            to be trained, and nothing is reserved.
 
     Raises:
         BudgetExhausted: some patient would exceed the budget.
@@ -121,6 +122,7 @@ def opened_account(
     sigma = (
         privacy.noise_multiplier
         or _planned_noise(permit.ledger, run, public, cohort.name)
+        or (kept is None and 1.0)  # of nothing
         or noise_multiplier_for(
             epsilon=permit.terms.epsilon,
             delta=permit.terms.delta,
@@ -129,8 +131,8 @@ def opened_account(
         )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
-    mark = _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
-    if CLIP in kept:
+    mark = None if kept is None else _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    if kept and CLIP in kept:
         terms = replace(terms, max_grad_norm=float(kept[CLIP][0]))
     return Account(
         run=run,
@@ -141,7 +143,7 @@ def opened_account(
         source=noise_generator(privacy.noise, seed=seed),
         ledger=permit.ledger,
         cohort=cohort.name,
-        warning=mark.warning,
+        warning=mark.warning if mark else "",
     )
 
 
