@@ -113,7 +113,8 @@ def test_p08_a_site_sends_no_metric_even_if_it_is_asked_for_one(toy_config, tmp_
     network = FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
     asked = Task(kind="evaluate", round=3, settings=settings_for_sites(config), layout=network.layout.hash,
                  weights=network.weights())  # fmt: skip
-    assert not evaluate_round(asked, site).metrics
+    answer = evaluate_round(asked, site)
+    assert not answer.metrics and answer.num_examples == 40, "of patients held out, and not of their 80 images"
     card = site_card(asked, site)
     assert (card["patients"], card["images"], card["unreadable"], card["reasons"]) == (200, 200, 0, "")
 

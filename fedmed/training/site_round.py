@@ -174,7 +174,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
         write_personal(network, state.personal)
     said = _account(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
-    return released(_update(network, int(data.evaluation.sum()), metrics, facts), permit)
+    count = len(own.held_out) if config.privacy.mode == "none" else len(patients_of(data, own.held_out))
+    return released(_update(network, count, metrics, facts), permit)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
@@ -287,11 +288,7 @@ def _account(
 
 
 def _update(
-    network: FlatNetwork,
-    num_examples: int,
-    metrics: Sums,
-    facts: dict[str, Scalar],
-    outcome: Outcome | None = None,
+    network: FlatNetwork, num_examples: int, metrics: Sums, facts: dict[str, Scalar], outcome: Outcome | None = None
 ) -> Update:
     return Update(
         weights=outcome.weights if outcome else None,
