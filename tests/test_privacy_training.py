@@ -9,11 +9,14 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from flwr.app import Error, Message
 from typer.testing import CliRunner
 
 from fedmed.cli import app
 from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.federated.admission import privacy_in
+from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.simulation import local_grid, run_on
 from fedmed.models import build
 from fedmed.training.network import FlatNetwork
 from fedmed.training.oversight import Oversight
@@ -62,9 +65,6 @@ def pld(events, delta: float) -> float:
 @pytest.fixture(scope="module")
 def finished(toy_config, tmp_path_factory):
     """A private run of two sites over forked workers: (result, run folder)."""
-    from fedmed.federated.run_folder import RunFolder
-    from fedmed.federated.simulation import local_grid, run_on
-
     config = toy_config(
         "a-400", "b-600", server="server-60", privacy=PRIVATE,
         train={"rounds": 3, "batch-size": 32, "learning-rate": 0.5},
@@ -113,7 +113,8 @@ def test_p08_a_site_sends_no_metric_even_if_it_is_asked_for_one(toy_config, tmp_
     network = FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
     asked = Task(kind="evaluate", round=3, settings=settings_for_sites(config), layout=network.layout.hash,
                  weights=network.weights())  # fmt: skip
-    assert not evaluate_round(asked, site).metrics
+    answer = evaluate_round(asked, site)
+    assert not answer.metrics and answer.num_examples == 40, "of patients held out, and not of their 80 images"
     card = site_card(asked, site)
     assert (card["patients"], card["images"], card["unreadable"], card["reasons"]) == (200, 200, 0, "")
 
@@ -142,6 +143,57 @@ def test_p14_a_round_that_is_trained_again_is_charged_again(toy_config, tmp_path
     assert said["events"][0]["steps"] == 4 * 5
     assert said["epsilon"] > 3.0
     assert said["epsilon_total"] >= said["epsilon"]
+
+
+def test_p03_patients_who_change_in_the_midst_of_a_run_are_charged_on_their_own_terms(toy_config, tmp_path):
+    config = run_of(toy_config)
+    train(config, site_in(tmp_path))
+    fewer = site_in(tmp_path, manifest=Path("a-200"))  # every second patient is gone, so each is drawn twice as often
+    said = privacy_in(train(config, fewer, 2).facts)
+    assert {event["sample_rate"]: event["steps"] for event in said["events"]} == {0.2: 3 * 5, 0.4: 3}
+    truth = pld(said["events"], said["delta"])
+    assert truth <= said["epsilon"] <= truth + 0.015
+    assert said["epsilon_total"] > said["epsilon"], "the whole schedule of those who are left is reserved"
+    again = privacy_in(train(config, site_in(tmp_path), 3).facts)
+    assert {event["sample_rate"]: event["steps"] for event in again["events"]} == {0.2: 2 * 5, 0.4: 2 * 3}
+
+
+def test_p03_an_update_that_the_server_refuses_has_been_released_all_the_same(toy_config, simulate):
+    config = run_of(toy_config, strategy={"max-update-norm": 1e-6})
+    result, _ = simulate(config)
+    assert result["status"] == "paused" and result["rounds"] == 0
+    assert [event["steps"] for event in result["sites"][0]["privacy"]["events"]] == [5]
+
+
+def test_p03_a_round_whose_reply_was_lost_is_in_the_result(toy_config, tmp_path):
+    config = run_of(toy_config, strategy={"min-sites": 1, "lost-after": 0})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sites": ("a-400", "b-400")})})
+    folder = RunFolder.create(tmp_path / "run", config)
+    with local_grid(config, folder) as grid:
+        pull = grid.pull_messages
+
+        def losing(numbers):
+            """What the second site sends in the last round arrives nowhere but in an error."""
+            for message in pull(numbers):
+                about = message.metadata
+                lost = (about.group_id, about.src_node_id, about.message_type) == ("3", 2, "train")
+                yield Message(Error(1), reply_to=asked[message.metadata.reply_to_message_id]) if lost else message
+
+        asked = {}
+        push = grid.push_messages
+
+        def remembering(messages):
+            messages = list(messages)
+            numbers = list(push(messages))
+            asked.update(zip(numbers, messages, strict=True))
+            return numbers
+
+        grid.pull_messages, grid.push_messages = losing, remembering
+        result = run_on(grid, config, folder, lambda event: None)
+    joined = {site["site"]: site["rounds_joined"] for site in result["sites"]}
+    steps = {site["site"]: sum(event["steps"] for event in site["privacy"]["events"]) for site in result["sites"]}
+    assert joined == {"a-400": 3, "b-400": 2}
+    assert steps["b-400"] >= steps["a-400"] == 3 * 5
 
 
 def test_p04_the_schedule_is_reserved_before_the_first_gradient(toy_config, tmp_path):

@@ -44,6 +44,9 @@ class ModelConfig(Section):
     in_channels: Positive = 1
     weights: Annotated[str, Field(description="a local file of weights; never a download")] = ""
     freeze: Annotated[str, Field(description="stage of the network up to which nothing trains")] = ""
+    low_rank: Annotated[
+        Count, Field(description="rank of the corrections that are trained on a frozen trunk; 0 = all is trained")
+    ] = 0
     residual: Annotated[bool, Field(description="deepmedic: with the residual connections of 2016")] = False
     deep_supervision: Annotated[
         bool, Field(description="unet, attention-unet: coarser outputs are trained as well")

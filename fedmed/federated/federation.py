@@ -16,6 +16,7 @@ from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, build_result, peak_memory_mib
 from fedmed.federated.rounds import Event, Federation, Watch
 from fedmed.federated.run_folder import RunFolder
+from fedmed.models.low_rank import require_trunk
 
 __all__ = ["Event", "Watch", "run_federation"]
 
@@ -55,6 +56,7 @@ def run_federation(
     federation: Federation | None = None
     folder.event("run_started", 0, name=config.name)
     try:
+        require_trunk(config.model)
         federation = Federation(grid, config, folder, watch, cache_dir)
         status, reason = federation.run()
     except KeyboardInterrupt:

@@ -15,6 +15,8 @@ from fedmed.federated.identity import versions
 from fedmed.federated.member import Member
 from fedmed.federated.progress import Progress
 from fedmed.federated.server_evaluation import Metrics
+from fedmed.models import build
+from fedmed.training.network import layout_of
 
 # Of [data], what model.json keeps: how an image becomes what the network sees
 PREPROCESSING = {"preset", "image_size", "items", "spacing_mm", "volume_size", "dataset"}
@@ -98,10 +100,17 @@ def build_result(
 
 
 def model_facts(config: RunConfig, round: int, layout_hash: str) -> dict[str, Any]:
-    """`model.json`: how to build the network, what it predicts, and how its images are prepared."""
+    """`model.json`: how to build the network, what it predicts, and how its images are prepared.
+
+    Corrections of low rank are merged into the network that is saved, so the plain one is described.
+    """
+    model = config.model.model_copy(update={"low_rank": 0, "weights": ""})
+    if config.model.low_rank:
+        plain = build(model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
+        layout_hash = layout_of(plain).hash
     return {
         "schema": 1,
-        "model": config.model.model_dump(mode="json", by_alias=True, exclude={"weights"}),
+        "model": model.model_dump(mode="json", by_alias=True, exclude={"weights"}),
         "task": {"kind": config.task.kind, "labels": list(config.task.labels)},
         "preprocessing": config.data.model_dump(mode="json", by_alias=True, include=PREPROCESSING),
         "strategy": config.strategy.name,

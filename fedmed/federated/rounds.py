@@ -101,7 +101,6 @@ class Federation:
                     continue
                 joined.append(site)
                 sites.joined(site)
-                self.progress.spent(site, privacy_in(update.facts))
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
@@ -228,6 +227,7 @@ class Federation:
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
         update = decoded_update(answer, self.config.task)
+        self.progress.spent(member.name, privacy_in(update.facts))  # it left the site, whether it is used or not
         validated_counts(update, images=member.images, patients=member.patients)
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
 
@@ -290,10 +290,10 @@ class Federation:
         elif no_single_network(self.config.strategy):
             self.server_metrics = {self.config.primary: metric(None)}
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
-        every = has_personal_network(self.config.strategy)  # a site makes its own network when it is asked to evaluate
+        every = self.config.privacy.mode == "dp-sgd" or has_personal_network(self.config.strategy)  # its last word
         nodes = {name: node for name, node in sites.connected().items() if every or sites[name].held_out_patients}
         answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
-        self.site_metrics, failed = metrics_of_sites(answers, self.config.task)
+        self.site_metrics, failed = metrics_of_sites(answers, self.config.task, self.progress.spent)
         self._absent(failed, round)
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from fedmed.config import RunConfig, to_toml
 from fedmed.errors import RunFailed
 from fedmed.federated.durable import append, save_vectors, write_all, write_atomically
+from fedmed.models.low_rank import merged
 from fedmed.types import FloatVector, Layout, Weights
 
 
@@ -188,7 +189,7 @@ class RunFolder:
             for entry in entries:
                 tensor = vector[entry.span].reshape(entry.shape)
                 tensors[entry.name] = np.asarray(tensor.astype(np.int64) if entry.integer else tensor, order="C")
-        save_vectors(self.path / "model.safetensors", tensors)
+        save_vectors(self.path / "model.safetensors", merged(tensors))
         write_atomically(self.path / "model.json", json.dumps(facts, indent=2).encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:

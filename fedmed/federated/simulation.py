@@ -31,6 +31,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import presets_named
 from fedmed.models import build
+from fedmed.models.low_rank import require_trunk
 from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
 from fedmed.training.local_algorithms.fedbn import require_norms
@@ -57,6 +58,7 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
     server_step(config)
+    require_trunk(config.model)
     too_few = too_few_sites(config.strategy, len(names))
     if too_few:
         raise ConfigError(too_few)

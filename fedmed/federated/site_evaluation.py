@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import RecordDict
 
 from fedmed.config import TaskConfig
 from fedmed.errors import UpdateRefused
-from fedmed.federated.admission import decoded_update
+from fedmed.federated.admission import decoded_update, privacy_in
 from fedmed.federated.exchange import Failure
 from fedmed.federated.result import metric
 from fedmed.training.evaluate import PERSONAL, bounds_from, intervals_from, metrics_from, parted_sums
@@ -17,23 +17,27 @@ from fedmed.types import Sums
 
 
 def metrics_of_sites(
-    answers: Iterable[tuple[str, RecordDict | str]], task: TaskConfig
+    answers: Iterable[tuple[str, RecordDict | str]],
+    task: TaskConfig,
+    spent: Callable[[str, dict[str, Any] | None], None],
 ) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
     """Every site's metrics as `result.json` holds them, and the sites that gave none.
 
     Args:
         answers: (site, the content of its reply or why there is none).
         task: what the sums have to be about.
+        spent: told what each site says of its patients' budget.
     """
     metrics: dict[str, dict[str, Any]] = {}
     failures: list[Failure] = []
     for site, answer in answers:
         try:
-            sums = decoded_update(answer, task).metrics
+            update = decoded_update(answer, task)
         except UpdateRefused as error:
             failures.append(Failure(site=site, reason=f"final evaluation: {error}"))
             continue
-        shared, own = parted_sums(sums)
+        spent(site, privacy_in(update.facts))
+        shared, own = parted_sums(update.metrics)
         metrics[site] = {
             f"{prefix}{name}": found
             for prefix, part in (("", shared), (PERSONAL, own))

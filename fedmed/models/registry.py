@@ -21,6 +21,7 @@ from fedmed.models.conversion import moved
 from fedmed.models.deepmedic import deepmedic
 from fedmed.models.foreign import call_as_monai, follows_monai, without_in_place_
 from fedmed.models.fusion import late_fusion
+from fedmed.models.low_rank import adapt_
 from fedmed.models.resnet50 import resnet50
 from fedmed.models.small_cnn import small_cnn
 from fedmed.models.stages import freeze_
@@ -125,6 +126,10 @@ def _build(settings: dict[str, Any], *, outputs: int, seed: int, dimensions: int
     loaded = load_weights(network, settings["weights"]) if settings["weights"] else None
     if settings.get("freeze"):
         freeze_(network, settings["freeze"])
+    if settings.get("low_rank"):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            adapt_(network, settings["low_rank"])
     return network, loaded
 
 

@@ -43,6 +43,7 @@ class Account:
     units: Sequence[Unit]
     source: NoiseGenerator
     ledger: Ledger
+    cohort: str  # name of the patients that are trained on
     warning: str = ""  # of the ledger, about the site's δ
 
     def facts(self) -> dict[str, Scalar]:
@@ -67,10 +68,20 @@ class Account:
         return {"privacy": json.dumps(values)}
 
     def _released(self) -> list[PrivacyEvent]:
-        """Of this run, what was trained so far: as many rounds as left a mark, those trained again counted again."""
-        rounds = sum(not charge.events for charge in _charges(self.ledger, self.run).values())
-        event = self.terms.event(steps=rounds * self.terms.steps)
-        return [event if self.terms.unit == "patient" else replace(event, unit="patient", images_per_patient=1)]
+        """Of this run, what was trained so far: as many rounds as left a mark, those trained again counted again.
+
+        If the site's patients changed in the midst of the run, what was reserved for others than now counts in full.
+        """
+        charges = _charges(self.ledger, self.run)
+        rounds = sum(not charge.events and charge.cohort == self.cohort for charge in charges.values())
+        own = self.terms.event(steps=rounds * self.terms.steps)
+        others = [
+            event for charge in charges.values() for event in charge.events if not _of(event, self.terms, self.cohort)
+        ]
+        released = [*others, own] if own.steps else others
+        if self.terms.unit == "patient":
+            return released
+        return [replace(event, unit="patient", images_per_patient=1) for event in released]
 
 
 def opened_account(
@@ -83,20 +94,21 @@ def opened_account(
     cohort: Cohort,
     *,
     seed: int,
-    kept: Mapping[str, FloatVector],
+    kept: Mapping[str, FloatVector] | None,
 ) -> Account:
-    """Reserve what a round will spend, before a gradient is computed.
+    """Reserve what a round will spend, before a gradient is computed; or only say what the run has spent so far.
 
     Args:
         config: the run.
         settings: of the task, as text; with the run's name they say which run this is.
-        round: to be trained.
+        round: to be trained, or evaluated.
         permit: of the site's policy.
         data: of the site.
         rows: of its training patients.
         cohort: the same patients, as the ledger knows them.
         seed: of noise that is for tests alone.
-        kept: of earlier rounds, at the site; the bound that adaptive clipping came to is among it.
+        kept: of earlier rounds, at the site; the bound that adaptive clipping came to is among it. None = nothing is
+            to be trained, and nothing is reserved.
 
     Raises:
         BudgetExhausted: some patient would exceed the budget.
@@ -109,7 +121,8 @@ def opened_account(
     run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     sigma = (
         privacy.noise_multiplier
-        or _planned_noise(permit.ledger, run, public)
+        or _planned_noise(permit.ledger, run, public, cohort.name)
+        or (kept is None and 1.0)  # of nothing
         or noise_multiplier_for(
             epsilon=permit.terms.epsilon,
             delta=permit.terms.delta,
@@ -118,8 +131,8 @@ def opened_account(
         )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
-    mark = _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
-    if CLIP in kept:
+    mark = None if kept is None else _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    if kept and CLIP in kept:
         terms = replace(terms, max_grad_norm=float(kept[CLIP][0]))
     return Account(
         run=run,
@@ -129,25 +142,29 @@ def opened_account(
         units=units,
         source=noise_generator(privacy.noise, seed=seed),
         ledger=permit.ledger,
-        warning=mark.warning,
+        cohort=cohort.name,
+        warning=mark.warning if mark else "",
     )
 
 
 def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> Reservation:
     """Charge the whole schedule before the first round, mark every round, and charge what goes beyond the schedule.
 
+    A mark is written before the steps are counted, so that two processes can never share the last steps of a plan.
+    Patients who change in the midst of a run, or other terms, have a schedule of their own.
+
     Returns:
         The round's mark.
-
-    A mark is written before the steps are counted, so that two processes can never share the last steps of a plan.
     """
-    if not _charges(ledger, run):
-        left = rounds - round + 1  # a site may join late
+    if not _planned(ledger, run, terms, cohort.name):
+        left = rounds - round + 1  # a site may join late, or come back with other patients
         ledger.reserve(run, SCHEDULE, [terms.event(steps=left * terms.steps)], cohort)
     mark = ledger.reserve(run, round, [], cohort)
-    charges = _charges(ledger, run)
-    planned = sum(event.steps for charge in charges.values() for event in charge.events)
-    used = terms.steps * sum(not charge.events for number, charge in charges.items() if number <= mark.sequence)
+    planned = _planned(ledger, run, terms, cohort.name)
+    used = terms.steps * sum(
+        not charge.events and charge.cohort == cohort.name and number <= mark.sequence
+        for number, charge in _charges(ledger, run).items()
+    )
     if used > planned:
         ledger.reserve(run, SCHEDULE, [terms.event(steps=used - planned)], cohort)
     return mark
@@ -158,10 +175,28 @@ def _shown(epsilon: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
 
 
-def _planned_noise(ledger: Ledger, run: str, public: Terms) -> float:
-    """σ of the schedule that this run has reserved, whichever process did so; 0 if there is none."""
+def _planned_noise(ledger: Ledger, run: str, public: Terms, cohort: str) -> float:
+    """σ of the schedule that this run has reserved for these patients, whichever process did so; 0 if there is none."""
     planned = (event for charge in _charges(ledger, run).values() for event in charge.events)
-    return next((each.noise_multiplier for each in planned if each.sample_rate == public.sample_rate), 0.0)
+    return next(
+        (
+            each.noise_multiplier
+            for each in planned
+            if _of(each, replace(public, noise_multiplier=each.noise_multiplier), cohort)
+        ),
+        0.0,
+    )
+
+
+def _planned(ledger: Ledger, run: str, terms: Terms, cohort: str) -> int:
+    """How many steps this run has reserved on these terms for these patients."""
+    events = (event for charge in _charges(ledger, run).values() for event in charge.events)
+    return sum(event.steps for event in events if _of(event, terms, cohort))
+
+
+def _of(event: PrivacyEvent, terms: Terms, cohort: str) -> bool:
+    """Whether an event is of these terms and patients, whatever its steps."""
+    return event == terms.event(steps=event.steps, cohort=cohort)
 
 
 def _charges(ledger: Ledger, run: str) -> dict[int, Charge]:

@@ -16,6 +16,7 @@ from fedmed.config import RunConfig, TrainConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Form
+from fedmed.models.low_rank import merged
 from fedmed.training.evaluate import mean_loss
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
 from fedmed.training.loop import Circumstances, Trained, train_
@@ -140,4 +141,4 @@ def write_personal(network: FlatNetwork, path: Path) -> None:
         DataError: the disk is full or read-only.
     """
     named = {**dict(network.module.named_parameters()), **dict(network.module.named_buffers())}
-    write_durably(path, {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}, {})
+    write_durably(path, merged({name: tensor.detach().cpu().numpy() for name, tensor in named.items()}), {})

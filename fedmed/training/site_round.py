@@ -141,8 +141,7 @@ def train_round(task: Task, site: Site) -> Update:
         **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    count = len(own.rows) if mode == "none" else patients
-    return released(_update(network, count, metrics, facts, outcome), permit)
+    return released(_update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome), permit)
 
 
 def evaluate_round(task: Task, site: Site) -> Update:
@@ -168,13 +167,15 @@ def evaluate_round(task: Task, site: Site) -> Update:
         with suppress(OSError):  # a full disk costs the site its page, and the federation nothing
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
+    own = OwnPatients(network=network, data=data, config=config, site=site.name)
     if state is not None and has_personal_network(config.strategy):
-        own = OwnPatients(network=network, data=data, config=config, site=site.name)
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
             metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, form))}
         write_personal(network, state.personal)
-    facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started}
-    return released(_update(network, int(data.evaluation.sum()), metrics, facts), permit)
+    said = _account(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
+    facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
+    count = len(own.held_out) if config.privacy.mode == "none" else len(patients_of(data, own.held_out))
+    return released(_update(network, count, metrics, facts), permit)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
@@ -269,9 +270,9 @@ def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kep
 
 
 def _account(
-    task: Task, site: Site, given: Permit | None, own: OwnPatients, kept: Mapping[str, FloatVector]
+    task: Task, site: Site, given: Permit | None, own: OwnPatients, kept: Mapping[str, FloatVector] | None = None
 ) -> Account:
-    """What the round will cost the patients, reserved."""
+    """What the round will cost the patients, reserved; without anything kept, what the run has cost so far."""
     from fedmed.training.account import opened_account  # heavy: opacus
 
     permit = require_ledger(own.config, given, virtual=site.virtual)
@@ -287,11 +288,7 @@ def _account(
 
 
 def _update(
-    network: FlatNetwork,
-    num_examples: int,
-    metrics: Sums,
-    facts: dict[str, Scalar],
-    outcome: Outcome | None = None,
+    network: FlatNetwork, num_examples: int, metrics: Sums, facts: dict[str, Scalar], outcome: Outcome | None = None
 ) -> Update:
     return Update(
         weights=outcome.weights if outcome else None,
