@@ -20,7 +20,11 @@ from real_consortium import RUN, Started, free_port, make_consortium, online, pr
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(900)]
 SITES = ("a-40", "b-20", "c-20")
-LONG = RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 3\nlocal-steps = 30")
+SHORT = RUN + "round-timeout-s = 180\n"  # a reply that is lost is waited for until then
+LONG = (
+    RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 3\nlocal-steps = 30")
+    + "round-timeout-s = 180\n"
+)
 
 
 class Hospitals:
@@ -148,7 +152,7 @@ def test_a_link_of_fifty_kilobytes_a_second_is_slow_and_nothing_else(hospitals):
     passed = hospitals.way.passed
     hospitals.way.bytes_per_s = 50_000
     try:
-        text = RUN.replace("toy:network", "toy:heavy").replace("[task]", "width = 50\n[task]")
+        text = SHORT.replace("toy:network", "toy:heavy").replace("[task]", "width = 50\n[task]")
         result = hospitals.result(hospitals.submit(text))
     finally:
         hospitals.way.bytes_per_s = 0
@@ -168,14 +172,14 @@ def test_a_full_disk_at_a_site_takes_that_site_out_and_it_comes_back(hospitals):
         pytest.skip("this system mounts no tmpfs")
     try:
         fill(state / "ballast")
-        result = hospitals.result(hospitals.submit(RUN))
+        result = hospitals.result(hospitals.submit(SHORT))
         reasons = {f["reason"] for entry in result["rounds_log"] for f in entry["failed"] if f["site"] == name}
         assert reasons and not any(re.search(r"[/\\]", reason) for reason in reasons), reasons
         assert all(name not in entry["joined"] for entry in result["rounds_log"])
         (state / "ballast").unlink()
     finally:
         subprocess.run(["umount", "--lazy", state], check=True)
-    assert hospitals.result(hospitals.submit(RUN))["status"] == "completed"
+    assert hospitals.result(hospitals.submit(SHORT))["status"] == "completed"
 
 
 def fill(path: Path) -> None:
