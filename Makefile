@@ -33,6 +33,9 @@ test: .venv/installed ## all kinds of tests at small counts, under ten minutes o
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow
 
+soak: .venv/installed ## a server and three sites for an hour: does their memory stay flat?
+	@$(BIN)/python tests/soak.py --minutes 60
+
 check: .venv/installed ## style, types and architecture
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -53,4 +56,4 @@ wheelhouse: .venv/installed ## every wheel with hashes, SBOM and signature, for 
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo flower-demo test test-slow check bench wheelhouse clean
+.PHONY: help install demo flower-demo test test-slow soak check bench wheelhouse clean

@@ -44,7 +44,9 @@ class Tunnel(socketserver.StreamRequestHandler):
         known = base64.b64encode(self.server.login.encode())
         let = not self.server.login or any(line.strip().endswith(b" " + known) for line in lines)
         self.server.asked.append((words[1], let))
-        if words[0] != "CONNECT" or not let or self.server.cut.is_set():
+        while self.server.cut.is_set():
+            time.sleep(0.05)
+        if words[0] != "CONNECT" or not let:
             self.wfile.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
             return
         host, _, port = words[1].rpartition(":")

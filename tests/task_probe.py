@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,10 +42,9 @@ def ask(site: SiteFolder, message: Message, *, deadline_s: float = 60.0, **limit
     config = site.config.model_copy(update=limits)
     worker = task.Worker(replace(site, config=config))
     context = Context(1, 2, {"site": str(site.file)}, RecordDict(), {"strategy.round-timeout-s": deadline_s})
-    started = time.monotonic()
     reply = worker(message, context)
-    said.setdefault("seconds", {})[len(said.get("seconds", {}))] = time.monotonic() - started
-    said.setdefault("left", []).append(Path(f"/proc/{worker.pid}").exists())
+    kept = list((site.flower / "tmp").glob("task-*"))
+    said.setdefault("left", []).append(Path(f"/proc/{worker.pid}").exists() or bool(kept))
     return reply
 
 

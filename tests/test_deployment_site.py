@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
@@ -178,8 +179,11 @@ def test_what_does_not_hold_is_said(tmp_path):
 
 
 @contextmanager
-def tls_server(folder: Path, name: str):
-    """A web server of an authority of that name, for 127.0.0.2; gives its port and the authority's certificate."""
+def tls_server(folder: Path, name: str, ahead_s: float = 0.0):
+    """A web server of an authority of that name, for 127.0.0.2; gives its port and the authority's certificate.
+
+    Its clock is `ahead_s` before this machine's.
+    """
     folder.mkdir()
     certificates.make_authority(folder, name)
     certificates.make_server_certificate(folder, ["127.0.0.2"], 60)
@@ -192,7 +196,8 @@ def tls_server(folder: Path, name: str):
             self.send_header("content-length", "0")
             self.end_headers()
 
-        do_POST = do_GET
+        def date_time_string(self, timestamp=None):
+            return super().date_time_string(time.time() + ahead_s)
 
         def log_message(self, *arguments):
             pass
@@ -296,6 +301,16 @@ def test_a_proxy_that_opens_tls_is_named(environment, tmp_path):
             reach.certificate(kit(opened, authority))
         assert "a proxy opens TLS here: issuer CN=Hospital Web Filter" in str(refused.value)
         assert f"exemption for 127.0.0.2:{opened}" in str(refused.value)
+
+
+@pytest.mark.parametrize("ahead_s", [600, -600])
+def test_a_clock_that_is_ten_minutes_off_is_found(environment, tmp_path, ahead_s):
+    with (
+        tls_server(tmp_path / "tls", "consortium", ahead_s) as (port, authority),
+        pytest.raises(ConfigError, match=r"6\d\d s from .* \(NTP\)|59\d s from .* \(NTP\)") as refused,
+    ):
+        reach.clock(kit(port, authority))
+    assert str(refused.value).startswith("-" if ahead_s > 0 else "+")
 
 
 def test_another_authority_of_the_same_name_is_no_proxy(environment, tmp_path):

@@ -1,7 +1,7 @@
 """Three hospitals over TLS, and what really happens to them: kills, a cut network, a slow link, a full disk.
 
-The first goes through the hospital's proxy, with a password; the third has its records on a small disk where a test may
-mount one. After each harm the run has finished, and its record of who took part is true.
+Each goes through its hospital's proxy, the first with a password. After each harm the run has finished, and its record
+of who took part is true.
 """
 
 import json
@@ -12,30 +12,36 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from proxies import Proxy, proxy
-from real_consortium import RUN, Started, make_consortium, online, processes_of, recorded, wait_for
+from real_consortium import RUN, Started, free_port, make_consortium, online, processes_of, recorded, wait_for
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(900)]
 SITES = ("a-40", "b-20", "c-20")
-LONG = RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 3\nlocal-steps = 30")
+SHORT = RUN + "round-timeout-s = 180\n"  # a reply that is lost is waited for until then
+LONG = (
+    RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 3\nlocal-steps = 30")
+    + "round-timeout-s = 180\n"
+)
 
 
 class Hospitals:
     """A server and its sites, all of which run."""
 
-    def __init__(self, root: Path, way: Proxy) -> None:
-        self.root, self.way = root, way
+    def __init__(self, root: Path, way: Proxy, plain: Proxy) -> None:
+        self.root, self.way, self.plain = root, way, plain
         self.server = make_consortium(root, list(SITES), "127.0.0.2")  # an address that no proxy setting exempts
+        self.health = free_port()
+        policy = root / SITES[0] / "site.toml"
+        policy.write_text(policy.read_text().replace("health-port = 0", f"health-port = {self.health}"))
         self.started = {"server": Started("server", "start", self.server, log=root / "server.out")}
         self.runs = 0
 
     def start(self, name: str) -> None:
-        environment = {"HTTPS_PROXY": self.way.url("user:secret")} if name == SITES[0] else {}
-        if name != SITES[0]:  # this machine is 127.0.0.1 to the server's own certificate as well
-            environment["NO_PROXY"] = "127.0.0.2"
-        self.started[name] = Started("site", "start", self.root / name, log=self.root / f"{name}.out", **environment)
+        way = self.way.url("user:secret") if name == SITES[0] else self.plain.url()
+        self.started[name] = Started("site", "start", self.root / name, log=self.root / f"{name}.out", HTTPS_PROXY=way)
 
     def complete(self) -> None:
         wait_for(lambda: online(self.server) == set(SITES), 300, lambda: f"only {online(self.server)} came")
@@ -67,8 +73,8 @@ class Hospitals:
 
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory):
-    with proxy("user:secret") as way:
-        made = Hospitals(tmp_path_factory.mktemp("h"), way)
+    with proxy("user:secret") as way, proxy() as plain:
+        made = Hospitals(tmp_path_factory.mktemp("h"), way, plain)
         try:
             made.started["server"].says("c-20 may connect", 240)
             for name in SITES:
@@ -122,6 +128,22 @@ def test_a_network_that_is_cut_for_half_a_minute_costs_no_site(hospitals):
     hospitals.way.cut.clear()
     result = hospitals.result(submitted)
     assert result["status"] == "completed"
+    said = httpx.get(f"http://127.0.0.1:{hospitals.health}/health")
+    assert said.status_code == 200 and said.json()["last_round"]["round"] == 3
+
+
+def test_the_health_of_a_site_follows_its_connection(hospitals):
+    def status() -> int:
+        return httpx.get(f"http://127.0.0.1:{hospitals.health}/health").status_code
+
+    hospitals.complete()
+    wait_for(lambda: status() == 200, 60, lambda: str(status()))
+    hospitals.way.cut.set()
+    try:
+        wait_for(lambda: status() == 503, 200, lambda: str(status()))
+    finally:
+        hospitals.way.cut.clear()
+    wait_for(lambda: status() == 200, 200, lambda: str(status()))
 
 
 def test_a_link_of_fifty_kilobytes_a_second_is_slow_and_nothing_else(hospitals):
@@ -130,7 +152,7 @@ def test_a_link_of_fifty_kilobytes_a_second_is_slow_and_nothing_else(hospitals):
     passed = hospitals.way.passed
     hospitals.way.bytes_per_s = 50_000
     try:
-        text = RUN.replace("toy:network", "toy:heavy").replace("[task]", "width = 50\n[task]")
+        text = SHORT.replace("toy:network", "toy:heavy").replace("[task]", "width = 50\n[task]")
         result = hospitals.result(hospitals.submit(text))
     finally:
         hospitals.way.bytes_per_s = 0
@@ -150,14 +172,14 @@ def test_a_full_disk_at_a_site_takes_that_site_out_and_it_comes_back(hospitals):
         pytest.skip("this system mounts no tmpfs")
     try:
         fill(state / "ballast")
-        result = hospitals.result(hospitals.submit(RUN))
+        result = hospitals.result(hospitals.submit(SHORT))
         reasons = {f["reason"] for entry in result["rounds_log"] for f in entry["failed"] if f["site"] == name}
         assert reasons and not any(re.search(r"[/\\]", reason) for reason in reasons), reasons
         assert all(name not in entry["joined"] for entry in result["rounds_log"])
         (state / "ballast").unlink()
     finally:
         subprocess.run(["umount", "--lazy", state], check=True)
-    assert hospitals.result(hospitals.submit(RUN))["status"] == "completed"
+    assert hospitals.result(hospitals.submit(SHORT))["status"] == "completed"
 
 
 def fill(path: Path) -> None:

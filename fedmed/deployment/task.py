@@ -7,50 +7,58 @@ ends it and answers in its place at once, with the rule and what to do.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Context as ContextProto
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.deployment.confinement import Confinement, confine
 from fedmed.deployment.files import make_folder
-from fedmed.deployment.processes import LINUX, PR_SET_PDEATHSIG, descendants, kill
+from fedmed.deployment.processes import descendants, kill
 from fedmed.deployment.site_folder import SiteFolder
 from fedmed.federated.client_app import app
+from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
+from fedmed.federated.spool import Spool
 
 LONGEST_S = 86_400.0
 LOOK_S = 1.0
 IDLE = 0.01  # of a processor: what uses less, and reads and writes nothing, makes no progress
+QUESTION, ANSWER = "question", "answer"  # files that both processes map
 SAY_S = 2.0  # for a task that is ended to print where it was
-SIZE = 8  # bytes of the number in front of what one process tells the other
 
 
 class Worker:
-    """The process that sees the patients. Made before the other one starts a thread, and it waits for its message."""
+    """The process that sees the patients. Made before the other one starts a thread, and it waits for its message.
+
+    It is the worker of a simulation (`fedmed.federated.local_worker`), confined: headers go through a socket, arrays
+    through files of a folder that is removed afterwards.
+    """
 
     def __init__(self, site: SiteFolder) -> None:
         """Fork it."""
         self._site = site
-        self._channel, theirs = socket.socketpair()
+        self._folder = Path(tempfile.mkdtemp(prefix="task-", dir=make_folder(scratch(site))))
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._channel, theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
         self.pid = os.fork()
         if self.pid == 0:
-            self._channel.close()
-            _work(site, theirs)
+            _work(site, theirs, self._channel, self._folder)
         theirs.close()
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -60,58 +68,53 @@ class Worker:
         """
         limit_s = float(context.run_config.get("strategy.round-timeout-s", LONGEST_S))
         deadline = time.monotonic() + min(max(limit_s, 1.0), LONGEST_S)
+        spool = Spool(self._folder)
+        try:
+            self._channel.sendall(_envelope(message) + b"\n" + spool.write(QUESTION, message.content))
+            kind, _, body = self._hear(deadline).partition(b"\n")
+            if kind == b"error":
+                code, _, reason = body.decode().partition(" ")
+                return Message(Error(int(code), reason), reply_to=message)
+            if json.loads(body)["slot"] != ANSWER:  # it may write to its own files; this process could to others
+                raise ConnectionError
+            return Message(_owned(spool.read(body)), reply_to=message)
+        except OSError as problem:  # a TimeoutError among them
+            said = _ended(problem)
+            print(f"error {said.code}: {said.reason}", file=sys.stderr, flush=True)
+            return Message(said, reply_to=message)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Kill it and what it started, and remove what the two exchanged."""
+        if self._channel.fileno() < 0:  # done before
+            return
+        self._channel.close()
+        kill({self.pid, *descendants(self.pid)})
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _hear(self, deadline: float) -> bytes:
+        """Its answer.
+
+        Raises:
+            TimeoutError: it hangs, or is late.
+            ConnectionError: it is dead.
+        """
         watch = Watch(self.pid, stalls_after_s=self._site.config.task_stalls_after_s)
         self._channel.settimeout(LOOK_S)
-        try:
-            for content in (message_to_proto(message), context_to_proto(context)):
-                self._tell(content.SerializeToString(), watch, deadline)
-            answer = MessageProto.FromString(self._hear(watch, deadline))
-        except (TimeoutError, EOFError, ConnectionError) as problem:
-            self.end(say=isinstance(problem, TimeoutError))
-            code, reason = _ended(problem)
-            print(f"error {code}: {reason}", file=sys.stderr, flush=True)
-            return Message(Error(code, reason), reply_to=message)
-        self.end()
-        return message_from_proto(answer)
-
-    def end(self, *, say: bool = False) -> None:
-        """Kill it and what it started.
-
-        Args:
-            say: whether it shall first print where it is.
-        """
-        self._channel.close()
-        below = descendants(self.pid)
-        if say:
-            os.kill(self.pid, signal.SIGABRT)
-            _wait(self.pid, SAY_S)
-        kill({self.pid, *below})
-
-    def _tell(self, content: bytes, watch: Watch, deadline: float) -> None:
-        view = memoryview(len(content).to_bytes(SIZE) + content)
-        while view:
+        while True:
             try:
-                view = view[self._channel.send(view) :]
+                answer = self._channel.recv(HEADER_LIMIT)
             except TimeoutError:
-                watch.look(deadline)
-
-    def _hear(self, watch: Watch, deadline: float) -> bytearray:
-        size = int.from_bytes(self._receive(SIZE, watch, deadline))
-        return self._receive(size, watch, deadline)
-
-    def _receive(self, size: int, watch: Watch, deadline: float) -> bytearray:
-        content = bytearray(size)
-        view = memoryview(content)
-        while view:
-            try:
-                got = self._channel.recv_into(view)
-            except TimeoutError:
-                watch.look(deadline)
+                why = watch.look(deadline)
+                if why:
+                    os.kill(self.pid, signal.SIGABRT)  # it prints where it stands
+                    _wait(self.pid, SAY_S)
+                    raise TimeoutError(why) from None
                 continue
-            if not got:
-                raise EOFError
-            view = view[got:]
-        return content
+            if not answer:
+                raise ConnectionError
+            return answer
 
 
 class Watch:
@@ -122,21 +125,24 @@ class Watch:
         self._pid, self._stalls_after_s = pid, stalls_after_s
         self._since, self._done = time.monotonic(), work_done(pid)
 
-    def look(self, deadline: float) -> None:
-        """Raise where it is time to give up.
-
-        Raises:
-            TimeoutError: with "deadline", or with "stalled" and for how long.
-        """
+    def look(self, deadline: float) -> str:
+        """Why it is time to give up, in words for both sides; "" where it is not."""
         now = time.monotonic()
         if now >= deadline:
-            raise TimeoutError("deadline")
+            return (
+                "the task was not done at the round's deadline and was ended; give rounds more time, or this site "
+                "fewer images (strategy.round-timeout-s)"
+            )
         if not self._stalls_after_s or now - self._since < self._stalls_after_s:
-            return
+            return ""
         done = work_done(self._pid)
         if done[0] - self._done[0] < IDLE * (now - self._since) and done[1] == self._done[1]:
-            raise TimeoutError(f"stalled {self._stalls_after_s:g}")
+            return (
+                f"the task made no progress for {self._stalls_after_s:g} s and was ended; the site's log says where it "
+                "stood (task-stalls-after-s)"
+            )
         self._since, self._done = now, done
+        return ""
 
 
 def work_done(pid: int) -> tuple[float, int]:
@@ -182,27 +188,15 @@ def confine_task(site: SiteFolder, *, records: bool = True) -> Confinement:
     return confine(writable=folders, memory_gib=site.config.task_memory_gib, processors=site.config.task_cpus)
 
 
-def _work(site: SiteFolder, channel: socket.socket) -> NoReturn:
-    """The worker's life: confine itself, hear a message, answer it."""
+def _work(site: SiteFolder, channel: socket.socket, other: socket.socket, folder: Path) -> NoReturn:
+    """The worker's life: confine itself, hear a message, answer it, and end with its channel."""
     code = 1
     try:
-        parent = os.getppid()
         confine_task(site)
-        if LINUX:  # only now: entering a namespace clears it
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
         faulthandler.enable()  # SIGABRT prints the lines of code that it stands in, and no value
-        with channel.makefile("rwb") as stream:
-            parts = [stream.read(int.from_bytes(stream.read(SIZE))) for _ in range(2)]
-            if not parts[1]:  # the app was refused
-                os._exit(0)
-            message = message_from_proto(MessageProto.FromString(parts[0]))
-            context = context_from_proto(ContextProto.FromString(parts[1]))
-            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = context.run_id, context.node_id, 0
-            content = message_to_proto(app(message, context)).SerializeToString()
-            stream.write(len(content).to_bytes(SIZE))
-            stream.write(content)
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
+        node = {"site": str(site.file)}
+        work(channel, [other], app, defaultdict(lambda: node), {}, folder, site.config.device)
         code = 0
     except BaseException as error:  # its text may hold anything
         print(f"the task ended by {type(error).__name__}", file=sys.stderr)
@@ -212,22 +206,30 @@ def _work(site: SiteFolder, channel: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _ended(problem: Exception) -> tuple[int, str]:
-    """Code and reason of a task that did not answer: what happened, what to do, and the rule."""
-    what, _, seconds = str(problem).partition(" ")
-    if what == "deadline":
-        return ErrorCode.CLIENT_APP_RAISED_EXCEPTION, (
-            "the task was not done at the round's deadline and was ended; give rounds more time, or this site fewer "
-            "images (strategy.round-timeout-s)"
-        )
-    if what == "stalled":
-        return ErrorCode.CLIENT_APP_RAISED_EXCEPTION, (
-            f"the task made no progress for {seconds} s and was ended; the site's log says where it stood "
-            "(task-stalls-after-s)"
-        )
-    return ErrorCode.CLIENT_APP_CRASHED, (  # the server asks once more
-        "the task was killed before it answered; the site should look for a lack of memory (task.killed)"
-    )
+def _envelope(message: Message) -> bytes:
+    """What `local_worker.work` has to know of a message besides its content."""
+    about = message.metadata
+    known = {"id": about.message_id, "node": about.dst_node_id, "type": about.message_type, "group": about.group_id}
+    return json.dumps({**known, "slot": ANSWER}).encode()
+
+
+def _owned(content: RecordDict) -> RecordDict:
+    """Content whose arrays are copies, and outlive the folder that they came through."""
+    for record in content.array_records.values():
+        for array in record.values():
+            array.data = bytes(array.data)
+    return content
+
+
+def _ended(problem: OSError) -> Error:
+    """Why a task did not answer: what happened, what to do, and the rule."""
+    if isinstance(problem, TimeoutError):
+        return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(problem))
+    if isinstance(problem, ConnectionError):  # by this code the server asks once more
+        text = "the task was killed before it answered; the site should look for a lack of memory (task.killed)"
+        return Error(ErrorCode.CLIENT_APP_CRASHED, text)
+    text = f"the site cannot store a message ({os.strerror(problem.errno or 0)}); it needs room on its disk (task.disk)"
+    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text)
 
 
 def _wait(pid: int, timeout_s: float) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ from fedmed.config import RunConfig
 from fedmed.deployment import door
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import Worker, confine_task
+from fedmed.deployment.task import Worker, confine_task, scratch
 from fedmed.errors import ConfigError, PolicyRefused
 from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
@@ -49,6 +50,8 @@ def serve(site: SiteFolder) -> NoReturn:
     if not all(name in vars(flower_task) for name in REPLACED):
         raise RuntimeError("this version of Flower loads apps in another way; nothing is run")
     prepare_fork(RunConfig())
+    for left in scratch(site).glob("task-*"):  # by tasks that were killed
+        shutil.rmtree(left, ignore_errors=True)
     package_hash()  # of the code that was imported, whatever is installed over it later
     os.chdir(site.flower)
     Path(door.SOCKET).unlink(missing_ok=True)
@@ -96,7 +99,7 @@ def _prepare_rest() -> None:
 
 def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> NoReturn:
     """One task, in a process of its own."""
-    code = 1
+    code, worker = 1, None
     try:
         if not from_supernode(arguments):
             raise ValueError("a task that does not come from this machine's SuperNode is refused")
@@ -112,6 +115,8 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
     except BaseException:
         traceback.print_exc()
     finally:
+        if worker is not None:
+            worker.end()
         try:
             connection.settimeout(READ_S)
             connection.sendall(f"{code}\n".encode())
