@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -19,11 +20,12 @@ from real_consortium import command, make_consortium
 
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
+from fedmed.deployment.control import FlowerRun
 from fedmed.deployment.coordinators import entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.proxy import nginx_configuration
 from fedmed.deployment.run_files import _checked, run_server
-from fedmed.deployment.superlink import server_command
+from fedmed.deployment.superlink import cut_off, server_command
 from fedmed.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +247,47 @@ def test_the_example_of_nginx_configuration_is_the_one_that_is_written(tmp_path)
     assert (ROOT / "server" / "nginx.conf").read_text() == written.replace("user root;\n", "")
 
 
+# Runs that go on.
+
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
+
+
+def flower_run(number: int, series: int, status: str, details: str = "", minutes: int | None = -5) -> FlowerRun:
+    """A run that was taken up some minutes after noon, or not at all."""
+    started = None if minutes is None else NOON + timedelta(minutes=minutes)
+    submitted = NOON - timedelta(hours=1)
+    return FlowerRun(
+        number=number, series=series, status=status, details=details, submitted=submitted, started=started, config={}
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "minutes", "gone"),
+    [
+        ("running", "", -5, True),  # of an earlier SuperLink
+        ("starting", "", -5, True),
+        ("running", "", 5, False),
+        ("pending", "", None, False),  # it is yet to be started
+        ("finished:failed", "No heartbeat received from the task", -5, True),
+        ("finished:failed", "Task failed with unknown error.", 5, True),
+        ("finished:failed", "ServerApp failed with exception: paused: 1 of 2 sites took part", -5, False),
+        ("finished:stopped", "", -5, False),
+        ("finished:completed", "", -5, False),
+    ],
+)
+def test_a_run_goes_on_if_its_process_is_gone_without_a_word(status, details, minutes, gone):
+    run = flower_run(1, 7, status, details, minutes)
+    assert cut_off([run], NOON) == ([(run, 1)] if gone else [])
+
+
+def test_a_run_goes_on_three_times_and_only_its_last_try_counts():
+    tries = [flower_run(number, 7, "finished:failed") for number in range(5)]
+    for count in range(1, 6):
+        assert cut_off(tries[:count], NOON) == ([(tries[count - 1], count)] if count <= 3 else [])
+    assert cut_off([tries[0], flower_run(9, 7, "running", minutes=5)], NOON) == []
+    assert cut_off([tries[0], flower_run(9, 7, "finished:stopped")], NOON) == []
+
+
 # What the server is deployed with.
 
 
@@ -271,7 +314,8 @@ def test_the_unit_gives_the_server_nothing_that_it_does_not_need():
         rated = subprocess.run(words, capture_output=True, text=True, check=False)
         assert rated.returncode == 0, rated.stdout[-300:]
         said = (ROOT / "docs" / "deployment.md").read_text()
-        assert f"exposure {re.search(r'exposure level for .*: ([0-9.]+)', rated.stdout)[1]}" in said
+        score = re.search(r"exposure level for .*: ([0-9.]+)", rated.stdout)[1]
+        assert re.search(rf"exposure ([0-9.]+ and )?{re.escape(score)}\b", said)
 
 
 def test_the_container_is_no_root_and_publishes_one_port():

@@ -194,7 +194,7 @@ def stop(
     from fedmed.deployment.coordinators import entrance
 
     with control.control(entrance(folder)) as client:
-        control.stop_run(client, number)
+        control.stop_run(client, control.newest(client, number).number)
     print(f"run {number} is stopped")
 
 

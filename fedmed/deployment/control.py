@@ -63,6 +63,7 @@ class FlowerRun:
     status: str  # pending, starting, running, or finished:completed, :failed, :stopped
     details: str
     submitted: datetime
+    started: datetime | None  # when a process took it up
     config: Mapping[str, Any] = field(repr=False)  # flat, as it was submitted
 
     @property
@@ -208,6 +209,7 @@ def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun
             status=":".join(filter(None, (run.status.status, run.status.sub_status))),
             details=run.status.details,
             submitted=datetime.fromisoformat(run.pending_at),
+            started=datetime.fromisoformat(run.starting_at) if run.starting_at else None,
             config=run.override_config,
         )
         for run in found
@@ -232,8 +234,11 @@ def newest(client: ControlHttpClient, number: int) -> FlowerRun:
     Raises:
         RunFailed: there is no such run.
     """
-    (run,) = runs(client, number)
-    return [each for each in runs(client) if each.series == run.series][-1]
+    every = runs(client)
+    series = {run.series for run in every if run.number == number}
+    if not series:
+        raise RunFailed(f"there is no run {number}")
+    return [run for run in every if run.series in series][-1]
 
 
 def finished(server: Entrance, number: int, every_s: float = 1.0) -> FlowerRun:

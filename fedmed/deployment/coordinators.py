@@ -114,4 +114,10 @@ def coordinators(folder: ServerFolder) -> dict[str, x509.Certificate]:
     Raises:
         ConfigError: one of them is damaged.
     """
-    return {path.stem: read_certificate(path) for path in sorted(folder.coordinators.glob("*.crt"))}
+    found = {}
+    for path in sorted(folder.coordinators.glob("*.crt")):
+        try:
+            found[path.stem] = read_certificate(path)
+        except ConfigError as error:
+            raise ConfigError(f"{path.name} on the list of coordinators: {error}") from None
+    return found

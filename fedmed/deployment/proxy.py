@@ -190,11 +190,16 @@ class Proxy:
         Returns:
             What nginx has against them, which it then goes on without; None if all is well.
         """
-        if write_nginx(self._folder) is not None and self._child is not None and self._child.running:
-            tried = subprocess.run([*nginx_command(self._folder), "-t"], capture_output=True, text=True, check=False)
-            if tried.returncode:
-                return " ".join(tried.stderr.split())
-            os.kill(self._child.pid, signal.SIGHUP)
+        if self._child is None or not self._child.running:
+            return None
+        try:
+            write_nginx(self._folder)
+        except ConfigError as error:
+            return str(error)
+        tried = subprocess.run([*nginx_command(self._folder), "-t"], capture_output=True, text=True, check=False)
+        if tried.returncode:
+            return " ".join(tried.stderr.split())
+        os.kill(self._child.pid, signal.SIGHUP)
         return None
 
     def end(self) -> None:

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -36,7 +36,6 @@ START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
 LOST_S = 20.0  # between two looks for runs whose process is gone
 RESTART_S = 2.0
-UNDER_WAY = ("starting", "running")
 CONTINUE = 3  # times that a run is continued by itself
 KEEP = timedelta(days=7)
 
@@ -136,58 +135,63 @@ def _await(folder: ServerFolder, link: Child, stop: Stop) -> None:
 def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Callable[[str], None]) -> None:
     """Look after everything until the SuperLink ends or a stop is asked for."""
     sites: object = None
-    doors, begun, looked = _doors(folder), True, 0.0
+    began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - link.started)
+    doors, looked = _doors(folder), -LOST_S
     while not stop.is_set() and link.running:
-        try:
-            with control(own_entrance(folder)) as client:
-                listed = _stamps(folder.cards, "*.json")
-                if listed != sites:
-                    for line in agree(client, folder):
+        listed, now = _stamps(folder.cards, "*.json"), time.monotonic()
+        if listed != sites or now - looked > LOST_S:
+            try:
+                with control(own_entrance(folder)) as client:
+                    for line in (*agree(client, folder), *continue_lost(client, folder, began)):
                         say(line)
-                    sites = listed
-                if begun or time.monotonic() - looked > LOST_S:
-                    for line in continue_lost(client, folder, begun=begun):
-                        say(line)
-                    begun, looked = False, time.monotonic()
-        except RunFailed as error:
-            if link.running:
-                say(f"{error}; tried again")
+                sites, looked = listed, now
+            except RunFailed as error:
+                if link.running:
+                    say(f"{error}; tried again")
         if proxy.look({link.pid} | descendants(link.pid)):
             say("nginx ended by itself and was started again")
-        if (now := _doors(folder)) != doors:
-            against = proxy.read_again()
-            doors = now
-            say(f"nginx refuses the new list: {against}" if against else "the list of coordinators was read again")
+        if (there := _doors(folder)) != doors:
+            against, doors = proxy.read_again(), there
+            say(f"the list of coordinators stays as it was: {against}" if against else "certificates were read again")
         reap(keep={link.pid} | proxy.pids)
         stop.wait(LOOK_S)
 
 
-def continue_lost(client: ControlHttpClient, folder: ServerFolder, *, begun: bool) -> list[str]:
-    """Submit runs again whose process is gone, a few times at most, and nothing that is older than a week.
-
-    Flower notices such a process after a minute. That of a run which is under way when the SuperLink begins is gone.
+def continue_lost(client: ControlHttpClient, folder: ServerFolder, began: datetime) -> list[str]:
+    """Submit runs again whose process is gone, if they gave a sign of life in the last week.
 
     Args:
         client: of the server.
         folder: of the server.
-        begun: whether the SuperLink was just started.
+        began: when the SuperLink was started.
 
     Returns:
         What was done, in words.
     """
-    series: dict[int, list[FlowerRun]] = {}
-    for run in runs(client):
-        series.setdefault(run.series, []).append(run)
     said = []
-    for tries in series.values():
-        last = tries[-1]
-        gone = last.lost or (begun and last.status in UNDER_WAY)
-        if gone and len(tries) <= CONTINUE and _last_sign(folder, last) > datetime.now(UTC) - KEEP:
-            new = continue_run(client, last)
-            if not last.ended:
-                stop_run(client, last.number)
-            said.append(f"run {last.number} was cut off; run {new} goes on with it ({len(tries)} of {CONTINUE} times)")
+    for run, tries in cut_off(runs(client), began):
+        if _last_sign(folder, run) > datetime.now(UTC) - KEEP:
+            new = continue_run(client, run)
+            if not run.ended:
+                stop_run(client, run.number)
+            said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
     return said
+
+
+def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun, int]]:
+    """The runs whose process is gone without a word, and for the how many-th time; none that was continued thrice.
+
+    Flower notices such a process after a minute. That of a run which an earlier SuperLink started is gone.
+
+    Args:
+        every: all runs, the oldest first.
+        began: when the SuperLink was started.
+    """
+    series: dict[int, list[FlowerRun]] = {}
+    for run in every:
+        series.setdefault(run.series, []).append(run)
+    last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
+    return [(run, tries) for run, tries in last if run.lost or (not run.ended and (run.started or began) < began)]
 
 
 def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
