@@ -178,6 +178,14 @@ def test_an_object_that_cannot_be_parsed_is_counted_and_not_asked_for_again(tmp_
     assert not holdings.sent
 
 
+def test_values_that_no_header_may_have_make_nobody_quote_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    odd = named_object(1, BodyPartExamined="thorax of Wilhelmina", Modality="dx of Quisling", StudyDate="in 1934")
+    with archive_of(Holdings(odd)) as address:
+        pulled = pull(dimse(address), Query(accessions=("ACC8841907",)), tmp_path / "out", pseudonyms_in(tmp_path))
+    assert pulled.images == 1  # a warning would have been an error
+    assert not any(word in "".join(capfd.readouterr()).lower() for word in PLANTED)
+
+
 def test_a_torn_journal_line_loses_nothing(tmp_path: Path):
     pseudonyms = pseudonyms_in(tmp_path)
     holdings = Holdings(*(named_object(number) for number in range(3)))

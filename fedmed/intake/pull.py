@@ -7,6 +7,7 @@ there is not asked for again; of one that was broken off, only the objects that 
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -72,7 +73,8 @@ def pull(
     Raises:
         DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written.
     """
-    found = patiently(lambda _: list(archive.find(query)), wait_s=wait_s)
+    with warnings.catch_warnings(action="ignore"):  # pydicom's quote values
+        found = patiently(lambda _: list(archive.find(query)), wait_s=wait_s)
     wanted = [series for series in found if meets(query, series)]
     if not wanted:
         raise DataError("nothing in the archive meets the query")
@@ -145,7 +147,8 @@ def _pull_series(
             if name not in here:
                 raise Interrupted("the archive does not send all objects of a series")
 
-    patiently(ask, wait_s=wait_s)
+    with warnings.catch_warnings(action="ignore"):
+        patiently(ask, wait_s=wait_s)
     journal.end(key)
 
 
