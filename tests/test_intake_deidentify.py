@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import cells_of, content_of, image_object, item_of, picture, written
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from intake_files import NAME, NUMBER, PLANTED, WORD, cleaned, named_object, pseudonyms_in
 from pydicom.datadict import DicomDictionary, keyword_for_tag, tag_for_keyword
@@ -82,6 +82,7 @@ def test_says_what_was_done_to_it(pseudonyms: Pseudonyms):
     ),
     blob=st.sampled_from([NAME.encode(), WORD.encode("utf-16-le"), NUMBER.encode()]),
 )
+@example(planted=[("SH", KEYWORDS["SH"].index("ConvolutionKernel"), NUMBER[3:], 0)], blob=NAME.encode())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_identifier_survives_in_any_text_element_at_any_depth(pseudonyms: Pseudonyms, planted, blob):
     ds = named_object()

@@ -187,6 +187,7 @@ def _words(dataset: Dataset) -> Iterator[str]:
             for part in re.split(separators, str(element.value)):
                 if len(word := _folded(part)) >= SHORTEST_WORD:
                     yield word
+                    yield from re.findall(rf"[0-9]{{{SHORTEST_PART},}}", word)  # without the letters before it
 
 
 def _folded(text: str) -> str:
