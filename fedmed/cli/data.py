@@ -145,7 +145,7 @@ def import_(
     """Write the manifest of an archive, joined with a table of labels, with pseudonyms for its patients.
 
     Images stay where they are, but for DICOM, which is de-identified into DIR. The same command again goes on where it
-    was interrupted.
+    was interrupted. KIND: dicom, nih, chexpert, mimic-cxr, rsna, vinbig, brats or pairs; SRC: the archive's folder.
 
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """

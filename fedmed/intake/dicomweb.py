@@ -180,7 +180,8 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
             raise DataError(f"the archive {ENDED[status]}") from None
         if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR or not searching:
             raise Interrupted(f"the archive answers with status {status}") from None
-        raise DataError(f"the archive does not understand the search (status {status})") from None
+        raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
+                        "DICOMweb service begins?") from None  # fmt: skip
     except requests.exceptions.SSLError:
         raise DataError("TLS: the certificate of the archive is not trusted, or belongs to another name; give the "
                         "certificate of the authority that signed it with --ca") from None  # fmt: skip

@@ -76,7 +76,9 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
                 writer.writeheader()
             writer.writerow(row)
         if writer is None:
-            raise DataError(f"nothing of {source} can be imported: {_listed(report) or 'it holds no image'}")
+            hint = "; see join and column in labels.toml, zeros the table lost, and whether these are the pull's keys"
+            why = f"{_listed(report)}{hint if rules.table else ''}" if report.unmatched else "it holds no image"
+            raise DataError(f"nothing of {source} can be imported: {why}")
     return report
 
 

@@ -82,6 +82,8 @@ def _excel(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path.name}: no such file") from None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path.name}: not an XLSX that can be read ({type(error).__name__})") from None
     try:
