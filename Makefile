@@ -28,7 +28,7 @@ flower-demo: .venv/installed ## the same federation through `flwr run . local`, 
 	@$(BIN)/python simulations/flower-demo/run.py
 
 test: .venv/installed ## all kinds of tests at small counts, under ten minutes on two cores
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow

@@ -15,6 +15,14 @@ from fedmed.federated.simulation import local_grid, run_on
 ROOT = Path(__file__).parent.parent
 
 
+LONGEST = ("test_deployment_tls", "test_flower_engines", "test_bad_input", "test_demo", "test_resume_kills")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take minutes, so that two workers end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory):
     """No test touches the home folder of who runs it."""

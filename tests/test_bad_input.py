@@ -226,7 +226,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="a small disk needs a private mount, which this machine does not allow")
-@pytest.mark.parametrize("size_kib", [64, 4000, 10_000])
+@pytest.mark.parametrize("size_kib", [64, 4000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(toy_config, tmp_path, size_kib):
     """A run folder on a disk of its own that is too small, at several moments of the run."""
     config = toy_config("a-4", "b-4", model={"name": "toy:heavy", "width": 1000}, train={"rounds": 3})

@@ -133,10 +133,8 @@ def test_flwr_run_local_gives_the_same_weights(flower_home, local_parameters, tm
 
 @pytest.mark.deployment
 @pytest.mark.timeout(600)
-def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_site(
-    flower_home, local_parameters, tmp_path
-):
-    """A real SuperLink and three SuperNodes; every hospital reads its own site.toml, one of them cannot take part."""
+def test_a_superlink_and_flowers_own_supernodes_give_the_same_weights(flower_home, local_parameters, tmp_path):
+    """A real SuperLink and two SuperNodes as Flower starts them; every hospital reads its own site.toml."""
     port = free_port()
     link = f"127.0.0.1:{port}"
     (tmp_path / "cli").mkdir()
@@ -161,10 +159,10 @@ def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_sit
 
         start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
         wait_for(port)
-        for name, reference in (("a-40", "a-40"), ("b-20", "b-20"), ("c-30", "broken-30")):
+        for name in ("a-40", "b-20"):
             site = tmp_path / f"{name}.toml"
             site.write_text(
-                f'name = "{name}"\nmanifest = "{reference}"\ndataset = "toy:dataset"\nnetworks = ["toy:network"]\n'
+                f'name = "{name}"\nmanifest = "{name}"\ndataset = "toy:dataset"\nnetworks = ["toy:network"]\n'
             )
             start(
                 f"node-{name}",
@@ -172,7 +170,7 @@ def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_sit
                 *("--node-config", f'site="{site}"'),
             )
         cli = {**flower_home("cli"), "COLUMNS": "200"}
-        wait_for_nodes(cli, 3)
+        wait_for_nodes(cli, 2)
         done = subprocess.run(
             [str(BIN / "flwr"), "run", str(ROOT), "test", "--stream", "-c", run_config(data__sites="/etc/passwd")],
             env=cli,
@@ -184,8 +182,7 @@ def test_a_superlink_and_supernodes_give_the_same_weights_and_name_a_dropped_sit
         assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
-    assert result["status"] == "degraded"
-    assert result["reason"] == "c-30: the site's data cannot be used for this task"
+    assert result["status"] == "completed"
     assert [site["site"] for site in result["sites"]] == ["a-40", "b-20"]
     np.testing.assert_allclose(parameters(folder), local_parameters, rtol=0, atol=1e-6)
     for log in [*tmp_path.glob("*.log"), *(path for path in folder.rglob("*") if path.is_file())]:

@@ -283,6 +283,7 @@ def test_without_out_results_go_into_a_folder_of_their_own(cxr_run, phantoms, tm
 
 
 def test_help_has_an_example_and_needs_no_torch(fedmed):
-    assert "Example: fedmed predict" in fedmed("predict", "--help").stdout
+    shown = fedmed("predict", "--help").stdout
+    assert "Example: fedmed predict" in shown and "a run folder  [required]" in shown
     light = "import sys, fedmed.cli.predict; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0

@@ -7,10 +7,12 @@ import sys
 
 import click
 import typer
+import typer.core
 
 from fedmed.cli import compare, data, ledger, predict, privacy, report, server, simulate, site, sweep
 from fedmed.errors import FedmedError
 
+typer.core.HAS_RICH = False  # with it "[required]" gets a backslash, for a markup that is not read
 app = typer.Typer(
     name="fedmed",
     help="Federated learning across hospitals: networks train where the images are.",
