@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_files import cells_of, image_object, written
+from orthanc import MISSING, PASSWORD, USER, Orthanc
 from PIL import Image, ImageDraw, ImageFont
 
 from fedmed import config as run_file
@@ -15,6 +17,9 @@ from fedmed.cli.intake import check_data, import_data, write_card
 from fedmed.cli.pull import site_pseudonyms
 from fedmed.errors import ConfigError
 from fedmed.intake.check import here
+from fedmed.intake.dicomweb import DicomWeb
+from fedmed.intake.pull import pull
+from fedmed.intake.query import Query
 
 pytestmark = pytest.mark.simulation
 
@@ -76,19 +81,42 @@ def hospital(folder: Path, first: int) -> Archive:
     return archive
 
 
-def first_day(folder: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> tuple[Archive, Path]:
-    """Import, look at labels.toml, check, mend, check again, card."""
+@pytest.fixture
+def pacs(tmp_path, monkeypatch):
+    """A PACS, where Orthanc is installed; else None."""
+    if MISSING:
+        yield None
+        return
+    monkeypatch.setenv("FEDMED_PACS_USER", USER)
+    monkeypatch.setenv("FEDMED_PACS_PASSWORD", PASSWORD)
+    (tmp_path / "pacs" / "db").mkdir(parents=True)
+    running = Orthanc(tmp_path / "pacs")
+    running.start()
+    yield running
+    running.kill()
+
+
+def first_day(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, first: int, pacs: Orthanc | None = None
+) -> tuple[Archive, Path]:
+    """Pull if there is a PACS, import, look at labels.toml, check, mend, check again, card."""
     monkeypatch.setattr("fedmed.intake.check.apart", here)
     folder.mkdir()
     archive, out = hospital(folder, first), folder / folder.name
-    keys = site_pseudonyms(None, folder / "keys")
+    source, keys = archive.folder, site_pseudonyms(None, folder / "keys")
+    if pacs:
+        pacs.store(sorted(source.rglob("*.dcm")))
+        shutil.rmtree(source)
+        source = out
+        pulled = pull(DicomWeb(f"http://127.0.0.1:{pacs.web}/dicom-web"), Query(modalities=("DX",)), source, keys)
+        assert (pulled.images, sum(pulled.quarantined.values()), pulled.failed) == (27, 2, 0)
     settings = {
         "table": folder / "ris.csv", "labels": None, "opt_out": folder / "withdrawn.csv", "uncertain": "ignore",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="first guess"):
-        import_data("dicom", archive.folder, out, keys, **settings)
+        import_data("dicom", source, out, keys, **settings)
     assert 'positive = ["ja"]' in (out / "labels.toml").read_text()
-    import_data("dicom", archive.folder, out, keys, **settings)
+    import_data("dicom", source, out, keys, **settings)
     assert not check_data(out, labels=(), html=None, as_json=False)  # one person under two ids
     facts = json.loads((out / "check.json").read_text())
     (leak,) = [finding for finding in facts["findings"] if finding["state"] == "fail"]
@@ -101,8 +129,9 @@ def first_day(folder: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> tupl
     return archive, out
 
 
-def test_from_an_archive_full_of_names_to_a_round_that_tells_none(tmp_path, monkeypatch, simulate):
-    sites = {name: first_day(tmp_path / name, monkeypatch, first) for name, first in (("north", 100), ("south", 300))}
+def test_from_an_archive_full_of_names_to_a_round_that_tells_none(tmp_path, monkeypatch, simulate, pacs):
+    days = (("north", 100, pacs), ("south", 300, None))
+    sites = {name: first_day(tmp_path / name, monkeypatch, first, archive) for name, first, archive in days}
     for archive, out in sites.values():
         with (out / "manifest.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

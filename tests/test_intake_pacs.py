@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import socket
 import socketserver
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +18,9 @@ from pathlib import Path
 import pytest
 from dicom_files import written
 from intake_files import PLANTED, named_object, pseudonyms_in
+from orthanc import MISSING, PASSWORD, USER, Orthanc
 from pydicom.uid import MRImageStorage
-from real_consortium import command, free_port
+from real_consortium import command
 
 from fedmed.errors import DataError
 from fedmed.intake.archive import Archive
@@ -30,60 +29,10 @@ from fedmed.intake.dimse import Dimse
 from fedmed.intake.pull import pull
 from fedmed.intake.query import Query
 
-PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
-MISSING = [name for name in ("Orthanc", "storescu") if not (shutil.which(name) or Path("/usr/sbin", name).exists())]
-pytestmark = [
-    pytest.mark.pacs,
-    pytest.mark.skipif(bool(MISSING) or not PLUGIN.exists(), reason="orthanc, orthanc-dicomweb or dcmtk is missing"),
-]
-USER, PASSWORD = "fedmed", "test-only"
+pytestmark = [pytest.mark.pacs, pytest.mark.skipif(MISSING, reason="orthanc, orthanc-dicomweb or dcmtk is missing")]
 ANY = Query(dates="19000101-")
 SERIES = 3
 EACH = 6  # objects of a series
-
-
-class Orthanc:
-    """The archive, which can be killed and started again over the same objects."""
-
-    def __init__(self, folder: Path) -> None:
-        self.web, self.dicom = free_port(), free_port()
-        self._file = folder / "orthanc.json"
-        modality = {"AET": "FEDMED", "Host": "127.0.0.1", "Port": 11112, "AllowGet": True}
-        settings = {
-            "Name": "hospital", "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
-            "Plugins": [str(PLUGIN)], "HttpPort": self.web, "RemoteAccessAllowed": False,
-            "AuthenticationEnabled": True, "RegisteredUsers": {USER: PASSWORD}, "DicomAet": "HOSPA",
-            "DicomPort": self.dicom, "DicomCheckCalledAet": True, "DicomCheckModalityHost": True,
-            "DicomAlwaysAllowEcho": False, "DicomAlwaysAllowStore": False, "DicomModalities": {"fedmed": modality},
-            "DicomWeb": {"Enable": True, "Root": "/dicom-web/", "Ssl": False},
-        }  # fmt: skip
-        self._file.write_text(json.dumps(settings))
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        program = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
-        self._process = subprocess.Popen(
-            [program, str(self._file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        for line in self._process.stderr:
-            if b"Orthanc has started" in line:
-                break
-        threading.Thread(target=self._process.stderr.read, daemon=True).start()  # so that it never waits for us
-        opener = urllib.request.build_opener(_basic(self.web))
-        assert opener.open(f"http://127.0.0.1:{self.web}/system", timeout=60).status == 200
-
-    def kill(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process.stderr.close()
-            self._process = None
-
-
-def _basic(port: int) -> urllib.request.HTTPBasicAuthHandler:
-    passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-    passwords.add_password(None, f"http://127.0.0.1:{port}/", USER, PASSWORD)
-    return urllib.request.HTTPBasicAuthHandler(passwords)
 
 
 class Proxy(socketserver.ThreadingTCPServer):
@@ -149,9 +98,7 @@ def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
             tags = {"BurnedInAnnotation": "YES"} if number == 5 else {}
             tags |= {"SOPClassUID": MRImageStorage, "Modality": "MR"} if series == 2 else {}
             written(named_object(number, series=series, **tags), folder / f"{series}-{number}.dcm")
-    files = [str(path) for path in sorted(folder.glob("*.dcm"))]
-    store = ["storescu", "-aet", "FEDMED", "-aec", "HOSPA", "127.0.0.1", str(archive.dicom), *files]
-    subprocess.run(store, check=True, timeout=60)
+    archive.store(sorted(folder.glob("*.dcm")))
     try:
         yield archive
     finally:
