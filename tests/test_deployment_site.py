@@ -430,6 +430,30 @@ def test_an_image_that_cannot_be_read_is_found_by_the_dry_round(phantoms, tmp_pa
     assert not found["dry round"].ok and "cannot be read" in found["dry round"].said
 
 
+def test_the_check_neither_counts_nor_opens_the_images_of_who_withdrew(phantoms, tmp_path):
+    folder = Path(shutil.copytree(phantoms / "north", tmp_path / "copy"))
+    source = phantoms / "data" / "site-1"
+    header, *lines = (source / "manifest.csv").read_text().splitlines()
+    place = header.split(",").index("image")
+    cells = [line.split(",") for line in lines]
+    gone = list(dict.fromkeys(line[0] for line in cells))[:2]
+    for line in cells:  # an image that is not there would fail the dry round
+        line[place] = "withdrawn.dcm" if line[0] in gone else str(source / line[place])
+    manifest, listed = tmp_path / "manifest.csv", folder / "withdrawn.csv"
+    manifest.write_text("\n".join([header, *map(",".join, cells)]) + "\n")
+    text = re.sub(r"manifest = .*", f'manifest = "{manifest}"', (folder / "site.toml").read_text())
+    (folder / "site.toml").write_text(text.replace('opt-out = ""', 'opt-out = "withdrawn.csv"'))
+    found = {each.what: each for each in check_site(folder)}
+    assert not found["manifest"].ok and "withdrew cannot be read" in found["manifest"].said
+    assert "\n" not in found["manifest"].said and "dry round" not in found
+    listed.write_text("\n".join(["patient_id", *gone]) + "\n")
+    found = {each.what: each for each in check_site(folder)}
+    assert found["manifest"].said.endswith("of 10 patients; 2 more withdrew (opt-out)")
+    assert found["dry round"].ok and found["dry round"].said.startswith("10 patients, ")
+    listed.write_text("\n".join(["patient_id", *(line[0] for line in cells)]) + "\n")
+    assert "opted out" in {each.what: each for each in check_site(folder)}["manifest"].said
+
+
 CLIENT = ROOT / "client"
 
 

@@ -20,6 +20,7 @@ from fedmed.deployment import certificates, node_keys, reach
 from fedmed.deployment.kits import Kit
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.federated.site_config import withdrawn_of
 from fedmed.privacy import keys as site_keys
 from fedmed.privacy.verification import examine
 
@@ -132,11 +133,13 @@ def approval(site: SiteFolder) -> str:
 
 
 def manifest(site: SiteFolder) -> str:
-    """Whether the manifest can be read; ten patients' images are read by the dry round.
+    """Whether the manifest and the list of who withdrew can be read; the dry round reads ten patients' images.
 
     Raises:
-        DataError: it cannot.
+        DataError: one of them cannot, or nobody is left.
+        LedgerUnusable: the keys, without which nobody's pseudonym is known, cannot be read.
     """
+    withdrawn = withdrawn_of(site.file)
     if site.config.dataset:
         return f"the site reads its data with {site.config.dataset}; not looked at"
     path = site.root / site.config.manifest
@@ -153,7 +156,11 @@ def manifest(site: SiteFolder) -> str:
         raise DataError(f"the manifest cannot be read ({type(error).__name__}); see site.toml, manifest") from None
     if not patients:
         raise DataError("the manifest has no rows")
-    return f"{len(patients)} rows of {len(set(patients))} patients"
+    left = [patient for patient in patients if patient not in withdrawn]
+    if not left:
+        raise DataError("every patient of the manifest has opted out")
+    gone = len(set(patients) & withdrawn)
+    return f"{len(left)} rows of {len(set(left))} patients" + (f"; {gone} more withdrew (opt-out)" if gone else "")
 
 
 def tried(site: SiteFolder) -> Iterator[Finding]:

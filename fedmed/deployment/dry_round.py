@@ -23,6 +23,7 @@ from fedmed.config import RunConfig
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.deployment.task import confine_task, scratch
 from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.federated.site_config import withdrawn_of
 from fedmed.imaging.reading import PRESETS, read_image
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.site_round import Site, settings_for_sites, train_round
@@ -34,12 +35,12 @@ VOLUMES = (".nii", ".nii.gz")
 
 
 def dry_round(site: SiteFolder) -> str:
-    """Train one round on the site's first ten patients, and say what it took.
+    """Train one round on the site's first ten patients who have not withdrawn, and say what it took.
 
     Raises:
         FedmedError: it cannot be done with these data on this device.
     """
-    rows, header = _first_rows(site.root / site.config.manifest)
+    rows, header = _first_rows(site.root / site.config.manifest, withdrawn_of(site.file))
     with tempfile.TemporaryDirectory(dir=scratch(site)) as folder:
         path = Path(folder) / "manifest.csv"
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -107,13 +108,15 @@ def _is_volume(image: Path) -> bool:
     return image.is_dir() or image.name.endswith(VOLUMES)
 
 
-def _first_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of the first ten patients, with absolute paths."""
+def _first_rows(path: Path, withdrawn: frozenset[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of the first ten patients who have not withdrawn, with absolute paths."""
     patients: set[str] = set()
     rows = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
             row = {name.strip(): (value or "").strip() for name, value in row.items()}
+            if row["patient_id"] in withdrawn:
+                continue
             patients.add(row["patient_id"])
             if len(patients) > PATIENTS:
                 break
@@ -122,7 +125,7 @@ def _first_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
                     row[name] = ";".join(str(path.parent / part) if part else "" for part in row[name].split(";"))
             rows.append(row)
     if not rows:
-        raise DataError("the manifest has no rows")
+        raise DataError("the manifest has no rows of patients who have not withdrawn")
     return rows, list(rows[0])
 
 

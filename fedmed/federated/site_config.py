@@ -11,6 +11,9 @@ from pydantic import Field, ValidationError
 from fedmed import config as run_file
 from fedmed.config import Section
 from fedmed.errors import ConfigError
+from fedmed.intake.opt_out import opted_out
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.privacy.keys import read_keys
 from fedmed.privacy.policy import SitePolicy
 
 
@@ -50,3 +53,21 @@ def read_site_config(path: Path) -> SiteConfig:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def withdrawn_of(path: Path) -> frozenset[str]:
+    """Whatever a manifest may call the patients who have withdrawn by now: their list is read anew for every task.
+
+    Args:
+        path: of the hospital's site.toml.
+
+    Raises:
+        ConfigError: the site.toml is missing or wrong.
+        DataError: the list cannot be read.
+        LedgerUnusable: the site's keys, without which nobody's pseudonym is known, cannot be read.
+    """
+    values = read_site_config(path)
+    if not values.opt_out:
+        return frozenset()
+    pseudonyms = Pseudonyms(keys=read_keys(path.parent / values.keys_dir))
+    return opted_out(path.parent / values.opt_out, pseudonyms)

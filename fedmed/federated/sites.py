@@ -16,11 +16,8 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
-from fedmed.federated.site_config import SiteConfig, read_site_config
+from fedmed.federated.site_config import SiteConfig, read_site_config, withdrawn_of
 from fedmed.imaging.cache import cache_folder
-from fedmed.intake.opt_out import opted_out
-from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.privacy.keys import read_keys
 from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site_round import Site
@@ -62,7 +59,8 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
         ConfigError: there is no site.toml at a deployed node, it is wrong, or there is no such partition.
     """
     if node.get("site"):
-        return _without_withdrawn(Path(str(node["site"])))
+        path = Path(str(node["site"]))
+        return replace(read_site(path), withdrawn=withdrawn_of(path))
     if not node.get("virtual") and "ray" not in sys.modules:
         raise ConfigError("start this SuperNode with --node-config 'site=\"/path/to/site.toml\"'")
     sites = virtual_sites(os.environ.get(SIMULATION, ""), tuple(flat.items()), str(node.get("device", "cpu")))
@@ -72,21 +70,6 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
     run = os.environ.get(SIMULATION, "")  # over Ray a run file lies in its run folder, and states beside it
     states = str(node.get("states", "") or (Path(run).parent / "sites" if run else ""))
     return _at(sites[number], Path(states)) if states else _without_records(sites[number])
-
-
-def _without_withdrawn(path: Path) -> Site:
-    """A hospital's site, less the patients who have withdrawn by now: their list is read anew for every task.
-
-    Raises:
-        ConfigError: the site.toml is missing or wrong.
-        DataError: the list cannot be read.
-        LedgerUnusable: the site's keys, without which nobody's pseudonym is known, cannot be read.
-    """
-    site, values = read_site(path), read_site_config(path)
-    if not values.opt_out:
-        return site
-    pseudonyms = Pseudonyms(keys=read_keys(path.parent / values.keys_dir))
-    return replace(site, withdrawn=opted_out(path.parent / values.opt_out, pseudonyms))
 
 
 def _at(site: Site, states: Path) -> Site:
