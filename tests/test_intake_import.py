@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from image_sets import REAL
 from PIL import Image
 
+from fedmed.cli.intake import import_data
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import read_manifest
@@ -21,7 +22,7 @@ from fedmed.intake.importing import Rules, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.nih import LABELS as NIH_LABELS
 from fedmed.intake.labels import LabelRules, guessed_rules, read_label_rules, read_labels
-from fedmed.intake.opt_out import opted_out, remember
+from fedmed.intake.opt_out import opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
 from fedmed.privacy.keys import make_keys
@@ -344,7 +345,7 @@ def test_who_withdrew_is_left_out_by_id_or_by_pseudonym_and_only_pseudonyms_are_
     listed = table(tmp_path / "optout.csv", "patient_id", "17", pseudonyms.patient("18"))
     names = opted_out(listed, pseudonyms)
     remember(names, tmp_path / "kept.csv")
-    again = opted_out(tmp_path / "kept.csv", pseudonyms)
+    again = remembered(tmp_path / "kept.csv")
     for withdrawn in (names, again):
         report = import_images(
             "pairs", source, tmp_path / "out", Rules(pseudonyms=pseudonyms, table=rules.table, withdrawn=withdrawn)
@@ -354,6 +355,22 @@ def test_who_withdrew_is_left_out_by_id_or_by_pseudonym_and_only_pseudonyms_are_
     kept = (tmp_path / "kept.csv").read_text().split()
     assert "17" not in kept and pseudonyms.patient("17") in kept
     assert (tmp_path / "kept.csv").stat().st_mode & 0o077 == 0
+
+
+def test_the_kept_list_of_who_withdrew_does_not_grow_with_every_import(tmp_path, pseudonyms):
+    listed = table(tmp_path / "optout.csv", "patient_id", "17", pseudonyms.patient("18"))
+    archive, out = tmp_path / "in", tmp_path / "out"
+    settings = {"table": None, "labels": None, "uncertain": "ignore"}
+    for name in ("images/a.png", "masks/a_mask.png"):
+        picture(archive / name)
+    import_data("pairs", archive, out, pseudonyms, opt_out=listed, **settings)
+    first = (out / "opt-out.csv").read_text()
+    for opt_out in (listed, None, out / "opt-out.csv"):
+        import_data("pairs", archive, out, pseudonyms, opt_out=opt_out, **settings)
+        assert (out / "opt-out.csv").read_text() == first
+    table(out / "opt-out.csv", "patient_id", "17")  # put there by hand: not what fedmed keeps
+    with pytest.raises(DataError, match="--opt-out"):
+        import_data("pairs", archive, out, pseudonyms, opt_out=None, **settings)
 
 
 def test_a_list_of_withdrawals_that_cannot_be_read_stops_everything(tmp_path, pseudonyms):

@@ -21,7 +21,7 @@ from fedmed.intake.journal import TABLE as PULLED
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import take_in
 from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
-from fedmed.intake.opt_out import opted_out, remember
+from fedmed.intake.opt_out import opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 
 OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
@@ -54,9 +54,9 @@ def import_data(
     known = (
         None if table is None else _labels(kind, table, labels or out / LABELS, pseudonyms, given=labels is not None)
     )
-    lists = [*([opt_out] if opt_out is not None else []), *([out / OPT_OUT] if (out / OPT_OUT).exists() else [])]
-    withdrawn = frozenset(name for each in lists for name in opted_out(each, pseudonyms))
-    if lists:
+    withdrawn = remembered(out / OPT_OUT)
+    if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
+        withdrawn |= opted_out(opt_out, pseudonyms)
         remember(withdrawn, out / OPT_OUT)
     if kind == "dicom" and not (source / PULLED).is_file():
         with bar("de-identifying") as progress:

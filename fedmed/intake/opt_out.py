@@ -42,8 +42,22 @@ def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
     return frozenset(listed | {pseudonyms.patient(patient) for patient in listed})
 
 
+def remembered(path: Path) -> frozenset[str]:
+    """The names that `remember` wrote: pseudonyms already, of which no others are made.
+
+    Raises:
+        DataError: the table is there and cannot be read, or holds what is no pseudonym.
+    """
+    if not path.exists():
+        return frozenset()
+    names = frozenset(row.get(COLUMN, "") for _, row in table_rows(path))
+    if not all(map(PSEUDONYM.fullmatch, names)):
+        raise DataError(f"{path.name}: holds what is no pseudonym; name your own list with --opt-out")
+    return names
+
+
 def remember(names: frozenset[str], path: Path) -> None:
-    """Write the pseudonyms among these names as a table for `opted_out`, whole or not at all, for its owner alone."""
+    """Write the pseudonyms among these names as a table for `remembered`, whole or not at all, for its owner alone."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.touch(mode=0o600)
     part.write_text("\n".join([COLUMN, *sorted(filter(PSEUDONYM.fullmatch, names))]) + "\n", encoding="ascii")
