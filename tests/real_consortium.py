@@ -35,9 +35,9 @@ max-weight-share = 1.0
 """
 
 
-def command(*words: object) -> None:
-    """A `fedmed` command, in this process: importing once is enough."""
-    typer.main.get_command(app).main(list(map(str, words)), standalone_mode=False)
+def command(*words: object) -> object:
+    """A `fedmed` command, in this process: importing once is enough. Returns a status that it ended with early."""
+    return typer.main.get_command(app).main(list(map(str, words)), standalone_mode=False)
 
 
 def free_port() -> int:

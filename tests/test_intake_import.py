@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import REAL
 from PIL import Image
+from real_consortium import command
 
 from fedmed.cli.intake import import_data
 from fedmed.config import TaskConfig
@@ -355,6 +356,22 @@ def test_who_withdrew_is_left_out_by_id_or_by_pseudonym_and_only_pseudonyms_are_
     kept = (tmp_path / "kept.csv").read_text().split()
     assert "17" not in kept and pseudonyms.patient("17") in kept
     assert (tmp_path / "kept.csv").stat().st_mode & 0o077 == 0
+
+
+def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp_path, capsys):
+    image = picture(tmp_path / "in" / "images" / "a.png")
+    sheet = table(tmp_path / "labels.csv", "image,Erguss", "b.png,1")
+    words = (tmp_path / "in", "--out", tmp_path / "out", "--table", sheet)
+    with pytest.raises(ConfigError, match="no kind of archive"):  # and no word about keys yet
+        command("data", "import", "xray", *words)
+    assert command("data", "import", "pairs", *words, "--keys", tmp_path / "keys") == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("wrote ") and "nothing is imported yet" in said.out and not said.err
+    assert (tmp_path / "out" / "labels.toml").stat().st_mode & 0o077 == 0
+    with pytest.raises(DataError, match=r"which ones: .*unmatched\.csv"):
+        command("data", "import", "pairs", *words, "--keys", tmp_path / "keys")
+    assert missed(tmp_path / "out") == [("image without row", str(image)), ("row without image", "row 2 of the table")]
+    assert not (tmp_path / "out" / "manifest.csv").exists()
 
 
 def test_the_kept_list_of_who_withdrew_does_not_grow_with_every_import(tmp_path, pseudonyms):

@@ -144,18 +144,21 @@ def import_(
 ) -> None:
     """Write the manifest of an archive, joined with a table of labels, with pseudonyms for its patients.
 
+    The first call with a table writes DIR/labels.toml for you to correct, imports nothing yet, and ends with status 1.
     Images stay where they are, but for DICOM, which is de-identified into DIR. The same command again goes on where it
     was interrupted. KIND: dicom, nih, chexpert, mimic-cxr, rsna, vinbig, brats or pairs; SRC: the archive's folder.
 
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """
-    from fedmed.cli.intake import import_data
+    from fedmed.cli.intake import check_archive, import_data
     from fedmed.cli.pull import site_pseudonyms
 
-    import_data(
+    check_archive(kind, source)
+    if not import_data(
         kind, source, out, site_pseudonyms(site, keys),
         table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
-    )  # fmt: skip
+    ):  # fmt: skip
+        raise typer.Exit(1)
 
 
 @app.command("check")

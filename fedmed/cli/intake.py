@@ -28,6 +28,18 @@ OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
 SIGNS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
 
+def check_archive(kind: str, source: Path) -> None:
+    """Before anything is made: whether there can be such an archive.
+
+    Raises:
+        FedmedError: no such kind, or no such folder.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f'"{kind}" is no kind of archive; there are {", ".join(KINDS)}')
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder")
+
+
 def import_data(
     kind: str,
     source: Path,
@@ -38,22 +50,22 @@ def import_data(
     labels: Path | None,
     opt_out: Path | None,
     uncertain: Uncertain,
-) -> None:
-    """Import an archive, and say what became of it.
+) -> bool:
+    """Import an archive, and say what became of it; False if labels.toml was written instead, for a person to read.
 
     Raises:
-        FedmedError: a file is missing or wrong, or labels.toml was written only now.
+        FedmedError: a file is missing or wrong.
     """
-    if kind not in KINDS:
-        raise ConfigError(f'"{kind}" is no kind of archive; there are {", ".join(KINDS)}')
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder")
     if labels is not None and table is None:
         raise ConfigError("--labels says what a table means; name the table with --table")
     out.mkdir(parents=True, exist_ok=True)
-    known = (
-        None if table is None else _labels(kind, table, labels or out / LABELS, pseudonyms, given=labels is not None)
-    )
+    known = None
+    if table is not None:
+        path = labels or out / LABELS
+        if labels is None and not path.exists():
+            _guess(kind, table, path)
+            return False
+        known = read_labels(table, read_label_rules(path), pseudonyms)
     withdrawn = remembered(out / OPT_OUT)
     if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
         withdrawn |= opted_out(opt_out, pseudonyms)
@@ -65,13 +77,17 @@ def import_data(
     rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, uncertain=uncertain)
     report = import_images(kind, source, out, rules)
     _say(report, known, out)
+    return True
 
 
-def _labels(kind: str, table: Path, path: Path, pseudonyms: Pseudonyms, *, given: bool) -> LabelTable:
-    if not given and not path.exists():
-        path.write_text(guessed_rules(table, by_name=kind == "pairs"), encoding="utf-8")
-        raise ConfigError(f"wrote {path}, a first guess at what the table means; correct it, then run this again")
-    return read_labels(table, read_label_rules(path), pseudonyms)
+def _guess(kind: str, table: Path, path: Path) -> None:
+    """A labels.toml, readable by its owner alone: it holds words of the hospital's table."""
+    text = guessed_rules(table, by_name=kind == "pairs")
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")
+    print(
+        f"wrote {path}, a first guess at what the table means; correct it, then run this again: nothing is imported yet"
+    )
 
 
 def _say(report: Imported, table: LabelTable | None, out: Path) -> None:

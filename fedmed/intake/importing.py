@@ -6,7 +6,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
@@ -48,7 +48,8 @@ class Imported:
 def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
     """Write `out`/manifest.csv and `out`/unmatched.csv, each whole or not at all. Images stay where they are.
 
-    An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask.
+    An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask. Where nothing
+    can be imported, the former manifest stays, and `unmatched.csv` says what was left out and why.
 
     Args:
         kind: a key of `KINDS`.
@@ -61,7 +62,8 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
     """
     out.mkdir(parents=True, exist_ok=True)
     report = Imported()
-    with _whole(out / UNMATCHED) as misses, _whole(out / MANIFEST) as manifest:
+    with ExitStack() as stack:
+        misses = stack.enter_context(_whole(out / UNMATCHED))
         told = csv.writer(misses)
         told.writerow(["what", "where"])
         writer: csv.DictWriter[str] | None = None
@@ -72,13 +74,13 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
                 continue
             row = _row(each, out, masked=kind in MASKED)
             if writer is None:
-                writer = csv.DictWriter(manifest, list(row))
+                writer = csv.DictWriter(stack.enter_context(_whole(out / MANIFEST)), list(row))
                 writer.writeheader()
             writer.writerow(row)
-        if writer is None:
-            hint = "; see join and column in labels.toml, zeros the table lost, and whether these are the pull's keys"
-            why = f"{_listed(report)}{hint if rules.table else ''}" if report.unmatched else "it holds no image"
-            raise DataError(f"nothing of {source} can be imported: {why}")
+    if writer is None:
+        hint = "; see join and column in labels.toml, zeros the table lost, and whether these are the pull's keys"
+        why = f"{_listed(report)}{hint if rules.table else ''}; which ones: {out / UNMATCHED}"
+        raise DataError(f"nothing of {source} can be imported: {why if report.unmatched else 'it holds no image'}")
     return report
 
 
