@@ -6,12 +6,14 @@ there is not asked for again; of one that was broken off, only the objects that 
 
 from __future__ import annotations
 
+import csv
+import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydicom.dataset import Dataset
@@ -23,6 +25,7 @@ from fedmed.intake.keep import keep, make_private
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
 
+MISSING = "not-found.csv"
 LOST_AFTER = 3  # series in a row that an archive does not give, until it is taken as gone
 
 Progress = Callable[[int, int], None]
@@ -38,10 +41,12 @@ class Pulled:
     left_out: Counter[str]  # objects that are no images, by what they are
     unreadable: int  # objects that could not be parsed
     failed: int  # series that the archive did not give in full; pulling again asks for what is missing
+    listed: str = ""  # how much of a list was found, in words
 
     def __str__(self) -> str:
         """One line."""
-        parts = [f"{self.studies} studies", f"{self.images} images"]
+        parts = [self.listed] if self.listed else []
+        parts += [f"{self.studies} studies", f"{self.images} images"]
         apart = ", ".join(f"{count} × {reason}" for reason, count in self.quarantined.most_common())
         parts.append(f"{self.quarantined.total()} quarantined{f' ({apart})' if apart else ''}")
         parts += [f"{self.left_out.total()} that are no images"] if self.left_out else []
@@ -73,12 +78,13 @@ def pull(
     Raises:
         DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written.
     """
-    with warnings.catch_warnings(action="ignore"):  # pydicom's quote values
-        found = patiently(lambda _: list(archive.find(query)), wait_s=wait_s)
-    wanted = [series for series in found if meets(query, series)]
+    wanted, missing = _wanted(archive, query, wait_s)
+    listed = _listed(query, missing)
     if not wanted:
-        raise DataError("nothing in the archive meets the query")
+        raise DataError(f"nothing in the archive meets the query{f' ({listed})' if listed else ''}")
     make_private(folder)
+    if listed:
+        _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
     pace = _Pace(megabytes_per_s)
     with open_journal(folder) as journal:
         failed, in_a_row = 0, 0
@@ -94,7 +100,39 @@ def pull(
             if progress:
                 progress(number, len(wanted))
         write_table(folder)
-        return _counted(folder, failed)
+        return replace(_counted(folder, failed), listed=listed)
+
+
+def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series], list[str]]:
+    """The series that meet a query, each once, and what of its list has none."""
+    single = replace(query, accessions=(), patients=())
+    asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
+    asked += [(one, replace(single, patients=(one,))) for one in query.patients]
+    wanted: dict[str, Series] = {}
+    missing = []
+    for value, question in asked or [("", query)]:
+        with warnings.catch_warnings(action="ignore"):  # pydicom's quote values
+            found = patiently(lambda _, question=question: list(archive.find(question)), wait_s=wait_s)  # type: ignore[misc]
+        fitting = {series.series: series for series in found if meets(query, series)}
+        wanted = fitting | wanted
+        if value and not fitting:
+            missing.append(value)
+    return list(wanted.values()), missing
+
+
+def _listed(query: Query, missing: list[str]) -> str:
+    """How much of a list was found; "" where there is none."""
+    many = len(query.accessions) + len(query.patients)
+    what = "accessions" if query.accessions else "patients"
+    return f"{many - len(missing)} of {many} {what} found" if many else ""
+
+
+def _write_missing(path: Path, column: str, missing: list[str]) -> None:
+    """What of a list was not found, in the hospital's own numbers and for the owner alone; no file if all was."""
+    path.unlink(missing_ok=True)
+    if missing:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([[column], *([value] for value in missing)])
 
 
 class _Pace:
