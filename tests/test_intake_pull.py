@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 import ssl
 import subprocess
@@ -235,6 +236,32 @@ def test_what_a_person_moved_out_of_quarantine_is_in_the_next_table(tmp_path: Pa
         pulled = pull(dimse(address), ANY, out, pseudonyms)
     assert pulled.images == 1 and not pulled.quarantined
     assert [line["image"] for line in table_in(out)] == [row["image"]]
+
+
+def test_the_summary_and_quarantine_csv_agree_on_what_was_released_and_what_was_removed(tmp_path: Path):
+    pseudonyms, out = pseudonyms_in(tmp_path), tmp_path / "out"
+    burned = [named_object(number, BurnedInAnnotation="YES") for number in (2, 3, 4)]
+
+    def states() -> list[str]:
+        with (out / "quarantine.csv").open(newline="") as file:
+            return [row["now"] for row in csv.DictReader(file)]
+
+    with archive_of(Holdings(named_object(1), *burned)) as address:
+        pull(dimse(address), ANY, out, pseudonyms)
+        assert states() == ["in quarantine"] * 3
+        with (out / "quarantine.csv").open(newline="") as file:
+            released, removed, _ = csv.DictReader(file)
+        (out / released["file"]).rename(out / released["image"])
+        (out / removed["file"]).unlink()
+        pulled = pull(dimse(address), ANY, out, pseudonyms)
+        assert states() == ["released", "removed by hand", "in quarantine"]
+        assert (pulled.images, pulled.quarantined.total(), pulled.removed) == (2, 1, 1)
+        shutil.rmtree(out / "images")  # who withdrew
+        again = str(pull(dimse(address), ANY, out, pseudonyms))
+    assert states() == ["removed by hand", "removed by hand", "in quarantine"]
+    assert " 0 images, 1 quarantined" in again and again.endswith(", 3 removed by hand, 0 series failed")
+    assert "no images" not in again
+    assert (out / "quarantine.csv").stat().st_mode & 0o077 == 0
 
 
 KILLED = """

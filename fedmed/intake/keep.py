@@ -23,9 +23,11 @@ from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake.deidentify import deidentified
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason
+from fedmed.intake.tables import table_rows
 
 IMAGES, QUARANTINE, INCOMING = "images", "quarantine", ".incoming"
-REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason")
+REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason", "now")
+APART, RELEASED, REMOVED = "in quarantine", "released", "removed by hand"  # where an object is now
 MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStorage)  # regions of other images
 
 _pixels = DecodingProcess(jobs="fedmed.intake.judging")
@@ -81,10 +83,36 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms) -> Kept:
             reason = _pixel_reason(incoming)
         _moved(incoming, folder / (Path(QUARANTINE, name) if reason else image))
         if reason:
-            _note(folder / REASONS, (f"{QUARANTINE}/{name}", image.as_posix(), reason))
+            _note(folder / REASONS, (f"{QUARANTINE}/{name}", image.as_posix(), reason, APART))
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
     return _kept(clean, folder, image, reason)
+
+
+def where_now(folder: Path, image: str) -> str:
+    """Whether an object that was kept is among the images, in quarantine, or gone: a person may have moved it.
+
+    Args:
+        folder: that it was kept in.
+        image: its place among the images, relative to the folder.
+    """
+    if (folder / image).exists():
+        return RELEASED
+    return APART if (folder / QUARANTINE / Path(image).name).exists() else REMOVED
+
+
+def write_reasons(folder: Path) -> None:
+    """Bring quarantine.csv up to date with what a person moved. No row goes: a series lacks what is set apart."""
+    path = folder / REASONS
+    if not path.is_file():
+        return
+    rows = [row | {"now": where_now(folder, row["image"])} for _, row in table_rows(path)]
+    part = folder / f".{REASONS}"
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
 
 
 def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept:

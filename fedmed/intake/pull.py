@@ -20,8 +20,8 @@ from pydicom.dataset import Dataset
 
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.intake.archive import Archive, Interrupted, patiently
-from fedmed.intake.journal import Journal, is_image, objects, open_journal, write_table
-from fedmed.intake.keep import keep, make_private
+from fedmed.intake.journal import Journal, objects, open_journal, write_table
+from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
 
@@ -40,6 +40,7 @@ class Pulled:
     quarantined: Counter[str]  # objects by reason
     left_out: Counter[str]  # objects that are no images, by what they are
     unreadable: int  # objects that could not be parsed
+    removed: int  # objects that were kept, and that a person deleted; they do not come again
     failed: int  # series that the archive did not give in full; pulling again asks for what is missing
     listed: str = ""  # how much of a list was found, in words
 
@@ -51,6 +52,7 @@ class Pulled:
         parts.append(f"{self.quarantined.total()} quarantined{f' ({apart})' if apart else ''}")
         parts += [f"{self.left_out.total()} that are no images"] if self.left_out else []
         parts += [f"{self.unreadable} unreadable"] if self.unreadable else []
+        parts += [f"{self.removed} removed by hand"] if self.removed else []
         return ", ".join([*parts, f"{self.failed} series failed"])
 
 
@@ -100,6 +102,7 @@ def pull(
             if progress:
                 progress(number, len(wanted))
         write_table(folder)
+        write_reasons(folder)
         return replace(_counted(folder, failed), listed=listed)
 
 
@@ -199,15 +202,18 @@ def _counted(folder: Path, failed: int) -> Pulled:
         studies |= {line["study_uid"]} - {""} if "study_uid" in line else set()
         if line.get("unreadable"):
             counts["unreadable"] += 1
-        elif is_image(line, folder):
-            counts["images"] += 1
+        elif not line["image"]:  # never written
+            left_out[line["reason"]] += 1
+        elif (now := where_now(folder, line["image"])) == APART:
+            quarantined[line["reason"]] += 1
         else:
-            (quarantined if line["set_apart"] else left_out)[line["reason"]] += 1
+            counts[now] += 1
     return Pulled(
         studies=len(studies),
-        images=counts["images"],
+        images=counts[RELEASED],
         quarantined=quarantined,
         left_out=left_out,
         unreadable=counts["unreadable"],
+        removed=counts[REMOVED],
         failed=failed,
     )

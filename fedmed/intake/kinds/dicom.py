@@ -17,7 +17,7 @@ from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.intake.journal import COLUMNS as FACTS
 from fedmed.intake.journal import TABLE as PULLED
-from fedmed.intake.keep import REASONS, Kept, keep
+from fedmed.intake.keep import REASONS, Kept, keep, write_reasons
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
@@ -116,6 +116,7 @@ def take_in(source: Path, folder: Path, pseudonyms: Pseudonyms, progress: Told |
                 file.flush()
             if progress is not None:
                 progress(number, len(files))
+    write_reasons(folder)
 
 
 def _kept(path: Path, folder: Path, pseudonyms: Pseudonyms) -> dict[str, Any]:
