@@ -1,6 +1,7 @@
 """DICOM archives: de-identified once, gone on with after a kill, joined with a sheet of accession numbers."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from fedmed.errors import DataError
 from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_volume
 from fedmed.intake.importing import Imported, Rules, import_images
-from fedmed.intake.journal import COLUMNS, TABLE
+from fedmed.intake.journal import COLUMNS, TABLE, write_table
 from fedmed.intake.kinds.dicom import TAKEN, take_in
 from fedmed.intake.labels import LabelRules, LabelTable, read_labels
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -121,6 +122,7 @@ def test_what_is_in_quarantine_waits_for_a_person_and_counts_once_it_was_moved(t
     table = sheet(tmp_path / "labels.csv", pseudonyms, range(10))
     report = imported(source, out, pseudonyms, table)
     assert report.images == 2 and report.unmatched["in quarantine: burned-in annotation, says its header"] == 1
+    assert report.unmatched["row without image"] == 7  # of 0 to 9; that of ACC9 has one, which waits for a person
     with (out / "quarantine.csv").open(newline="") as file:
         (line,) = csv.DictReader(file)
     (out / line["image"]).parent.mkdir(parents=True)
@@ -148,6 +150,27 @@ def test_slices_become_one_row_and_a_series_without_all_its_slices_none(tmp_path
     rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
     with pytest.raises(DataError, match="nothing of"):
         import_images("dicom", out, out, rules)
+
+
+def test_what_a_pull_set_apart_is_counted_as_in_quarantine_and_its_row_has_an_image(tmp_path, pseudonyms):
+    folder = tmp_path / "pulled"
+    for name in ("images/PA/2.25.1/2.25.2.dcm", "quarantine/2.25.3.dcm"):
+        (folder / name).parent.mkdir(parents=True)
+        written(image_object(cells_of(picture())), folder / name)
+    lines = [
+        {
+            "object": str(number), "image": f"images/PA/2.25.1/2.25.{number}.dcm", "reason": reason,
+            "set_apart": bool(reason), "patient_id": "PA", "study_uid": "2.25.0", "series_uid": "2.25.1", "view": "",
+            "age": "", "sex": "", "accession": pseudonyms.accession(f"ACC{number}"), "modality": "DX",
+        }
+        for number, reason in ((2, ""), (3, "burned-in text"), (4, "burned-in text"))
+    ]  # fmt: skip
+    (folder / ".journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_table(folder)
+    rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2, 5)))
+    report = import_images("dicom", folder, tmp_path / "out", rules)
+    assert report.images == 1  # ACC4's was deleted
+    assert report.unmatched == {"in quarantine: burned-in text": 1, "row without image": 1}
 
 
 def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):

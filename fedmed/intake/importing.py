@@ -88,6 +88,8 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
     """What the manifest gets, under pseudonyms and with the table's labels, and what fits nothing."""
     for each in found:
         if isinstance(each, Unmatched):
+            if each.found is not None and rules.table is not None:
+                rules.table.match(each.found)  # its row has an image, which waits for a person
             yield each
             continue
         told = rules.table.match(each) if rules.table is not None else {}

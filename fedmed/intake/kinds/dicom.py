@@ -16,8 +16,9 @@ from typing import Any
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.intake.journal import COLUMNS as FACTS
+from fedmed.intake.journal import JOURNAL, objects
 from fedmed.intake.journal import TABLE as PULLED
-from fedmed.intake.keep import REASONS, Kept, keep, write_reasons
+from fedmed.intake.keep import APART, REASONS, REMOVED, Kept, keep, where_now, write_reasons
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
@@ -41,6 +42,8 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
     incomplete = _incomplete(source)
     seen: set[str] = set()
+    if (source / JOURNAL).is_file():
+        yield from _apart(source)
     for table in tables:
         for _, row in table_rows(table):
             if not row.get("source", PULLED):  # cut off by a kill: its object was kept again
@@ -48,7 +51,9 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
             image, reason = row.get("image", ""), row.get("reason", "")
             path = source / image
             if not image or not path.exists():
-                yield Unmatched(what=reason or "in quarantine", place=image)
+                yield Unmatched(
+                    what=reason or REMOVED, place=image, found=_found(path, row) if reason and image else None
+                )
             elif row["modality"] in IN_SERIES and row["series_uid"] in incomplete:
                 yield Unmatched(what="slice of a series of which another slice is missing", place=image)
             elif row["modality"] in REGIONS:
@@ -58,6 +63,14 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                 if (name := os.fspath(path)) not in seen:
                     seen.add(name)
                     yield _found(path, row)
+
+
+def _apart(source: Path) -> Iterator[Unmatched]:
+    """What a pull set apart and nobody has looked at yet: `pulled.csv` has no row of it."""
+    for line in objects(source):
+        if line.get("set_apart") and where_now(source, line["image"]) == APART:
+            found = _found(source / line["image"], line)
+            yield Unmatched(what=f"in quarantine: {line['reason']}", place=line["image"], found=found)
 
 
 def _incomplete(source: Path) -> set[str]:

@@ -48,6 +48,7 @@ class Unmatched:
 
     what: str  # "image without row", "row without image", "image without mask", "mask without image"
     place: str  # the image relative to its archive, or "row 17" of the table
+    found: Found | None = None  # the image, if it is known and set apart: its row of the table is not without image
 
 
 def the_file(source: Path, *patterns: str) -> Path:
