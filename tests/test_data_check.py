@@ -211,6 +211,16 @@ def test_the_page_shows_what_was_found_and_loads_nothing_from_elsewhere(tmp_path
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
 
 
+def test_a_distribution_of_one_value_is_said_in_words(tmp_path):
+    rows = good()
+    facts = check(site(tmp_path, rows))
+    page = render_check(facts)
+    single = [name for name, each in facts["histograms"].items() if each["range"][0] == each["range"][1]]
+    assert "longest side, pixels" in single
+    assert "<p>Longest side, pixels: 48 in every case</p>" in page
+    assert page.count('aria-label="Histogram of') == len(facts["histograms"]) - len(single)
+
+
 def test_json_holds_no_pictures_and_the_page_is_for_its_owner_alone(tmp_path, capsys):
     place = site(tmp_path / "good", good()).parent
     assert check_data(place, labels=(), html=tmp_path / "page.html", as_json=True)

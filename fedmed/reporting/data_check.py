@@ -28,10 +28,20 @@ def write_check(facts: Mapping[str, Any], target: Path) -> Path:
 def render_check(facts: Mapping[str, Any]) -> str:
     """The page as text."""
     plots = {
-        name: {"bars": _bars(each["counts"], each["edges"]), "range": "{:g} to {:g}".format(*each["range"])}
+        name: {
+            "bars": _bars(each["counts"], each["edges"]),
+            "range": "{:g} to {:g}".format(*each["range"]),
+            "single": _single(each["range"]),
+        }
         for name, each in facts["histograms"].items()
     }
     return fill("data_check.html.j2", found=facts, verdict=WORDS[facts["state"]], plots=plots)
+
+
+def _single(range: list[float]) -> str:
+    """Words for a distribution of one value, of which bars would be one slab; else ""."""
+    low, high = range
+    return f"{low:g} in every case" if low == high else ""
 
 
 def _bars(counts: list[int], edges: list[float]) -> list[dict[str, Any]]:
