@@ -89,7 +89,7 @@ def serve(site: SiteFolder) -> NoReturn:
 def _prepare_rest() -> None:
     """Import, while there is nothing to do, what only some tasks need: differential privacy, augmentation."""
     import fedmed.imaging.augment.planar
-    import fedmed.training.private  # noqa: F401
+    import fedmed.training.private  # noqa: F401  # imported for the forks
     from fedmed.privacy.accounting import warm_up
 
     warm_up()

@@ -114,13 +114,17 @@ def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series]
     wanted: dict[str, Series] = {}
     missing = []
     for value, question in asked or [("", query)]:
-        with warnings.catch_warnings(action="ignore"):  # pydicom's quote values
-            found = patiently(lambda _, question=question: list(archive.find(question)), wait_s=wait_s)  # type: ignore[misc]
-        fitting = {series.series: series for series in found if meets(query, series)}
+        fitting = {series.series: series for series in _offered(archive, question, wait_s) if meets(query, series)}
         wanted = fitting | wanted
         if value and not fitting:
             missing.append(value)
     return list(wanted.values()), missing
+
+
+def _offered(archive: Archive, question: Query, wait_s: float) -> list[Series]:
+    """What an archive answers to one question; a warning of pydicom could quote a value of it."""
+    with warnings.catch_warnings(action="ignore"):
+        return patiently(lambda _: list(archive.find(question)), wait_s=wait_s)
 
 
 def _listed(query: Query, missing: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from pydicom.dataset import Dataset
 
@@ -103,5 +104,5 @@ def _slice_mm(dataset: Dataset) -> float:
     return min((size for size in sizes if size), default=0.0)
 
 
-def _values(value: object) -> list[object]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+def _values(value: Any) -> list[object]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -106,7 +106,7 @@ def rdp_epsilon(orders: Values, divergences: Values, *, delta: float) -> float:
 
 def warm_up() -> None:
     """Import what the accountants need, which takes seconds: before processes are forked, so that it is done once."""
-    import dp_accounting.rdp  # noqa: F401
+    import dp_accounting.rdp  # noqa: F401  # imported for the forks
 
     opacus_prv.prv()
 
