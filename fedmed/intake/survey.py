@@ -22,6 +22,7 @@ from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.fingerprints import fingerprints
+from fedmed.imaging.items import is_nifti
 from fedmed.imaging.raster import raster
 from fedmed.imaging.reading import read_frames, read_image, read_mask
 from fedmed.imaging.volumes import read_mask_volume, read_volume
@@ -32,7 +33,6 @@ from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
 NAMES = ("PatientName", "PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
-PICTURES = (".png", ".jpg", ".jpeg")
 LONGEST = 64  # characters of a maker or model
 
 Grey = NDArray[np.float32]
@@ -83,7 +83,7 @@ def _other(path: Path, *, text: bool) -> Looked:
     try:
         pixels = raster(path, indices=False)
     except OSError:  # Pillow's word for another format
-        if not path.is_file() or path.suffix.lower() in PICTURES:
+        if not is_nifti(path):
             raise
         return _volume(path, {}, "NIfTI")
     grey = pixels.mean(axis=2, dtype=np.float32) if pixels.ndim == 3 else pixels.astype(np.float32)
