@@ -12,7 +12,7 @@ from fedmed import config as run_file
 from fedmed.imaging.dataset import Dataset
 from fedmed.training.loop import Circumstances, train_
 from fedmed.training.losses import masked_bce
-from fedmed.training.network import FlatNetwork
+from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
 from fedmed.training.schedule import learning_rate_factor, plateau_factor
 from fedmed.training.unfinished import Unfinished
@@ -112,6 +112,16 @@ def test_bfloat16_stays_close_and_keeps_weights_in_float32():
     half, full = trained(train_config(precision="bfloat16")), trained(train_config())
     assert half.dtype == np.float32
     assert 0 < np.abs(half - full).max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5), (2, 1, 3, 4, 5)], ids=str)
+def test_channels_last_reaches_convolutions_of_one_channel_too(shape):
+    images = torch.rand(shape)
+    ordered = channels_innermost(images)
+    assert torch.equal(ordered, images)
+    assert ordered.stride(1) == 1 and ordered.stride(-1) == shape[1]
+    convolution = (nn.Conv2d if images.ndim == 4 else nn.Conv3d)(shape[1], 6, 3, padding=1)
+    assert convolution(ordered).stride(1) == 1
 
 
 def test_channels_last_changes_nothing_but_the_order_of_memory():

@@ -155,7 +155,9 @@ class TrainConfig(Section):
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="of activations; weights stay in float32")
     ] = "float32"
-    channels_last: Annotated[bool, Field(description="memory order of images; faster on GPUs with bfloat16")] = False
+    channels_last: Annotated[
+        bool, Field(description="memory order of images; faster on GPUs with bfloat16, and mostly on CPUs")
+    ] = False
     save_every_s: Annotated[
         float, Field(ge=0, description="seconds between saves of a site's unfinished round; 0 = never")
     ] = 300.0

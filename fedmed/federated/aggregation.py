@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from scipy.linalg.blas import saxpy
 
 from fedmed.errors import UpdateRefused
 from fedmed.types import Entry, FloatVector, Layout, Scalar, Weights
@@ -60,8 +61,7 @@ class WeightedMean:
         for part in chunks(self._change.size):
             sent = self._current.parameters[part]
             change = np.subtract(weights.parameters[part], sent, out=self._scratch[: len(sent)])
-            change *= np.float32(weight * scale)
-            self._change[part] += change
+            saxpy(change, self._change[part], a=weight * scale)  # in place; numpy needs two passes for it
         self._moments += weight * second_moments(weights.buffers, self._layout).astype(np.float64)
         np.maximum(self._largest, weights.buffers, out=self._largest)
         self.total += weight

@@ -14,8 +14,6 @@ from fedmed.errors import ModelError
 from fedmed.models import build
 from fedmed.types import Entry, FloatVector, Layout, Weights
 
-MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
 
 def layout_of(module: nn.Module) -> Layout:
     """The flat layout of a network, in the order in which the module declares its tensors.
@@ -69,7 +67,7 @@ class FlatNetwork:
     def __call__(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
         """Logits of images; a tuple of them, finest first, from a network in training that gives coarser ones too."""
         if channels_last:
-            images = images.contiguous(memory_format=MEMORY_FORMATS[images.ndim])
+            images = channels_innermost(images)
         logits: Tensor = self.module(images)
         return logits
 
@@ -127,3 +125,12 @@ class FlatNetwork:
 def resident_network(model: ModelConfig, outputs: int, seed: int, device: str, dimensions: int = 2) -> FlatNetwork:
     """The network that this process keeps between tasks."""
     return FlatNetwork(build(model, outputs=outputs, seed=seed, dimensions=dimensions), torch.device(device))
+
+
+def channels_innermost(images: Tensor) -> Tensor:
+    """A copy of images (N, C, …) whose channels are innermost in memory.
+
+    Convolutions choose their order of memory by the strides. `Tensor.contiguous` leaves those of images of one channel
+    as they are, since their order of memory is either.
+    """
+    return images.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
