@@ -53,12 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Federations of more and less unlike hospitals, by algorithm.")
     parser.add_argument("out", metavar="OUT", type=Path, help="the experiments' folder")
     parser.add_argument("--data", type=Path, help="the folder that holds cxr/dev and seg2d/dev")
+    parser.add_argument("--only", choices=[study.name for study in REAL], help="one of the two studies of real images")
     parser.add_argument("--seeds", type=int, default=0, help="of every point; 0 = as in the run file")
     options = parser.parse_args(arguments)
     if options.data:
         command = [sys.executable, HERE.parent / "real-cxr" / "prepare.py", options.data, options.out / "data"]
         subprocess.run(command, check=True)
     for study in REAL if options.data else (PHANTOMS,):
+        if options.only not in (None, study.name):
+            continue
         run, out = study.run_file, options.out / study.name
         if study.prepared:
             run = options.out / "data" / study.prepared / study.run_file.name
