@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 
 from fedmed.config import TaskConfig
 from fedmed.errors import UpdateRefused
+from fedmed.federated.aggregation import CHUNK, chunks
 from fedmed.federated.wire import decode_update
 from fedmed.privacy.chain import Anchor
 from fedmed.privacy.egress import HEAD
@@ -24,7 +25,6 @@ PRIVACY = (
     "unit", "adjacency", "delta", "images_per_patient", "accountant", "events", "epsilon", "epsilon_total"
 )  # fmt: skip
 LONGEST_PRIVACY = 65_536  # characters
-CHUNK = 65_536  # values; a chunk of two vectors and their difference stay in a core's second-level cache
 
 
 def decoded_update(answer: RecordDict | str, task: TaskConfig) -> Update:
@@ -155,13 +155,9 @@ def _norm(vector: FloatVector, origin: FloatVector | None = None) -> float:
     scratch = np.empty(min(CHUNK, vector.size), np.float32)
     total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        for part in _chunks(vector.size):
+        for part in chunks(vector.size):
             values = vector[part]
             if origin is not None:
                 values = np.subtract(values, origin[part], out=scratch[: len(values)])
             total += float(np.dot(values, values))
     return math.sqrt(total) if total >= 0 else math.nan
-
-
-def _chunks(size: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, size, CHUNK))
