@@ -44,6 +44,7 @@ check: .venv/installed ## style, types and architecture
 
 bench: .venv/installed ## time the engine, the reading of images and the networks beside their floors and peers
 	@$(BIN)/python benchmarks/engine.py
+	@$(BIN)/python benchmarks/algorithms.py
 	@$(BIN)/python benchmarks/data.py
 	@$(BIN)/python benchmarks/networks.py
 	@$(BIN)/python benchmarks/aggregation.py

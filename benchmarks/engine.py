@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,11 +144,14 @@ def floor(name: str, rounds: int, folder: Path, *, full: bool, memory: bool) -> 
     return measure(command + (["--full"] if full else []), lambda text: json.loads(text)["round_s"], memory=memory)
 
 
-def fedmed(name: str, rounds: int, folder: Path, *, full: bool, memory: bool, engine: str = "local") -> Measured:
+def fedmed(
+    name: str, rounds: int, folder: Path, *, full: bool, memory: bool, engine: str = "local", keys: Sequence[str] = ()
+) -> Measured:
     out = folder / f"{engine}-{name}-{rounds}"
     shutil.rmtree(out, ignore_errors=True)
     path = run_file(name, WORKS[name], rounds, folder, full=full)
     command = [sys.executable, "-m", "fedmed", "simulate", str(path), "--quiet", "--engine", engine, "--out", str(out)]
+    command += [word for key in keys for word in ("--set", key)]
 
     def rounds_of(_: str) -> list[float]:
         events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
