@@ -46,7 +46,8 @@ def main() -> None:
     text = (
         "# Algorithms\n\n"
         f"`{' '.join(['python benchmarks/algorithms.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, "
-        f"{CORES} cores, {platform.machine()}, no GPU; repeats: {given.repeats}. Ratios are to a round of FedAvg in plain PyTorch.\n\n"
+        f"{CORES} cores, {platform.machine()}, no GPU; repeats: {given.repeats}. Ratios are to a round of FedAvg in "
+        "plain PyTorch.\n\n"
         "| work | way | steady round, s | wall ratio | CPU s a round | CPU ratio | besides FedAvg's work |\n"
         "|---|---|---|---|---|---|---|\n" + "\n".join(rows)
     )
