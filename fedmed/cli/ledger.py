@@ -20,6 +20,12 @@ Folder = Annotated[Path, typer.Argument(metavar="SITE", help="the site's folder 
 Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the site's public key; else SITE/keys/site.pub")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
 
+PROMISED = (
+    'By server: it promised to add this noise (privacy.mode = "central"). This site cannot check that, and the '
+    "server itself\nsaw every change without it. A patient may turn a change of the hospital into another one, so each "
+    "counts as two."
+)
+
 
 @app.callback()
 def ledger() -> None:
@@ -156,9 +162,12 @@ def _show(found: Findings) -> None:
             who = str(cohort.patients) if cohort else "all"
             for event in charge.events:
                 settled = "yes" if charge.settled else "no: in full"
-                row = (event.release, f"{event.noise_multiplier:g}", f"{event.sample_rate:g}", str(event.steps))
+                what = f"{event.release} by server" if event.unit == "site" else event.release
+                row = (what, f"{event.noise_multiplier:g}", f"{event.sample_rate:g}", str(event.steps))
                 table.add_row(charge.run, str(charge.round), *row, who, settled)
         console().print(table)
+        if any(event.unit == "site" for charge in found.balance.charges.values() for event in charge.events):
+            print(PROMISED)
     refused = [record.body for record in found.audit if not record.body.get("allowed", True)]
     print(f"{len(found.audit)} decisions, {len(refused)} of them refusals; {len(found.egress)} replies left the site")
     for body in refused[-5:]:

@@ -57,6 +57,8 @@ class RunConfig(Section):
         self._sites_can_do_their_part()
         if self.simulation.partition != "as-given" and self.data.dataset:
             raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
+        if self.privacy.metrics_epsilon and self.privacy.mode != "dp-sgd":
+            raise ValueError('privacy.metrics-epsilon is for privacy.mode = "dp-sgd": other metrics bear no noise')
         if self.privacy.mode == "dp-sgd":
             self._touches_patients_only_under_noise()
         elif self.privacy.mode == "central":

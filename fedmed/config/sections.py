@@ -231,6 +231,9 @@ class PrivacyConfig(Section):
     clip_quantile: Annotated[
         float, Field(gt=0, lt=1, description="adaptive: share of gradients, or of changes, that are to pass unclipped")
     ] = 0.5
+    metrics_epsilon: Annotated[
+        float, Field(ge=0, description="dp-sgd: ε of each held-out patient for a site's noised metrics; 0 = none leave")
+    ] = 0.0
     sites: Annotated[
         Count, Field(description="central: fixed number of sites that the sum is divided by; 0 = that of data.sites")
     ] = 0

@@ -12,7 +12,7 @@ from fedmed.errors import UpdateRefused
 from fedmed.federated.admission import decoded_update, privacy_in
 from fedmed.federated.exchange import Failure
 from fedmed.federated.result import metric
-from fedmed.training.evaluate import PERSONAL, bounds_from, intervals_from, metrics_from, parted_sums
+from fedmed.training.evaluate import PERSONAL, bounds_from, intervals_from, metrics_from, noise_from, parted_sums
 from fedmed.types import Sums
 
 
@@ -48,10 +48,11 @@ def metrics_of_sites(
 
 
 def _metrics(sums: Sums, task: TaskConfig) -> dict[str, Any]:
-    """The metrics of one network at one site, with the bounds of histograms and the intervals that a site can give."""
+    """The metrics of one network at one site, with bounds of histograms, and intervals or noise where it gave any."""
     n, bounds, intervals = int(sums["patients"][0]), bounds_from(sums, task), intervals_from(sums, task)
+    noise = noise_from(sums, task)
     found = {}
     for name, value in metrics_from(sums, task).items():
         low, high = intervals.get(name, (None, None))
-        found[name] = metric(value, low, high, n, bound=bounds.get(name))
+        found[name] = metric(value, low, high, n, bound=bounds.get(name), noise=noise.get(name))
     return found

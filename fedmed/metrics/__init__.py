@@ -24,6 +24,18 @@ from fedmed.metrics.comparison import (
 )
 from fedmed.metrics.form import Form, metrics_of_released, released
 from fedmed.metrics.histograms import bin_centres
+from fedmed.metrics.noised import (
+    NOISE,
+    PATIENTS,
+    SUMS,
+    Noised,
+    check_noised,
+    is_noised,
+    longest,
+    noised_metrics,
+    patient_histograms,
+    patient_overlaps,
+)
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
 from fedmed.metrics.resampling import Interval, bootstrap_patients, percentiles, replicate
@@ -35,6 +47,9 @@ __all__ = [
     "ENOUGH_SEEDS",
     "GRID",
     "MINIMUM",
+    "NOISE",
+    "PATIENTS",
+    "SUMS",
     "Cases",
     "ClusteredAuroc",
     "Curve",
@@ -43,6 +58,7 @@ __all__ = [
     "Interval",
     "LabelCurves",
     "Measures",
+    "Noised",
     "add_sums",
     "auprc",
     "auroc",
@@ -51,6 +67,7 @@ __all__ = [
     "bin_centres",
     "bootstrap_patients",
     "case_sums",
+    "check_noised",
     "check_variances",
     "classification_bounds",
     "classification_measures",
@@ -62,13 +79,18 @@ __all__ = [
     "interval_of_variance",
     "intervals_classification",
     "intervals_segmentation",
+    "is_noised",
     "join_cases",
     "label_curves",
+    "longest",
     "metrics_of_released",
+    "noised_metrics",
     "over_seeds",
     "p_value",
     "paired_difference",
     "parted_variances",
+    "patient_histograms",
+    "patient_overlaps",
     "percentiles",
     "released",
     "replicate",

@@ -39,16 +39,17 @@ class HistogramRanking(NamedTuple):
     bound: RankingMetrics  # each (L,)
 
 
-def bin_edges(centre: float = 0.0) -> Array:
+def bin_edges(centre: float = 0.0, bins: int = BINS) -> Array:
     """Returns the 4097 ascending edges of the bins, from -16 to 16. Bin i holds edge i < logit ≤ edge i + 1.
 
     Around 0, which is an edge, the bins of positive and of negative logits mirror each other.
 
     Args:
         centre: The logit around which the bins are finest, from -16 to 16.
+        bins: Fewer of them, coarser everywhere, where every bin has to bear noise.
     """
     first, last = np.arcsinh((-LIMIT - centre) / LINEAR), np.arcsinh((LIMIT - centre) / LINEAR)
-    edges: Array = centre + LINEAR * np.sinh(np.linspace(first, last, BINS + 1))
+    edges: Array = centre + LINEAR * np.sinh(np.linspace(first, last, bins + 1))
     return edges
 
 

@@ -29,7 +29,7 @@ def keep_decision(
         folder: of the site's records.
         keys: of the site.
         decision: what was answered.
-        task: `card`, `train` or `evaluate`.
+        task: `card`, `train` or `evaluate`; or `metrics`, of an evaluation that is allowed.
         run: name of the run.
         round: of it.
         policy: SHA-256 of the policy that decided.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -118,6 +118,14 @@ class Balance:
                 if times and count:
                     found[charged(event, int(times))] += count
         return [replace(event, steps=count) for event, count in found.items()]
+
+    def apart(self, some: Collection[str], others: Collection[str]) -> bool:
+        """Whether nobody is both in one of some cohorts and in one of others; who is unknown may be in any."""
+        names, table = self.table()
+        if not {*some, *others} <= set(names):
+            return False
+        in_some, in_others = (table[:, [names.index(name) for name in group]].any(axis=1) for group in (some, others))
+        return not (in_some & in_others).any()
 
     def table(self) -> tuple[tuple[str, ...], Table]:
         """The names of the known cohorts, and how often each kind of person is in each of them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,10 @@ class Ledger:
         if self._spent is None or self._spent[0] != events:  # the mark of a round changes nothing
             self._spent = events, spent(events, delta=self._balance.delta)
         return self._spent[1]
+
+    def apart(self, some: Collection[str], others: Collection[str]) -> bool:
+        """Whether nobody is known to be, or could be, both in one of some cohorts and in one of others, by name."""
+        return self._balance.apart(some, others)
 
     def close(self) -> None:
         """Close the database; the next call opens it again."""

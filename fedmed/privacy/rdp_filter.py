@@ -81,11 +81,15 @@ def curve_of(events: Sequence[PrivacyEvent], *, times: int = 1) -> Curve:
 
 
 def charged(event: PrivacyEvent, times: int) -> PrivacyEvent:
-    """One step of an event as it is charged to a person with so many ids: by group privacy, as for several images."""
+    """One step of an event as it is charged to a person with so many ids: by group privacy, as for several images.
+
+    An event of the unit "site" speaks of a hospital that comes or goes. A patient who does leaves another change of the
+    hospital in place of the first, each as long as the clip at most: a distance of two clips, which counts as two.
+    """
     event = replace(event, steps=1, cohort="", release="gradients")
-    if times == 1:
+    if times == 1 and event.unit != "site":
         return event
-    images = event.images_per_patient if event.unit == "image" else 1
+    images = {"patient": 1, "image": event.images_per_patient, "site": 2}[event.unit]
     return replace(event, unit="image", images_per_patient=images * times)
 
 

@@ -15,6 +15,7 @@ class Estimate:
     high: float | None = None
     patients: int | None = None
     bound: float | None = None  # how far a metric of histograms can be from that of the scores themselves
+    noise: float | None = None  # how far noise moves it, 95 % of the time; None where it bears none
 
 
 Metrics = Mapping[str, Estimate]

@@ -106,7 +106,8 @@ def _metrics(whose: str, metrics: Mapping[str, Estimate]) -> Iterator[str]:
         yield f"| {whose} | value | patients |"
         yield "|---|---|---|"
         for name, each in sorted(metrics.items()):
-            value = f"{words.number(each.value)} ({words.interval(each)})"
+            spread = f"noise ± {words.number(each.noise)}" if each.noise is not None else words.interval(each)
+            value = f"{words.number(each.value)} ({spread})"
             yield f"| {plain(words.title(name))} | {value} | {words.count(each.patients)} |"
         yield ""
 

@@ -109,6 +109,7 @@ def estimate_of(raw: Mapping[str, object]) -> Estimate:
         high=number_of(raw.get("high")),
         patients=count_of(raw.get("n")),
         bound=number_of(raw.get("bound")),
+        noise=number_of(raw.get("noise")),
     )
 
 

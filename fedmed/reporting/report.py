@@ -57,6 +57,7 @@ def render(run: RunFacts) -> str:
         server_labels=[(name, value) for name, value in metrics if "/" in name],
         sites=[(site, words.privacy(site.privacy, run)) for site in run.sites],
         bounded=any(site.metrics.get(run.primary, Estimate()).bound is not None for site in run.sites),
+        noised=any(found.noise is not None for site in run.sites for found in site.metrics.values()),
         sent_variance=any(
             found.low is not None for site in run.sites for name, found in site.metrics.items() if "auroc" in name
         ),

@@ -1,14 +1,11 @@
 """A private run's account at one site: on what terms it trains, what it reserves before, and what it says afterwards.
 
-The whole schedule of a run is decided before its first round, so it is reserved at once and may be composed
-numerically. Every round then leaves a mark in the ledger, a reservation of nothing. A round that is trained again,
-because a process was killed or an answer was lost, draws new noise and uses up steps again; when the schedule is used
-up, every further round is charged by itself, and the ledger may refuse it.
+Training touches the patients who are trained on, the metrics of the end those who are held out. Where nobody is both,
+the run costs a patient the larger of the two; else, or where that cannot be known, their sum.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,19 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from fedmed.config import RunConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.accounting import spent
-from fedmed.privacy.balance import Charge
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
-from fedmed.privacy.ledger import Ledger, Reservation
+from fedmed.privacy.ledger import Ledger
 from fedmed.privacy.noise import NoiseGenerator, noise_generator
 from fedmed.training.oversight import Permit
 from fedmed.training.private import Unit, units_of
+from fedmed.training.reserving import charges_of, reserve_round, run_of
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms, terms_for
 from fedmed.types import FloatVector, PrivacyEvent, Scalar
 
 ADJACENCY = "add or remove one patient"
-SCHEDULE = 0  # the round under which steps are reserved
+HELD_OUT = "held-out"  # in place of a cohort: patients none of whom was trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +45,10 @@ class Account:
 
     def facts(self) -> dict[str, Scalar]:
         """What the site says of its patients' budget after the round; all of it follows from public terms."""
-        events = self._released()
-        own = spent(events, delta=self.delta)
+        trained, judged = self._trained(), self._judged()
+        apart = bool(judged) and self.ledger.apart({each.cohort for each in judged}, {each.cohort for each in trained})
+        sides = [trained, judged] if apart else [[*trained, *judged]]
+        own = max((spent(side, delta=self.delta) for side in sides), key=lambda cost: cost.epsilon)
         total = self.ledger.spent()
         values: dict[str, object] = {
             "unit": self.terms.unit,
@@ -57,7 +56,10 @@ class Account:
             "delta": self.delta,
             "images_per_patient": self.terms.images_per_patient,
             "accountant": own.accountant,
-            "events": [asdict(replace(event, cohort="")) for event in events],
+            "events": [
+                *(asdict(replace(event, cohort="")) for event in trained),
+                *(asdict(replace(event, cohort=HELD_OUT if apart else "")) for event in judged),
+            ],
             "epsilon": _shown(own.epsilon) if self.source.secret else None,
             "epsilon_total": _shown(total.epsilon) if self.source.secret else None,
         }
@@ -67,21 +69,27 @@ class Account:
             values["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'
         return {"privacy": json.dumps(values)}
 
-    def _released(self) -> list[PrivacyEvent]:
+    def _trained(self) -> list[PrivacyEvent]:
         """Of this run, what was trained so far: as many rounds as left a mark, those trained again counted again.
 
         If the site's patients changed in the midst of the run, what was reserved for others than now counts in full.
         """
-        charges = _charges(self.ledger, self.run)
+        charges = charges_of(self.ledger, self.run)
         rounds = sum(not charge.events and charge.cohort == self.cohort for charge in charges.values())
-        own = self.terms.event(steps=rounds * self.terms.steps)
-        others = [
-            event for charge in charges.values() for event in charge.events if not _of(event, self.terms, self.cohort)
-        ]
+        own = self.terms.event(steps=rounds * self.terms.steps, cohort=self.cohort)
+        others = [event for event in self._reserved("gradients") if not _of(event, self.terms, self.cohort)]
         released = [*others, own] if own.steps else others
         if self.terms.unit == "patient":
             return released
         return [replace(event, unit="patient", images_per_patient=1) for event in released]
+
+    def _judged(self) -> list[PrivacyEvent]:
+        """Of this run, what was reserved for metrics of held-out patients."""
+        return self._reserved("metrics")
+
+    def _reserved(self, release: str) -> list[PrivacyEvent]:
+        events = [event for charge in charges_of(self.ledger, self.run).values() for event in charge.events]
+        return [event for event in events if event.release == release]
 
 
 def opened_account(
@@ -118,7 +126,7 @@ def opened_account(
     privacy, train = config.privacy, config.train
     units = units_of(data, rows, privacy)
     public = terms_for(privacy, train, units=len(units), noise_multiplier=1.0)
-    run = f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    run = run_of(config.name, settings)
     sigma = (
         privacy.noise_multiplier
         or _planned_noise(permit.ledger, run, public, cohort.name)
@@ -131,7 +139,8 @@ def opened_account(
         )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
-    mark = None if kept is None else _reserve(permit.ledger, run, round, terms, cohort, rounds=train.rounds)
+    releases = [terms.event(steps=terms.steps)]
+    mark = None if kept is None else reserve_round(permit.ledger, run, round, releases, cohort, rounds=train.rounds)
     if kept and CLIP in kept:
         terms = replace(terms, max_grad_norm=float(kept[CLIP][0]))
     return Account(
@@ -147,29 +156,6 @@ def opened_account(
     )
 
 
-def _reserve(ledger: Ledger, run: str, round: int, terms: Terms, cohort: Cohort, *, rounds: int) -> Reservation:
-    """Charge the whole schedule before the first round, mark every round, and charge what goes beyond the schedule.
-
-    A mark is written before the steps are counted, so that two processes can never share the last steps of a plan.
-    Patients who change in the midst of a run, or other terms, have a schedule of their own.
-
-    Returns:
-        The round's mark.
-    """
-    if not _planned(ledger, run, terms, cohort.name):
-        left = rounds - round + 1  # a site may join late, or come back with other patients
-        ledger.reserve(run, SCHEDULE, [terms.event(steps=left * terms.steps)], cohort)
-    mark = ledger.reserve(run, round, [], cohort)
-    planned = _planned(ledger, run, terms, cohort.name)
-    used = terms.steps * sum(
-        not charge.events and charge.cohort == cohort.name and number <= mark.sequence
-        for number, charge in _charges(ledger, run).items()
-    )
-    if used > planned:
-        ledger.reserve(run, SCHEDULE, [terms.event(steps=used - planned)], cohort)
-    return mark
-
-
 def _shown(epsilon: float) -> float | None:
     """An ε as JSON takes it; None where nothing bounds it."""
     return epsilon if math.isfinite(epsilon) else None
@@ -177,7 +163,7 @@ def _shown(epsilon: float) -> float | None:
 
 def _planned_noise(ledger: Ledger, run: str, public: Terms, cohort: str) -> float:
     """σ of the schedule that this run has reserved for these patients, whichever process did so; 0 if there is none."""
-    planned = (event for charge in _charges(ledger, run).values() for event in charge.events)
+    planned = (event for charge in charges_of(ledger, run).values() for event in charge.events)
     return next(
         (
             each.noise_multiplier
@@ -188,16 +174,6 @@ def _planned_noise(ledger: Ledger, run: str, public: Terms, cohort: str) -> floa
     )
 
 
-def _planned(ledger: Ledger, run: str, terms: Terms, cohort: str) -> int:
-    """How many steps this run has reserved on these terms for these patients."""
-    events = (event for charge in _charges(ledger, run).values() for event in charge.events)
-    return sum(event.steps for event in events if _of(event, terms, cohort))
-
-
 def _of(event: PrivacyEvent, terms: Terms, cohort: str) -> bool:
     """Whether an event is of these terms and patients, whatever its steps."""
     return event == terms.event(steps=event.steps, cohort=cohort)
-
-
-def _charges(ledger: Ledger, run: str) -> dict[int, Charge]:
-    return {number: charge for number, charge in ledger.charges.items() if charge.run == run}

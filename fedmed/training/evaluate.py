@@ -16,12 +16,17 @@ from fedmed.metrics import (
     add_sums,
     auroc_intervals,
     case_sums,
+    check_noised,
     check_variances,
     classification_bounds,
     classification_metrics,
     classification_sums,
+    is_noised,
     join_cases,
+    noised_metrics,
     parted_variances,
+    patient_histograms,
+    patient_overlaps,
     released,
     score_cases,
     segmentation_metrics,
@@ -104,6 +109,37 @@ def evaluation_sums(
     return released(form, logits, targets, patients, in_house=False, centres=centres or None)
 
 
+def patient_vectors(
+    network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], task: TaskConfig, *, centres: Sequence[float] = ()
+) -> NDArray[np.float64]:
+    """(patients, values) what each held-out patient adds to sums that bear noise. None of it may leave as it is.
+
+    Patients go through the network one by one: in a common batch the last bits of one would depend on the others. A
+    logit that is not finite counts as 0 or as an extreme one: an error would tell that some patient has it.
+
+    Args:
+        network: the network to be judged.
+        data: the site's images.
+        rows: of the held-out patients, one at least.
+        task: classification or segmentation.
+        centres: logits around which histograms are finest, one for each label; empty = 0.
+    """
+    of_patient: dict[str, list[int]] = {}
+    for row in rows.tolist():
+        of_patient.setdefault(data.patients[row], []).append(row)
+    vectors = []
+    for patient, own in of_patient.items():
+        batches = list(predictions(network, data, np.array(own)))
+        logits = np.nan_to_num(np.concatenate([batch[1] for batch in batches]))
+        targets = np.concatenate([batch[2] for batch in batches])
+        names = [patient] * len(logits)
+        if task.kind == "segmentation":
+            vectors.append(patient_overlaps(scored_cases(logits, targets), names))
+        else:
+            vectors.append(patient_histograms(logits, targets, names, centres or None))
+    return np.concatenate(vectors)
+
+
 def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
     """A site's sums, if they have the names and shapes that they must have and could be true.
 
@@ -111,6 +147,9 @@ def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
         UpdateRefused: they do not or could not.
     """
     none, labels = np.zeros((0, len(task.labels))), len(task.labels)
+    if is_noised(sums):
+        check_noised(sums, task.kind, labels)
+        return sums
     if task.kind == "segmentation":
         empty = case_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
     else:
@@ -142,15 +181,25 @@ def scored_cases(
 
 def metrics_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """The ratios that sums amount to, named as in `result.json`; undefined ones are None."""
+    if is_noised(sums):
+        return {name: each.value for name, each in noised_metrics(sums, task.kind, task.labels).items()}
     ratios = classification_metrics if task.kind == "classification" else segmentation_metrics
     return ratios(sums, task.labels)
 
 
 def intervals_from(sums: Sums, task: TaskConfig) -> Mapping[str, tuple[float, float]]:
     """The 95 % intervals of the AUROCs of one site, from the variances that it sent; of no other metric."""
-    return auroc_intervals(sums, task.labels) if task.kind == "classification" else {}
+    exact = task.kind == "classification" and not is_noised(sums)
+    return auroc_intervals(sums, task.labels) if exact else {}
 
 
 def bounds_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """How far metrics that were made of histograms can be from those of the scores; the other metrics are exact."""
-    return classification_bounds(sums, task.labels) if task.kind == "classification" else {}
+    exact = task.kind == "classification" and not is_noised(sums)
+    return classification_bounds(sums, task.labels) if exact else {}
+
+
+def noise_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
+    """How far noise moves the metrics of one site, 95 % of the time; nothing where the sums bear none."""
+    found = noised_metrics(sums, task.kind, task.labels) if is_noised(sums) else {}
+    return {name: each.noise for name, each in found.items()}

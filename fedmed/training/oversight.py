@@ -27,7 +27,7 @@ from fedmed.privacy.audit_log import keep_decision
 from fedmed.privacy.egress import Departure, keep_departure, with_head
 from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import DATABASE, Ledger
-from fedmed.privacy.policy import Form, PrivacyRules, Request, SitePolicy, Terms, decide, read_policy
+from fedmed.privacy.policy import Decision, Form, PrivacyRules, Request, SitePolicy, Terms, decide, read_policy
 from fedmed.types import Task, Update
 
 Keeper = TypeVar("Keeper")
@@ -155,8 +155,22 @@ def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -
     return cast(Keeper, keeper)
 
 
+def keep_withheld(permit: Permit, refusal: PolicyRefused) -> None:
+    """Note in the audit log that a task that is allowed sends no metrics, and why.
+
+    Raises:
+        LedgerUnusable: the log cannot be written.
+    """
+    decision = Decision(allowed=False, rule=refusal.rule, reason=str(refusal))
+    task = permit.task
+    keep_decision(
+        permit.oversight.folder, permit.keys, decision,
+        task="metrics", run=permit.run, round=task.round, policy=permit.policy, settings=_digest(task.settings),
+    )  # fmt: skip
+
+
 def form_of(permit: Permit | None, site: Form | Literal["exact"], config: RunConfig) -> Form | Literal["exact"]:
-    """In which form evaluations may leave: the stricter of site and policy; none under DP."""
+    """In which form evaluations may leave: the stricter of site and policy; none under DP, but see `NoisedSums`."""
     if config.privacy.mode != "none":
         return "none"
     return site if permit is None or site == "none" else permit.terms.metrics
@@ -235,7 +249,9 @@ def _ledger(oversight: Oversight, policy: SitePolicy, process: int) -> Ledger:
 def _controls(permit: Permit, update: Update) -> Sequence[str]:
     """Which technical controls applied to what leaves, in words."""
     terms = permit.terms
-    said = ["no metrics" if not update.metrics else f"metrics as {terms.metrics}s"]
+    noised = permit.private == "dp-sgd"
+    form = "clipped and noised (differential privacy)" if noised else f"as {terms.metrics}s"
+    said = [f"metrics {form}" if update.metrics else "no metrics"]
     said += [] if terms.training_loss else ["training loss withheld"]
     return [*said, NOISE[permit.private]]
 

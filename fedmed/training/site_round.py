@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,16 +31,14 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.oversight import Oversight, Permit, form_of, permitted, released, require_ledger
-from fedmed.training.own_patients import OwnPatients, become_personal_, site_generator, write_personal
+from fedmed.training.oversight import Oversight, form_of, permitted, released, require_ledger
+from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.sampling import Rows
-from fedmed.training.site_cohort import cohort_of_patients, patients_of
+from fedmed.training.site_cohort import patients_of
+from fedmed.training.site_privacy import account_of, charge_central, noised_sums
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import unfinished
 from fedmed.types import FloatVector, Scalar, Sums, Task, Update
-
-if TYPE_CHECKING:
-    from fedmed.training.account import Account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +96,9 @@ def train_round(task: Task, site: Site) -> Update:
     metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
-    account = _account(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
+    account = account_of(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
+    if config.privacy.mode == "central" and permit is not None:
+        charge_central(task, site, permit, own)
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
         given = Circumstances(
@@ -149,6 +147,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
 
     Where every site ends with a network of its own, it is made here, evaluated beside the received one, and written to
     the site's disk. A site with a state folder also writes its own findings there, for its own report; neither is sent.
+    Under DP-SGD no sum leaves but noised and charged, once in a run.
 
     Raises:
         PolicyRefused, LedgerUnusable: the hospital's policy does not allow it, or its records cannot be used.
@@ -162,17 +161,19 @@ def evaluate_round(task: Task, site: Site) -> Update:
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
+    own = OwnPatients(network=network, data=data, config=config, site=site.name)
     metrics = _held_out_sums(network, data, config, task, form)
+    if config.privacy.metrics_epsilon:
+        metrics = noised_sums(task, site, permit, own)
     if site.state_dir is not None:
         with suppress(OSError):  # a full disk costs the site its page, and the federation nothing
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
-    own = OwnPatients(network=network, data=data, config=config, site=site.name)
     if state is not None and has_personal_network(config.strategy):
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
             metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, form))}
         write_personal(network, state.personal)
-    said = _account(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
+    said = account_of(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
     count = len(own.held_out) if config.privacy.mode == "none" else len(patients_of(data, own.held_out))
     return released(_update(network, count, metrics, facts), permit)
@@ -267,24 +268,6 @@ def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
 def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kept: Mapping[str, FloatVector]) -> None:
     if config.strategy.name == "fedbn":
         network.load_(with_own_norms(network, task.weights, kept))
-
-
-def _account(
-    task: Task, site: Site, given: Permit | None, own: OwnPatients, kept: Mapping[str, FloatVector] | None = None
-) -> Account:
-    """What the round will cost the patients, reserved; without anything kept, what the run has cost so far."""
-    from fedmed.training.account import opened_account  # heavy: opacus
-
-    permit = require_ledger(own.config, given, virtual=site.virtual)
-    manifest = None if site.dataset else site.manifest
-    cohort = cohort_of_patients(patients_of(own.data, own.rows), manifest, own.config.task, permit)
-    seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
-    account = opened_account(
-        own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed, kept=kept
-    )
-    if account.warning and not site.virtual:
-        print(f"warning: {account.warning}", file=sys.stderr, flush=True)  # the site's own log
-    return account
 
 
 def _update(

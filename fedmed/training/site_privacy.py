@@ -1,0 +1,101 @@
+"""What a task costs a site's patients, charged before it is done: DP-SGD, noised metrics, and noise at the server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fedmed.config import PrivacyConfig
+from fedmed.privacy.calibration import noise_multiplier_for
+from fedmed.privacy.central import central_events, shared_noise
+from fedmed.privacy.cohort import Cohort
+from fedmed.privacy.noise import noise_generator
+from fedmed.training.evaluate import patient_vectors
+from fedmed.training.noised_metrics import NoisedSums
+from fedmed.training.oversight import Permit, require_ledger
+from fedmed.training.own_patients import OwnPatients, site_generator
+from fedmed.training.reserving import SCHEDULE, charges_of, reserve_round, run_of
+from fedmed.training.sampling import Rows
+from fedmed.training.site_cohort import cohort_of_patients, patients_of
+from fedmed.types import FloatVector, PrivacyEvent, Sums, Task
+
+if TYPE_CHECKING:
+    from fedmed.training.account import Account
+    from fedmed.training.site_round import Site
+
+
+def account_of(
+    task: Task, site: Site, given: Permit | None, own: OwnPatients, kept: Mapping[str, FloatVector] | None = None
+) -> Account:
+    """What the round will cost the patients, reserved; without anything kept, what the run has cost so far.
+
+    Raises:
+        PolicyRefused, LedgerUnusable: the site has no ledger, or it refuses.
+    """
+    from fedmed.training.account import opened_account  # heavy: opacus
+
+    permit = require_ledger(own.config, given, virtual=site.virtual)
+    cohort = _cohort(site, permit, own, own.rows)
+    seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
+    account = opened_account(
+        own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed, kept=kept
+    )
+    if account.warning and not site.virtual:
+        print(f"warning: {account.warning}", file=sys.stderr, flush=True)  # the site's own log
+    return account
+
+
+def noised_sums(task: Task, site: Site, given: Permit | None, own: OwnPatients) -> Sums:
+    """What leaves of an evaluation in a run with `privacy.metrics-epsilon`: see `NoisedSums`.
+
+    Raises:
+        PolicyRefused, LedgerUnusable: the site has no ledger, or it cannot be used.
+    """
+    permit = require_ledger(own.config, given, virtual=site.virtual)
+    seed = int(site_generator(own.config.seed, f"{site.name}/metrics", task.round).integers(2**62))
+    sums = NoisedSums(
+        task=task,
+        config=own.config,
+        permit=permit,
+        form=site.metrics,
+        cohort=_cohort(site, permit, own, own.held_out),
+        source=noise_generator(own.config.privacy.noise, seed=seed),
+    )
+    vectors = partial(patient_vectors, own.network, own.data, own.held_out, own.config.task, centres=task.centres)
+    return sums.of(vectors, len(patients_of(own.data, own.held_out)))
+
+
+def charge_central(task: Task, site: Site, permit: Permit, own: OwnPatients) -> None:
+    """Write into the hospital's ledger what the server promises to release of this round, before it is trained.
+
+    The site cannot see the server's noise: the charge holds against everybody but the server, and as far as the server
+    keeps its word. A patient is charged for a distance of two clips, see `rdp_filter.charged`.
+
+    Raises:
+        BudgetExhausted, PolicyRefused, LedgerUnusable: the ledger refuses, or cannot be used.
+    """
+    config = own.config
+    cohort, run = _cohort(site, permit, own, own.rows), run_of(config.name, task.settings)
+    charges = charges_of(permit.ledger, run).values()
+    planned = next((each.events for each in charges if (each.round, each.cohort) == (SCHEDULE, cohort.name)), ())
+    releases = [replace(event, steps=1) for event in planned] or promised_releases(config.privacy, config.train.rounds)
+    reserve_round(permit.ledger, run, task.round, releases, cohort, rounds=config.train.rounds)
+
+
+def promised_releases(privacy: PrivacyConfig, rounds: int) -> tuple[PrivacyEvent, ...]:
+    """What a server with these settings releases in a round at most; one that goes through rounds again adds noise."""
+    sigma = privacy.noise_multiplier or noise_multiplier_for(
+        epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=1.0, steps=rounds, unit="site"
+    )
+    adaptive = None
+    if privacy.clipping == "adaptive":
+        sigma, adaptive = shared_noise(sigma, privacy.clip_quantile)
+    return central_events(noise_multiplier=sigma, rounds=1, adaptive=adaptive)
+
+
+def _cohort(site: Site, permit: Permit, own: OwnPatients, rows: Rows) -> Cohort:
+    manifest = None if site.dataset else site.manifest
+    return cohort_of_patients(patients_of(own.data, rows), manifest, own.config.task, permit)
