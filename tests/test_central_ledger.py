@@ -22,6 +22,7 @@ from fedmed.privacy.verification import Findings, examine
 from fedmed.training.network import FlatNetwork
 from fedmed.training.oversight import Oversight
 from fedmed.training.reserving import SCHEDULE
+from fedmed.training.site_privacy import promised_releases
 from fedmed.training.site_round import Site, settings_for_sites, train_round
 from fedmed.types import Task
 
@@ -108,6 +109,21 @@ def test_p09_a_release_at_the_server_is_charged_before_the_round_is_trained(toy_
     train(config, site, 1)
     assert [(charge.round, [event.steps for event in charge.events])
             for charge in records_in(tmp_path).balance.charges.values()] == [(SCHEDULE, [3]), (1, [])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("epsilon", "of_a_patient"), [(3.6, 7.94), (8.0, 18.63)])
+def test_p09_a_hospitals_epsilon_costs_its_patients_what_the_planning_page_says(
+    epsilon, of_a_patient, toy_config, tmp_path
+):
+    config = run_of(toy_config, **{"noise-multiplier": 0.0, "epsilon": epsilon})
+    (event,) = promised_releases(config.privacy, config.train.rounds)
+    assert promised_to_a_patient([replace(event, steps=3)], 1e-6) == pytest.approx(of_a_patient, abs=0.03)
+    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\n")
+    if of_a_patient < 8:
+        train(config, site, 1)
+        return
+    with pytest.raises(BudgetExhausted, match=r"8\.00"):
+        train(config, site, 1)
 
 
 def test_p09_a_round_that_is_trained_again_is_charged_again_at_the_hospital(toy_config, tmp_path):

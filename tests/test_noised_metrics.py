@@ -12,8 +12,10 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from kill_points import AVAILABLE, run_killed
+from report_files import result, site, write_run
 from sklearn.metrics import roc_auc_score
 
+from fedmed.cli.display import interval
 from fedmed.errors import ConfigError, LedgerUnusable, UpdateRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.metrics import (
@@ -30,6 +32,7 @@ from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import cohort_of
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.verification import examine
+from fedmed.reporting import write_model_card, write_report
 from fedmed.training.evaluate import patient_vectors
 from fedmed.training.network import FlatNetwork
 from fedmed.training.noised_metrics import NoisedSums, clipped_sum
@@ -265,7 +268,7 @@ def test_p08_the_epsilon_of_a_run_holds_its_metrics_and_another_accountant_agree
     found = site["metrics"]["auroc"]
     assert found["n"] == 40 and found["low"] is None
     assert set(site["metrics"]) == {"auroc", "auroc/a", "auroc/b"}
-    assert (found["value"] is None) or found["noise"] > 0
+    assert (found["noise"] is None) is (found["value"] is None)
     events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert not any("metrics" in event for event in events if event["kind"] == "update_received")
 
@@ -337,6 +340,15 @@ def test_metrics_without_noise_at_the_sites_are_refused_by_name(toy_config):
     for mode in ("none", "central"):
         with pytest.raises(ConfigError, match="metrics-epsilon"):
             toy_config("a-20", privacy={"mode": mode, "metrics-epsilon": 1.0}, strategy={"weight-by": "uniform"})
+
+
+def test_a_noised_metric_is_marked_on_the_screen_in_the_report_and_on_the_card(tmp_path):
+    found = {"value": 0.812, "low": None, "high": None, "n": 400, "noise": 0.051}
+    write_run(tmp_path, result(sites=[{**site("north", 0.8), "metrics": {"auroc": found}}]))
+    assert '<td class="n">± 0.051</td>' in write_report(tmp_path).read_text()
+    assert "0.812 (noise ± 0.051)" in write_model_card(tmp_path).read_text()
+    assert interval(found) == "0.812 (noise ± 0.051)"
+    assert interval({**found, "value": None, "noise": None}) == "null (noise)"
 
 
 # Killed, hurried, damaged.

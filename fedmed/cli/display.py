@@ -190,9 +190,11 @@ def score(event: Event, primary: str) -> str:
 
 
 def interval(metric: Mapping[str, Any] | None) -> str:
-    """A metric as text: value and 95 % interval; without both classes, or without cases, it is not defined."""
+    """A metric as text: value and 95 % interval, or the noise that it bears; without both classes it is not defined."""
     if metric is None or metric["value"] is None:
-        return "null (one class)"
+        return "null (noise)" if metric and "noise" in metric else "null (one class)"
+    if metric.get("noise") is not None:
+        return f"{metric['value']:.3f} (noise ± {metric['noise']:.3f})"
     if metric["low"] is None:
         return f"{metric['value']:.3f}"
     return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"

@@ -30,12 +30,10 @@ def metric(
     n: int | None = None,
     *,
     bound: float | None = None,
-    noise: float | None = None,
 ) -> Any:
-    """One metric as `result.json` holds it; with a bound if it was made of histograms, with the noise that it bears."""
+    """One metric as `result.json` holds it; with a bound if it was made of histograms."""
     exact = {"value": _finite(value), "low": _finite(low), "high": _finite(high), "n": n}
-    further = {"bound": bound, "noise": noise}
-    return exact | {name: _finite(number) for name, number in further.items() if number is not None}
+    return exact if bound is None else {**exact, "bound": _finite(bound)}
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:

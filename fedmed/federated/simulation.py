@@ -88,7 +88,7 @@ def prepare_fork(config: RunConfig) -> None:
         import fedmed.imaging.augment.planar  # torchvision: five seconds
     if config.privacy.mode == "dp-sgd":
         import fedmed.training.account  # noqa: F401  # opacus: seconds
-
+    if config.privacy.mode != "none":
         warm_up()
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports torch._dynamo, seconds of work, once
     gc.collect()

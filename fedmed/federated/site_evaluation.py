@@ -54,5 +54,6 @@ def _metrics(sums: Sums, task: TaskConfig) -> dict[str, Any]:
     found = {}
     for name, value in metrics_from(sums, task).items():
         low, high = intervals.get(name, (None, None))
-        found[name] = metric(value, low, high, n, bound=bounds.get(name), noise=noise.get(name))
+        found[name] = metric(value, low, high, n, bound=bounds.get(name))
+        found[name] |= {"noise": noise[name]} if name in noise else {}
     return found

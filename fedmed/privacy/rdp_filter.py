@@ -90,7 +90,8 @@ def charged(event: PrivacyEvent, times: int) -> PrivacyEvent:
     if times == 1 and event.unit != "site":
         return event
     images = {"patient": 1, "image": event.images_per_patient, "site": 2}[event.unit]
-    return replace(event, unit="image", images_per_patient=images * times)
+    rate = 1.0 if event.unit == "site" else event.sample_rate  # the server's records show which hospital took part
+    return replace(event, unit="image", images_per_patient=images * times, sample_rate=rate)
 
 
 @lru_cache(maxsize=1024)
