@@ -116,6 +116,17 @@ def test_unreadable_images_are_counted_by_a_reason_that_names_nothing(tmp_path):
     assert check(site(tmp_path, rows))["state"] == "fail"
 
 
+def test_where_no_image_can_be_read_nothing_is_said_to_be_clean(tmp_path):
+    rows = [{**row, "image": f"gone-{number}.png"} for number, row in enumerate(good())]
+    facts = check(site(tmp_path, rows))
+    for what in ("identity", "leaks", "look-alikes"):
+        assert states(facts)[what] == "fail" and "nothing was checked" in said(facts, what)["said"]
+    assert "nothing was checked" in render_check(facts)
+    few = check(site(tmp_path / "few", [*good(40), {**good(1)[0], "patient_id": "p99", "image": "gone.png"}]))
+    (identity,) = (each for each in few["findings"] if each["what"] == "identity")
+    assert identity["state"] == "pass" and "in the 40 images that can be read" in identity["said"]
+
+
 def test_labels_without_values_or_with_one_class(tmp_path):
     rows = [{**row, "a": "1", "c": ""} for row in good()]
     facts = check(site(tmp_path, rows), labels=("a", "b", "c"))

@@ -51,16 +51,13 @@ def findings(seen: Seen, alike: Alike, manifest: Path, labels: tuple[str, ...]) 
         manifest: the CSV, which is read as a training would read it.
         labels: of the task.
     """
+    pictures = (*_same_pictures(seen), _alike(seen, alike), *_masks(seen), *_identity(seen), *_kinds(seen))
     return (
         _manifest(manifest, labels, masked=seen.masked),
         _unreadable(seen),
         *_patients(seen),
-        *_same_pictures(seen),
-        _alike(seen, alike),
         *_labels(seen, labels),
-        *_masks(seen),
-        *_identity(seen),
-        *_kinds(seen),
+        *(pictures if seen.sizes else _unseen(seen)),
     )
 
 
@@ -116,6 +113,14 @@ def _patients(seen: Seen) -> Iterator[Finding]:
         rows = np.flatnonzero(np.isin(seen.patients, torn)).tolist()
         do = "give all rows of a patient one split: the test would see training images"
         yield _finding("splits", "fail", f"{_many(len(torn), 'patient')} in more than one split", do, seen, rows)
+
+
+def _unseen(seen: Seen) -> Iterator[Finding]:
+    """No picture was seen, so none of them is without fault."""
+    for what in ("leaks", "look-alikes", *(["masks"] if seen.masked else []), "identity"):
+        yield _finding(
+            what, "fail", "nothing was checked, as no image can be read", "mend the images, then check again"
+        )
 
 
 def _same_pictures(seen: Seen) -> Iterator[Finding]:
@@ -218,7 +223,8 @@ def _identity(seen: Seen) -> Iterator[Finding]:
             )
             yield _finding("identity", "warn", f"{_many(len(rows), 'image')}: {reason}", do, seen, rows)
     if clean:
-        yield _finding("identity", "pass", "no header names anybody, and no picture shows text")
+        looked = f", in the {len(seen.sizes)} images that can be read" if seen.unreadable else ""
+        yield _finding("identity", "pass", f"no header names anybody, and no picture shows text{looked}")
 
 
 def _kinds(seen: Seen) -> Iterator[Finding]:
