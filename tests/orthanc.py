@@ -20,19 +20,19 @@ USER, PASSWORD = "fedmed", "test-only"
 class Orthanc:
     """The archive, which can be killed and started again over the same objects."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
         self.web, self.dicom = free_port(), free_port()
         self._file = folder / "orthanc.json"
         modality = {"AET": "FEDMED", "Host": "127.0.0.1", "Port": 11112, "AllowGet": True}
-        settings = {
+        known = {
             "Name": "hospital", "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
             "Plugins": [str(PLUGIN)], "HttpPort": self.web, "RemoteAccessAllowed": False,
             "AuthenticationEnabled": True, "RegisteredUsers": {USER: PASSWORD}, "DicomAet": "HOSPA",
             "DicomPort": self.dicom, "DicomCheckCalledAet": True, "DicomCheckModalityHost": True,
             "DicomAlwaysAllowEcho": False, "DicomAlwaysAllowStore": False, "DicomModalities": {"fedmed": modality},
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/", "Ssl": False},
-        }  # fmt: skip
-        self._file.write_text(json.dumps(settings))
+        } | settings  # fmt: skip
+        self._file.write_text(json.dumps(known))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -47,8 +47,9 @@ class Orthanc:
         opener = urllib.request.build_opener(_basic(self.web))
         assert opener.open(f"http://127.0.0.1:{self.web}/system", timeout=60).status == 200
 
-    def store(self, files: Sequence[Path]) -> None:
-        command = ["storescu", "-aet", "FEDMED", "-aec", "HOSPA", "127.0.0.1", str(self.dicom), *map(str, files)]
+    def store(self, files: Sequence[Path], *tls: str | Path) -> None:
+        place = ["-aet", "FEDMED", "-aec", "HOSPA", "localhost" if tls else "127.0.0.1", str(self.dicom)]
+        command = ["storescu", *map(str, tls), *place, *map(str, files)]
         subprocess.run(command, check=True, timeout=60)
 
     def kill(self) -> None:

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 from dicom_files import written
 from intake_files import PLANTED, named_object, pseudonyms_in
+from loopback_archive import refusals
 from orthanc import MISSING, PASSWORD, USER, Orthanc
 from pydicom.uid import MRImageStorage
 from real_consortium import command
 
+from fedmed.deployment.certificates import make_authority, make_coordinator_certificate, make_server_certificate
 from fedmed.errors import DataError
 from fedmed.intake.archive import Archive
 from fedmed.intake.dicomweb import DicomWeb
@@ -156,6 +158,34 @@ def test_conditions_mean_the_same_to_both_protocols(orthanc: Orthanc, tmp_path: 
         assert pull(archive, query, tmp_path / name, pseudonyms).images == images
         with pytest.raises(DataError, match="nothing in the archive"):
             pull(archive, Query(dates="19500101-19501231"), tmp_path / "none", pseudonyms)
+
+
+def test_an_archive_that_asks_for_tls_and_a_certificate_gives_over_it_what_it_has(tmp_path: Path):
+    pseudonyms = pseudonyms_in(tmp_path)
+    make_authority(tmp_path, "hospital")
+    make_server_certificate(tmp_path, ["localhost"], days=30)
+    shown, key = make_coordinator_certificate(tmp_path, "workstation", 30)
+    (tmp_path / "machine.pem").write_bytes(shown + (key or b""))
+    (tmp_path / "db").mkdir()
+    written(named_object(1), tmp_path / "1.dcm")
+    authority = tmp_path / "ca.crt"
+    archive = Orthanc(
+        tmp_path, DicomTlsEnabled=True, DicomTlsCertificate=str(tmp_path / "server.crt"),
+        DicomTlsPrivateKey=str(tmp_path / "server.key"), DicomTlsTrustedCertificates=str(authority),
+        DicomTlsRemoteCertificateRequired=True,
+    )  # fmt: skip
+    archive.start()
+    try:
+        machine = tmp_path / "machine.pem"
+        archive.store([tmp_path / "1.dcm"], "+tls", machine, machine, "+cf", authority)
+        titles = {"called": "HOSPA", "calling": "FEDMED", "ca": authority}
+        trusted = Dimse(f"localhost:{archive.dicom}", **titles, certificate=machine)
+        assert pull(trusted, ANY, tmp_path / "out", pseudonyms).images == 1
+        stranger = Dimse(f"localhost:{archive.dicom}", **titles)
+        with refusals(), pytest.raises(DataError, match="asks for a certificate of this machine"):
+            pull(stranger, ANY, tmp_path / "none", pseudonyms, wait_s=0.001)
+    finally:
+        archive.kill()
 
 
 def test_a_wrong_password_is_one_line_that_does_not_hold_it(

@@ -88,7 +88,11 @@ def pull(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where images, quarantine and pulled.csv go")],
     dicomweb: Annotated[str, typer.Option(metavar="URL", help="of the archive's DICOMweb service")] = "",
     ca: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="certificate of the authority that signed the archive's")
+        Path | None,
+        typer.Option(metavar="FILE", help="certificate of the authority that signed the archive's; --pacs then by TLS"),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="of this machine, with its key, if the archive asks for one")
     ] = None,
     pacs: Annotated[str, typer.Option(metavar="HOST:PORT", help="of an archive without DICOMweb")] = "",
     called: Annotated[str, typer.Option(metavar="AET", help="its AE title")] = "",
@@ -117,8 +121,8 @@ def pull(
     from fedmed.cli.pull import pull_images
 
     pull_images(
-        out, dicomweb=dicomweb, ca=ca, pacs=pacs, called=called, calling=calling, query=query, table=table, rate=rate,
-        site=site, keys=keys,
+        out, dicomweb=dicomweb, ca=ca, certificate=certificate, pacs=pacs, called=called, calling=calling, query=query,
+        table=table, rate=rate, site=site, keys=keys,
     )  # fmt: skip
 
 

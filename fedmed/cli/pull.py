@@ -23,6 +23,7 @@ def pull_images(
     *,
     dicomweb: str,
     ca: Path | None,
+    certificate: Path | None,
     pacs: str,
     called: str,
     calling: str,
@@ -42,7 +43,7 @@ def pull_images(
     if bool(dicomweb) == bool(pacs):
         raise ConfigError("give either --dicomweb URL or --pacs HOST:PORT")
     wanted = parse_query(query, table)
-    archive = _web(dicomweb, ca) if dicomweb else _dimse(pacs, called, calling)
+    archive = _web(dicomweb, ca, certificate) if dicomweb else _dimse(pacs, called, calling, ca, certificate)
     pseudonyms = site_pseudonyms(site, keys)
     with bar("pulling series") as progress:
         pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress)
@@ -70,16 +71,16 @@ def site_pseudonyms(site: Path | None, keys: Path | None) -> Pseudonyms:
     return Pseudonyms(keys=read_keys(keys) if keys.exists() else make_keys(keys))
 
 
-def _web(url: str, ca: Path | None) -> Archive:
+def _web(url: str, ca: Path | None, certificate: Path | None) -> Archive:
     from fedmed.intake.dicomweb import DicomWeb  # heavy
 
     parts = urlsplit(url)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
         print("warning: over http, the password and the images can be read on the way; use https", file=sys.stderr)
-    return DicomWeb(url, ca=ca)
+    return DicomWeb(url, ca=ca, certificate=certificate)
 
 
-def _dimse(address: str, called: str, calling: str) -> Archive:
+def _dimse(address: str, called: str, calling: str, ca: Path | None, certificate: Path | None) -> Archive:
     from fedmed.intake.dimse import Dimse  # heavy
 
-    return Dimse(address, called=called, calling=calling)
+    return Dimse(address, called=called, calling=calling, ca=ca, certificate=certificate)

@@ -1,17 +1,23 @@
-"""What an archive must be able to do, whichever protocol it speaks, and patience with it."""
+"""What an archive must be able to do, whichever protocol it speaks; TLS to it, and patience with it."""
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydicom.dataset import Dataset
 
-from fedmed.errors import DataError
+from fedmed.errors import ConfigError, DataError
 from fedmed.intake.query import Query, Series
 
 ATTEMPTS = 5
+NOT_TRUSTED = (
+    "TLS: the certificate of the archive is not trusted, or belongs to another name; give the certificate of the "
+    "authority that signed it with --ca"
+)
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +40,32 @@ class Archive(Protocol):
 
     def fetch_object(self, series: Series, uid: str, take: Callable[[Dataset], None]) -> None:
         """Read one object."""
+
+
+def tls(ca: Path | None, certificate: Path | None) -> ssl.SSLContext:
+    """What a TLS connection to an archive trusts and shows: TLS 1.2 or later, and the archive's name must fit.
+
+    Args:
+        ca: certificates of the authority that signed the archive's (PEM); None = those of the system.
+        certificate: of this machine with its key (PEM), for an archive that asks for one; None = none.
+
+    Raises:
+        ConfigError: a file is missing, or holds something else.
+    """
+    for name, path in (("--ca", ca), ("--certificate", certificate)):
+        if path and not path.is_file():
+            raise ConfigError(f"{name} {path}: no such file")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ValueError):  # SSLError is an OSError
+        raise ConfigError(f"--ca {ca}: no certificate in PEM can be read there") from None
+    try:
+        if certificate:
+            context.load_cert_chain(certificate, password="")  # else OpenSSL asks at the terminal
+    except (OSError, ValueError):
+        text = "expected a certificate and its key without a password, both in PEM"
+        raise ConfigError(f"--certificate {certificate}: {text}") from None
+    return context
 
 
 def patiently(ask: Callable[[int], Answer], *, wait_s: float) -> Answer:

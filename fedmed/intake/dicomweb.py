@@ -24,7 +24,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import Interrupted
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
 from fedmed.intake.query import Query, Series, questions
 
 PAGE = 200  # studies or series asked for at once
@@ -52,15 +52,16 @@ for _name in ("dicomweb_client", "urllib3"):
 class DicomWeb:
     """An archive behind a URL."""
 
-    def __init__(self, url: str, *, ca: Path | None = None) -> None:
+    def __init__(self, url: str, *, ca: Path | None = None, certificate: Path | None = None) -> None:
         """Connect to nothing yet.
 
         Args:
             url: of the DICOMweb service, such as https://pacs/dicom-web.
-            ca: certificates of the authority that signed the archive's; None = those of the system.
+            ca: as `archive.tls` takes it.
+            certificate: likewise.
 
         Raises:
-            ConfigError: the URL is none, or holds a password.
+            ConfigError: the URL is none, or holds a password; or a file of TLS is missing or wrong.
         """
         parts = urlsplit(url)
         if parts.username or parts.password:
@@ -68,11 +69,9 @@ class DicomWeb:
                               "set FEDMED_PACS_USER and FEDMED_PACS_PASSWORD")  # fmt: skip
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("--dicomweb: expected a URL such as https://pacs.hospital/dicom-web")
-        if ca and not ca.is_file():
-            raise ConfigError(f"--ca {ca}: no such file")
         session = requests.Session()
         session.auth = _credentials()
-        session.mount("https://", _Trusting(ca))
+        session.mount("https://", _Trusting(tls(ca, certificate)))
         self._client = DICOMwebClient(
             url.rstrip("/"), session=session, timeout=TIMEOUT_S, permissive_uid=True, chunk_size=CHUNK
         )
@@ -142,14 +141,14 @@ class _Bearer(AuthBase):
 
 
 class _Trusting(HTTPAdapter):
-    """Certificates of one more authority. As `session.verify` they would yield to REQUESTS_CA_BUNDLE."""
+    """What TLS trusts and shows. As `session.verify` it would yield to REQUESTS_CA_BUNDLE."""
 
-    def __init__(self, ca: Path | None) -> None:
-        self._ca = ca
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs, ssl_context=ssl.create_default_context(cafile=self._ca))
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
 
 
 def _credentials() -> AuthBase | None:
@@ -183,8 +182,7 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
         raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
                         "DICOMweb service begins?") from None  # fmt: skip
     except requests.exceptions.SSLError:
-        raise DataError("TLS: the certificate of the archive is not trusted, or belongs to another name; give the "
-                        "certificate of the authority that signed it with --ca") from None  # fmt: skip
+        raise DataError(NOT_TRUSTED) from None
     except requests.exceptions.ProxyError as error:
         if "407" in str(error):
             raise DataError(f"the archive {ENDED[407]}") from None

@@ -7,7 +7,11 @@ archive need not know where this machine is, only its name (the calling AE title
 from __future__ import annotations
 
 import logging
+import socket
+import ssl
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -33,7 +37,7 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import Interrupted
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
 from fedmed.intake.query import Query, Series, questions
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
@@ -44,6 +48,8 @@ SYNTAXES = (  # each in a context of its own, so that the archive sends what it 
 )  # fmt: skip
 CONTEXTS = 127  # of an association, beside the one for the query (PS3.8 9.3.2)
 TIMEOUT_S = 60
+CONNECT_S = 10
+WORD_S = 2  # in which an archive that refuses a certificate says so
 PENDING, SUCCESS = (0xFF00, 0xFF01), 0x0000
 REFUSED = {  # diagnostic of a rejected association (PS3.8 9.3.4), for the service user
     3: "does not know this machine: ask for an entry with the calling AE title given by --calling",
@@ -56,13 +62,17 @@ logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)  # its log record
 class Dimse:
     """An archive at a host and port."""
 
-    def __init__(self, address: str, *, called: str, calling: str) -> None:
+    def __init__(
+        self, address: str, *, called: str, calling: str, ca: Path | None = None, certificate: Path | None = None
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
             address: HOST:PORT.
             called: the archive's AE title.
             calling: the AE title under which the archive knows this machine.
+            ca: as `archive.tls` takes it; with it, connections are by TLS (PS3.15 B.9 and B.10), else plain.
+            certificate: likewise.
 
         Raises:
             ConfigError: one of them cannot be right.
@@ -73,7 +83,10 @@ class Dimse:
         for name, title in (("--called", called), ("--calling", calling)):
             if not 0 < len(title.strip()) <= 16 or not title.isascii():
                 raise ConfigError(f"{name}: an AE title has 1 to 16 letters; --pacs needs --called and --calling")
+        if certificate and not ca:
+            raise ConfigError("--certificate is for TLS, which --pacs speaks with --ca alone")
         self._port, self._called, self._calling = int(port), called, calling
+        self._tls = tls(ca, certificate) if ca else None
 
     def find(self, query: Query) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
@@ -176,11 +189,13 @@ class Dimse:
         """An open association.
 
         Raises:
-            DataError: the archive refuses it.
+            DataError: the archive refuses it, or TLS fails.
             Interrupted: nothing answers.
         """
         entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT_S
-        entity.connection_timeout = 10
+        entity.connection_timeout = CONNECT_S
+        if self._tls:
+            options["tls_args"] = (self._tls, self._host)
         association = entity.associate(self._host, self._port, ae_title=self._called, **options)
         if association.is_established:
             return association
@@ -189,7 +204,36 @@ class Dimse:
             if answer is not None and answer.result_source == 1 and answer.diagnostic in REFUSED:
                 raise DataError(f"the archive {REFUSED[answer.diagnostic]}")
             raise Interrupted("the archive refuses the connection for now")
+        self._check_tls()
         raise Interrupted("the archive cannot be reached")
+
+    def _check_tls(self) -> None:
+        """Say what TLS has to say, of which pynetdicom tells nothing: shake hands once more, and hang up.
+
+        Raises:
+            DataError: it is TLS that fails.
+        """
+        if self._tls is None:
+            return
+        with suppress(TimeoutError, ConnectionError, socket.gaierror):  # no matter of TLS
+            try:
+                with (
+                    socket.create_connection((self._host, self._port), CONNECT_S) as line,
+                    self._tls.wrap_socket(line, server_hostname=self._host) as secured,
+                ):
+                    secured.settimeout(WORD_S)
+                    secured.recv(1)  # TLS 1.3 refuses a client's certificate after the client has done its part
+            except ssl.SSLCertVerificationError:
+                raise DataError(NOT_TRUSTED) from None
+            except ssl.SSLError as error:
+                raise DataError(f"TLS: the archive {_refusal(error)}") from None
+
+
+def _refusal(error: ssl.SSLError) -> str:
+    said = error.reason or ""
+    if "ALERT" in said and ("CERTIFICATE" in said or "HANDSHAKE" in said or "UNKNOWN_CA" in said):
+        return "asks for a certificate of this machine that it trusts: give one, with its key, with --certificate"
+    return "does not speak TLS 1.2 or later at this port"
 
 
 def _contexts(kinds: set[str]) -> Iterator[tuple[str, list[Any]]]:
