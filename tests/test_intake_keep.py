@@ -21,7 +21,11 @@ from pydicom.uid import (
 )
 
 from fedmed.errors import UnreadableImage
-from fedmed.intake.burned_in import lines_of_text
+from fedmed.federated.phantoms import make_phantoms
+from fedmed.imaging.dicom.decoding import stored_frames
+from fedmed.imaging.dicom.opening import open_dicom
+from fedmed.intake import tesseract
+from fedmed.intake.burned_in import READ, SHAPED, lines_of_text, text_in
 from fedmed.intake.keep import keep
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason, quarantined
@@ -180,7 +184,7 @@ def test_a_few_pixels_far_outside_the_range_hide_no_text():
 
 def test_an_object_with_a_burnt_in_name_is_set_apart_with_its_tags_removed(pseudonyms: Pseudonyms, tmp_path: Path):
     kept = keep(named_object(cells=with_text("QUISLING^WILHELMINA")), tmp_path, pseudonyms)
-    assert (kept.path, kept.reason, kept.set_apart) == (None, "burned-in text", True)
+    assert (kept.path, kept.reason, kept.set_apart) == (None, READ if tesseract.installed() else SHAPED, True)
     (file,) = (tmp_path / "quarantine").iterdir()
     assert not any(word.encode() in file.read_bytes().lower() for word in PLANTED)
     assert not (tmp_path / "images").exists()
@@ -194,7 +198,47 @@ def test_pixels_that_no_decoder_reads_are_set_apart(pseudonyms: Pseudonyms, tmp_
 
 def test_text_in_the_last_frame_is_seen():
     frames = np.stack([cells_of(picture((512, 480)))] * 3 + [with_text("QUISLING^WILHELMINA")])
-    assert quarantined(named_object(cells=frames)) == "burned-in text"
+    assert quarantined(named_object(cells=frames)) in (READ, SHAPED)
+
+
+def touching(*pieces: str) -> np.ndarray:
+    """A picture with text of which the letters of a piece touch each other."""
+    layer = Image.new("L", (480, 512))
+    draw, font, left = ImageDraw.Draw(layer), ImageFont.load_default(size=24), 20.0
+    for piece in pieces:
+        for letter in piece:
+            draw.text((left, 30), letter, fill=255, font=font)
+            left += draw.textlength(letter, font=font) - 2
+        left += 4
+    ink = np.asarray(layer) / 255
+    return cells_of(picture((512, 480)) * 0.6 * (1 - ink) + ink)
+
+
+@pytest.mark.skipif(not tesseract.installed(), reason="tesseract is not installed")
+def test_tesseract_reads_what_no_shape_gives_away_and_neither_markers_nor_anatomy():
+    name = touching("KA", "RL")
+    assert lines_of_text(name) == 0
+    assert text_in(name) == text_in(np.rot90(name)) == text_in(np.rot90(name, 3)) == READ
+    assert text_in(with_text("SMITH")) == READ
+    assert text_in(with_text("L AP")) is None and text_in(with_text("")) is None
+
+
+def test_without_tesseract_or_with_one_that_fails_the_shape_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shaped, name = with_text("QUISLING^WILHELMINA", size=16), touching("KA", "RL")
+    monkeypatch.setattr(tesseract, "LONGEST_S", 0.2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (text_in(shaped), text_in(name)) == (SHAPED, None)
+    for script in ("exit 1", "echo words; echo that are no table", "exec /bin/sleep 60"):
+        (tmp_path / "tesseract").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "tesseract").chmod(0o755)
+        assert (text_in(shaped), text_in(name)) == (SHAPED, None)
+
+
+def test_few_phantoms_of_fedmeds_own_are_taken_for_text(tmp_path: Path):
+    make_phantoms(tmp_path / "phantoms", "cxr", sites=1, patients=30, seed=7)
+    files = sorted((tmp_path / "phantoms").rglob("*.dcm"))
+    pictures = [next(iter(stored_frames(open_dicom(file)))) for file in files]
+    assert len(pictures) > 78 and sum(lines_of_text(each) > 0 for each in pictures) == 0
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real X-rays are not here")

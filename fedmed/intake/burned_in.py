@@ -3,11 +3,14 @@
 What is looked for: strokes that stand out against what is around them (a top-hat, for bright and for dark text), joined
 to marks, of which those with the size of letters are chained to lines by height, baseline and gap, from left to right
 and from top to bottom. Large pictures are looked at in smaller sizes too, where large letters have thin strokes. A side
-marker has one or two letters, so a line starts at `LETTERS`.
+marker has one or two letters, so a line starts at `LETTERS`. Where tesseract is installed, it is shown what may be a
+line, shorter ones too: what it reads is text, and what it cannot read still is if its shape says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,16 @@ from scipy import ndimage
 from fedmed.imaging.dicom.decoding import stored_frames
 from fedmed.imaging.dicom.pixels import declared
 from fedmed.imaging.plain_errors import plain_errors
+from fedmed.intake import tesseract
 
+READ, SHAPED = "burned-in text, read by tesseract", "burned-in text, by its shape"
 LETTERS = 4  # in a line
+WORTH_READING, SHOWN = 2, 12  # letters of a line that tesseract is shown; lines of a picture, those with most letters
 SHORTEST, TALLEST = 6, 40  # px, height of a letter in one of the sizes
 STROKE = 9  # px, wider strokes stand out in a smaller size
 CONTRAST = 64  # of 255, by which a stroke stands out
+STRIPE = (0.2, 0.38)  # width of its height: an I is narrower, a 1 and all other letters are wider
+AROUND = 8  # heights, beside a line: letters that touch each other are no marks, and may belong to it
 FILLED = (0.15, 0.92)  # of its box, by the strokes of a letter
 SMALLEST_PICTURE = 128  # px, longer side: below it letters have no shape
 PERCENTILES = (0.1, 99.9)  # between which a picture has its greys
@@ -32,8 +40,17 @@ Grey = NDArray[np.uint8]
 Boxes = NDArray[np.int64]  # (N, 4) top, bottom, left, right of marks
 
 
-def shows_text(dataset: Dataset) -> bool:
-    """Whether there is a line of text in the first, middle or last frame.
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Marks that may be a line of text."""
+
+    letters: float  # marks, of which some count half
+    height: int  # px
+    picture: Grey  # its strokes and those around it, dark on white
+
+
+def shows_text(dataset: Dataset) -> str | None:
+    """`READ` or `SHAPED` if there is a line of text in the first, middle or last frame, None if there is none.
 
     Args:
         dataset: with its pixels.
@@ -45,21 +62,46 @@ def shows_text(dataset: Dataset) -> bool:
     wanted = {0, frames // 2, frames - 1}
     with plain_errors():
         for index, frame in enumerate(stored_frames(dataset)):
-            if index in wanted and lines_of_text(frame):
-                return True
+            if index in wanted and (judge := text_in(frame)):
+                return judge
             if index == frames - 1:
                 break
-    return False
+    return None
 
 
-def lines_of_text(picture: NDArray[Any]) -> int:
-    """How many lines of text a picture shows, in the size where most are found.
+def text_in(picture: NDArray[Any]) -> str | None:
+    """`READ` or `SHAPED` if a picture shows a line of text, None if it shows none.
 
     Args:
         picture: (H, W) or (H, W, samples) of any kind of number.
     """
+    lines = sorted(_lines(picture), key=lambda line: line.letters, reverse=True)
+    shown = [(line.picture, line.height) for line in lines[:SHOWN]]
+    if shown and tesseract.installed() and tesseract.reads_a_word(shown):
+        return READ
+    return SHAPED if lines and lines[0].letters >= LETTERS else None
+
+
+def lines_of_text(picture: NDArray[Any]) -> int:
+    """How many lines of text a picture shows by their shape alone, in all sizes.
+
+    Args:
+        picture: as `text_in` takes it.
+    """
+    return sum(line.letters >= LETTERS for line in _lines(picture))
+
+
+def _lines(picture: NDArray[Any]) -> Iterator[Line]:
+    """Bright and dark lines in every size, upright and turned by a right angle either way."""
     values = picture.mean(axis=2) if picture.ndim == 3 else picture
-    return max((_lines_of(grey) for stretched in _stretched(values) for grey in _sizes(stretched)), default=0)
+    for grey in (grey for stretched in _stretched(values) for grey in _sizes(stretched)):
+        for side in (grey, 255 - grey):
+            strokes = side - _spread(_spread(side, np.minimum), np.maximum)  # white top-hat: the opening is never above
+            marks, shown = _marks(strokes), 255 - np.minimum(strokes, 127) * 2
+            yield from _chained(shown, marks)
+            for line in _chained(shown.T, marks[:, [2, 3, 0, 1]]):
+                yield replace(line, picture=line.picture[::-1])  # reads upwards, as most text at an edge does
+                yield replace(line, picture=line.picture[:, ::-1])
 
 
 def _stretched(values: NDArray[Any]) -> list[Grey]:
@@ -89,15 +131,8 @@ def _sizes(grey: Grey) -> list[Grey]:
     return sizes
 
 
-def _lines_of(grey: Grey) -> int:
-    """Lines of bright text and of dark text."""
-    found = [_marks(side) for side in (grey, 255 - grey)]
-    return sum(_lines(marks) + _lines(marks[:, [2, 3, 0, 1]]) for marks in found)
-
-
-def _marks(grey: Grey) -> Boxes:
+def _marks(strokes: Grey) -> Boxes:
     """What is bright, thin and sharp, and neither a speck nor a wire."""
-    strokes = grey - _spread(_spread(grey, np.minimum), np.maximum)  # white top-hat: the opening is never above
     labels, _ = ndimage.label(strokes > CONTRAST, np.ones((3, 3), np.int8))
     boxes = [(rows.start, rows.stop, columns.start, columns.stop) for rows, columns in ndimage.find_objects(labels)]
     marks = np.array(boxes, np.int64).reshape(-1, 4)
@@ -123,21 +158,38 @@ def _spread(grey: Grey, extreme: Any) -> Grey:
     return grey
 
 
-def _lines(marks: Boxes) -> int:
-    """Chains of at least `LETTERS` marks of one height on one baseline, each near the one before."""
+def _chained(grey: Grey, marks: Boxes) -> Iterator[Line]:
+    """Chains of marks of one height on one baseline, each near the one before.
+
+    The baseline is that of the whole chain, from which findings in a row drift away; and a mark that is broader than an
+    I and narrower than other letters, as stripes are, counts half.
+    """
     height, width = marks[:, 1] - marks[:, 0], marks[:, 3] - marks[:, 2]
     marks = marks[(height >= SHORTEST) & (width <= 1.6 * height)]
     marks = marks[np.argsort(marks[:, 2], kind="stable")]
-    lengths = np.ones(len(marks), np.int64)  # of the longest chain that ends at a mark
-    height = marks[:, 1] - marks[:, 0]
+    height, width = marks[:, 1] - marks[:, 0], marks[:, 3] - marks[:, 2]
+    stripes = (height >= 2 * SHORTEST) & (width >= STRIPE[0] * height) & (width < STRIPE[1] * height)
+    worth = np.where(stripes, 0.5, 1.0)
+    lengths, boxes, ends = worth.copy(), marks.copy(), np.ones(len(marks), np.bool_)  # of the longest chain to a mark
+    began = marks[:, 1].copy()  # bottom of its first mark
     for index in range(1, len(marks)):
-        top, bottom, left, _ = marks[index]
+        top, bottom, left, right = marks[index]
         first = np.searchsorted(marks[:, 2], left - 4 * TALLEST)
         before = slice(first, index)
         taller = np.maximum(height[before], height[index])
         gap = left - marks[before, 3]
-        fits = (gap >= -1) & (gap <= 0.9 * taller) & (np.abs(bottom - marks[before, 1]) <= 0.15 * taller + 1)
+        fits = (gap >= -1) & (gap <= 0.7 * taller + 1.2)
+        fits &= np.abs(bottom - marks[before, 1]) <= np.minimum(0.15 * taller + 1, 0.06 * taller + 1.65)
         fits &= np.abs(top - marks[before, 0]) <= 0.25 * taller + 1
+        fits &= np.abs(bottom - began[before]) <= 0.15 * taller + 2
         if fits.any():
-            lengths[index] += lengths[before][fits].max()
-    return int((lengths == LETTERS).sum())
+            last = first + int(np.where(fits, lengths[before], 0).argmax())
+            lengths[index], began[index], ends[last] = lengths[last] + worth[index], began[last], False
+            up, down, start, _ = boxes[last]
+            boxes[index] = min(up, top), max(down, bottom), start, right
+    for end in np.flatnonzero(ends & (lengths >= WORTH_READING)):
+        top, bottom, left, right = (int(side) for side in boxes[end])
+        tall = bottom - top
+        rows = slice(max(0, top - tall // 2), bottom + tall // 2)
+        columns = slice(max(0, left - AROUND * tall), right + AROUND * tall)
+        yield Line(letters=float(lengths[end]), height=tall, picture=grey[rows, columns])

@@ -67,7 +67,7 @@ def header_reason(dataset: Dataset) -> str | None:
 def pixel_reason(dataset: Dataset) -> str | None:
     """What its pixels show."""
     try:
-        return "burned-in text" if shows_text(dataset) else None
+        return shows_text(dataset)
     except UnreadableImage:
         return "pixels that cannot be looked at"
 

@@ -28,7 +28,7 @@ from fedmed.imaging.reading import read_frames, read_image, read_mask
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.headers import ENHANCED
 from fedmed.imaging.volumes.volume import Volume
-from fedmed.intake.burned_in import lines_of_text
+from fedmed.intake.burned_in import text_in
 from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
@@ -92,7 +92,7 @@ def _other(path: Path, *, text: bool) -> Looked:
         "format": "PNG" if path.suffix.lower() == ".png" else "JPEG",
         "photometric": "colour" if pixels.ndim == 3 else "grey",
         "size": list(grey.shape),
-        "quarantine": "burned-in text" if text and lines_of_text(grey) else "",
+        "quarantine": (text and text_in(grey)) or "",
     }
     content = f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
     return Looked(facts=facts, grey=grey, digest=hashlib.sha256(content).digest()[:8] if several else b"")
