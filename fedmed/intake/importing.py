@@ -72,7 +72,7 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
                 report.unmatched[each.what] += 1
                 told.writerow([each.what, each.place])
                 continue
-            row = _row(each, out, masked=kind in MASKED)
+            row = _row(each, out, masked=each.masked or kind in MASKED)
             if writer is None:
                 writer = csv.DictWriter(stack.enter_context(_whole(out / MANIFEST)), list(row))
                 writer.writeheader()
@@ -95,6 +95,9 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
         told = rules.table.match(each) if rules.table is not None else {}
         if told is None and not each.labels and each.mask is None:
             yield Unmatched(what="image without row", place=os.fspath(each.image))
+            continue
+        if rules.table is None and each.masked and each.mask is None:
+            yield Unmatched(what="image without mask", place=os.fspath(each.image))
             continue
         known = _labelled(each, rules, told or {})
         if known.patient in rules.withdrawn:

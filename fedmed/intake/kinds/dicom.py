@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ from fedmed.intake.journal import JOURNAL, objects
 from fedmed.intake.journal import TABLE as PULLED
 from fedmed.intake.keep import APART, REASONS, REMOVED, Kept, keep, where_now, write_reasons
 from fedmed.intake.kinds.found import Found, Unmatched
+from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
 
 TAKEN = "imported.csv"
 COLUMNS = (*FACTS, "reason", "source")
 IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
-REGIONS = ("SEG", "RTSTRUCT")
 
 Told = Callable[[int, int], None]
 
 
 def dicom(source: Path) -> Iterator[Found | Unmatched]:
     """The images of a folder that `fedmed data pull` or `take_in` filled: single ones, and CT, MR and PET by series.
+
+    A segmentation or structure set is the mask of the one series that it refers to.
 
     Raises:
         DataError: it is no such folder.
@@ -41,9 +43,11 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
     if not tables:
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
     incomplete = _incomplete(source)
+    masks = _masks(source, tables, incomplete)
     seen: set[str] = set()
     if (source / JOURNAL).is_file():
         yield from _apart(source)
+    yield from masks.unmatched
     for table in tables:
         for _, row in table_rows(table):
             if not row.get("source", PULLED):  # cut off by a kill: its object was kept again
@@ -56,13 +60,27 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                 )
             elif row["modality"] in IN_SERIES and row["series_uid"] in incomplete:
                 yield Unmatched(what="slice of a series of which another slice is missing", place=image)
-            elif row["modality"] in REGIONS:
-                yield Unmatched(what="mask that no row names", place=image)
+            elif row["modality"] in KINDS:
+                continue
             else:
                 path = path.parent if row["modality"] in IN_SERIES and path.is_file() else path
                 if (name := os.fspath(path)) not in seen:
                     seen.add(name)
-                    yield _found(path, row)
+                    yield replace(_found(path, row), mask=masks.of_series.get(path), masked=bool(masks.of_series))
+
+
+def _masks(source: Path, tables: Iterable[Path], incomplete: set[str]) -> Regions:
+    """The segmentations and structure sets that are there, with the series that they outline."""
+
+    def there(modalities: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+        for table in tables:
+            for _, row in table_rows(table):
+                whole = row.get("source", PULLED) and row.get("image") and row["series_uid"] not in incomplete
+                if whole and row["modality"] in modalities and (source / row["image"]).exists():
+                    yield row["patient_id"], source / row["image"]
+
+    masks = sorted(set(there(KINDS)))
+    return regions_of(masks, there(IN_SERIES), source) if masks else Regions()
 
 
 def _apart(source: Path) -> Iterator[Unmatched]:

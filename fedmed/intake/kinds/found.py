@@ -25,6 +25,7 @@ class Found:
     patient: str
     images: tuple[Path | None, ...]  # one for most; several modalities in the set's order, None = this one is missing
     mask: Path | None = None
+    masked: bool = False  # others of its archive have a mask
     study: str = ""
     series: str = ""
     accession: str = ""
