@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.imaging.manifest import images_of, read_records
+from fedmed.imaging.manifest import images_of, read_columns
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake import survey
-from fedmed.intake.findings import findings, verdict
+from fedmed.intake.findings import as_read, findings, verdict
 from fedmed.intake.near_duplicates import near_duplicates
 from fedmed.intake.seen import Arrays, Seen, add_, facts_of
 from fedmed.intake.survey import SIDE
@@ -57,42 +57,48 @@ def check(
     Raises:
         DataError: the manifest cannot be read at all.
     """
-    header, records = read_records(manifest)
-    for column in ("patient_id", "image"):
-        if column not in header:
-            raise DataError(f'{manifest}: no column "{column}"')
-    if not records:
-        raise DataError(f"{manifest}: the manifest has no rows")
-    chosen = tuple(labels) or tuple(name for name in header if name not in ABOUT and _is_label(records, name))
-    seen = Seen(
-        rows=list(range(2, len(records) + 2)),
-        patients=_numbers(record["patient_id"] for record in records),
-        splits=_numbers(record.get("split", "") for record in records),
-        labels={name: _values(records, name) for name in chosen if name in header},
-        masked=any(record.get("mask") for record in records),
-    )
-    for name in ("view", "sex"):
-        seen.counts[name] = Counter(record[name] or "not said" for record in records) if name in header else Counter()
-    seen.ages = [float(record["age"]) for record in records if record.get("age", "").replace(".", "", 1).isdigit()]
-    jobs = _jobs(manifest, records)
-    del records  # as large as all that follows, and of no more use
+    seen, jobs = _table(manifest, tuple(labels))
+    task = tuple(labels) or tuple(seen.labels)
+    read = as_read(manifest, task, masked=seen.masked)  # before there are thumbnails: it takes as much memory
     _look_(seen, jobs, processes, progress)
     alike = near_duplicates(
         seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
         progress=None if progress is None else lambda done, of: progress("comparing", done, of),
     )  # fmt: skip
-    found = findings(seen, alike, manifest, tuple(labels) or tuple(seen.labels))
+    found = (read, *findings(seen, alike, task))
     told = {"state": verdict(found), "findings": [finding.facts() for finding in found]}
     return told | facts_of(seen, manifest)
 
 
-def _jobs(manifest: Path, records: Sequence[dict[str, str]]) -> list[Job]:
+def _table(manifest: Path, labels: tuple[str, ...]) -> tuple[Seen, list[Job]]:
+    """What a manifest says of its rows, and its images."""
+    columns = read_columns(manifest)
+    for column in ("patient_id", "image"):
+        if column not in columns:
+            raise DataError(f'{manifest}: no column "{column}"')
+    count = len(columns["image"])
+    if not count:
+        raise DataError(f"{manifest}: the manifest has no rows")
+    chosen = labels or tuple(name for name in columns if name not in ABOUT and _is_label(columns[name]))
+    masks = columns.get("mask", ("",) * count)
+    seen = Seen(
+        rows=list(range(2, count + 2)),
+        patients=_numbers(columns["patient_id"]),
+        splits=_numbers(columns.get("split", ("",) * count)),
+        labels={name: _values(columns[name]) for name in chosen if name in columns},
+        masked=any(masks),
+    )
+    for name in ("view", "sex"):
+        seen.counts[name] = Counter(value or "not said" for value in columns.get(name, ()))
+    seen.ages = [float(age) for age in columns.get("age", ()) if age.replace(".", "", 1).isdigit()]
+    return seen, list(_jobs(manifest.parent, columns["image"], masks))
+
+
+def _jobs(folder: Path, images: Sequence[str], masks: Sequence[str]) -> Iterator[Job]:
     """Every image: its row, its file, and the mask of a row at its first image."""
-    return [
-        (row, str(image), str(manifest.parent / record["mask"]) if place == 0 and record.get("mask") else "")
-        for row, record in enumerate(records)
-        for place, image in enumerate(image for image in images_of(record["image"], manifest.parent) if image)
-    ]
+    for row, (cell, mask) in enumerate(zip(images, masks, strict=True)):
+        for place, image in enumerate(image for image in images_of(cell, folder) if image):
+            yield row, str(image), str(folder / mask) if place == 0 and mask else ""
 
 
 def _look_(seen: Seen, jobs: Sequence[Job], processes: int, progress: Told | None) -> None:
@@ -163,17 +169,17 @@ def _in_order(pool: ThreadPoolExecutor, one: Callable[[int], Any], count: int, a
         yield waiting.popleft().result()
 
 
-def _is_label(records: Sequence[dict[str, str]], name: str) -> bool:
-    values = {record[name] for record in records}
+def _is_label(column: Sequence[str]) -> bool:
+    values = set(column)
     return bool(values - {""}) and values <= {"", "0", "1", "0.0", "1.0"}
 
 
-def _values(records: Sequence[dict[str, str]], name: str) -> NDArray[np.int8]:
+def _values(column: Sequence[str]) -> NDArray[np.int8]:
     meaning = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
-    return np.array([meaning.get(record[name], -1) for record in records], np.int8)
+    return np.array([meaning.get(value, -1) for value in column], np.int8)
 
 
-def _numbers(texts: Iterator[str]) -> NDArray[np.int64]:
+def _numbers(texts: Sequence[str]) -> NDArray[np.int64]:
     """Texts as numbers, equal ones equal."""
     known: dict[str, int] = {}
     return np.array([known.setdefault(text, len(known)) for text in texts], np.int64)

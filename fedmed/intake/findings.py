@@ -42,18 +42,16 @@ def verdict(found: Sequence[Finding]) -> State:
     return "fail" if "fail" in states else "warn" if "warn" in states else "pass"
 
 
-def findings(seen: Seen, alike: Alike, manifest: Path, labels: tuple[str, ...]) -> tuple[Finding, ...]:
-    """Everything that was looked at, in the order of a page.
+def findings(seen: Seen, alike: Alike, labels: tuple[str, ...]) -> tuple[Finding, ...]:
+    """Everything that was looked at after the manifest itself (`as_read`), in the order of a page.
 
     Args:
         seen: what was seen.
         alike: pictures that look alike.
-        manifest: the CSV, which is read as a training would read it.
         labels: of the task.
     """
     pictures = (*_same_pictures(seen), _alike(seen, alike), *_masks(seen), *_identity(seen), *_kinds(seen))
     return (
-        _manifest(manifest, labels, masked=seen.masked),
         _unreadable(seen),
         *_patients(seen),
         *_labels(seen, labels),
@@ -68,8 +66,14 @@ def _finding(
     return Finding(what=what, state=state, said=said, do=do, rows=numbers)
 
 
-def _manifest(manifest: Path, labels: tuple[str, ...], *, masked: bool) -> Finding:
-    """What `read_manifest` says of it, in its own words."""
+def as_read(manifest: Path, labels: tuple[str, ...], *, masked: bool) -> Finding:
+    """What `read_manifest`, by which a training reads it, says of a manifest, in its own words.
+
+    Args:
+        manifest: the CSV.
+        labels: of the task.
+        masked: whether its rows have masks.
+    """
     if not labels and not masked:
         do = "import with a table of labels, or name the columns with --task"
         return _finding(
