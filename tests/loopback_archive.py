@@ -95,8 +95,9 @@ def refusals() -> Iterator[None]:
     """For associations that fail: pynetdicom leaves their sockets to the collector, which here says nothing of it."""
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):
         yield
-        for thread in threading.enumerate():
-            if isinstance(thread, Association | DULServiceProvider):
+        for thread in threading.enumerate():  # of this side: the archive's may wait for a word for half a minute
+            association = thread.assoc if isinstance(thread, DULServiceProvider) else thread
+            if isinstance(association, Association) and association.is_requestor:
                 thread.join(30)
         gc.collect()
 

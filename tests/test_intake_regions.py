@@ -17,6 +17,7 @@ from pydicom.uid import RTStructureSetStorage, generate_uid
 
 from fedmed.cli.intake import check_data
 from fedmed.config import TaskConfig
+from fedmed.errors import DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_mask_volume, read_volume
@@ -146,6 +147,6 @@ def test_real_masks_without_their_image_and_of_a_projection_are_told(tmp_path, p
     for number, name in enumerate(names):
         (tmp_path / "export" / f"{number}.dcm").write_bytes((files / name).read_bytes())
     take_in(tmp_path / "export", tmp_path / "out", pseudonyms)
-    with pytest.raises(Exception, match="nothing of") as caught:
+    with pytest.raises(DataError, match="nothing of") as caught:
         import_images("dicom", tmp_path / "out", tmp_path / "out", Rules(pseudonyms=pseudonyms))
     assert "3 × mask without image" in str(caught.value) and "1 × mask of a projection" in str(caught.value)
