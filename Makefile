@@ -6,6 +6,7 @@ PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
   $$each -c '$(FITS)' 2>/dev/null && echo $$each && break; done)
 BIN := .venv/bin
 TASK ?= cxr
+MINUTES ?= 60
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,8 +34,8 @@ test: .venv/installed ## all kinds of tests at small counts, under ten minutes o
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow
 
-soak: .venv/installed ## a server and three sites for an hour: does their memory stay flat?
-	@$(BIN)/python tests/soak.py --minutes 60
+soak: .venv/installed ## a server and three sites for an hour: does their memory stay flat? make soak [MINUTES=60]
+	@$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 check: .venv/installed ## style, types and architecture
 	@$(BIN)/ruff check .

@@ -19,6 +19,10 @@ pixel. It is meant for the person at the machine and may name a file there. What
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, or one's share of it, is full
+
 
 class FedmedError(Exception):
     """Base of all errors that a user can mend.
@@ -89,11 +93,11 @@ class LedgerUnusable(FedmedError):
         rule: what was found wrong.
     """
 
-    public = "the site's ledger cannot be used; its own log says why"
+    public = "the site's ledger cannot be used"
 
     def __init__(self, message: str, *, rule: str, public: str | None = None) -> None:
-        """Keep the name of what was found wrong."""
-        super().__init__(message, public=public)
+        """Keep the name of what was found wrong, which may leave the site beside `public`."""
+        super().__init__(message, public=f"{public or self.public} ({rule})")
         self.rule = rule
 
 

@@ -89,7 +89,7 @@ def processes_of(runner: int) -> dict[str, psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(runner).children():
             words = " ".join(process.cmdline())
-            found |= {"supernode": process} if "flower-supernode" in words else {}
+            found |= {"supernode": process} if "fedmed.deployment.node" in words else {}
             found |= {"warm": process} if "fedmed.deployment.warm" in words else {}
         messengers = found["warm"].children() if "warm" in found else []
         found |= {"messenger": messengers[0], "worker": messengers[0].children()[0]} if messengers else {}

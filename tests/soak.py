@@ -1,6 +1,6 @@
 """A server and three sites on loopback, run after run: is the memory of every process that stays flat?
 
-    make soak        or        python tests/soak.py --minutes 60
+    make soak [MINUTES=60]        or        python tests/soak.py --minutes 60
 
 Prints one line per process, and ends with status 1 if one grew: its median over the last quarter of the time is above
 that over the second quarter by more than a tenth and 10 MiB. The first quarter is for caches to fill.
@@ -21,6 +21,7 @@ from real_consortium import RUN, Started, make_consortium, online, wait_for
 SITES = ("a-40", "b-20", "c-20")
 EVERY_S = 5.0
 GROWTH, SLACK_MIB = 1.1, 10.0
+PROGRAMS = ("fedmed.deployment.", "flower-")
 STAYS_S = 60.0  # what lives less long is a task
 
 
@@ -73,10 +74,9 @@ def measure(memory: dict[str, list[tuple[float, float]]], name: str, pid: int, a
     for process in (runner, *runner.children(recursive=True)):
         try:
             if time.time() - process.create_time() > STAYS_S:
-                what = next(
-                    (word for word in reversed(process.cmdline()) if "flower" in word or "warm" in word), "runner"
-                )
-                memory[f"{name}: {Path(what).name} {process.pid}"].append((at_s, process.memory_info().rss / 2**20))
+                names = (Path(word).name for word in process.cmdline())
+                what = next((word for word in names if word.startswith(PROGRAMS)), "runner")
+                memory[f"{name}: {what} {process.pid}"].append((at_s, process.memory_info().rss / 2**20))
         except psutil.NoSuchProcess:
             continue
 

@@ -5,6 +5,7 @@ It is a program of its own, because a process with threads must not fork workers
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -116,4 +117,10 @@ if __name__ == "__main__":
     said["late"] = shown(ask(site, toy, deadline_s=2.0, task_stalls_after_s=1.0))
     task.app = die
     said["killed"] = shown(ask(site, toy))
+    task.app = REAL
+    for name, largest in (("no message", 1000), ("no record", 4000)):  # in bytes, of a file: real errors of the disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+        said[name] = shown(ask(site, toy))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said["room again"] = shown(ask(site, toy))
     print(json.dumps(said))

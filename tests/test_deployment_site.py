@@ -116,6 +116,16 @@ def test_a_task_that_was_killed_is_asked_again_by_the_server(probe):
     assert code == 8 and reason.endswith("(task.killed)")  # the code that `strategy.retries` counts
 
 
+def test_a_task_without_room_on_the_disk_says_so_and_names_no_place(probe, site):
+    code, reason = probe["no message"]
+    assert code == 2 and reason.startswith("the site's disk is full") and reason.endswith("(task.disk)")
+    code, reason = probe["no record"]
+    assert code == 2 and re.search(r"\((ledger|chain)\.[a-z-]+\)$", reason), reason
+    for name in ("no message", "no record"):
+        assert str(site) not in probe[name][1] and ".jsonl" not in probe[name][1]
+    assert probe["room again"] == probe["real"]
+
+
 def test_no_task_stays(probe):
     assert not any(probe["left"])
 

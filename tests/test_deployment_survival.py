@@ -4,19 +4,17 @@ Each goes through its hospital's proxy, the first with a password. After each ha
 of who took part is true.
 """
 
-import json
 import signal
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from proxies import Proxy, proxy
-from real_consortium import RUN, Started, free_port, make_consortium, online, processes_of, recorded, wait_for
+from hospitals import SITES, Hospitals
+from proxies import proxy
+from real_consortium import RUN, free_port, online, processes_of, recorded, wait_for
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(900)]
-SITES = ("a-40", "b-20", "c-20")
 SHORT = RUN + "round-timeout-s = 180\n"  # a reply that is lost is waited for until then
 LONG = (
     RUN.replace("toy:network", "toy:slow").replace("rounds = 2", "rounds = 3\nlocal-steps = 30")
@@ -24,65 +22,22 @@ LONG = (
 )
 
 
-class Hospitals:
-    """A server and its sites, all of which run."""
-
-    def __init__(self, root: Path, way: Proxy, plain: Proxy) -> None:
-        self.root, self.way, self.plain = root, way, plain
-        self.server = make_consortium(root, list(SITES), "127.0.0.2")  # an address that no proxy setting exempts
-        self.health = free_port()
-        policy = root / SITES[0] / "site.toml"
-        policy.write_text(policy.read_text().replace("health-port = 0", f"health-port = {self.health}"))
-        self.started = {"server": Started("server", "start", self.server, log=root / "server.out")}
-        self.runs = 0
-
-    def start(self, name: str) -> None:
-        way = self.way.url("user:secret") if name == SITES[0] else self.plain.url()
-        self.started[name] = Started("site", "start", self.root / name, log=self.root / f"{name}.out", HTTPS_PROXY=way)
-
-    def complete(self) -> None:
-        wait_for(lambda: online(self.server) == set(SITES), 300, lambda: f"only {online(self.server)} came")
-
-    def submit(self, text: str) -> Started:
-        self.runs += 1
-        run = self.root / f"run-{self.runs}.toml"
-        run.write_text(text)
-        log = self.root / f"run-{self.runs}.out"
-        return Started("server", "submit", run, "--server", self.server, "--wait", "--json", log=log)
-
-    def result(self, submitted: Started, timeout_s: float = 600) -> dict:
-        """What the run says in the end, after its record was compared with what the sites recorded."""
-        submitted.process.wait(timeout_s)
-        facts = json.loads(submitted.log.read_text().splitlines()[-1])
-        folder = Path(facts["folder"])
-        result = json.loads((folder / "result.json").read_text())
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-        for entry in result["rounds_log"]:
-            came = {e["site"] for e in events if (e["kind"], e["round"]) == ("update_received", entry["round"])}
-            failed = {failure["site"] for failure in entry["failed"]}
-            assert set(entry["joined"]) == came
-            assert came.isdisjoint(failed) and came | failed == set(SITES)
-            assert all(failure["reason"] for failure in entry["failed"])
-        whole = all(set(entry["joined"]) == set(SITES) for entry in result["rounds_log"])
-        assert result["status"] == ("completed" if whole else "degraded")
-        return result
-
-
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory):
     with proxy("user:secret") as way, proxy() as plain:
-        made = Hospitals(tmp_path_factory.mktemp("h"), way, plain)
+        made = Hospitals(tmp_path_factory.mktemp("h"), "127.0.0.2")  # an address that no proxy setting exempts
+        made.environment = {name: {"HTTPS_PROXY": plain.url()} for name in SITES}
+        made.environment[SITES[0]] = {"HTTPS_PROXY": way.url("user:secret")}
+        made.way, made.health = way, free_port()
+        policy = made.root / SITES[0] / "site.toml"
+        policy.write_text(policy.read_text().replace("health-port = 0", f"health-port = {made.health}"))
         try:
-            made.started["server"].says("c-20 may connect", 240)
-            for name in SITES:
-                made.start(name)
-            made.complete()
+            made.start_all()
             assert (SITES[0] in online(made.server)) and way.asked  # it came through the proxy
             assert all(let for _, let in way.asked)
             yield made
         finally:
-            for each in reversed(list(made.started.values())):
-                each.stop()
+            made.stop()
 
 
 @pytest.mark.parametrize("moment", ["early", "middle", "late"])

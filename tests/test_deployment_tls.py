@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import ssl
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -380,44 +381,50 @@ def test_an_update_that_cannot_be_used_is_refused_over_the_link_too(consortium, 
     assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40", "b-20"]] * 2
 
 
+LONG = RUN.replace("rounds = 2", "rounds = 6")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not NGINX, reason="nginx is not installed")
-def test_a_run_completes_after_a_kill_of_nginx(consortium, tmp_path):
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_a_run_completes_after_a_kill_of_nginx(consortium, tmp_path, done):
     """Its workers go on for a moment, and hold the port; the runner ends them and starts nginx again."""
     out = consortium.root.parent / "server.out"
     said = len(out.read_text())
-    (master,) = (p for p in psutil.Process(server_runner(consortium)).children() if p.name() == "nginx")
-    master.kill()
-    wait_for(lambda: "nginx ended by itself" in out.read_text()[said:], 60, out.read_text)
-    assert json.loads((submit(consortium, tmp_path) / "result.json").read_text())["status"] == "completed"
-
-
-LONG = RUN.replace("rounds = 2", "rounds = 6")
+    folder = run_with_a_kill(consortium, tmp_path, done, lambda process: process.name() == "nginx")
+    assert "nginx ended by itself" in out.read_text()[said:]
+    assert "run_continued" not in (folder / "events.jsonl").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [0, 2, 5])
 def test_a_run_goes_on_after_a_kill_of_the_superlink(consortium, tmp_path, done):
     """Nobody does anything: the server starts it again and submits the run again, which goes on in its folder."""
+    guarded = "fedmed.deployment.guarded"
+    folder = run_with_a_kill(consortium, tmp_path, done, lambda process: guarded in process.cmdline())
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (again,) = (event for event in events if event["kind"] == "run_continued")
+    assert "ended before the run did" in again["reason"]
+
+
+def run_with_a_kill(folder: ServerFolder, tmp_path: Path, done: int, of: Callable[[psutil.Process], bool]) -> Path:
+    """The folder of a run of six rounds, after so many of which a child of the server's runner was killed."""
     (tmp_path / "run.toml").write_text(LONG)
-    before = set(consortium.runs.glob("*"))
-    words = ("server", "submit", tmp_path / "run.toml", "--server", consortium.root, "--wait")
+    before = set(folder.runs.glob("*"))
+    words = ("server", "submit", tmp_path / "run.toml", "--server", folder.root, "--wait")
     waiting = Started(*words, log=tmp_path / "x")
     try:
-        wait_for(lambda: rounds_in(consortium.runs, before) >= done, 240, waiting.log.read_text)
-        runner = psutil.Process(server_runner(consortium))
-        (victim,) = (p for p in runner.children() if "fedmed.deployment.guarded" in p.cmdline())
+        wait_for(lambda: rounds_in(folder.runs, before) >= done, 240, waiting.log.read_text)
+        (victim,) = filter(of, psutil.Process(server_runner(folder)).children())
         victim.kill()
         assert waiting.process.wait(400) == 0, (tmp_path / "x").read_text()
     finally:
         waiting.stop()
-    (folder,) = set(consortium.runs.glob("*")) - before
-    result = json.loads((folder / "result.json").read_text())
+    (made,) = set(folder.runs.glob("*")) - before
+    result = json.loads((made / "result.json").read_text())
     assert result["status"] in ("completed", "degraded")
     assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3, 4, 5, 6]
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    (again,) = (event for event in events if event["kind"] == "run_continued")
-    assert "ended before the run did" in again["reason"]
+    return made
 
 
 @pytest.mark.slow
@@ -461,7 +468,7 @@ def test_a_supernode_without_tls_gets_nowhere(consortium, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["flower-supernode", "fedmed.deployment.warm"])
+@pytest.mark.parametrize("program", ["fedmed.deployment.node", "fedmed.deployment.warm"])
 def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, program):
     """The runner starts again what was killed; a SuperNode is let in when the server has missed it for a minute."""
     out = consortium.root.parent / "a-40.out"

@@ -198,6 +198,23 @@ def stop(
     print(f"run {number} is stopped")
 
 
+@app.command("resume")
+def resume(
+    number: Annotated[int, typer.Argument(metavar="RUN", help="the run's number, from submit or status")],
+    folder: Server = Path(),
+) -> None:
+    """Go on with a run that paused or failed, from its last checkpoint, once the reason is mended.
+
+    Example: fedmed server resume 1234567 --server chest
+    """
+    from fedmed.deployment import control
+    from fedmed.deployment.coordinators import entrance
+
+    with control.control(entrance(folder)) as client:
+        new = control.resume_run(client, number)
+    print(f"run {new} goes on with run {number}")
+
+
 @app.command("fetch")
 def fetch(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the run's number, or the name of its folder")],

@@ -32,6 +32,7 @@ from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
 from fedmed.deployment.provision import site_cards
 from fedmed.errors import ConfigError, RunFailed
+from fedmed.federated.server_app import DISK_FULL
 
 TIMEOUT_S = 30.0
 AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
@@ -75,6 +76,11 @@ class FlowerRun:
     def lost(self) -> bool:
         """Whether its process was gone before it could say how the run ended: the server's end is its end."""
         return self.status == "finished:failed" and not self.details.startswith(OWN_WORDS)
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether it ended because the server's disk was full."""
+        return self.status == "finished:failed" and self.details.endswith(DISK_FULL)
 
 
 @contextmanager
@@ -186,6 +192,21 @@ def continue_run(client: ControlHttpClient, lost: FlowerRun) -> int:
         RunFailed: the server took no run.
     """
     return _start(client, lost.config, series=lost.series)
+
+
+def resume_run(client: ControlHttpClient, number: int) -> int:
+    """Go on with a run that paused, failed or was stopped, from its last checkpoint.
+
+    Returns:
+        Flower's number of what goes on with it.
+
+    Raises:
+        RunFailed: there is no such run, it has not ended, or it is complete.
+    """
+    run = newest(client, number)
+    if not run.ended or run.status == "finished:completed":
+        raise RunFailed(f"run {number} is {run.status}; there is nothing to resume")
+    return continue_run(client, run)
 
 
 def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun]:

@@ -7,20 +7,38 @@ import json
 import os
 import socket
 import sys
+import time
 
 SOCKET = "tasks.sock"  # relative: a socket's whole path may not be longer than 107 bytes
+AHEAD = "FEDMED_CLOCK_AHEAD_S"  # of the server's, as the SuperNode found it
+WAIT_S = 60.0  # for a warm process that was killed and is started again; Flower then counts a task as lost
 
 
 def main(folder: str, arguments: list[str]) -> int:
     """Give the task's arguments away, and its exit status back; 1 if its process was killed."""
     os.chdir(folder)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(SOCKET)
-        server.sendall(json.dumps(arguments).encode() + b"\n")
+    with connected() as server:
+        server.sendall(json.dumps([os.environ.get(AHEAD, "0"), *arguments]).encode() + b"\n")
         answer = server.makefile("r").readline()
     if not answer:
         print("a task was killed before it answered", file=sys.stderr, flush=True)
     return int(answer) if answer else 1
+
+
+def connected() -> socket.socket:
+    """The way to the warm process, waiting for one that is about to come."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            server.connect(SOCKET)
+        except (FileNotFoundError, ConnectionRefusedError):
+            server.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return server
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def log_file(folder: Path, name: str, to: Literal["file", "syslog", "journal"] =
         make_folder(folder)
         handler = RotatingFileHandler(folder / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.raiseExceptions = False  # a line that finds the disk full is lost, without twenty others on stderr
     log = logging.Logger(name)
     log.addHandler(handler)
     return log

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.proxy import Proxy
 from fedmed.errors import ConfigError, RunFailed
+from fedmed.federated.run_folder import folder_of
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
@@ -38,6 +41,7 @@ LOST_S = 20.0  # between two looks for runs whose process is gone
 RESTART_S = 2.0
 CONTINUE = 3  # times that a run is continued by itself
 KEEP = timedelta(days=7)
+ROOM = 16 << 20  # bytes
 
 
 def server_command(folder: ServerFolder) -> list[str]:
@@ -90,7 +94,8 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     log = log_file(folder.root / "logs", "server")
 
     def tell(line: str) -> None:
-        say(line)
+        with suppress(OSError):  # a full disk
+            say(line)
         log.info(line)
 
     with runner(folder.flower, "server") as stop:
@@ -170,18 +175,20 @@ def continue_lost(client: ControlHttpClient, folder: ServerFolder, began: dateti
     """
     said = []
     for run, tries in cut_off(runs(client), began):
-        if _last_sign(folder, run) > datetime.now(UTC) - KEEP:
+        if _last_sign(folder, run) > datetime.now(UTC) - KEEP and (has_room(folder, run) or not run.needs_room):
             new = continue_run(client, run)
             if not run.ended:
                 stop_run(client, run.number)
-            said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
+            why = "found the disk full" if run.needs_room else "was cut off"
+            said.append(f"run {run.number} {why}; run {new} goes on with it ({tries} of {CONTINUE} times)")
     return said
 
 
 def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun, int]]:
-    """The runs whose process is gone without a word, and for the how many-th time; none that was continued thrice.
+    """The runs whose process is gone without a word, or found the disk full, and for the how many-th time.
 
-    Flower notices such a process after a minute. That of a run which an earlier SuperLink started is gone.
+    None that was continued thrice. Flower notices after a minute that a process is gone; that of a run which an earlier
+    SuperLink started is gone.
 
     Args:
         every: all runs, the oldest first.
@@ -191,7 +198,18 @@ def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun
     for run in every:
         series.setdefault(run.series, []).append(run)
     last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
-    return [(run, tries) for run, tries in last if run.lost or (not run.ended and (run.started or began) < began)]
+
+    def gone(run: FlowerRun) -> bool:
+        return run.lost or run.needs_room or (not run.ended and (run.started or began) < began)
+
+    return [(run, tries) for run, tries in last if gone(run)]
+
+
+def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
+    """Whether the disk of the runs has three times the room that a run's folder takes, and a little."""
+    kept = folder_of(folder.runs, run.series)
+    taken = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if kept is not None else 0
+    return shutil.disk_usage(folder.runs).free > 3 * taken + ROOM
 
 
 def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:

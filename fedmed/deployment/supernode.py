@@ -7,7 +7,9 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,12 @@ from fedmed.deployment.health import health_endpoint, site_facts
 from fedmed.deployment.kits import CERTIFICATE, Kit
 from fedmed.deployment.processes import (
     Child,
-    Stop,
     flower_environment,
     free_port,
     log_file,
     program,
     reap,
     runner,
-    wait_until,
 )
 from fedmed.deployment.site_folder import SiteFolder, joined_kit
 from fedmed.errors import ConfigError, RunFailed
@@ -96,22 +96,29 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
 
     def tell(line: str) -> None:
         if site.config.log_to != "journal":  # which gets the log from stderr, and would have each line twice
-            say(line)
+            with suppress(OSError):  # a full disk
+                say(line)
         log.info(line)
 
     def facts() -> dict[str, Any]:
         return site_facts(site, up_since=since, connected=node is not None and node.running and node.connected)
 
     with runner(site.flower, "site") as stop, health_endpoint(site.config.health_port, facts):
-        tasks = _warm(site, log, stop)
+        environment, made = _environment(site), False
+        own = (sys.executable, "-m", "fedmed.deployment.node", str(site.file))
+        tasks = _warm(site, log)
         try:
             while not stop.is_set():
-                node = Child(site_command(site, kit, free_port()), _environment(site), log)
+                words = site_command(site, kit, free_port())[1:]
+                node = Child([*own, *words], environment, log)  # it waits for `tasks`
                 tell(f"{site.config.name} connects to {kit.consortium} at {kit.address}")
                 while node.running and not stop.is_set():
-                    if not tasks.running:
+                    made |= (site.flower / door.SOCKET).exists()
+                    if not made and not (tasks.running and time.monotonic() < tasks.started + WARM_S):
+                        raise RunFailed("the process that tasks come from did not start; logs/site.log says why")
+                    if not tasks.running:  # on a full disk again and again, until there is room
                         tell("the process that tasks come from ended; it is started again")
-                        tasks = _warm(site, log, stop)
+                        tasks = _warm(site, log)
                     reap(keep={node.pid, tasks.pid})
                     stop.wait(LOOK_S)
                 if stop.is_set():
@@ -131,7 +138,9 @@ def _why(node: Child) -> str:
     if node.bad_certificate:
         return "the server's certificate is not the consortium's; fedmed site check, and tell the coordinator"
     code = node.flower_code
-    return f"{WHY.get(code, 'logs/site.log says why')} (Flower's exit code {code})" if code else "it was killed"
+    if not code:
+        return "it lost the server, or was killed"
+    return f"{WHY.get(code, 'logs/site.log says why')} (Flower's exit code {code})"
 
 
 def _environment(site: SiteFolder) -> dict[str, str]:
@@ -139,18 +148,8 @@ def _environment(site: SiteFolder) -> dict[str, str]:
     return {**environment, "PATH": f"{write_door(site)}{os.pathsep}{environment['PATH']}"}
 
 
-def _warm(site: SiteFolder, log: logging.Logger, stop: Stop) -> Child:
-    """The process that tasks are forked from, ready for the first.
-
-    Raises:
-        RunFailed: it ended, or is not ready in time.
-    """
-    path = make_folder(site.flower) / door.SOCKET
-    path.unlink(missing_ok=True)
-    environment = flower_environment(site.flower)
-    child = Child([sys.executable, "-m", "fedmed.deployment.warm", str(site.file)], environment, log)
-    ready = wait_until(lambda: path.exists() or not child.running, stop, WARM_S)
-    if not stop.is_set() and not (ready and child.running):
-        child.end()
-        raise RunFailed("the process that tasks come from did not start; logs/site.log says why")
-    return child
+def _warm(site: SiteFolder, log: logging.Logger) -> Child:
+    """The process that tasks are forked from; it needs seconds until it is ready for the first."""
+    (make_folder(site.flower) / door.SOCKET).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "fedmed.deployment.warm", str(site.file)]
+    return Child(command, flower_environment(site.flower), log)

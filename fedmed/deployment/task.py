@@ -30,7 +30,7 @@ from fedmed.deployment.confinement import Confinement, confine
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import descendants, kill
 from fedmed.deployment.site_folder import SiteFolder
-from fedmed.federated.client_app import app
+from fedmed.federated.client_app import app, public_reason
 from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
 from fedmed.federated.spool import Spool
 
@@ -74,14 +74,12 @@ class Worker:
             kind, _, body = self._hear(deadline).partition(b"\n")
             if kind == b"error":
                 code, _, reason = body.decode().partition(" ")
-                return Message(Error(int(code), reason), reply_to=message)
+                return _failure(Error(int(code), reason), message)
             if json.loads(body)["slot"] != ANSWER:  # it may write to its own files; this process could to others
                 raise ConnectionError
             return Message(_owned(spool.read(body)), reply_to=message)
         except OSError as problem:  # a TimeoutError among them
-            said = _ended(problem)
-            print(f"error {said.code}: {said.reason}", file=sys.stderr, flush=True)
-            return Message(said, reply_to=message)
+            return _failure(_ended(problem), message)
         finally:
             self.end()
 
@@ -221,6 +219,12 @@ def _owned(content: RecordDict) -> RecordDict:
     return content
 
 
+def _failure(said: Error, message: Message) -> Message:
+    """An answer that says why there is none, in the site's own log too."""
+    print(f"error {said.code}: {said.reason}", file=sys.stderr, flush=True)
+    return Message(said, reply_to=message)
+
+
 def _ended(problem: OSError) -> Error:
     """Why a task did not answer: what happened, what to do, and the rule."""
     if isinstance(problem, TimeoutError):
@@ -228,8 +232,7 @@ def _ended(problem: OSError) -> Error:
     if isinstance(problem, ConnectionError):  # by this code the server asks once more
         text = "the task was killed before it answered; the site should look for a lack of memory (task.killed)"
         return Error(ErrorCode.CLIENT_APP_CRASHED, text)
-    text = f"the site cannot store a message ({os.strerror(problem.errno or 0)}); it needs room on its disk (task.disk)"
-    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text)
+    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(problem))
 
 
 def _wait(pid: int, timeout_s: float) -> None:

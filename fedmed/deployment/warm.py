@@ -23,20 +23,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import flwr.supernode.runtime.run_clientapp as flower_task
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from fedmed.config import RunConfig
 from fedmed.deployment import door
 from fedmed.deployment.kits import read_kit
+from fedmed.deployment.node import keep_server_time
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.deployment.task import Worker, confine_task, scratch
-from fedmed.errors import ConfigError, PolicyRefused
+from fedmed.errors import ConfigError, FedmedError, PolicyRefused
+from fedmed.federated.client_app import public_reason
 from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
 from fedmed.federated.site_config import read_site_config
 
 REPLACED = ("install_from_fab", "get_load_client_app_fn")  # by these names Flower unpacks and loads an app
 LOOPBACK_PORT, TOKEN, NUMBER = re.compile(r"127\.0\.0\.1:\d+"), re.compile(r"[\w.=+/-]+"), re.compile(r"\d+")
+App = Callable[[Message, Context], Message]
 READ_S = 5.0
 IDLE_S = 30.0
 
@@ -101,13 +106,20 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
     """One task, in a process of its own."""
     code, worker = 1, None
     try:
-        if not from_supernode(arguments):
+        ahead, *words = arguments
+        if not from_supernode(words):
             raise ValueError("a task that does not come from this machine's SuperNode is refused")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         random.seed()
-        worker = Worker(read_site_folder(site.file))  # anew: what the hospital changed holds from the next task on
-        vars(flower_task).update(zip(REPLACED, (admission(site), own_app(worker)), strict=True))
-        sys.argv = ["flwr-clientapp", *arguments]
+        answer: App
+        try:
+            answer = worker = Worker(read_site_folder(site.file))  # anew: what the hospital changed holds from now on
+        except (FedmedError, OSError) as error:
+            print(f"no task can be made: {error}", file=sys.stderr, flush=True)
+            answer = failed(error)
+        vars(flower_task).update(zip(REPLACED, (admission(site), own_app(answer)), strict=True))
+        keep_server_time(float(ahead))
+        sys.argv = ["flwr-clientapp", *words]
         flwr_clientapp()
         code = 0
     except SystemExit as end:
@@ -155,9 +167,15 @@ def admission(site: SiteFolder) -> Callable[..., None]:
     return admit
 
 
-def own_app(worker: Worker) -> Callable[..., Callable[..., Worker]]:
+def own_app(app: App) -> Callable[..., Callable[..., App]]:
     """A function in the place of Flower's, which finds an app's loader: whatever is asked for, it is the site's own."""
-    return lambda **options: lambda *names: worker
+    return lambda **options: lambda *names: app
+
+
+def failed(error: Exception) -> App:
+    """An app that answers every message with why there is no worker: a full disk, a site.toml that is wrong."""
+    said = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(error))
+    return lambda message, context: Message(said, reply_to=message)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 import fedmed
-from fedmed.errors import FedmedError
+from fedmed.errors import NO_ROOM, FedmedError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.sites import site_of
 from fedmed.federated.wire import decode_task, encode_update
@@ -55,6 +56,8 @@ def public_reason(error: Exception) -> str:
         return error.public
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return "out of memory; smaller batches, or more memory for the site's tasks (task-memory-gib)"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"the site's disk is full ({os.strerror(error.errno)}); it needs room (task.disk)"
     home = Path(fedmed.__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if home in Path(frame.filename).parents]
     place = f" in {Path(frames[-1].filename).relative_to(home.parent)}:{frames[-1].lineno}" if frames else ""

@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedmed.federated.client_app import public_reason
 from fedmed.federated.spool import Spool
 
 HEADER_LIMIT = 1 << 20  # bytes; headers hold no arrays
@@ -61,7 +62,7 @@ def work(
             else:
                 answer = b"reply\n" + spool.write(envelope["slot"], reply.content)
         except Exception as error:  # an app's own exception is its node's failure, not the worker's end
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+            reason = public_reason(error) if isinstance(error, OSError) else type(error).__name__
             answer = f"error\n{ErrorCode.CLIENT_APP_RAISED_EXCEPTION} {reason}".encode()
         try:
             channel.sendall(answer)

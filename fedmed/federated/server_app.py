@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import NO_ROOM, ConfigError, RunFailed
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
@@ -18,6 +18,7 @@ from fedmed.federated.run_folder import RunFolder, folder_of, now
 from fedmed.imaging.cache import cache_folder
 
 app = ServerApp()
+DISK_FULL = "the server's disk is full; where there is room again, the server goes on with this run by itself"
 
 
 @app.main()
@@ -25,7 +26,20 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation for `flwr run`; the run folder is made under `$FEDMED_RUNS`, whatever the configuration says.
 
     A Flower run of a series that has a folder already goes on with the run in it: the server lost its process.
+
+    Raises:
+        FedmedError: the run cannot go on.
+        OSError: input or output failed, for another reason than a full disk.
     """
+    try:
+        _run(grid, context)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise RunFailed(DISK_FULL) from None  # the error's own text holds a path
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
     config = with_phantoms(run_file.unflatten(context.run_config))
     if config.simulation.partition != "as-given":
         raise ConfigError(
@@ -38,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.resume(begun) if begun is not None else _new_folder(config, series)
     print(f"run folder: {folder.path}")
     if begun is not None:
-        why = "the server or the run's own process ended before the run did"
+        why = "the server or the run's own process ended before the run did, or somebody resumed it"
         say(folder.event("run_continued", folder.last_event().get("round", 0), reason=why, flower_run=context.run_id))
     result = run_federation(grid, config, folder, watch=say, cache_dir=cache_folder())
     if result["status"] in ("failed", "paused"):

@@ -75,7 +75,10 @@ class ChainFile:
 
     def _unusable(self, error: OSError) -> LedgerUnusable:
         reason = os.strerror(error.errno) if error.errno else "input or output failed"
-        return LedgerUnusable(f"{self.path.name} cannot be read or written ({reason})", rule="chain.unwritable")
+        text = f"{self.path.name} cannot be read or written ({reason})"
+        return LedgerUnusable(
+            text, rule="chain.unwritable", public=f"the site's records cannot be read or written: {reason}"
+        )
 
 
 class Witness(ChainFile):

@@ -175,6 +175,7 @@ def unusable(error: Exception) -> LedgerUnusable:
     }
     for name, (reason, rule) in kinds.items():
         if code.startswith(name):
-            return LedgerUnusable(f"the ledger cannot be used: {reason}; nothing is trained until it can", rule=rule)
+            text = f"the ledger cannot be used: {reason}; nothing is trained until it can"
+            return LedgerUnusable(text, rule=rule, public=f"the site's ledger cannot be used: {reason}")
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else code or type(error).__name__
     return LedgerUnusable(f"the ledger cannot be used ({reason}); nothing is trained until it can", rule="ledger.io")

@@ -1,0 +1,78 @@
+"""Hospitals whose clocks are ten minutes off, through a whole run over TLS. `libfaketime` turns the clock of a process.
+
+A certificate is valid from an hour before it is made, so that a late clock takes it: `test_deployment_provisioning`.
+"""
+
+import logging
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from flwr.app.message import message
+from flwr.supercore.corestate import in_memory_corestate
+from flwr.supernode import node_auth_http_interceptor
+from flwr.supernode.nodestate import in_memory_nodestate
+from hospitals import SITES, Hospitals
+from real_consortium import RUN
+
+from fedmed.deployment.node import keep_server_time
+from fedmed.deployment.processes import Child, flower_environment, free_port
+from fedmed.deployment.site_folder import joined_kit, read_site_folder
+from fedmed.deployment.supernode import site_command
+
+LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
+OFF_S = {"b-20": 600, "c-20": -600}
+TEXT = RUN + "round-timeout-s = 180\n"  # shorter than the clocks are off: an answer must not seem too late
+
+
+def turned(seconds: int) -> dict[str, str]:
+    return {"LD_PRELOAD": str(LIBRARY), "FAKETIME": f"{seconds:+d}s", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+
+
+def test_all_of_flower_at_a_site_takes_the_servers_time():
+    keep_server_time(600.0)
+    try:
+        for module in (node_auth_http_interceptor, message, in_memory_nodestate, in_memory_corestate):
+            assert 599 < (datetime.now(UTC) - module.now()).total_seconds() < 605, module.__name__
+    finally:
+        keep_server_time(-600.0)
+    assert abs((datetime.now(UTC) - message.now()).total_seconds()) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LIBRARY is None, reason="libfaketime is not installed; on Debian: apt-get install libfaketime")
+def test_clocks_that_are_ten_minutes_off_keep_nobody_from_a_run(tmp_path):
+    """The site that is early trains from ten minutes after the run begins on, by its own clock: so it may at once."""
+    hospitals = Hospitals(tmp_path)
+    hospitals.environment = {site: turned(seconds) for site, seconds in OFF_S.items()}
+    start = datetime.now() + timedelta(minutes=9)  # naive: policies are in local time
+    hours = f"{start:%H:%M}-{start + timedelta(hours=3):%H:%M}"
+    policy = tmp_path / "b-20" / "site.toml"
+    policy.write_text(policy.read_text().replace("hours = []", f'hours = ["{hours}"]'))
+    site = read_site_folder(policy)
+    try:
+        hospitals.start("server")
+        hospitals.started["server"].says("c-20 may connect", 240)
+        stock = {**flower_environment(tmp_path / "stock"), **turned(OFF_S["b-20"])}
+        child = Child(site_command(site, joined_kit(site), free_port()), stock, logging.Logger("stock"))
+        try:  # Flower's own SuperNode, with the right key, is refused: this is what is put right
+            assert child.wait(240) and child.flower_code == 305
+        finally:
+            child.end()
+        for name in SITES:
+            hospitals.start(name)
+        hospitals.complete()
+        result = hospitals.result(hospitals.submit(TEXT))
+    finally:
+        hospitals.stop()
+    assert result["status"] == "completed"
+    for name, seconds in OFF_S.items():
+        (found,) = set(re.findall(r"this clock is ([+-]\d+) s from the server's", log_of(tmp_path / name)))
+        assert abs(int(found) - seconds) <= 3
+    assert "this clock is" not in log_of(tmp_path / "a-40")
+
+
+def log_of(site: Path) -> str:
+    return (site / "logs" / "site.log").read_text()
