@@ -12,6 +12,7 @@
     │   └── BudgetExhausted     its patients' privacy budget does not allow it
     ├── LedgerUnusable          a ledger, a log or a key of a site cannot be read, written or trusted
     └── RunFailed               the federation cannot go on; the run folder keeps what was reached
+        └── RunInterrupted      its server failed it, and goes on with it when it can
 
 A message says what was expected, what was found, and what to do; it never holds a patient identifier, a UID or a
 pixel. It is meant for the person at the machine and may name a file there. What may leave that machine is `public`.
@@ -103,3 +104,13 @@ class LedgerUnusable(FedmedError):
 
 class RunFailed(FedmedError):
     """A federation cannot go on. `result.json` says why, and the last checkpoint is kept."""
+
+
+class RunInterrupted(RunFailed):
+    """The server that a run is on failed it. By the last words of the message the server knows that it is to go on."""
+
+    goes_on = "the server goes on with this run when it can"
+
+    def __init__(self, message: str) -> None:
+        """Add these words."""
+        super().__init__(f"{message}; {self.goes_on}")

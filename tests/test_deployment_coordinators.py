@@ -26,8 +26,7 @@ from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.proxy import nginx_configuration
 from fedmed.deployment.run_files import _checked, run_server
 from fedmed.deployment.superlink import cut_off, server_command
-from fedmed.errors import ConfigError
-from fedmed.federated.server_app import DISK_FULL
+from fedmed.errors import ConfigError, RunInterrupted
 
 ROOT = Path(__file__).parent.parent
 
@@ -272,7 +271,7 @@ def flower_run(number: int, series: int, status: str, details: str = "", minutes
         ("finished:failed", "No heartbeat received from the task", -5, True),
         ("finished:failed", "Task failed with unknown error.", 5, True),
         ("finished:failed", "ServerApp failed with exception: paused: 1 of 2 sites took part", -5, False),
-        ("finished:failed", f"ServerApp failed with exception: {DISK_FULL}", 5, True),
+        ("finished:failed", f"ServerApp failed with exception: {RunInterrupted('the disk is full')}", 5, True),
         ("finished:stopped", "", -5, False),
         ("finished:completed", "", -5, False),
     ],

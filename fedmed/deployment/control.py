@@ -31,8 +31,7 @@ from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
 from fedmed.deployment.provision import site_cards
-from fedmed.errors import ConfigError, RunFailed
-from fedmed.federated.server_app import DISK_FULL
+from fedmed.errors import ConfigError, RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
 AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
@@ -74,13 +73,9 @@ class FlowerRun:
 
     @property
     def lost(self) -> bool:
-        """Whether its process was gone before it could say how the run ended: the server's end is its end."""
-        return self.status == "finished:failed" and not self.details.startswith(OWN_WORDS)
-
-    @property
-    def needs_room(self) -> bool:
-        """Whether it ended because the server's disk was full."""
-        return self.status == "finished:failed" and self.details.endswith(DISK_FULL)
+        """Whether the server failed it: its process was gone before it could say how the run ended, or says so."""
+        own = self.details.startswith(OWN_WORDS) and not self.details.endswith(RunInterrupted.goes_on)
+        return self.status == "finished:failed" and not own
 
 
 @contextmanager

@@ -33,7 +33,6 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.proxy import Proxy
 from fedmed.errors import ConfigError, RunFailed
-from fedmed.federated.run_folder import folder_of
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
@@ -175,20 +174,18 @@ def continue_lost(client: ControlHttpClient, folder: ServerFolder, began: dateti
     """
     said = []
     for run, tries in cut_off(runs(client), began):
-        if _last_sign(folder, run) > datetime.now(UTC) - KEEP and (has_room(folder, run) or not run.needs_room):
+        if _last_sign(folder, run) > datetime.now(UTC) - KEEP and has_room(folder, run):
             new = continue_run(client, run)
             if not run.ended:
                 stop_run(client, run.number)
-            why = "found the disk full" if run.needs_room else "was cut off"
-            said.append(f"run {run.number} {why}; run {new} goes on with it ({tries} of {CONTINUE} times)")
+            said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
     return said
 
 
 def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun, int]]:
-    """The runs whose process is gone without a word, or found the disk full, and for the how many-th time.
+    """The runs that the server failed, and for the how many-th time; none that was continued thrice.
 
-    None that was continued thrice. Flower notices after a minute that a process is gone; that of a run which an earlier
-    SuperLink started is gone.
+    Flower notices after a minute that a process is gone. That of a run which an earlier SuperLink started is gone.
 
     Args:
         every: all runs, the oldest first.
@@ -198,24 +195,25 @@ def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun
     for run in every:
         series.setdefault(run.series, []).append(run)
     last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
-
-    def gone(run: FlowerRun) -> bool:
-        return run.lost or run.needs_room or (not run.ended and (run.started or began) < began)
-
-    return [(run, tries) for run, tries in last if gone(run)]
+    return [(run, tries) for run, tries in last if run.lost or (not run.ended and (run.started or began) < began)]
 
 
 def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
-    """Whether the disk of the runs has three times the room that a run's folder takes, and a little."""
-    kept = folder_of(folder.runs, run.series)
-    taken = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if kept is not None else 0
-    return shutil.disk_usage(folder.runs).free > 3 * taken + ROOM
+    """Whether the disks of the server have three times the room that a run's folder takes, and a little."""
+    events = _events(folder, run)
+    taken = sum(path.stat().st_size for path in events.parent.rglob("*") if path.is_file()) if events else 0
+    free = min(shutil.disk_usage(path).free for path in (folder.flower, folder.runs) if path.exists())
+    return free > 3 * taken + ROOM
 
 
 def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
     """When a run last wrote an event; else when it was submitted."""
-    path = next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
+    path = _events(folder, run)
     return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path is not None else run.submitted
+
+
+def _events(folder: ServerFolder, run: FlowerRun) -> Path | None:
+    return next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
 
 
 def _doors(folder: ServerFolder) -> object:

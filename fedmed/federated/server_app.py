@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import NO_ROOM, ConfigError, RunFailed
+from fedmed.errors import NO_ROOM, ConfigError, RunFailed, RunInterrupted
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
@@ -18,7 +18,7 @@ from fedmed.federated.run_folder import RunFolder, folder_of, now
 from fedmed.imaging.cache import cache_folder
 
 app = ServerApp()
-DISK_FULL = "the server's disk is full; where there is room again, the server goes on with this run by itself"
+OF_FLOWER = ("flwr.", "httpx")  # modules whose errors tell of the SuperLink, and not of the run
 
 
 @app.main()
@@ -33,9 +33,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     try:
         _run(grid, context)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise RunFailed(DISK_FULL) from None  # the error's own text holds a path
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise RunInterrupted("the server's disk is full") from None  # the error's own text holds a path
+        if type(error).__module__.startswith(OF_FLOWER):
+            raise RunInterrupted("the server could not pass on the run's messages") from error
         raise
 
 
