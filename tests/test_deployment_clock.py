@@ -1,10 +1,17 @@
-"""Hospitals whose clocks are ten minutes off, through a whole run over TLS. `libfaketime` turns the clock of a process.
+"""Hospitals whose clocks are ten minutes off, through a whole run over TLS.
+
+A library of a few lines, loaded before the C library, turns the time of day of a process and of all that it starts.
+(`libfaketime` 0.9.10 does not serve: it hands on Python's `time.sleep`, which ends at a point of the monotonic clock,
+with a point that lies elsewhere, so that it fails or never ends.)
 
 A certificate is valid from an hour before it is made, so that a late clock takes it: `test_deployment_provisioning`.
 """
 
 import logging
 import re
+import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,14 +28,46 @@ from fedmed.deployment.processes import Child, flower_environment, free_port
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
 from fedmed.deployment.supernode import site_command
 
-LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+COMPILER = shutil.which("cc")
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    long failed = syscall(SYS_clock_gettime, clock, now);
+    if (!failed && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += atol(getenv("AHEAD_S"));
+    return failed;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    struct timespec exact;
+    int failed = clock_gettime(CLOCK_REALTIME, &exact);
+    now->tv_sec = exact.tv_sec, now->tv_usec = exact.tv_nsec / 1000;
+    return failed;
+}
+time_t time(time_t *seconds) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    if (seconds) *seconds = exact.tv_sec;
+    return exact.tv_sec;
+}
+"""
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(900)]
 OFF_S = {"b-20": 600, "c-20": -600}
 TEXT = RUN + "round-timeout-s = 180\n"  # shorter than the clocks are off: an answer must not seem too late
 
 
-def turned(seconds: int) -> dict[str, str]:
-    return {"LD_PRELOAD": str(LIBRARY), "FAKETIME": f"{seconds:+d}s", "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+def turned(seconds: int, folder: Path) -> dict[str, str]:
+    """The environment of a process whose clock is so many seconds ahead."""
+    library = folder / "clock.so"
+    if not library.exists():
+        subprocess.run(
+            [COMPILER, "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=CLOCK, text=True, check=True
+        )
+    return {"LD_PRELOAD": str(library), "AHEAD_S": str(seconds)}
 
 
 def test_all_of_flower_at_a_site_takes_the_servers_time():
@@ -42,11 +81,13 @@ def test_all_of_flower_at_a_site_takes_the_servers_time():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(LIBRARY is None, reason="libfaketime is not installed; on Debian: apt-get install libfaketime")
+@pytest.mark.skipif(
+    COMPILER is None or sys.platform != "linux", reason="a clock is turned by a compiled library, on Linux"
+)
 def test_clocks_that_are_ten_minutes_off_keep_nobody_from_a_run(tmp_path):
     """The site that is early trains from ten minutes after the run begins on, by its own clock: so it may at once."""
     hospitals = Hospitals(tmp_path)
-    hospitals.environment = {site: turned(seconds) for site, seconds in OFF_S.items()}
+    hospitals.environment = {site: turned(seconds, tmp_path) for site, seconds in OFF_S.items()}
     start = datetime.now() + timedelta(minutes=9)  # naive: policies are in local time
     hours = f"{start:%H:%M}-{start + timedelta(hours=3):%H:%M}"
     policy = tmp_path / "b-20" / "site.toml"
@@ -55,7 +96,7 @@ def test_clocks_that_are_ten_minutes_off_keep_nobody_from_a_run(tmp_path):
     try:
         hospitals.start("server")
         hospitals.started["server"].says("c-20 may connect", 240)
-        stock = {**flower_environment(tmp_path / "stock"), **turned(OFF_S["b-20"])}
+        stock = {**flower_environment(tmp_path / "stock"), **turned(OFF_S["b-20"], tmp_path)}
         child = Child(site_command(site, joined_kit(site), free_port()), stock, logging.Logger("stock"))
         try:  # Flower's own SuperNode, with the right key, is refused: this is what is put right
             assert child.wait(240) and child.flower_code == 305
