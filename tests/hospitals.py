@@ -37,15 +37,20 @@ class OnSmallDisk(Started):
         return Path(f"/proc/{self.process.pid}/root{self._disk}")
 
     def fill(self) -> None:
-        """Leave not a byte and not a name."""
-        (self.folder / "ballast").mkdir(exist_ok=True)
-        with contextlib.suppress(OSError), (self.folder / "ballast" / "bytes").open("ab", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        with contextlib.suppress(OSError):
-            for number in range(2000):
-                (self.folder / "ballast" / str(number)).touch()
-        assert shutil.disk_usage(self.folder).free == 0
+        """Leave not a byte and not a name, whatever a task gives back meanwhile."""
+        ballast = self.folder / "ballast"
+        ballast.mkdir()
+
+        def full() -> bool:
+            with contextlib.suppress(OSError), (ballast / "bytes").open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            with contextlib.suppress(OSError):
+                for number in range(2000):
+                    (ballast / str(number)).touch()
+            return shutil.disk_usage(self.folder).free == 0
+
+        wait_for(full, 10, lambda: "the disk does not fill")
 
     def free(self) -> None:
         shutil.rmtree(self.folder / "ballast")
