@@ -117,13 +117,13 @@ def test_compare_deals_nobody_to_two_hospitals(tmp_path, capsys) -> None:
     masked_xrays(tmp_path / "data")
     prepare = script("compare", "prepare")
     assert prepare.main([str(tmp_path / "data"), str(tmp_path / "out")]) == 0
-    for name, sites in (("classification", 9), ("lungs", 4)):
+    for name, sites in (("classification", 9), ("nih", 4), ("lungs", 4)):
         config = run_file.load(tmp_path / "out" / name / "run.toml")
         assert len(config.data.sites) == sites and comparisons(config)
         patients = [{row.patient for row in read_manifest(Path(p), config.task).rows} for p in config.data.sites]
         assert all(patients) and sum(map(len, patients)) == len(set.union(*patients))
     nih = [line for line in capsys.readouterr().out.splitlines() if "/nih-" in line]
-    assert [line.split()[1] for line in nih] == ["4"] * 4
+    assert [line.split()[1] for line in nih] == ["4"] * 8
     assert prepare.main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     assert "error: " in capsys.readouterr().err
 

@@ -1,7 +1,7 @@
-"""Turn a folder of real chest X-rays into the hospitals of two comparisons.
+"""Turn a folder of real chest X-rays into the hospitals of three comparisons.
 
-`python prepare.py DATA OUT` writes, copying no image, `OUT/classification/` and `OUT/lungs/`, each with a `run.toml`
-and a `<site>/manifest.csv` per hospital. It reads the same files as `simulations/real-cxr/prepare.py`, with its
+`python prepare.py DATA OUT` writes, copying no image, `OUT/classification/`, `OUT/nih/` and `OUT/lungs/`, each with a
+`run.toml` and a `<site>/manifest.csv` per hospital. It reads the same files as `simulations/real-cxr/prepare.py`, with its
 functions. There is no server's set: every hospital's own held-out patients judge.
 """
 
@@ -33,9 +33,9 @@ def real_cxr() -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write both federations; returns the exit status."""
+    """Write all federations; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description="Write the manifests and run files of the two comparisons. No image is copied.",
+        description="Write the manifests and run files of the comparisons. No image is copied.",
         epilog="example: python prepare.py path/to/data out && fedmed compare out/lungs/run.toml",
     )
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder that holds cxr/dev and seg2d/dev")
@@ -51,15 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(data: Path, out: Path, source: ModuleType) -> None:
-    """Write both folders.
+    """Write a folder for each comparison.
 
     Raises:
         BadData: of `source`; what is missing, in one line.
     """
-    for name, hospitals in (("classification", classification), ("lungs", lungs)):
-        manifests = hospitals(data, source)
+    every = classification(data, source)
+    studies = (
+        ("classification", "classification.toml", every),
+        ("nih", "classification.toml", {site: every[site] for site in NIH_SITES}),
+        ("lungs", "lungs.toml", lungs(data, source)),
+    )
+    for name, run_file, manifests in studies:
         source.write(out / name, manifests)
-        values = tomllib.loads((HERE / f"{name}.toml").read_text(encoding="utf-8"))
+        values = tomllib.loads((HERE / run_file).read_text(encoding="utf-8"))
         values["data"]["sites"] = [f"{site}/manifest.csv" for site in manifests]
         (out / name / "run.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
         for site, rows in manifests.items():

@@ -1,4 +1,4 @@
-"""Prepare both comparisons, run `fedmed compare` on them, and write their tables into README.md.
+"""Prepare the comparisons, run `fedmed compare` on them, and write their tables into README.md.
 
 `python run.py DATA OUT` needs nothing else. What was run before with the same settings is reused.
 """
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from readme import Found, fedmed, number, put, spread  # noqa: E402  # lies beside the simulations
 
-NAMES = ("classification", "lungs")
+NAMES = ("classification", "nih", "lungs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare local, federated and pooled training on real chest X-rays.")
     parser.add_argument("data", metavar="DATA", help="the folder that holds cxr/dev and seg2d/dev")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for manifests and experiments")
-    parser.add_argument("--only", choices=NAMES, help="one of the two comparisons")
+    parser.add_argument("--only", choices=NAMES, help="one of the comparisons")
     parser.add_argument("--seeds", type=int, default=0, help="of every arm; 0 = as in the run file")
     options = parser.parse_args(arguments)
     words = ["--set", f"evaluate.seeds={options.seeds}"] if options.seeds else []
