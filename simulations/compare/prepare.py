@@ -1,8 +1,8 @@
 """Turn a folder of real chest X-rays into the hospitals of three comparisons.
 
 `python prepare.py DATA OUT` writes, copying no image, `OUT/classification/`, `OUT/nih/` and `OUT/lungs/`, each with a
-`run.toml` and a `<site>/manifest.csv` per hospital. It reads the same files as `simulations/real-cxr/prepare.py`, with its
-functions. There is no server's set: every hospital's own held-out patients judge.
+`run.toml` and a `<site>/manifest.csv` per hospital. It reads the same files as `simulations/real-cxr/prepare.py`, with
+its functions. There is no server's set: every hospital's own held-out patients judge.
 """
 
 from __future__ import annotations
