@@ -241,10 +241,15 @@ def rows(name: str, side: int, repeats: int, engines: list[str]) -> list[str]:
         passed = "" if bar is None or label != OURS else f"≤ {bar}: {'yes' if ratio <= bar else 'no'}"
         found.append(
             f"{start} {statistics.median(engine.seconds):.3f} | {ratio:.2f} ({low:.2f}-{high:.2f}) | "
-            f"{engine.peak_mib:.0f} | {engine.peak_mib / plain.peak_mib:.2f} | {error if label == OURS else '–'} | "
+            f"{engine.peak_mib:.0f} | {times(engine.peak_mib, plain.peak_mib)} | {error if label == OURS else '–'} | "
             f"{passed} |"
         )
     return found
+
+
+def times(peak_mib: float, plain_mib: float) -> str:
+    """A ratio of memory; none where the plain step fits into what the imports had left."""
+    return f"{peak_mib / plain_mib:.2f}" if plain_mib >= 1 else "–"
 
 
 def main() -> None:
