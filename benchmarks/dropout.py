@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/dropout.py                  # minutes
 
-The built-in phantom hospitals train a small network; only the chance differs between rows. A site drops out
-by a failed answer, in the same rounds whenever the command is repeated; one site always answers. The table goes to benchmarks/dropout.md.
+The built-in phantom hospitals train a small network; only the chance differs between rows. A site drops out by a failed
+answer, in the same rounds whenever the command is repeated; one site always answers. The table goes to
+benchmarks/dropout.md.
 """
 
 from __future__ import annotations
