@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=[study.name for study in REAL], help="one of the two studies of real images")
     parser.add_argument("--seeds", type=int, default=0, help="of every point; 0 = as in the run file")
     options = parser.parse_args(arguments)
+    if options.only and not options.data:
+        parser.error("--only chooses among real images; give --data too")
     if options.data:
         command = [sys.executable, HERE.parent / "real-cxr" / "prepare.py", options.data, options.out / "data"]
         subprocess.run(command, check=True)
