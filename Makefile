@@ -15,7 +15,7 @@ help: ## list the targets
 	@test -n "$(PYTHON)" || { echo "fedmed needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.x"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv sync --quiet --all-extras
+	@$(BIN)/uv sync --quiet --all-extras --compile-bytecode
 	@touch $@
 
 install: .venv/installed ## make .venv with everything in it

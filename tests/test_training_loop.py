@@ -1,5 +1,7 @@
 """A site's training in one round: optimizer steps, schedules, averages, early stopping, and going on after a kill."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from toy import FRAGILE
 
 from fedmed import config as run_file
 from fedmed.imaging.dataset import Dataset
+from fedmed.training import precision
 from fedmed.training.loop import Circumstances, train_
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork, channels_innermost
@@ -112,6 +115,17 @@ def test_bfloat16_stays_close_and_keeps_weights_in_float32():
     half, full = trained(train_config(precision="bfloat16")), trained(train_config())
     assert half.dtype == np.float32
     assert 0 < np.abs(half - full).max() < 0.01
+
+
+@pytest.mark.parametrize(("units", "same_as"), [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_is_bfloat16_where_the_machine_multiplies_it(units, same_as, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: units)
+    np.testing.assert_array_equal(trained(train_config(precision="auto")), trained(train_config(precision=same_as)))
+
+
+def test_the_machine_says_itself_whether_it_multiplies_bfloat16():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert precision.multiplies_bfloat16("cpu") == ("amx_bf16" in flags)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 4, 5), (2, 1, 3, 4, 5)], ids=str)

@@ -153,7 +153,8 @@ class TrainConfig(Section):
         Field(description="random changes of training images, drawn anew for every batch"),
     ] = ()
     precision: Annotated[
-        Literal["float32", "bfloat16"], Field(description="of activations; weights stay in float32")
+        Literal["float32", "bfloat16", "auto"],
+        Field(description="of activations; auto = bfloat16 where the machine multiplies it fast; weights stay float32"),
     ] = "float32"
     channels_last: Annotated[
         bool, Field(description="memory order of images; faster on GPUs with bfloat16, and mostly on CPUs")

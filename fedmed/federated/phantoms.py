@@ -29,10 +29,11 @@ kind = "classification"
 labels = ["nodule", "cavity", "reticulation", "consolidation"]
 
 [train]
-rounds = 5
+rounds = 4
 local-epochs = 2
 batch-size = 16
 learning-rate = 1e-3
+precision = "auto"             # bfloat16 where the machine has units for it
 channels-last = true           # faster on a CPU for this network
 """,
     "lung-seg": """\

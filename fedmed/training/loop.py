@@ -21,6 +21,7 @@ from fedmed.models.stages import parameter_groups
 from fedmed.training.gradients import Correction
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
+from fedmed.training.precision import in_bfloat16
 from fedmed.training.sampling import Rows, batches, batches_in_a_pass
 from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.unfinished import Unfinished
@@ -134,14 +135,15 @@ def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple
 
 def _mean_gradient_(network: FlatNetwork, config: TrainConfig, loss: AnyLoss, group: Sequence[Batch]) -> Tensor:
     """Leave the gradient of the mean loss over some batches, each weighing as many images as it has; give that loss."""
-    half = torch.autocast(network.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    images_in_all, total = sum(len(images) for images, _ in group), torch.zeros((), device=network.device)
+    device = network.device
+    half = torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config.precision, device))
+    images_in_all, total = sum(len(images) for images, _ in group), torch.zeros((), device=device)
     for parameter in network.parameters:
         parameter.grad = None
     for images, targets in group:
         with half:
-            outputs = network(images.to(network.device), channels_last=config.channels_last)
-        value = loss(outputs, targets.to(network.device)) * (len(images) / images_in_all)
+            outputs = network(images.to(device), channels_last=config.channels_last)
+        value = loss(outputs, targets.to(device)) * (len(images) / images_in_all)
         value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         total += value.detach()
     return total

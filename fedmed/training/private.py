@@ -32,6 +32,7 @@ from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
+from fedmed.training.precision import in_bfloat16
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms
 
@@ -150,7 +151,8 @@ class PrivateGradient:
         self.network, self.loss, self.terms = network, one_by_one(loss), terms
         self.clip = terms.max_grad_norm  # C, of the coming step
         bounds = terms.bounds(network.module)
-        self.clipper = GradientClipper(network.module, max_norm=bounds, precision=config.precision)
+        precision = "bfloat16" if in_bfloat16(config.precision, network.device) else "float32"
+        self.clipper = GradientClipper(network.module, max_norm=bounds, precision=precision)
         self.noised = SecretNoiseOptimizer(network.parameters, terms, source)
 
     def __call__(self, group: Iterable[tuple[Physical, Tensor, Tensor]]) -> Tensor:
