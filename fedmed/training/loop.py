@@ -21,7 +21,7 @@ from fedmed.models.stages import parameter_groups
 from fedmed.training.gradients import Correction
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
-from fedmed.training.precision import in_bfloat16
+from fedmed.training.precision import settled
 from fedmed.training.sampling import Rows, batches, batches_in_a_pass
 from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.unfinished import Unfinished
@@ -136,7 +136,7 @@ def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple
 def _mean_gradient_(network: FlatNetwork, config: TrainConfig, loss: AnyLoss, group: Sequence[Batch]) -> Tensor:
     """Leave the gradient of the mean loss over some batches, each weighing as many images as it has; give that loss."""
     device = network.device
-    half = torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config.precision, device))
+    half = torch.autocast(device.type, torch.bfloat16, enabled=settled(config.precision, device) == "bfloat16")
     images_in_all, total = sum(len(images) for images, _ in group), torch.zeros((), device=device)
     for parameter in network.parameters:
         parameter.grad = None

@@ -10,9 +10,11 @@ import torch
 Precision = Literal["float32", "bfloat16", "auto"]
 
 
-def in_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether the forward and backward pass run under bfloat16 autocast."""
-    return precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device.type))
+def settled(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """The format that "auto" stands for on this device."""
+    if precision == "auto":
+        return "bfloat16" if multiplies_bfloat16(device.type) else "float32"
+    return precision
 
 
 @lru_cache
@@ -22,5 +24,5 @@ def multiplies_bfloat16(device: str) -> bool:
     Elsewhere torch emulates the format, which is slower than float32.
     """
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -32,7 +32,7 @@ from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
-from fedmed.training.precision import in_bfloat16
+from fedmed.training.precision import settled
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms
 
@@ -151,7 +151,7 @@ class PrivateGradient:
         self.network, self.loss, self.terms = network, one_by_one(loss), terms
         self.clip = terms.max_grad_norm  # C, of the coming step
         bounds = terms.bounds(network.module)
-        precision = "bfloat16" if in_bfloat16(config.precision, network.device) else "float32"
+        precision = settled(config.precision, network.device)
         self.clipper = GradientClipper(network.module, max_norm=bounds, precision=precision)
         self.noised = SecretNoiseOptimizer(network.parameters, terms, source)
 
