@@ -8,10 +8,16 @@ are valid Computed Radiography or Digital X-Ray (for presentation) images (DICOM
 from __future__ import annotations
 
 import csv
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,13 +72,26 @@ def synthesize(
     hospitals = [Hospital(name=f"site-{i + 1}", number=i + 1, scanners=(unit,)) for i, unit in enumerate(units)]
     hospitals.append(Hospital(name="server", number=0, scanners=units))
     done, total = 0, round(2.5 * patients * len(hospitals))
-    for hospital in hospitals:
-        for _ in _write_hospital(out / hospital.name, hospital, task, patients, seed):
-            done += 1
-            if progress is not None:
-                progress(done, max(done, total))
+    with _mapping(patients * len(hospitals)) as over_patients:
+        for hospital in hospitals:
+            for images in _write_hospital(out / hospital.name, hospital, task, patients, seed, over_patients):
+                done += images
+                if progress is not None:
+                    progress(done, max(done, total))
     if progress is not None:
         progress(done, done)
+
+
+@contextmanager
+def _mapping(patients: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map`, here or over processes if there are patients enough to pay for their start."""
+    processes = min(os.cpu_count() or 1, patients // 100)
+    if processes < 2:
+        yield map
+        return
+    # Spawned, not forked: whoever calls may have threads, and a forked copy of their locks could wait forever
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=4)
 
 
 def patient_labels(hospital: Hospital, patients: int, seed: int) -> NDArray[np.bool_]:
@@ -88,32 +107,50 @@ def patient_labels(hospital: Hospital, patients: int, seed: int) -> NDArray[np.b
     return (ranks < counts[:, None]).T
 
 
-def _write_hospital(folder: Path, hospital: Hospital, task: str, patients: int, seed: int) -> Iterator[None]:
-    """Yields after each image."""
+def _write_hospital(
+    folder: Path, hospital: Hospital, task: str, patients: int, seed: int, over_patients: Callable[..., Iterator[Any]]
+) -> Iterator[int]:
+    """Yields the number of a patient's images after each patient."""
     segmentation = task == "lung-seg"
     for name in ("images", *(["masks"] if segmentation else [])):
         (folder / name).mkdir(parents=True, exist_ok=True)
     columns = ["mask"] if segmentation else LABELS
+    numbers, labels = range(patients), patient_labels(hospital, patients, seed)
+    before = accumulate((_drawn(hospital, number, seed)[2] for number in numbers), initial=0)
     with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["patient_id", "image", *columns, "study_uid", "series_uid", "view", "age", "sex"])
-        number = 0
-        for index, labels in enumerate(patient_labels(hospital, patients, seed)):
-            rng = np.random.default_rng([seed, hospital.number, index])
-            scanner = hospital.scanners[index % len(hospital.scanners)]
-            patient = Patient.random(hospital.number, index, seed, rng)
-            for exposure in range(int(rng.integers(2, 4))):
-                number += 1
-                image = f"images/{number:04d}.dcm"
-                body = radiograph(scanner, labels, rng)
-                uids = write_object(folder / image, body.picture, scanner, patient, exposure)
-                if segmentation:
-                    mask = f"masks/{number:04d}.png"
-                    Image.fromarray(body.lungs.astype(np.uint8) * 255).save(folder / mask)
-                targets = [mask] if segmentation else labels.astype(int).tolist()
-                facts = [uids.study, uids.series, patient.view, patient.age, patient.sex]
-                table.writerow([patient.identifier, image, *targets, *facts])
-                yield
+        for rows in over_patients(partial(_write_patient, folder, hospital, task, seed), numbers, labels, before):
+            table.writerows(rows)
+            yield len(rows)
+
+
+def _drawn(hospital: Hospital, number: int, seed: int) -> tuple[np.random.Generator, Patient, int]:
+    """A patient, how many exposures there are, and the generator that draws those."""
+    rng = np.random.default_rng([seed, hospital.number, number])
+    return rng, Patient.random(hospital.number, number, seed, rng), int(rng.integers(2, 4))
+
+
+def _write_patient(
+    folder: Path, hospital: Hospital, task: str, seed: int, number: int, labels: NDArray[np.bool_], before: int
+) -> list[list[object]]:
+    """Write a patient's images, numbered after the `before` of others. Returns their rows of the manifest."""
+    rng, patient, exposures = _drawn(hospital, number, seed)
+    scanner = hospital.scanners[number % len(hospital.scanners)]
+    rows: list[list[object]] = []
+    for exposure in range(exposures):
+        image = f"images/{before + exposure + 1:04d}.dcm"
+        body = radiograph(scanner, labels, rng)
+        uids = write_object(folder / image, body.picture, scanner, patient, exposure)
+        targets: list[object] = labels.astype(int).tolist()
+        if task == "lung-seg":
+            mask = f"masks/{before + exposure + 1:04d}.png"
+            Image.fromarray(body.lungs.astype(np.uint8) * 255).save(folder / mask)
+            targets = [mask]
+        rows.append(
+            [patient.identifier, image, *targets, uids.study, uids.series, patient.view, patient.age, patient.sex]
+        )
+    return rows
 
 
 def radiograph(scanner: Scanner, labels: Sequence[bool] | NDArray[np.bool_], rng: np.random.Generator) -> Thorax:
