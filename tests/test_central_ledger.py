@@ -6,25 +6,21 @@ from pathlib import Path
 import dp_accounting
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from hypothesis.extra import numpy as arrays
+from private_sites import site_in, task_of
 from typer.testing import CliRunner
 
 from fedmed.cli import app
 from fedmed.errors import BudgetExhausted
 from fedmed.federated.central import ServerNoise
 from fedmed.federated.run_folder import RunFolder
-from fedmed.models import build
 from fedmed.privacy.central import clip_change
 from fedmed.privacy.verification import Findings, examine
-from fedmed.training.network import FlatNetwork
-from fedmed.training.oversight import Oversight
 from fedmed.training.reserving import SCHEDULE
 from fedmed.training.site_privacy import promised_releases
-from fedmed.training.site_round import Site, settings_for_sites, train_round
-from fedmed.types import Task
+from fedmed.training.site_round import Site, train_round
 
 CENTRAL = {"mode": "central", "noise-multiplier": 25.0, "max-grad-norm": 0.3, "sites": 4000}
 ADAPTIVE = {**CENTRAL, "clipping": "adaptive"}
@@ -36,20 +32,8 @@ def run_of(toy_config, **privacy):
                       evaluate={"keep": "last"})  # fmt: skip
 
 
-def site_in(folder: Path, policy: str | None = None) -> Site:
-    rules = None
-    if policy is not None:
-        rules = folder / "site.toml"
-        rules.write_text(policy)
-    oversight = Oversight(policy=rules, folder=folder, keys=folder / "keys")
-    return Site(name="a-20", manifest=Path("a-20"), dataset="toy:dataset", policy=oversight, virtual=True)
-
-
 def train(config, site: Site, round: int):
-    network = FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
-    task = Task(kind="train", round=round, settings=settings_for_sites(config), layout=network.layout.hash,
-                weights=network.weights())  # fmt: skip
-    return train_round(task, site)
+    return train_round(task_of(config, "train", round), site)
 
 
 def records_in(folder: Path) -> Findings:
@@ -84,7 +68,7 @@ def test_p09_a_patient_can_move_the_clipped_sum_by_two_clips():
 
 @pytest.mark.parametrize("privacy", [CENTRAL, ADAPTIVE, BUDGETED], ids=["given", "adaptive", "budgeted"])
 def test_p09_the_hospitals_ledger_holds_what_the_server_releases(privacy, toy_config, tmp_path):
-    config, site = run_of(toy_config, **privacy), site_in(tmp_path)
+    config, site = run_of(toy_config, **privacy), site_in(tmp_path, name="a-20")
     for round in (1, 2, 3):
         train(config, site, round)
     server = ServerNoise(config, RunFolder.create(tmp_path / "server", config))
@@ -101,11 +85,14 @@ def test_p09_the_hospitals_ledger_holds_what_the_server_releases(privacy, toy_co
 
 
 def test_p09_a_release_at_the_server_is_charged_before_the_round_is_trained(toy_config, tmp_path):
-    config, site = run_of(toy_config), site_in(tmp_path, "[policy.privacy]\nstable-ids = true\nepsilon = 0.1\n")
+    config, site = (
+        run_of(toy_config),
+        site_in(tmp_path, "[policy.privacy]\nstable-ids = true\nepsilon = 0.1\n", name="a-20"),
+    )
     with pytest.raises(BudgetExhausted, match=r"policy\.privacy\.epsilon"):
         train(config, site, 1)
     assert released_in(tmp_path) == []
-    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\nepsilon = 2.0\n")
+    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\nepsilon = 2.0\n", name="a-20")
     train(config, site, 1)
     assert [(charge.round, [event.steps for event in charge.events])
             for charge in records_in(tmp_path).balance.charges.values()] == [(SCHEDULE, [3]), (1, [])]  # fmt: skip
@@ -118,7 +105,7 @@ def test_p09_a_hospitals_epsilon_costs_its_patients_what_the_planning_page_says(
     config = run_of(toy_config, **{"noise-multiplier": 0.0, "epsilon": epsilon})
     (event,) = promised_releases(config.privacy, config.train.rounds)
     assert promised_to_a_patient([replace(event, steps=3)], 1e-6) == pytest.approx(of_a_patient, abs=0.03)
-    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\n")
+    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\n", name="a-20")
     if of_a_patient < 8:
         train(config, site, 1)
         return
@@ -127,14 +114,14 @@ def test_p09_a_hospitals_epsilon_costs_its_patients_what_the_planning_page_says(
 
 
 def test_p09_a_round_that_is_trained_again_is_charged_again_at_the_hospital(toy_config, tmp_path):
-    config, site = run_of(toy_config), site_in(tmp_path)
+    config, site = run_of(toy_config), site_in(tmp_path, name="a-20")
     for round in (1, 2, 2, 3, 3):
         train(config, site, round)
     assert sum(event.steps for event in released_in(tmp_path)) == 5
 
 
 def test_p03_noise_at_the_site_and_at_the_server_add_up_in_one_budget(toy_config, tmp_path):
-    site = site_in(tmp_path)
+    site = site_in(tmp_path, name="a-20")
     train(run_of(toy_config), site, 1)
     alone = records_in(tmp_path).spent
     own = toy_config("a-20", privacy={"mode": "dp-sgd", "noise-multiplier": 3.0}, train={"rounds": 1, "batch-size": 4})
@@ -145,7 +132,7 @@ def test_p03_noise_at_the_site_and_at_the_server_add_up_in_one_budget(toy_config
 
 
 def test_p09_the_ledger_says_whose_word_a_release_rests_on(toy_config, tmp_path):
-    train(run_of(toy_config), site_in(tmp_path), 1)
+    train(run_of(toy_config), site_in(tmp_path, name="a-20"), 1)
     shown = CliRunner().invoke(app, ["ledger", "show", str(tmp_path)]).output
     assert "update by" in shown and "By server: it promised" in shown
     assert "cannot check" in shown and "saw every change without it" in shown

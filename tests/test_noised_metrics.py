@@ -6,43 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
-from dp_accounting.pld import PLDAccountant
-from hypothesis import given, settings
-from hypothesis import strategies as some
 from kill_points import AVAILABLE, run_killed
+from private_sites import network_of, pld, records_of, site_in, task_of
 from report_files import result, site, write_run
-from sklearn.metrics import roc_auc_score
 
 from fedmed.cli.display import interval
-from fedmed.errors import ConfigError, LedgerUnusable, UpdateRefused
+from fedmed.errors import ConfigError, LedgerUnusable
 from fedmed.federated.admission import privacy_in
 from fedmed.metrics import (
-    check_noised,
     longest,
-    noised_metrics,
-    patient_histograms,
-    patient_overlaps,
-    score_cases,
 )
-from fedmed.metrics.histograms import bin_edges
-from fedmed.models import build
-from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import cohort_of
 from fedmed.privacy.noise import SecureGenerator
-from fedmed.privacy.verification import examine
 from fedmed.reporting import write_model_card, write_report
 from fedmed.training.evaluate import patient_vectors
-from fedmed.training.network import FlatNetwork
-from fedmed.training.noised_metrics import NoisedSums, clipped_sum
-from fedmed.training.oversight import Oversight, permitted
+from fedmed.training.noised_metrics import NoisedSums
+from fedmed.training.oversight import permitted
 from fedmed.training.site_round import Site, evaluate_round, settings_for_sites, site_data, train_round
 from fedmed.types import Task
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0, "noise-multiplier": 1.66, "metrics-epsilon": 1.0}
 STABLE = "[policy.privacy]\nstable-ids = true\n"
-ONE = ("finding",)
 
 
 def run_of(toy_config, **privacy):
@@ -50,29 +34,8 @@ def run_of(toy_config, **privacy):
     return toy_config("a-400", server="server-60", train=train, privacy={**PRIVATE, **privacy})
 
 
-def site_in(folder: Path, policy: str | None = None, **changes) -> Site:
-    folder.mkdir(exist_ok=True)
-    rules = None
-    if policy is not None:
-        rules = folder / "site.toml"
-        rules.write_text(policy)
-    oversight = Oversight(policy=rules, folder=folder, keys=folder / "keys")
-    values = {"name": "a-400", "manifest": Path("a-400"), "dataset": "toy:dataset", "policy": oversight}
-    return Site(**{**values, "virtual": True, **changes})
-
-
-def network_of(config) -> FlatNetwork:
-    return FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
-
-
-def task_of(config, kind: str, round: int = 3) -> Task:
-    network = network_of(config)
-    return Task(kind=kind, round=round, settings=settings_for_sites(config), layout=network.layout.hash,
-                weights=network.weights(), evaluate=True)  # fmt: skip
-
-
 def judged(config, site: Site, task: Task | None = None):
-    return evaluate_round(task or task_of(config, "evaluate"), site)
+    return evaluate_round(task or task_of(config, "evaluate", 3, evaluate=True), site)
 
 
 def charged_metrics(site: Site) -> list:
@@ -80,155 +43,8 @@ def charged_metrics(site: Site) -> list:
     return [event for charge in charges for event in charge.events if event.release == "metrics"]
 
 
-def records_of(site: Site):
-    folder = site.policy.folder
-    return examine(folder, bytes.fromhex((folder / "keys" / "site.pub").read_text()))
-
-
 def refusals(site: Site) -> list[str]:
     return [body["rule"] for body in (record.body for record in records_of(site).audit) if not body["allowed"]]
-
-
-def pld(events, delta: float) -> float:
-    """ε by dp-accounting's privacy loss distributions."""
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for event in events:
-        step = PoissonSampledDpEvent(event["sample_rate"], GaussianDpEvent(event["noise_multiplier"]))
-        accountant.compose(SelfComposedDpEvent(step, event["steps"]))
-    return accountant.get_epsilon(delta)
-
-
-def scores(rng: np.random.Generator, patients: int, spread: float = 1.0):
-    """Normal scores with 30 % positives and an AUROC of .86, of patients with one image each."""
-    targets = (rng.random(patients) < 0.3).astype(float)
-    logits = spread * (rng.normal(size=patients) + 1.5 * targets)
-    return logits[:, None], targets[:, None], [str(number) for number in range(patients)]
-
-
-def under(noise: float, total: np.ndarray, patients: int, draw: np.ndarray | float = 0.0):
-    return {"noised": total + noise * draw, "noise": np.array([max(noise, 1e-9)]), "patients": np.array([patients])}
-
-
-# What one patient may add.
-
-
-@given(
-    images=some.integers(1, 30), labels=some.integers(1, 4), patients=some.integers(1, 5), seed=some.integers(0, 2**32)
-)
-@settings(max_examples=60, deadline=None)
-def test_p08_no_patient_adds_more_than_the_bound_whatever_the_images_and_labels(images, labels, patients, seed):
-    rng = np.random.default_rng(seed)
-    logits = rng.choice([0.0, 1e-3, 1.0, 30.0], (images, labels)) * rng.normal(size=(images, labels))
-    targets = rng.choice([0.0, 1.0, np.nan], (images, labels))
-    owners = [f"p{number}" for number in rng.integers(0, patients, images)]
-    vectors = patient_histograms(logits, targets, owners, [0.5] * labels)
-    assert np.linalg.norm(vectors, axis=1).max() <= longest("classification", labels) * (1 + 1e-12)
-    masks = (rng.random((images, labels, 4, 4)) > 0.5) & (rng.random((images, labels, 1, 1)) > 0.3)
-    overlaps = patient_overlaps(score_cases(rng.normal(size=masks.shape), masks, distances=False), owners)
-    assert np.linalg.norm(overlaps, axis=1).max() <= longest("segmentation", labels) * (1 + 1e-12)
-
-
-def test_p08_the_bound_is_reached_so_a_smaller_one_would_understate_a_patient():
-    whole = patient_histograms(np.full((3, 4), 2.0), np.ones((3, 4)), ["p"] * 3)
-    assert np.linalg.norm(whole) == pytest.approx(longest("classification", 4))
-    empty = np.zeros((2, 4, 3, 3))
-    assert np.linalg.norm(patient_overlaps(score_cases(empty - 1, empty), ["p", "p"])) == pytest.approx(1.0)
-
-
-def test_p08_a_vector_beyond_the_bound_is_clipped_and_one_within_it_is_not():
-    vectors = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert clipped_sum(vectors, 1.0) == pytest.approx([0.6 + 0.3, 0.8 + 0.4])
-
-
-def test_p07_p08_taking_a_patient_away_leaves_all_others_bit_identical(toy_config):
-    config = run_of(toy_config)
-    data = site_data(Site(name="a", manifest=Path("a-400"), dataset="toy:dataset"), settings_for_sites(config))
-    rows = np.flatnonzero(data.evaluation)
-    gone = data.patients[rows[0]]
-    fewer = np.array([row for row in rows if data.patients[row] != gone])
-    network = network_of(config)
-    whole, rest = (patient_vectors(network, data, each, config.task) for each in (rows, fewer))
-    assert len(rest) == len(whole) - 1
-    assert np.array_equal(whole[1:], rest)
-
-
-# What the sums amount to.
-
-
-def test_without_noise_the_auroc_is_that_of_the_bins_and_near_that_of_the_scores():
-    logits, targets, patients = scores(np.random.default_rng(1), 2000)
-    centre = float(np.median(logits))
-    total = patient_histograms(logits, targets, patients, [centre]).sum(axis=0)
-    found = noised_metrics(under(0.0, total, 2000), "classification", ONE)["auroc/finding"]
-    binned = np.searchsorted(bin_edges(centre, 16)[1:-1], logits[:, 0])
-    assert found.value == pytest.approx(roc_auc_score(targets[:, 0], binned), abs=1e-9)
-    assert 0 <= roc_auc_score(targets[:, 0], logits[:, 0]) - found.value < 0.015
-
-
-def test_without_noise_the_dice_is_the_mean_over_patients():
-    rng = np.random.default_rng(2)
-    masks, logits = rng.random((6, 2, 8, 8)) > 0.5, rng.normal(size=(6, 2, 8, 8))
-    cases = score_cases(logits, masks, distances=False)
-    total = patient_overlaps(cases, ["a", "a", "a", "b", "b", "c"]).sum(axis=0)
-    found = noised_metrics(under(0.0, total, 3), "segmentation", ("x", "y"))
-    means = [cases.dice[part].mean(axis=0) for part in (slice(0, 3), slice(3, 5), slice(5, 6))]
-    assert [found["dice/x"].value, found["dice/y"].value] == pytest.approx(np.mean(means, axis=0))
-    assert found["dice"].value == pytest.approx(np.mean(means))
-
-
-@pytest.mark.parametrize(
-    ("patients", "epsilon", "spread"), [(1000, 1.0, 0.024), (10_000, 1.0, 0.0024), (100, 4.0, 0.07)]
-)
-def test_noise_moves_an_auroc_by_what_the_docs_say_and_by_what_the_server_is_told(patients, epsilon, spread):
-    rng = np.random.default_rng(3)
-    logits, targets, owners = scores(rng, patients)
-    total = patient_histograms(logits, targets, owners, [float(np.median(logits))]).sum(axis=0)
-    exact = noised_metrics(under(0.0, total, patients), "classification", ONE)["auroc"].value
-    noise = noise_multiplier_for(epsilon=epsilon, delta=1e-6, sample_rate=1.0, steps=1)
-    found = [
-        noised_metrics(under(noise, total, patients, rng.normal(size=total.size)), "classification", ONE)["auroc"]
-        for _ in range(600)
-    ]
-    errors = np.array([each.value - exact for each in found if each.value is not None])
-    assert len(errors) > 570
-    assert np.std(errors) == pytest.approx(spread, rel=0.2)
-    covered = np.mean(np.abs(errors) <= [each.noise for each in found if each.noise is not None])
-    assert 0.92 < covered < 0.98
-
-
-def test_a_class_that_noise_drowns_has_no_auroc_rather_than_a_random_one():
-    rng = np.random.default_rng(4)
-    logits, targets, owners = scores(rng, 100)
-    total = patient_histograms(logits, targets, owners, [float(np.median(logits))]).sum(axis=0)
-    noise = noise_multiplier_for(epsilon=1.0, delta=1e-6, sample_rate=1.0, steps=1)
-    found = [
-        noised_metrics(under(noise, total, 100, rng.normal(size=total.size)), "classification", ONE)["auroc"].value
-        for _ in range(200)
-    ]
-    assert sum(value is None for value in found) > 150
-
-
-def test_noise_moves_a_mean_dice_by_what_the_server_is_told():
-    rng, noise = np.random.default_rng(5), 4.26 * longest("segmentation", 1)
-    found = [
-        noised_metrics(under(noise, np.array([30.0]), 100, rng.normal(size=1)), "segmentation", ONE)["dice"]
-        for _ in range(2000)
-    ]
-    assert np.std([each.value for each in found]) == pytest.approx(0.021, rel=0.06)
-    assert np.mean([abs(each.value - 0.8) <= each.noise for each in found]) == pytest.approx(0.95, abs=0.02)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"noised": np.zeros(31)}, {"noised": np.full(32, np.nan)}, {"noise": np.zeros(1)}, {"patients": np.zeros(1)},
-     {"positives": np.zeros(32)}],
-    ids=["shape", "nan", "no-noise", "nobody", "further"],
-)  # fmt: skip
-def test_the_server_refuses_noised_sums_that_no_site_can_have_sent(changes):
-    sums = {"noised": np.zeros(32), "noise": np.ones(1), "patients": np.ones(1)}
-    check_noised(sums, "classification", 1)
-    with pytest.raises(UpdateRefused):
-        check_noised({**sums, **changes}, "classification", 1)
 
 
 # What a site sends, and what it costs.
@@ -276,7 +92,7 @@ def test_p08_the_epsilon_of_a_run_holds_its_metrics_and_another_accountant_agree
 def test_p08_who_may_be_on_both_sides_pays_for_both(toy_config, tmp_path):
     config = run_of(toy_config)
     site = site_in(tmp_path, "[policy.privacy]\n")  # without stable ids nobody can be told from anybody
-    train_round(task_of(config, "train", 1), site)
+    train_round(task_of(config, "train", 1, evaluate=True), site)
     said = privacy_in(judged(config, site).facts)
     assert {event["cohort"] for event in said["events"]} == {""}
     truth = pld(said["events"], said["delta"])
@@ -287,12 +103,12 @@ def test_p08_who_may_be_on_both_sides_pays_for_both(toy_config, tmp_path):
 def test_p08_rounds_send_no_metric_and_the_end_sends_it_once(toy_config, tmp_path):
     config, site = run_of(toy_config), site_in(tmp_path)
     for round in (1, 2, 3):
-        assert not train_round(task_of(config, "train", round), site).metrics
+        assert not train_round(task_of(config, "train", round, evaluate=True), site).metrics
     assert charged_metrics(site) == []
     first, again = judged(config, site), judged(config, site)
     assert np.array_equal(first.metrics["noised"], again.metrics["noised"]), "other noise would halve the noise"
     assert len(charged_metrics(site)) == 1
-    task = task_of(config, "evaluate")
+    task = task_of(config, "evaluate", 3, evaluate=True)
     other = replace(task, weights=replace(task.weights, parameters=task.weights.parameters + 1))
     assert not judged(config, site, other).metrics
     assert len(charged_metrics(site)) == 1
@@ -304,7 +120,7 @@ def test_p08_metrics_that_the_budget_does_not_allow_stay_and_the_training_goes_o
     for name, leaves in (("first", True), ("second", False)):
         config = run_of(toy_config, **{"noise-multiplier": 12.0, "metrics-epsilon": 2.9})
         config = config.model_copy(update={"name": name})
-        assert train_round(task_of(config, "train", 1), site).weights is not None
+        assert train_round(task_of(config, "train", 1, evaluate=True), site).weights is not None
         answer = judged(config, site)
         assert bool(answer.metrics) is leaves
         assert privacy_in(answer.facts)["epsilon"] is not None
@@ -355,7 +171,7 @@ def test_a_noised_metric_is_marked_on_the_screen_in_the_report_and_on_the_card(t
 
 
 def sums_of(config, site: Site) -> NoisedSums:
-    task = task_of(config, "evaluate")
+    task = task_of(config, "evaluate", 3, evaluate=True)
     permit = permitted(task, site.policy, config, site_data(site, task.settings))
     cohort = cohort_of({f"p{number}": [] for number in range(40)}, permit.keys, stable_ids=True)
     return NoisedSums(

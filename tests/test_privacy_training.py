@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
-from dp_accounting.pld import PLDAccountant
 from flwr.app import Error, Message
+from private_sites import pld, site_in, task_of
 from typer.testing import CliRunner
 
 from fedmed.cli import app
@@ -17,11 +15,7 @@ from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
-from fedmed.models import build
-from fedmed.training.network import FlatNetwork
-from fedmed.training.oversight import Oversight
-from fedmed.training.site_round import Site, evaluate_round, settings_for_sites, site_card, train_round
-from fedmed.types import Task
+from fedmed.training.site_round import Site, evaluate_round, site_card, train_round
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0}
 NOISED = {**PRIVATE, "noise-multiplier": 1.66}  # what ε = 3 comes to, given, as finding it takes a second
@@ -33,33 +27,8 @@ def run_of(toy_config, **sections):
     return toy_config("a-400", server="server-60", train=train, **sections)
 
 
-def site_in(folder: Path, policy: str | None = None, **changes) -> Site:
-    folder.mkdir(exist_ok=True)
-    rules = None
-    if policy is not None:
-        rules = folder / "site.toml"
-        rules.write_text(policy)
-    oversight = Oversight(policy=rules, folder=folder, keys=folder / "keys")
-    values = {"name": "a-400", "manifest": Path("a-400"), "dataset": "toy:dataset", "state_dir": folder}
-    return Site(**{**values, "policy": oversight, "virtual": True, **changes})
-
-
 def train(config, site: Site, round: int = 1, **changes):
-    network = FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
-    task = Task(
-        kind="train", round=round, settings=settings_for_sites(config), layout=network.layout.hash,
-        weights=network.weights(), **changes,
-    )  # fmt: skip
-    return train_round(task, site)
-
-
-def pld(events, delta: float) -> float:
-    """ε by dp-accounting's privacy loss distributions."""
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for event in events:
-        step = PoissonSampledDpEvent(event["sample_rate"], GaussianDpEvent(event["noise_multiplier"]))
-        accountant.compose(SelfComposedDpEvent(step, event["steps"]))
-    return accountant.get_epsilon(delta)
+    return train_round(task_of(config, "train", round, **changes), site)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +79,7 @@ def test_p08_a_site_sends_no_metric_even_if_it_is_asked_for_one(toy_config, tmp_
     assert set(update.facts) >= {"patients", "steps", "privacy"}
     assert "loss" not in update.facts
     assert update.num_examples == update.facts["patients"] == 160
-    network = FlatNetwork(build(config.model, outputs=2, seed=config.seed), torch.device("cpu"))
-    asked = Task(kind="evaluate", round=3, settings=settings_for_sites(config), layout=network.layout.hash,
-                 weights=network.weights())  # fmt: skip
+    asked = task_of(config, "evaluate", 3)
     answer = evaluate_round(asked, site)
     assert not answer.metrics and answer.num_examples == 40, "of patients held out, and not of their 80 images"
     card = site_card(asked, site)

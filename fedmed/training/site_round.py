@@ -20,7 +20,7 @@ import torch
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, ModelError
+from fedmed.errors import ConfigError, FedmedError, ModelError
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.metrics import Form
 from fedmed.training.evaluate import evaluation_sums, personal_sums
@@ -166,7 +166,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
     if config.privacy.metrics_epsilon:
         metrics = noised_sums(task, site, permit, own)
     if site.state_dir is not None:
-        with suppress(OSError):  # a full disk costs the site its page, and the federation nothing
+        # A full disk or a network that gives NaN for a patient costs the site its page; the server is told neither
+        with suppress(OSError, FedmedError):
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
     if state is not None and has_personal_network(config.strategy):

@@ -1,0 +1,71 @@
+"""The dry round of `fedmed site check`: ten patients, no record."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from real_consortium import command
+
+from fedmed.deployment.checks import check_site
+from fedmed.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """A site with real DICOM files."""
+    root = tmp_path_factory.mktemp("phantoms")
+    command("data", "synth", root / "data", "--sites", 1, "--patients", 12)
+    command("site", "init", root / "north", "--manifest", root / "data" / "site-1" / "manifest.csv")
+    command("site", "keygen", root / "north")
+    return root
+
+
+def test_a_dry_round_trains_on_ten_patients_and_touches_no_record(phantoms, capsys):
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="checks failed"):  # it has joined nobody
+        command("site", "check", phantoms / "north", "--json")
+    found = {each["what"]: each for each in json.loads(capsys.readouterr().out)}
+    assert [what for what, each in found.items() if not each["ok"]] == ["kit"]
+    assert found["manifest"]["said"].endswith("of 12 patients")
+    assert found["dry round"]["said"].startswith("10 patients, ")
+    assert "GiB of memory" in found["dry round"]["said"]
+    assert {"device", "limits of a task", "approval", "disk", "ledger", "versions"} <= set(found)
+    assert not (phantoms / "north" / "state").exists()
+    assert not [path for path in (phantoms / "north" / "flower" / "tmp").rglob("*") if path.is_file()]
+
+
+def test_an_image_that_cannot_be_read_is_found_by_the_dry_round(phantoms, tmp_path):
+    folder = Path(shutil.copytree(phantoms / "north", tmp_path / "copy"))
+    lines = (phantoms / "data" / "site-1" / "manifest.csv").read_text().splitlines()
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join([lines[0], *(line.replace(".dcm", ".gone") for line in lines[1:])]) + "\n")
+    text = re.sub(r"manifest = .*", f'manifest = "{manifest}"', (folder / "site.toml").read_text())
+    (folder / "site.toml").write_text(text)
+    found = {each.what: each for each in check_site(folder)}
+    assert not found["dry round"].ok and "cannot be read" in found["dry round"].said
+
+
+def test_the_check_neither_counts_nor_opens_the_images_of_who_withdrew(phantoms, tmp_path):
+    folder = Path(shutil.copytree(phantoms / "north", tmp_path / "copy"))
+    source = phantoms / "data" / "site-1"
+    header, *lines = (source / "manifest.csv").read_text().splitlines()
+    place = header.split(",").index("image")
+    cells = [line.split(",") for line in lines]
+    gone = list(dict.fromkeys(line[0] for line in cells))[:2]
+    for line in cells:  # an image that is not there would fail the dry round
+        line[place] = "withdrawn.dcm" if line[0] in gone else str(source / line[place])
+    manifest, listed = tmp_path / "manifest.csv", folder / "withdrawn.csv"
+    manifest.write_text("\n".join([header, *map(",".join, cells)]) + "\n")
+    text = re.sub(r"manifest = .*", f'manifest = "{manifest}"', (folder / "site.toml").read_text())
+    (folder / "site.toml").write_text(text.replace('opt-out = ""', 'opt-out = "withdrawn.csv"'))
+    found = {each.what: each for each in check_site(folder)}
+    assert not found["manifest"].ok and "withdrew cannot be read" in found["manifest"].said
+    assert "\n" not in found["manifest"].said and "dry round" not in found
+    listed.write_text("\n".join(["patient_id", *gone]) + "\n")
+    found = {each.what: each for each in check_site(folder)}
+    assert found["manifest"].said.endswith("of 10 patients; 2 more withdrew (opt-out)")
+    assert found["dry round"].ok and found["dry round"].said.startswith("10 patients, ")
+    listed.write_text("\n".join(["patient_id", *(line[0] for line in cells)]) + "\n")
+    assert "opted out" in {each.what: each for each in check_site(folder)}["manifest"].said
