@@ -16,8 +16,8 @@ app = typer.Typer(
     help="Read, check and export what a site recorded: budget, decisions, what left.", no_args_is_help=True
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="SITE", help="the site's folder of records, such as RUN/sites/NAME")]
-Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the site's public key; else SITE/keys/site.pub")]
+Folder = Annotated[Path, typer.Argument(metavar="SITE", help="a hospital's folder, or RUN/sites/NAME of a simulation")]
+Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the site's public key; else site.pub of its own keys")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
 
 PROMISED = (
@@ -57,7 +57,7 @@ def verify(
     ] = [],  # noqa: B006  # typer wants a list
     witnesses: Annotated[
         list[Path],
-        typer.Option("--witness", metavar="FILE", help="a witness's file, besides the one beside the ledger"),
+        typer.Option("--witness", metavar="FILE", help="a witness's file, besides the site's own"),
     ] = [],  # noqa: B006  # typer wants a list
     heads: Annotated[
         list[Path], typer.Option("--heads", metavar="FILE", help="events.jsonl of a run, from the coordinator")
@@ -68,7 +68,7 @@ def verify(
 
     Exit status 1 if anything is wrong.
 
-    Example: fedmed ledger verify runs/first/sites/site-1 --anchor 12:9ebedf4f03e198ea
+    Example: fedmed ledger verify runs/first/sites/site-1 --heads runs/first/events.jsonl
     """
     from fedmed.errors import LedgerUnusable
 
@@ -112,12 +112,14 @@ def export(
 def _examined(
     site: Path, public: Path | None, anchors: Sequence[str], witnesses: Sequence[Path], heads: Sequence[Path] = ()
 ) -> tuple[Findings, bytes]:
+    from fedmed.deployment.records import records_at
     from fedmed.privacy.keys import read_public
-    from fedmed.privacy.verification import examine, heads_in
+    from fedmed.privacy.verification import heads_in
 
-    key = read_public(public or site / "keys" / "site.pub")
+    records = records_at(site)
+    key = read_public(public) if public else records.key()
     kept = [anchor for path in heads for anchor in heads_in(path, key)]
-    return examine(site, key, anchors=[*map(_anchor, anchors), *kept], witnesses=witnesses), key
+    return records.examine(key, anchors=[*map(_anchor, anchors), *kept], witnesses=witnesses), key
 
 
 def _anchor(text: str) -> Any:

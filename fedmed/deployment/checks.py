@@ -18,11 +18,11 @@ from packaging.requirements import Requirement
 import fedmed
 from fedmed.deployment import certificates, node_keys, reach
 from fedmed.deployment.kits import Kit
+from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
 from fedmed.privacy import keys as site_keys
-from fedmed.privacy.verification import examine
 
 DISK_GIB = 5.0
 DRY_ROUND_S = 600.0
@@ -191,10 +191,10 @@ def ledger(site: SiteFolder) -> str:
     """
     if site.config.policy is None:
         return "none: site.toml has no [policy]"
-    state = site.root / (site.config.state_dir or "state")
-    if not (state / "ledger").exists():
+    if not (site.state / "ledger").exists():
         return f"none yet; ε up to {site.config.policy.privacy.epsilon:g} may be spent"
-    found = examine(state, site_keys.read_public(site.keys / site_keys.PUBLIC), anchors=[], witnesses=[])
+    records = records_of(site)
+    found = records.examine(records.key())
     if found.faults:
         raise ConfigError(f"{len(found.faults)} faults; fedmed ledger verify names them. Do not train until then")
     limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon

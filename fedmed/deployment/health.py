@@ -75,7 +75,7 @@ def site_facts(site: SiteFolder, *, up_since: str, connected: bool) -> dict[str,
     """
     versions = {"fedmed": fedmed.__version__} | {name: version(name) for name in ("flwr", "torch")}
     said: dict[str, Any] = {"up_since": up_since, "connected": connected, "versions": versions}
-    state = site.root / (site.config.state_dir or "state")
+    state = site.state
     stamps = tuple(path.stat().st_mtime_ns if (path := state / name).exists() else 0 for name in RECORDS)
     if site.config.policy is None or not stamps[0]:
         return said | {"last_round": None, "last_refusal": None, "epsilon_left": None, "problem": None}

@@ -97,6 +97,11 @@ class SiteFolder:
         return self.root / self.config.keys_dir
 
     @property
+    def state(self) -> Path:
+        """What it keeps between rounds, and its records."""
+        return self.root / (self.config.state_dir or "state")
+
+    @property
     def kit(self) -> Path:
         """The kit that was joined."""
         return self.root / "consortium"

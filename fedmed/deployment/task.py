@@ -160,7 +160,7 @@ def work_done(pid: int) -> tuple[float, int]:
 def records_folders(site: SiteFolder) -> Iterator[Path]:
     """Where a task at this site writes what is kept; made if they are not there."""
     config = site.config
-    yield make_folder(site.root / (config.state_dir or "state"))
+    yield make_folder(site.state)
     if config.cache_dir:
         yield make_folder(site.root / config.cache_dir)
     if config.policy is not None and config.policy.privacy.witness:

@@ -127,9 +127,9 @@ class Witness(ChainFile):
         _write(file, [record.line for record in records])
 
 
-def witness_path(folder: Path, keys: SiteKeys, named: str) -> Path:
+def witness_path(folder: Path, public: bytes, named: str) -> Path:
     """Where the witness writes: in the folder that the policy names, or beside the ledger."""
-    return Path(named) / f"witness-{keys.public.hex()[:16]}.jsonl" if named else folder / "witness.jsonl"
+    return Path(named) / f"witness-{public.hex()[:16]}.jsonl" if named else folder / "witness.jsonl"
 
 
 def forked() -> LedgerUnusable:

@@ -51,7 +51,7 @@ class Ledger:
         """Nothing is read or written; `open` is the way in."""
         self.keys, self.policy = keys, policy
         self._storage = Storage(folder / DATABASE)
-        self._witness = Witness(path=witness_path(folder, keys, policy.privacy.witness), chain=CHAIN)
+        self._witness = Witness(path=witness_path(folder, keys.public, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
         self._spent: tuple[tuple[PrivacyEvent, ...], Spent] | None = None

@@ -47,7 +47,7 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
         folder: of the site's records, with `ledger/`, `audit.jsonl` and `egress.jsonl`.
         public: the site's public key, from `site.pub`: from a safe place if the site is doubted.
         anchors: heads that were kept elsewhere: of updates, or of earlier exports.
-        witnesses: files of the ledger's witness, besides the one beside it.
+        witnesses: files of the ledger's witness, besides the one beside it; one that is missing is a fault.
 
     Raises:
         LedgerUnusable: there is no ledger, or it cannot be read at all.
@@ -61,6 +61,7 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
             balance.know(known_cohorts(rows.cohorts()))
         except LedgerUnusable as error:
             found.append(f"ledger: {error}")
+    found += [f"witness: {path} is missing" for path in witnesses if not path.exists()]
     found += _chain_faults(CHAIN, records, public)
     for record in records:
         try:
