@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="SITE", help="a hospital's folder, or RUN/sites/NAME of a simulation")]
-Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the site's public key; else site.pub of its own keys")]
+Public = Annotated[Path | None, typer.Option(metavar="FILE", help="the public key, if not the site's own site.pub")]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
 
 PROMISED = (

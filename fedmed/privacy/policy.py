@@ -75,7 +75,7 @@ class PrivacyRules(Section):
         bool, Field(description="whether the hospital vouches that a person always has the same `patient_id`")
     ] = False
     witness: Annotated[
-        str, Field(description="a folder, best on another machine, for a copy of the ledger's records; empty = beside it")
+        str, Field(description="a folder for a copy of the ledger's records, best elsewhere; empty = beside it")
     ] = ""
 
 

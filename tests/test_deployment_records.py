@@ -1,0 +1,56 @@
+"""A hospital's records are found by its folder, and compared with the witness that its policy names."""
+
+import shutil
+
+import pytest
+from real_consortium import command, make_site
+from records import RUN, cohort, step
+
+from fedmed.deployment.records import records_at
+from fedmed.errors import FedmedError
+from fedmed.privacy.keys import read_keys
+from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.policy import read_policy
+
+
+@pytest.fixture
+def north(tmp_path):
+    """A hospital's folder whose witness lies elsewhere, with a ledger that was opened."""
+    folder = make_site(tmp_path, "a-40")
+    path = folder / "site.toml"
+    path.write_text(path.read_text().replace('witness = ""', 'witness = "../far"'))
+    opened(folder).close()
+    return folder
+
+
+def opened(folder) -> Ledger:
+    return Ledger.open(
+        folder / "state" / "ledger", keys=read_keys(folder / "keys"), policy=read_policy(folder / "site.toml")
+    )
+
+
+def test_the_folder_or_the_site_toml_will_do(north, capsys):
+    for place in (north, north / "site.toml"):
+        command("ledger", "verify", place)
+    assert capsys.readouterr().out.count("whole: no edit") == 2
+    assert records_at(north).folder == north / "state"
+    assert len(list((north.parent / "far").iterdir())) == 1
+
+
+def test_an_older_copy_is_found_by_the_witness_of_the_policy(north):
+    shutil.copytree(north / "state" / "ledger", north.parent / "old")
+    ledger = opened(north)
+    ledger.reserve(RUN, 1, [step(0.9, 1.0, 1)], cohort(ledger.keys, range(20)))
+    ledger.close()
+    before = len(records_at(north).examine(records_at(north).key()).records)
+    shutil.rmtree(north / "state" / "ledger")
+    shutil.copytree(north.parent / "old", north / "state" / "ledger")
+    found = records_at(north).examine(records_at(north).key())
+    assert len(found.records) < before
+    assert any("missing at its end" in fault for fault in found.faults)
+
+
+def test_a_witness_that_cannot_be_reached_is_a_fault_and_not_silence(north):
+    shutil.rmtree(north.parent / "far")
+    with pytest.raises(FedmedError, match="1 faults"):
+        command("ledger", "verify", north)
