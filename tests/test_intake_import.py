@@ -263,6 +263,17 @@ def test_rows_that_contradict_each_other_leave_the_label_unknown(tmp_path, pseud
     assert known.conflicts == 1
 
 
+@pytest.mark.parametrize("said", [("pos", "neg", "pos"), ("pos", "neg", "neg"), ("pos", "pos", "neg")])
+def test_a_further_row_settles_no_contradiction(said, tmp_path, pseudonyms):
+    sheet = table(tmp_path / "t.csv", "Datei;PatNr;Geschlecht;Erguss;Erguss 2", *(f"1;1;m;{word};" for word in said))
+    (tmp_path / "labels.toml").write_text(RULES)
+    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
+    picture(tmp_path / "set" / "1.png")
+    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
+    assert [row["effusion"] for row in rows(tmp_path / "out")] == [""]
+    assert known.conflicts == 1
+
+
 def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
     sheet = table(
         tmp_path / "t.csv", "Accession Number,Patient ID,Age,Pleural Effusion,Comment",

@@ -48,13 +48,13 @@ def a_task(round: int) -> Task:
 
 
 def test_a_patient_who_withdraws_between_two_rounds_is_gone_in_the_next(tmp_path):
-    path, keys = site(tmp_path)
+    path, keys = site(tmp_path, patients=30)  # keys are random: of ten, now and then one alone is held out
     node = {"site": str(path)}
     before = site_data(site_of(node, {}), a_task(1).settings)
     first = train_round(a_task(1), site_of(node, {}))
     trained = sorted({before.patients[row] for row in np.flatnonzero(~before.evaluation)})
     held = sorted({before.patients[row] for row in np.flatnonzero(before.evaluation)})
-    numbers = {keys.patient(f"p{number}"): f"p{number}" for number in range(10)}
+    numbers = {keys.patient(f"p{number}"): f"p{number}" for number in range(30)}
     with (tmp_path / "withdrawn.csv").open("a") as file:
         file.write(f"{numbers[trained[0]]}\n{held[0]}\n")  # one by the hospital's own id, one by pseudonym
     second = train_round(a_task(2), site_of(node, {}))
@@ -62,9 +62,9 @@ def test_a_patient_who_withdraws_between_two_rounds_is_gone_in_the_next(tmp_path
     assert second.facts["patients"] == first.facts["patients"] - 1 == len(trained) - 1
     assert set(after.patients) == set(before.patients) - {trained[0], held[0]}
     assert {after.patients[row] for row in np.flatnonzero(after.evaluation)} == set(held[1:])  # nobody changed sides
-    assert len(after.images) == len(after) == 16  # of the kept pictures, theirs are not even opened
+    assert len(after.images) == len(after) == 56  # of the kept pictures, theirs are not even opened
     card = site_card(a_task(2), site_of(node, {}))
-    assert (card["patients"], card["images"], card["held-out-patients"]) == (8, 16, len(held) - 1)
+    assert (card["patients"], card["images"], card["held-out-patients"]) == (28, 56, len(held) - 1)
     assert not np.array_equal(first.weights.parameters, second.weights.parameters)
 
 
@@ -72,6 +72,14 @@ def test_without_its_list_or_its_keys_a_site_trains_on_nobody(tmp_path):
     path, _ = site(tmp_path)
     (tmp_path / "withdrawn.csv").unlink()
     with pytest.raises(DataError, match="withdrew"):
+        site_of({"site": str(path)}, {})
+
+
+@pytest.mark.parametrize("text", ["p0\n", "p0\np1\n", "id\np0\n"])
+def test_a_list_without_its_header_stops_the_site_instead_of_losing_a_patient(text, tmp_path):
+    path, _ = site(tmp_path)
+    (tmp_path / "withdrawn.csv").write_text(text)
+    with pytest.raises(DataError, match='the first row names no column "patient_id"'):
         site_of({"site": str(path)}, {})
 
 

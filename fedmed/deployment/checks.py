@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
+from fedmed.imaging.manifest import read_columns
 from fedmed.privacy import keys as site_keys
 
 DISK_GIB = 5.0
@@ -142,20 +142,8 @@ def manifest(site: SiteFolder) -> str:
     withdrawn = withdrawn_of(site.file)
     if site.config.dataset:
         return f"the site reads its data with {site.config.dataset}; not looked at"
-    path = site.root / site.config.manifest
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            columns = [column.strip() for column in next(reader, [])]
-            missing = [column for column in ("patient_id", "image") if column not in columns]
-            if missing:
-                raise DataError(f"the manifest has no column {missing[0]}; its first line names the columns")
-            place = columns.index("patient_id")
-            patients = [row[place].strip() for row in reader if any(row)]
-    except (OSError, UnicodeDecodeError, csv.Error, IndexError) as error:
-        raise DataError(f"the manifest cannot be read ({type(error).__name__}); see site.toml, manifest") from None
-    if not patients:
-        raise DataError("the manifest has no rows")
+    _, columns = read_columns(site.root / site.config.manifest)
+    patients = columns["patient_id"]
     left = [patient for patient in patients if patient not in withdrawn]
     if not left:
         raise DataError("every patient of the manifest has opted out")
@@ -174,10 +162,10 @@ def tried(site: SiteFolder) -> Iterator[Finding]:
             what="dry round", ok=False, said=f"not done after {DRY_ROUND_S:g} s; are the images on a slow disk?"
         )
     except (IndexError, ValueError):
-        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else "it could not start"
-        yield Finding(
-            what="dry round", ok=False, said=f"{why}; give tasks more memory (task-memory-gib), or this machine"
-        )
+        said = f"ended by signal {-done.returncode}; give tasks more memory (task-memory-gib), or this machine"
+        if done.returncode >= 0:
+            said = f"it could not start: {(done.stderr.splitlines() or ['it said nothing'])[-1]}"
+        yield Finding(what="dry round", ok=False, said=said)
     else:
         yield from (Finding(what=what, ok=ok, said=said) for what, ok, said in found)
 

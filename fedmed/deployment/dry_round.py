@@ -24,13 +24,13 @@ from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.deployment.task import confine_task, scratch
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
+from fedmed.imaging.manifest import ABOUT, read_columns
 from fedmed.imaging.reading import PRESETS, read_image
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.site_round import Site, settings_for_sites, train_round
 from fedmed.types import Task
 
 PATIENTS = 10
-NOT_LABELS = {"patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex"}
 VOLUMES = (".nii", ".nii.gz")
 
 
@@ -83,7 +83,7 @@ def _trained(site: SiteFolder, manifest: Path, config: RunConfig) -> str:
 
 def _run(row: dict[str, str], header: list[str], preset: str) -> RunConfig:
     """The smallest run that fits a manifest's columns."""
-    labels = [name for name in header if name not in NOT_LABELS and row[name] in ("", "0", "1")][:1]
+    labels = [name for name in header if name not in ABOUT and row[name] in ("", "0", "1")][:1]
     segmentation = not labels and "mask" in header
     if not labels and not segmentation:
         raise DataError("the manifest has neither a mask nor a column of 0 and 1 to learn")
@@ -112,18 +112,18 @@ def _first_rows(path: Path, withdrawn: frozenset[str]) -> tuple[list[dict[str, s
     """The rows of the first ten patients who have not withdrawn, with absolute paths."""
     patients: set[str] = set()
     rows = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            row = {name.strip(): (value or "").strip() for name, value in row.items()}
-            if row["patient_id"] in withdrawn:
-                continue
-            patients.add(row["patient_id"])
-            if len(patients) > PATIENTS:
-                break
-            for name in ("image", "mask"):
-                if row.get(name):
-                    row[name] = ";".join(str(path.parent / part) if part else "" for part in row[name].split(";"))
-            rows.append(row)
+    _, columns = read_columns(path)
+    for cells in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, cells, strict=True))
+        if row["patient_id"] in withdrawn:
+            continue
+        patients.add(row["patient_id"])
+        if len(patients) > PATIENTS:
+            break
+        for name in ("image", "mask"):
+            if row.get(name):
+                row[name] = ";".join(str(path.parent / part) if part else "" for part in row[name].split(";"))
+        rows.append(row)
     if not rows:
         raise DataError("the manifest has no rows of patients who have not withdrawn")
     return rows, list(rows[0])

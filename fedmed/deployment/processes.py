@@ -211,9 +211,10 @@ def kill(pids: set[int]) -> None:
 def reap(keep: set[int]) -> None:
     """Take the exit status of orphans that ended, so that they do not stay as zombies."""
     for path in Path("/proc/self/task").glob("*/children"):
-        for pid in set(map(int, path.read_text().split())) - keep:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+        with suppress(OSError):  # a thread that ended while we looked
+            for pid in set(map(int, path.read_text().split())) - keep:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
 
 
 @contextmanager

@@ -66,8 +66,10 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
         target = folder.cards / f"{card.name}.json"
         content = path.read_bytes()
         if path.absolute() != target.absolute():
-            target.unlink(missing_ok=True)
-            write_new(target, content)
+            partial = target.with_name(f".{target.name}.partial")
+            partial.unlink(missing_ok=True)
+            write_new(partial, content)
+            partial.replace(target)  # a server that runs looks every two seconds
     everybody = tuple(site_cards(folder))
     write_nginx(folder)
     kits = tuple(

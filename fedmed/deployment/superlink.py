@@ -149,7 +149,7 @@ def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Cal
                     for line in (*agree(client, folder), *continue_lost(client, folder, began)):
                         say(line)
                 sites, looked = listed, now
-            except RunFailed as error:
+            except (RunFailed, ConfigError) as error:  # the server is not there yet, or a card is damaged
                 if link.running:
                     say(f"{error}; tried again")
         if proxy.look({link.pid} | descendants(link.pid)):

@@ -26,6 +26,8 @@ from fedmed.config import TaskConfig
 from fedmed.errors import DataError
 from fedmed.imaging.recipe import BETWEEN
 
+# Columns that are no labels
+ABOUT = ("patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 LABEL_VALUES = {0.0: 0.0, 1.0: 1.0}  # one number of each for all rows
 
@@ -257,11 +259,17 @@ def read_records(path: Path) -> tuple[tuple[str, ...], tuple[dict[str, str], ...
     return tuple(header), tuple(dict(zip(header, cells, strict=True)) for _, cells in lines)
 
 
-def read_columns(path: Path) -> dict[str, tuple[str, ...]]:
-    """A manifest's columns, each as the text of all rows: a quarter of the memory of records.
+def read_columns(path: Path) -> tuple[tuple[int, ...], dict[str, tuple[str, ...]]]:
+    """The line of every row, and the columns, each as the text of all rows: a quarter of the memory of records.
 
     Raises:
-        DataError: as `read_records`.
+        DataError: as `read_records`, or a column is missing that every manifest has, or there are no rows.
     """
     header, lines = _read_csv(path)
-    return {name: tuple(cells[place] for _, cells in lines) for place, name in enumerate(header)}
+    for column in ("patient_id", "image"):
+        if column not in header:
+            raise DataError(f'{path}: no column "{column}"; the first line names the columns')
+    if not lines:
+        raise DataError(f"{path}: the manifest has no rows")
+    columns = {name: tuple(cells[place] for _, cells in lines) for place, name in enumerate(header)}
+    return tuple(number for number, _ in lines), columns

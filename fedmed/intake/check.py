@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.errors import DataError, UnreadableImage
+from fedmed.errors import UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.imaging.manifest import images_of, read_columns
+from fedmed.imaging.manifest import ABOUT, images_of, read_columns
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake import survey
 from fedmed.intake.findings import as_read, findings, verdict
@@ -28,7 +28,6 @@ from fedmed.intake.near_duplicates import near_duplicates
 from fedmed.intake.seen import Arrays, Seen, add_, facts_of
 from fedmed.intake.survey import SIDE
 
-ABOUT = ("patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex")
 PICTURES, PICTURE_SIDE = 24, 112  # thumbnails of a page, pixels
 TEXT_SAMPLE = 400  # images in which burnt-in text is looked for: a tenth of a second each
 AHEAD = 4  # images that each process has waiting
@@ -72,17 +71,12 @@ def check(
 
 def _table(manifest: Path, labels: tuple[str, ...]) -> tuple[Seen, list[Job]]:
     """What a manifest says of its rows, and its images."""
-    columns = read_columns(manifest)
-    for column in ("patient_id", "image"):
-        if column not in columns:
-            raise DataError(f'{manifest}: no column "{column}"')
-    count = len(columns["image"])
-    if not count:
-        raise DataError(f"{manifest}: the manifest has no rows")
+    lines, columns = read_columns(manifest)
+    count = len(lines)
     chosen = labels or tuple(name for name in columns if name not in ABOUT and _is_label(columns[name]))
     masks = columns.get("mask", ("",) * count)
     seen = Seen(
-        rows=list(range(2, count + 2)),
+        rows=list(lines),
         patients=_numbers(columns["patient_id"]),
         splits=_numbers(columns.get("split", ("",) * count)),
         labels={name: _values(columns[name]) for name in chosen if name in columns},

@@ -69,9 +69,14 @@ class LabelTable:
     join: Join
     pseudonyms: Pseudonyms
     strange: Counter[str] = field(default_factory=Counter)  # label -> cells that say nothing labels.toml knows
-    conflicts: int = 0  # labels of which two rows of one key say the opposite: they are unknown
+    _torn: set[tuple[str, int]] = field(default_factory=set, repr=False)  # key and place of a label that rows dispute
     _rows: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict, repr=False)
     _used: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def conflicts(self) -> int:
+        """Labels of which two rows of one key say the opposite: they are unknown, whatever further rows say."""
+        return len(self._torn)
 
     def match(self, found: Found) -> dict[str, str] | None:
         """Labels, and what else the table says, of an image; None if it has no row."""
@@ -107,9 +112,8 @@ class LabelTable:
         first, before = self._rows.get(key, (number, values))
         labels = len(self.names)
         pairs = list(zip(before, values, strict=True))
-        torn = [place < labels and bool(a) and bool(b) and a != b for place, (a, b) in enumerate(pairs)]
-        self.conflicts += sum(torn)
-        merged = tuple("" if split else a or b for split, (a, b) in zip(torn, pairs, strict=True))
+        self._torn |= {(key, place) for place, (a, b) in enumerate(pairs[:labels]) if a and b and a != b}
+        merged = tuple("" if (key, place) in self._torn else a or b for place, (a, b) in enumerate(pairs))
         self._rows[key] = first, shared.setdefault(merged, merged)
 
 

@@ -29,12 +29,8 @@ def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
         DataError: it cannot be read, or has no column of that name; a list without a header would lose the first
             patient. Nobody is trained on then.
     """
-    listed = set()
     try:
-        for _, row in table_rows(path):
-            if COLUMN not in row:
-                raise DataError(f'{path.name}: the first row names no column "{COLUMN}"')
-            listed.add(row[COLUMN])
+        listed = {row[COLUMN] for _, row in table_rows(path, needed=(COLUMN,))}
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
         raise DataError(f"{public}: {error}", public=public) from None
@@ -50,7 +46,7 @@ def remembered(path: Path) -> frozenset[str]:
     """
     if not path.exists():
         return frozenset()
-    names = frozenset(row.get(COLUMN, "") for _, row in table_rows(path))
+    names = frozenset(row[COLUMN] for _, row in table_rows(path, needed=(COLUMN,)))
     if not all(map(PSEUDONYM.fullmatch, names)):
         raise DataError(f"{path.name}: holds what is no pseudonym; name your own list with --opt-out")
     return names

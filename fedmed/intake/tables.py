@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -17,18 +17,19 @@ SEPARATORS = (",", ";", "\t")  # German and French Excel write semicolons
 EXCEL = (".xlsx", ".xlsm")
 
 
-def table_rows(path: Path) -> Iterator[tuple[int, Cells]]:
+def table_rows(path: Path, *, needed: Sequence[str] = ()) -> Iterator[tuple[int, Cells]]:
     """Every row that is not blank, with its number in the file.
 
     Args:
         path: CSV in UTF-8 (perhaps compressed as .csv.gz), or the first sheet of an XLSX. The first row names columns.
+        needed: columns that there have to be, whether or not any row follows.
 
     Yields:
         The row's number, the header being row 1, and its cells as text without blanks around them. Missing cells are
         empty, cells beyond the header are left out.
 
     Raises:
-        DataError: it cannot be read as a table.
+        DataError: it cannot be read as a table, or lacks a column.
     """
     rows = _excel(path) if path.suffix.lower() in EXCEL else _csv(path)
     columns: list[str] = []
@@ -38,6 +39,8 @@ def table_rows(path: Path) -> Iterator[tuple[int, Cells]]:
             columns = texts
             if not any(columns):
                 raise DataError(f"{path.name}: the first row names no columns")
+            if missing := [name for name in needed if name not in columns]:
+                raise DataError(f'{path.name}: the first row names no column "{missing[0]}"')
         elif any(texts):
             yield number, dict(zip(columns, texts + [""] * (len(columns) - len(texts)), strict=False))
     if not columns:
