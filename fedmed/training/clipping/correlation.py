@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fedmed.training.clipping.patients import Block, Patients
 from fedmed.training.clipping.recording import full, quiet
+from fedmed.training.clipping.rounding import squares_above
 
 TRANSIENT = 2**22  # numbers in a temporary tensor, above which a product is made in several parts
 LANES = 16  # floats that the processor multiplies at once
@@ -75,7 +76,7 @@ def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) 
 
 
 def squares_by_gram(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:
-    """(Q,) squared norms of the weight gradients, without these."""
+    """(Q,) squared norms of the weight gradients, rounded up, without these."""
     found = []
     for block in patients.blocks:
         positions = block.images * max(prod(points.shape[2:]), prod(maps.shape[2:]))
@@ -163,9 +164,8 @@ def _gram(maps: Tensor, points: Tensor, window: Window, images: int) -> Tensor:
     else:
         a = _matrices(maps, images, window.groups)
         of_maps = _slid(torch.bmm(a.transpose(1, 2), a), window, images, maps.shape[2:], points.shape[2:])
-    size = of_points[0].numel()
-    squares = torch.bmm(of_maps.reshape(-1, 1, size), of_points.view(-1, size, 1))
-    return squares.view(-1, window.groups).sum(1)
+    depths = prod(_shape(maps, points, window)[1:]), b.shape[1]
+    return squares_above(of_maps.reshape(of_points.shape), of_points, depths=depths).view(-1, window.groups).sum(1)
 
 
 def _slid(gram: Tensor, window: Window, images: int, sides: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:

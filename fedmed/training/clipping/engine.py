@@ -146,7 +146,8 @@ class GradientClipper:
             self._refuse_direct_use()
             for parameter, gradient in before.items():
                 parameter.grad = gradient
-            norms[sorted_by.names] = recording.finish_(bounds)
+            with _whole_float32():
+                norms[sorted_by.names] = recording.finish_(bounds)
             losses[order if order is not None else slice(None)] = found.to(losses.dtype)
         for parameter in before:
             if parameter.grad is None:
@@ -207,6 +208,16 @@ class GradientClipper:
                 f"{outside[0]} is read outside the layer that owns it, so its gradient would not be clipped; "
                 "call the layer, or give the reading module the parameter as its own"
             )
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """No TF32 in convolutions, cuDNN's default: sums would be rounded by more than their norms allow for."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 def layers_of(module: nn.Module) -> tuple[str, ...]:

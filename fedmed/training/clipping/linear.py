@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fedmed.errors import ModelError
 from fedmed.training.clipping.patients import Patients
 from fedmed.training.clipping.recording import Recording, full, quiet
+from fedmed.training.clipping.rounding import squares_above
 
 MOVE = 12.0  # as in `convolutions`
 
@@ -72,11 +73,12 @@ def gradients(inputs: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
 
 
 def squares(inputs: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
-    """(Q,) squared norms of the weight gradients: ⟨X Xᵀ, G Gᵀ⟩ (Goodfellow 2015, arXiv:1510.01799, for one step)."""
+    """(Q,) squared norms of the weight gradients, rounded up: ⟨X Xᵀ, G Gᵀ⟩ (one step: Goodfellow 2015, 1510.01799)."""
     found = []
     for block in patients.blocks:
         x, g = (full(rows[block.rows]).reshape(block.patients, -1, rows.shape[2]) for rows in (inputs, gradient))
-        found.append((torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))).sum((1, 2)))
+        pairs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
+        found.append(squares_above(*pairs, depths=(x.shape[2], g.shape[2])))
     return torch.cat(found)
 
 
