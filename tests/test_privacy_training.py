@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Error, Message
-from private_sites import pld, site_in, task_of
+from private_sites import pld, records_of, site_in, task_of
 from typer.testing import CliRunner
 
 from fedmed.cli import app
@@ -110,6 +110,21 @@ def test_p14_a_round_that_is_trained_again_is_charged_again(toy_config, tmp_path
     assert said["events"][0]["steps"] == 4 * 5
     assert said["epsilon"] > 3.0
     assert said["epsilon_total"] >= said["epsilon"]
+
+
+def test_p14_a_run_that_is_resumed_for_more_rounds_has_one_account_and_all_are_charged(toy_config, tmp_path):
+    site = site_in(tmp_path)
+    for round in (1, 2):
+        train(run_of(toy_config), site, round)
+    longer = run_of(toy_config, train={"rounds": 5}, strategy={"min-sites": 2})
+    for round in (3, 4, 5):
+        said = privacy_in(train(longer, site, round).facts)
+    assert sum(event["steps"] for event in said["events"]) == 5 * 5
+    charges = records_of(site).balance.charges.values()
+    assert len({charge.run for charge in charges}) == 1
+    reserved = [sum(event.steps for event in charge.events) for charge in charges]
+    assert [steps for steps in reserved if steps] == [3 * 5, 5, 5]
+    assert said["epsilon"] == said["epsilon_total"]
 
 
 def test_p03_patients_who_change_in_the_midst_of_a_run_are_charged_on_their_own_terms(toy_config, tmp_path):

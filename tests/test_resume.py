@@ -126,6 +126,19 @@ def test_a_changed_configuration_is_refused_by_its_key(toy_config, tmp_path, sec
         take_up(folder, changed(config, section, **keys))
 
 
+def test_a_run_keeps_its_name_and_private_noise_its_rounds(toy_config, tmp_path):
+    private = {"mode": "dp-sgd", "epsilon": 3.0}
+    for number, privacy in enumerate((private, {**private, "mode": "central", "sites": 9})):
+        config = toy_config("a-20", privacy=privacy, strategy={"weight-by": "uniform"})
+        folder = begun(tmp_path / f"run-{number}", config)
+        with pytest.raises(ConfigError, match=r"train\.rounds is not what .* and the noise follows from it"):
+            take_up(folder, changed(config, "train", rounds=5))
+    with pytest.raises(ConfigError, match="name is not what this run was begun with, so it would be another run"):
+        take_up(folder, config.model_copy(update={"name": "other"}))
+    given = toy_config("a-20", privacy={**private, "noise-multiplier": 2.0})
+    assert take_up(begun(tmp_path / "given", given), changed(given, "train", rounds=5))
+
+
 def test_the_command_says_that_nothing_is_left_and_refuses_a_changed_key(toy_config, tmp_path):
     (tmp_path / "toy.toml").write_text(run_file.to_toml(toy_config("a-20", "b-20", train={"rounds": 1})))
     folder = begun(tmp_path / "run", run_file.load(tmp_path / "toy.toml"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from visits import Visits, flat
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError, DataError
@@ -154,10 +155,23 @@ def test_runs_with_other_settings_or_another_network_have_other_folders(tmp_path
         return SiteState.of(tmp_path, **{"run": "first", "settings": "{}", "layout": "a", **keys}).folder
 
     assert folder() == folder()
-    assert len({folder(), folder(settings="{1}"), folder(layout="b"), folder(run="second")}) == 4
+    assert len({folder(), folder(settings='{"seed": 1}'), folder(layout="b"), folder(run="second")}) == 4
     assert folder().name.startswith("first-")
     with pytest.raises(ConfigError, match="needs a folder at the site"):
         SiteState.of(None, run="first", settings="{}", layout="a")
+
+
+def test_a_resumed_run_goes_on_from_what_sites_keep_whatever_it_may_change(tmp_path, toy_config):
+    sections = {"train": {"rounds": 3}, "strategy": {"name": "ditto"}}
+    first = Visits(toy_config("a-20", **sections), tmp_path)
+    weights = flat(first.config).weights()
+    first.train("a-20", 1, weights)
+    sections = {"train": {"rounds": 9, "save_every_s": 5}, "strategy": {"name": "ditto", "min_sites": 3, "retries": 0}}
+    resumed = Visits(toy_config("a-20", **sections), tmp_path)
+    resumed.train("a-20", 2, weights)
+    assert first.kept("a-20", 1).parent == resumed.kept("a-20", 2).parent
+    Visits(resumed.config.model_copy(update={"name": "other"}), tmp_path).train("a-20", 2, weights)
+    assert len(list((tmp_path / "a-20").iterdir())) == 2, "another name is another run"
 
 
 def test_every_engine_gives_a_site_its_folder_where_there_is_a_run_folder(tmp_path, toy_config, monkeypatch):

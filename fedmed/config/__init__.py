@@ -1,6 +1,7 @@
 """The run configuration: one frozen, validated value behind every command and every Flower app."""
 
 from fedmed.config.files import flatten, load, nested, override, resolve_paths, to_toml, tuples, unflatten, validate
+from fedmed.config.identity import ROUNDS, may_change, run_identity
 from fedmed.config.run import RunConfig
 from fedmed.config.sections import (
     DataConfig,
@@ -16,6 +17,7 @@ from fedmed.config.sections import (
 )
 
 __all__ = [
+    "ROUNDS",
     "DataConfig",
     "EvaluateConfig",
     "ModelConfig",
@@ -29,9 +31,11 @@ __all__ = [
     "TrainConfig",
     "flatten",
     "load",
+    "may_change",
     "nested",
     "override",
     "resolve_paths",
+    "run_identity",
     "to_toml",
     "tuples",
     "unflatten",

@@ -6,29 +6,12 @@ import hashlib
 import json
 from typing import Any
 
-from fedmed.config import RunConfig, flatten
+from fedmed.config import ROUNDS, RunConfig, flatten, may_change, nested
 from fedmed.errors import ConfigError
 from fedmed.federated.durable import write_atomically
 from fedmed.federated.run_folder import RunFolder
 
 RECORD = "config.json"  # in checkpoints/: a digest of every key, for run.toml can be edited and may name paths
-MAY_CHANGE = {  # how long, how patiently and on what a run goes on; not what it computes
-    "name",
-    "train.rounds",
-    "train.save-every-s",
-    "data.cache-gib",
-    "strategy.min-sites",
-    "strategy.min-fraction",
-    "strategy.required-sites",
-    "strategy.round-timeout-s",
-    "strategy.retries",
-    "strategy.lost-after",
-    "strategy.checkpoint-every",
-    "strategy.keep-checkpoints",
-    "evaluate.patience",
-    "evaluate.bootstrap",
-    "simulation.workers",
-}
 
 
 def record(folder: RunFolder, config: RunConfig) -> None:
@@ -49,12 +32,12 @@ def take_up(folder: RunFolder, config: RunConfig) -> bool:
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     digests = _digests(config)
     changed = sorted(key for key, digest in digests.items() if known.get(key, digest) != digest)
-    for key in changed:
-        if key not in MAY_CHANGE:
-            raise ConfigError(
-                f"{folder.path / 'run.toml'}: {key} is not what this run was begun with, so the network would be "
-                "another one; put it back, or start a new run"
-            )
+    for key in sorted(set(changed) - may_change(nested(config))):
+        why = "and the noise follows from it" if key == ROUNDS else "so it would be another run"
+        raise ConfigError(
+            f"{folder.path / 'run.toml'}: {key} is not what this run was begun with, {why}; put it back, or start a "
+            "new run"
+        )
     result = _result(folder)
     if not changed and result.get("status") in ("completed", "degraded"):
         folder.clear_up()

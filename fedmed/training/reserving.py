@@ -8,10 +8,10 @@ round is charged by itself, and the ledger may refuse it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fedmed.config import run_identity
 from fedmed.privacy.balance import Charge
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.ledger import Ledger, Reservation
@@ -21,8 +21,8 @@ SCHEDULE = 0  # the round under which a schedule is reserved
 
 
 def run_of(name: str, settings: str) -> str:
-    """Which run this is to a ledger: its name, and all settings as they were sent with the task."""
-    return f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    """Which run this is to a ledger, however often it is resumed: its name, and what it was begun with."""
+    return f"{name}-{run_identity(settings)[:12]}"
 
 
 def charges_of(ledger: Ledger, run: str) -> Mapping[int, Charge]:

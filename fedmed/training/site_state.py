@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fedmed.config import run_identity
 from fedmed.errors import ConfigError, DataError
 from fedmed.types import FloatVector
 
@@ -32,7 +33,7 @@ class SiteState:
 
     @classmethod
     def of(cls, state_dir: Path | None, *, run: str, settings: str, layout: str) -> SiteState:
-        """The state of a run, known again by its settings, since a resumed run has no other name at a site.
+        """The state of a run, known again by the settings that a resumed run keeps.
 
         Args:
             state_dir: the site's folder for what it keeps.
@@ -49,7 +50,7 @@ class SiteState:
                 "use fedmed simulate, or a site.toml with state-dir"
             )
             raise ConfigError(text, public=text)
-        digest = hashlib.sha256(f"{settings}/{layout}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{run_identity(settings)}/{layout}".encode()).hexdigest()
         return cls(folder=state_dir / f"{run}-{digest[:12]}")
 
     def before(self, round: int | None = None) -> dict[str, FloatVector]:
