@@ -56,8 +56,14 @@ def privacy_in(facts: Mapping[str, Scalar]) -> dict[str, Any] | None:
     try:
         values = json.loads(text)
         known = {name: values[name] for name in PRIVACY}
+        events = known["events"]
+        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+            return None
+        said = [value for name, value in known.items() if name != "events"]
+        if not all(map(_plain, [*said, *(value for event in events for value in event.values())])):
+            return None
         numbers = [known[name] for name in ("delta", "epsilon", "epsilon_total") if known[name] is not None]
-        if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+        if not all(_usable(number) and number >= 0 for number in numbers):
             return None
         return known | {name: str(values[name])[:200] for name in ("warning", "void") if name in values}
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -146,8 +152,16 @@ def validated_weights(update: Update, layout: Layout, *, sent: Weights | None = 
 def number_in(facts: Any, name: str) -> float | None:
     """A finite number among the facts of an update; None if there is none of that name, or it is no number."""
     value = facts.get(name)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if usable else None
+    return float(value) if _usable(value) else None
+
+
+def _usable(value: Any) -> bool:
+    """Whether a value of JSON, which knows NaN and whole numbers of any size, is a number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool) or _usable(value)
 
 
 def _norm(vector: FloatVector, origin: FloatVector | None = None) -> float:

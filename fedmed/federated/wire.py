@@ -118,7 +118,7 @@ def decode_update(content: RecordDict) -> Update:
                 metrics[name] = flat[start : start + size]
                 start += size
         if facts["encoding"] != "float32":
-            raise UpdateRefused(f"unknown encoding {facts['encoding']}")
+            raise UpdateRefused(f"unknown encoding {str(facts['encoding'])[:40]!r}")
         return Update(
             weights=_weights(content) if "network" in content else None,
             layout=str(facts["layout"]),

@@ -35,6 +35,7 @@ from fedmed.types import Sums
 SUMS, NOISE, PATIENTS = "noised", "noise", "patients"
 COARSE = 16  # bins of a logit
 CERTAIN = 1.96  # standard deviations of a 95 % interval
+LARGEST, LEAST_NOISE = 1e30, 1e-9  # of a sum and of its noise: what is computed of both is finite
 CLEAR = 4.0  # standard deviations of noise that a class must stand out by, or its AUROC would be chance
 Kind = Literal["classification", "segmentation"]
 
@@ -102,13 +103,15 @@ def check_noised(sums: Sums, kind: Kind, labels: int) -> None:
     """Refuses noised sums that no site of this kind of task can have sent.
 
     Raises:
-        UpdateRefused: A name or shape is another one, a number is not finite, or there is no noise or no patient.
+        UpdateRefused: A name or shape is another one, a number is not finite or too large, or there is hardly any noise
+            or no whole number of patients.
     """
     shapes = {SUMS: (2 * labels * COARSE if kind == "classification" else labels,), NOISE: (1,), PATIENTS: (1,)}
     if {name: values.shape for name, values in sums.items()} != shapes:
         raise UpdateRefused(f"noised sums hold {sorted(sums)}; expected {shapes}")
-    if not all(np.isfinite(values).all() for values in sums.values()) or min(sums[NOISE][0], sums[PATIENTS][0]) <= 0:
-        raise UpdateRefused("noised sums hold a number that is not finite, or come without noise or patients")
+    possible = all((np.abs(values) < LARGEST).all() for values in sums.values())
+    if not possible or sums[NOISE][0] < LEAST_NOISE or sums[PATIENTS][0] < 1 or sums[PATIENTS][0] % 1:
+        raise UpdateRefused("noised sums hold a number that cannot be, or come without noise or patients")
 
 
 def noised_metrics(sums: Sums, kind: Kind, labels: Sequence[str]) -> Mapping[str, Noised]:

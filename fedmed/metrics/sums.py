@@ -12,6 +12,12 @@ from fedmed.types import Sums
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
+LARGEST = 1e60  # of a sum: above what any site can add up, and its powers are finite
+COUNTS = {  # whole numbers, so that what is divided by is 0 or at least 1
+    "known", "patients", "images", "positives", "negatives", "true-positives", "false-positives",
+    "calibration-positives", "cases", "intersection", "total", "measured", "excluded", "lesions", "lesions-found",
+    "lesions-invented",
+}  # fmt: skip
 
 
 def add_sums(sites: Iterable[Sums]) -> dict[str, Array]:
@@ -21,7 +27,8 @@ def add_sums(sites: Iterable[Sums]) -> dict[str, Array]:
     images, `classification_sums(empty, empty, [])`.
 
     Raises:
-        UpdateRefused: If names or shapes differ from the first ones, or an entry is negative, NaN or infinite.
+        UpdateRefused: If names or shapes differ from the first ones, or an entry is negative, NaN or too large, or a
+            count is no whole number.
     """
     totals: dict[str, Array] = {}
     for number, sums in enumerate(sites):
@@ -30,8 +37,10 @@ def add_sums(sites: Iterable[Sums]) -> dict[str, Array]:
         for name, values in sums.items():
             if number and values.shape != totals[name].shape:
                 raise UpdateRefused(f"metric sum {name!r} has shape {values.shape}; expected {totals[name].shape}")
-            if not (np.isfinite(values).all() and (values >= 0).all()):
-                raise UpdateRefused(f"metric sum {name!r} holds a negative or non-finite number")
+            if not ((values >= 0) & (values < LARGEST)).all():
+                raise UpdateRefused(f"metric sum {name!r} holds a negative, non-finite or impossibly large number")
+            if name in COUNTS and not (values == np.floor(values)).all():
+                raise UpdateRefused(f"metric sum {name!r} counts something, and holds no whole number")
             totals[name] = totals[name] + values if number else np.array(values, dtype=np.float64)
     return totals
 

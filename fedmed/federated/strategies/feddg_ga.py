@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ from fedmed.federated.aggregation import Aggregate, Contribution
 from fedmed.federated.strategies.base import ServerStep, State
 from fedmed.types import Layout, Update, Weights
 
+LARGEST = 1e30  # loss; the state holds float32
 RECEIVED, TRAINED = "held-out-loss-received", "held-out-loss-trained"
 
 
@@ -46,8 +46,8 @@ class FedDGGA(ServerStep):
         """Nothing is scaled; the two losses must be there."""
         for name in (RECEIVED, TRAINED):
             loss = update.facts.get(name)
-            if not isinstance(loss, int | float) or not math.isfinite(loss):
-                raise UpdateRefused("feddg-ga needs the site's loss on patients that it holds out")
+            if not isinstance(loss, int | float) or not abs(loss) < LARGEST:
+                raise UpdateRefused(f"feddg-ga needs the site's loss, below {LARGEST:g}, on patients that it holds out")
         return 1.0
 
     def shares(self, contributions: Sequence[Contribution], state: State) -> Mapping[str, float]:

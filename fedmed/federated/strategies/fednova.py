@@ -13,6 +13,8 @@ from fedmed.federated.aggregation import Aggregate
 from fedmed.federated.strategies.base import ServerStep, State, needs_plain_steps
 from fedmed.types import Scalar, Update, Weights
 
+MOST = 10**9  # steps in one round
+
 
 @dataclass(frozen=True, kw_only=True)
 class FedNova(ServerStep):
@@ -45,11 +47,11 @@ class FedNova(ServerStep):
         """‖a‖₁ = τ, or [τ - ρ·(1 - ρ^τ)/(1 - ρ)] / (1 - ρ) with momentum ρ  (Wang et al. 2020, section 4).
 
         Raises:
-            UpdateRefused: the site does not say how many steps it took.
+            UpdateRefused: the site does not say how many steps it took, or more than any takes.
         """
         steps = facts.get("steps")
-        if not isinstance(steps, int) or steps < 1:
-            raise UpdateRefused("fednova needs the number of steps that the site took")
+        if not isinstance(steps, int) or not 1 <= steps <= MOST:
+            raise UpdateRefused(f"fednova needs the number of steps that the site took, from 1 to {MOST}")
         rho = self.momentum
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
