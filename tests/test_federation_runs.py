@@ -12,6 +12,7 @@ from toy import PLANTED
 
 from fedmed import config as run_file
 from fedmed.errors import RunFailed
+from fedmed.federated.progress import Progress
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
 
@@ -99,6 +100,18 @@ def test_early_stopping_ends_after_patience(toy_config, simulate):
     result, folder = simulate(config)
     assert (result["rounds"], result["status"]) == (3, "completed")
     assert json.loads((folder.path / "model.json").read_text())["round"] == 1
+
+
+def test_without_a_value_to_select_by_nothing_is_better_or_worse(toy_config, simulate):
+    evaluate = {"patience": 1, "selection_share": 0.0}
+    train = {"rounds": 4, "schedule": "plateau", "plateau_patience": 1}
+    result, _ = simulate(toy_config("a-40", server="server-60", train=train, evaluate=evaluate))
+    assert (result["rounds"], result["status"]) == (4, "completed")
+    progress = Progress()
+    assert [progress.select(round, value) for round, value in enumerate((0.5, None, 0.4, None), start=1)] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert (progress.best_round, progress.stale) == (1, 1)
 
 
 @pytest.mark.parametrize(

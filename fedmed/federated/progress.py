@@ -23,7 +23,7 @@ class Progress:
     away: dict[str, int] = field(default_factory=dict)  # sites no longer asked; the round that greets them again
     best_round: int = 0  # 0 = no network was selected yet
     best_value: float | None = None
-    stale: int = 0  # evaluations since the best one
+    stale: int = 0  # evaluations since the best one that gave a value
     centres: list[float] = field(default_factory=list)  # of the last evaluation; see Task.centres
     privacy: dict[str, Any] = field(default_factory=dict)  # by site: what it last said of its patients' budget
     train_s: float = 0.0  # wall time in which sites were at work
@@ -67,8 +67,10 @@ class Progress:
         return sum(site in entry["joined"] for entry in self.rounds)
 
     def select(self, round: int, value: float | None) -> bool:
-        """Note the selection metric of a round's network; True if it is the best so far."""
-        if value is not None and (self.best_value is None or value > self.best_value):
+        """Note the selection metric of a round's network, if there is one; True if it is the best so far."""
+        if value is None:
+            return False
+        if self.best_value is None or value > self.best_value:
             self.best_round, self.best_value, self.stale = round, value, 0
             return True
         self.stale += 1
