@@ -1,5 +1,6 @@
 """Pausing, resuming, and what a run folder keeps."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_a_torn_line_of_the_events_is_cut_before_the_next_one(tmp_path, toy_conf
     folder.close()
     kinds = [json.loads(line)["kind"] for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert kinds == ["run_started", "round_started"]
+
+
+def test_a_run_folder_that_a_full_disk_left_half_made_is_made_again(tmp_path, toy_config, monkeypatch):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = toy_config("a-4")
+    with monkeypatch.context() as disk:
+        disk.setattr("fedmed.federated.run_folder.write_atomically", full)
+        with pytest.raises(RunFailed, match="No space left"):
+            RunFolder.create(tmp_path / "run", config)
+    folder = RunFolder.create(tmp_path / "run", config)
+    assert run_file.load(folder.path / "run.toml") == run_file.resolve_paths(config, folder.path)
+    with pytest.raises(RunFailed, match="exists and is not empty"):
+        RunFolder.create(tmp_path / "run", config)
 
 
 def test_checkpoints_above_round_9999_stay_in_order(tmp_path, toy_config):
