@@ -170,6 +170,20 @@ def test_a_site_that_left_is_welcome_at_once_when_its_node_comes_back():
     assert sites.welcome(3).joined == ["h2"]
 
 
+def test_a_site_that_does_not_answer_when_it_is_greeted_again_is_named_and_left_alone_for_longer(monkeypatch):
+    for name, value in (("GRACE_S", 0.0), ("NEWCOMER_S", 0.05)):
+        monkeypatch.setattr(membership_module, name, value)
+    grid = Hospitals(1, 2)
+    sites = roster(grid, lost_after=1, round_timeout_s=0.01)
+    sites.missed("h2", "no answer", 1)
+    grid.deaf.add(2)
+    refused = {round: [each.site for each in sites.welcome(round).refused] for round in range(2, 10)}
+    assert {round: who for round, who in refused.items() if who} == {2: ["h2"], 4: ["h2"], 8: ["h2"]}
+    grid.deaf.clear()
+    assert sites.welcome(15).joined == []
+    assert sites.welcome(16).joined == ["h2"]
+
+
 def test_a_round_waits_for_a_quorum_of_nodes_until_the_deadline_and_no_longer():
     grid = Hospitals(1, 2)
     sites = roster(grid, min_sites=2)

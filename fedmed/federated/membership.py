@@ -101,7 +101,7 @@ class Membership:
             raise RunFailed(f"{len(self._present)} sites are connected; strategy.min-sites = {least}")
         self._at_start = len(self._present)
         self._greet(self._present)
-        return self._collect(self._strategy.round_timeout_s + GRACE_S, seen, returning=False)
+        return self._collect(self._strategy.round_timeout_s + GRACE_S, seen, round=0)
 
     def welcome(self, round: int) -> Arrivals:
         """At the start of a round: greet nodes that came, or came back, since the last one, and see who is gone."""
@@ -110,7 +110,7 @@ class Membership:
         due = {self._members[name].node for name in self.away if self._progress.away[name] <= round}
         fresh = ((self._present - self._met) | (due & self._present)) - set(self._open)
         self._greet(fresh)
-        refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, returning=True)
+        refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, round=round)
         return Arrivals(
             joined=sorted(set(self._staying()) - before),
             refused=refused,
@@ -206,30 +206,39 @@ class Membership:
             self._open[node] = Greeting(number, expires)
             self._met.add(node)
 
-    def _collect(self, wait_s: float, seen: Callable[[str, int, int], None], *, returning: bool) -> list[Failure]:
+    def _collect(self, wait_s: float, seen: Callable[[str, int, int], None], *, round: int) -> list[Failure]:
         """Read the cards that are there in time, in the order of the nodes; the others stay open.
 
-        A site that left before a run was resumed stays away until its time comes, as it had in the unbroken run.
+        A site that left before a run was resumed stays away until its time comes, as it had in the unbroken run. One
+        that left, and does not say who it is when its time comes, has missed once more.
+
+        Args:
+            wait_s: for all of them together.
+            seen: told (site or node, done, all) as cards come.
+            round: that is about to begin; 0 = the run itself.
         """
         failures: list[Failure] = []
+        names = {member.node: name for name, member in self._members.items()}
         deadline, total = time.monotonic() + wait_s, len(self._open)
         for place, (node, greeting) in enumerate(sorted(self._open.items()), start=1):
             reply = await_reply(self._grid, greeting.number, deadline)
             if reply is None and time.monotonic() < greeting.expires:
                 continue  # still open: it may come in a later round
             del self._open[node]
-            if reply is None:
+            label = names.get(node, f"node-{place}")
+            left = names.get(node) in self._progress.away
+            if reply is None and not left:
                 self._met.discard(node)  # to be greeted once more
-            label = f"node-{place}"
             try:
                 member = member_of(answer_in(reply, node, GROUP), node)
                 label = member.name
                 self._join(member)
-                if returning:
+                if round:
                     self._progress.away.pop(member.name, None)
             except CannotJoin as problem:
-                failures.append(Failure(site=problem.site or label, reason=str(problem)))
-                label = failures[-1].site
+                again, label = left and problem.site in ("", label), problem.site or label
+                reason = str(problem)
+                failures.append(self.missed(label, reason, round) if again else Failure(site=label, reason=reason))
             seen(label, place, total)
         return failures
 
