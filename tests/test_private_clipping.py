@@ -21,6 +21,7 @@ from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import train_privately_, units_of
+from fedmed.training.unfinished import Unfinished
 from fedmed.types import PrivacyEvent
 
 LAYERS = 3  # of the small network
@@ -80,6 +81,43 @@ def clipped_adaptively(data, source, steps: int, **changes) -> float:
         source=source, generator=np.random.default_rng(0), given=Circumstances(),
     )  # fmt: skip
     return float(trained.kept["clip"][0])
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per-layer", "adaptive"])
+def test_a_round_that_was_cut_off_ends_with_the_same_bits_and_the_same_bound(clipping, tmp_path):
+    data = patients(1, 2, 3)
+    given, units = (
+        terms(data, clipping=clipping, steps=6, max_grad_norm=0.5),
+        units_of(data, np.arange(6), PrivacyConfig()),
+    )
+    calls = 0
+
+    def killing(logits, targets):
+        nonlocal calls
+        calls += 1
+        if calls == 4 * 6 + 2:  # in the fifth step
+            raise Killed
+        return masked_bce(logits, targets)
+
+    def go(loss, unfinished: Unfinished | None) -> tuple[bytes, float | None]:
+        model = network()
+        trained = train_privately_(
+            model, data, units, PLAIN, loss, given, source=Chosen(), generator=np.random.default_rng(0),
+            given=Circumstances(unfinished=unfinished),
+        )  # fmt: skip
+        return model.weights().parameters.tobytes(), float(trained.kept["clip"][0]) if trained.kept else None
+
+    def kept() -> Unfinished:
+        return Unfinished(path=tmp_path / "round.safetensors", identify=lambda: "this", every_s=0.0)
+
+    with pytest.raises(Killed):
+        go(killing, kept())
+    assert go(killing, kept()) == go(masked_bce, None)
+    assert calls == 4 * 6 + 2 + 2 * 6, "only the missing steps were taken"
 
 
 def test_an_adaptive_clip_finds_the_quantile_of_the_gradients_norms():

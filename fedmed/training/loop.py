@@ -165,6 +165,7 @@ class Training:
         self.average = network.vector.clone() if config.ema else None
         self.best: tuple[float, Tensor] | None = None  # validation loss and weights of the best pass
         self.stale = 0
+        self.clip = 0.0  # the bound that adaptive clipping has come to; 0 = that of the round's beginning
 
     def step_(self, gradient_: Callable[[], Tensor]) -> None:
         """One optimizer step on the gradient that a function leaves in the parameters; it gives the loss, a scalar."""
@@ -206,6 +207,7 @@ class Training:
             return
         numbers, tensors = saved
         self.step, self.stale = int(numbers["step"]), int(numbers["stale"])
+        self.clip = float(numbers["clip"])
         self.total.fill_(numbers["total"])
         self.network.restore_(tensors)
         if self.average is not None:
@@ -235,7 +237,7 @@ class Training:
             tensors["random-device"] = torch.cuda.get_rng_state(self.network.device)
         if self.average is not None:
             tensors["average"] = self.average
-        numbers = {"step": self.step, "stale": self.stale, "total": float(self.total)}
+        numbers = {"step": self.step, "stale": self.stale, "total": float(self.total), "clip": self.clip}
         if self.best is not None:
             numbers["best"], tensors["best"] = self.best
         return numbers, tensors

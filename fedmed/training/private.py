@@ -221,11 +221,13 @@ def train_privately_(
         training = Training(network, config, given, terms.steps)
         training.take_up()
         network.module.train()
+        terms = replace(terms, max_grad_norm=training.clip or terms.max_grad_norm)
         gradient_ = PrivateGradient(network, config, loss, terms, source)
         while training.step < terms.steps:
             parts = drawn(units, terms, source)
             group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)
             training.step_(partial(gradient_, group))
+            training.clip = gradient_.clip
             training.over(at_end_of_pass=False)
     kept = {CLIP: np.array([gradient_.clip], np.float32)} if terms.adaptive else {}
     return replace(training.result_(), kept=kept)
