@@ -106,8 +106,10 @@ def test_ray_engine_gives_the_same_weights_and_names_a_dropped_site(fedmed_proce
     result = json.loads((tmp_path / "ray" / "result.json").read_text())
     assert result["status"] == "degraded"
     assert "nan-20" in result["reason"]
-    ours = parameters(simulate(config)[1].path)
-    np.testing.assert_allclose(parameters(tmp_path / "ray"), ours, rtol=0, atol=1e-6)
+    ours = simulate(config)[1].path
+    np.testing.assert_allclose(parameters(tmp_path / "ray"), parameters(ours), rtol=0, atol=1e-6)
+    kept = {path.relative_to(ours) for path in ours.glob("sites/*/findings.json")}
+    assert kept and kept == {path.relative_to(tmp_path / "ray") for path in tmp_path.glob("ray/sites/**/findings.json")}
 
 
 @pytest.mark.slow  # a minute; `--engine ray` above runs the same over Ray

@@ -179,12 +179,10 @@ def test_every_engine_gives_a_site_its_folder_where_there_is_a_run_folder(tmp_pa
     flat = run_file.flatten(config)
     ours = site_of({"partition-id": 1, "virtual": True, "states": str(tmp_path / "sites")}, flat)
     assert ours.state_dir == tmp_path / "sites" / "b-20"
-    (tmp_path / "run.toml").write_text(run_file.to_toml(config))
-    monkeypatch.setenv(SIMULATION, str(tmp_path / "run.toml"))  # as `--engine ray` sets it
-    assert (
-        site_of({"partition-id": 1, "virtual": True}, {}).state_dir
-        == tmp_path / "sites" / tmp_path.joinpath("b-20").name
-    )
+    (tmp_path / "sites").mkdir()
+    (tmp_path / "sites" / "run.toml").write_text(run_file.to_toml(config))
+    monkeypatch.setenv(SIMULATION, str(tmp_path / "sites" / "run.toml"))  # as `--engine ray` sets it
+    assert site_of({"partition-id": 1, "virtual": True}, {}).state_dir == ours.state_dir
     monkeypatch.delenv(SIMULATION)
     assert site_of({"partition-id": 1, "virtual": True}, flat).state_dir is None
     (tmp_path / "site.toml").write_text('name = "here"\nmanifest = "manifest.csv"')

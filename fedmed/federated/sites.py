@@ -67,8 +67,8 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
     number = int(node["partition-id"])
     if number >= len(sites):
         raise ConfigError(f"there are {len(sites)} data.sites, but more virtual nodes; make them equal")
-    run = os.environ.get(SIMULATION, "")  # over Ray a run file lies in its run folder, and states beside it
-    states = str(node.get("states", "") or (Path(run).parent / "sites" if run else ""))
+    run = os.environ.get(SIMULATION, "")  # over Ray the run file lies where states do, in RUN/sites
+    states = str(node.get("states", "") or (Path(run).parent if run else ""))
     return _at(sites[number], Path(states)) if states else _without_records(sites[number])
 
 
@@ -80,7 +80,7 @@ def _at(site: Site, states: Path) -> Site:
 
 
 def _without_records(site: Site) -> Site:
-    """A virtual hospital without a folder of its own, as in Flower's Ray simulation.
+    """A virtual hospital without a folder of its own, as under `flwr run . local`.
 
     Raises:
         ConfigError: it has to keep a ledger, which would have nowhere to be.
