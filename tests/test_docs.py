@@ -17,6 +17,7 @@ import typer
 
 from fedmed.cli import app
 from fedmed.config import RunConfig, flatten, load, nested
+from fedmed.reporting.writers import INSTALL
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -106,6 +107,16 @@ def test_flower_gets_the_same_defaults():
     for key, value in project["tool"]["flwr"]["app"]["config"].items():
         shown |= {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
     assert shown == flatten(RunConfig())
+
+
+def test_what_is_to_be_installed_is_named_as_in_the_project_file():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = {each for extra in project["optional-dependencies"].values() for each in extra}
+    texts = [path.read_text(encoding="utf-8") for path in (*DOCUMENTS, *(ROOT / "fedmed").rglob("*.py"))]
+    ours = re.compile(r"pip install\s+[\"']?fedmed\b")
+    assert not any(map(ours.search, texts)), "fedmed of the registry is another project"
+    named = {name for text in texts for name in re.findall(r"pip install\s+'([^'{]+)'", text)}
+    assert named | set(INSTALL.values()) == known
 
 
 def test_shown_run_files_are_valid(tmp_path):

@@ -34,7 +34,7 @@ def test_an_unknown_or_missing_program_is_refused_before_a_run() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_a_missing_extra_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"pip install 'fedmed\[mlflow\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'mlflow-skinny>=3\.4'"):
         check_writers(["mlflow"])
 
 

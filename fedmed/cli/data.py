@@ -68,7 +68,7 @@ def cache(
     keep: Annotated[
         float | None, typer.Option(min=0, metavar="GIB", help="remove the sets used longest ago until the rest fits")
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="remove everything that no process uses")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="remove everything in DIR that no process uses")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read everything and remove what is damaged")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
 ) -> None:
@@ -143,7 +143,9 @@ def import_(
         Path | None, typer.Option("--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym")
     ] = None,
     uncertain: Annotated[Uncertain, typer.Option(help="what uncertain labels become")] = Uncertain.ignore,
-    site: Annotated[Path | None, typer.Option("--site", metavar="TOML", help="site.toml, whose keys are used")] = None,
+    site: Annotated[
+        Path | None, typer.Option("--site", metavar="SITE", help="the site's folder or site.toml, for its keys")
+    ] = None,
     keys: Annotated[Path | None, typer.Option("--keys", metavar="DIR", help="the site's keys, made if missing")] = None,
 ) -> None:
     """Write the manifest of an archive, joined with a table of labels, with pseudonyms for its patients.

@@ -19,6 +19,10 @@ Place = Annotated[Path, typer.Argument(metavar="SERVER", help="the server's fold
 Server = Annotated[
     Path, typer.Option("--server", metavar="SERVER", help="the server's folder, or a coordinator's from elsewhere")
 ]
+Own = Annotated[Path, typer.Option("--server", metavar="SERVER", help="the server's folder, or its consortium.toml")]
+Either = Annotated[
+    Path, typer.Argument(metavar="SERVER", help="the server's folder, or a coordinator's from elsewhere")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="as JSON, for a program")]
 
 
@@ -90,7 +94,7 @@ def feasibility(
 @app.command("coordinator")
 def coordinator(
     name: Annotated[str, typer.Argument(metavar="NAME", help="of the coordinator")],
-    folder: Server = Path(),
+    folder: Own = Path(),
     request: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a signing request (PEM), if the key was made elsewhere")
     ] = None,
@@ -158,7 +162,7 @@ def submit(
 
 
 @app.command("status")
-def status(folder: Place = Path(), as_json: AsJson = False) -> None:
+def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     """Show which sites may connect, which are there, and all runs.
 
     Example: fedmed server status chest

@@ -145,7 +145,7 @@ def run_with_ray(config: RunConfig, folder: RunFolder, watch: Watch) -> dict[str
     try:
         import ray  # noqa: F401  (the extra `ray`)
     except ImportError:
-        raise ConfigError("--engine ray needs the extra: pip install 'fedmed[ray]'") from None
+        raise ConfigError("--engine ray needs Ray: pip install 'flwr[simulation]==1.41.0'") from None
     from flwr.simulation import run_simulation
 
     results: list[dict[str, Any]] = []

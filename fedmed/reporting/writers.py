@@ -21,6 +21,7 @@ from fedmed.errors import ConfigError
 Event = Mapping[str, Any]
 Write = Callable[[Event], None]
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+INSTALL = {"tensorboard": "tensorboard>=2.20", "mlflow": "mlflow-skinny>=3.4"}  # as in pyproject.toml
 
 
 def check_writers(names: Iterable[str]) -> None:
@@ -33,7 +34,7 @@ def check_writers(names: Iterable[str]) -> None:
         if name not in PACKAGES:
             raise ConfigError(f'--log "{name}": expected {" or ".join(PACKAGES)}')
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ConfigError(f"--log {name} needs the extra: pip install 'fedmed[{name}]'")
+            raise ConfigError(f"--log {name} needs a package: pip install '{INSTALL[name]}'")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ DECODERS: dict[UID, tuple[str, ...]] = {  # pydicom's names, the fastest first
 GPL = {(JPEGExtended12Bit, "pylibjpeg")}  # elsewhere "pylibjpeg" is OpenJPEG or an RLE decoder
 CONVERTED = ("YBR_FULL", "YBR_FULL_422")  # JPEG 2000 decoders undo YBR_ICT and YBR_RCT themselves
 BLOCK = 2**18  # pixels
-NEEDS_GPL = "12-bit JPEG needs the gpl-decoders extra"
+NEEDS_GPL = "12-bit JPEG needs a package under GPL-3: pip install 'pylibjpeg-libjpeg>=2.4'"
 
 
 def stored_frames(ds: Dataset, *, gpl: bool = True) -> Iterator[NDArray[Any]]:
