@@ -194,7 +194,7 @@ def card(
 ) -> None:
     """Write what may leave before the site joins: rounded counts and percentiles of a checked data set.
 
-    Example: fedmed data card chest --out north.json
+    Example: fedmed data card chest --out north-data.json
     """
     from fedmed.cli.intake import write_card
 

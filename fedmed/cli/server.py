@@ -84,7 +84,7 @@ def feasibility(
 ) -> None:
     """Show whether the data of some sites fit each other, before anybody joins.
 
-    Example: fedmed server feasibility north.json south.json
+    Example: fedmed server feasibility north-data.json south-data.json
     """
     from fedmed.cli.intake import show_feasibility
 
@@ -207,7 +207,7 @@ def resume(
     number: Annotated[int, typer.Argument(metavar="RUN", help="the run's number, from submit or status")],
     folder: Server = Path(),
 ) -> None:
-    """Go on with a run that paused or failed, from its last checkpoint, once the reason is mended.
+    """Go on with a run that paused, failed or was stopped, from its last checkpoint.
 
     Example: fedmed server resume 1234567 --server chest
     """
