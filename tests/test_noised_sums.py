@@ -100,7 +100,8 @@ def test_without_noise_the_dice_is_the_mean_over_patients():
 
 
 @pytest.mark.parametrize(
-    ("patients", "epsilon", "spread"), [(1000, 1.0, 0.024), (10_000, 1.0, 0.0024), (100, 4.0, 0.07)]
+    ("patients", "epsilon", "spread"),
+    [(1000, 1.0, 0.024), (10_000, 1.0, 0.0024), (100, 4.0, 0.07), (1000, 4.0, 0.007), (10_000, 4.0, 0.0007)],
 )
 def test_noise_moves_an_auroc_by_what_the_docs_say_and_by_what_the_server_is_told(patients, epsilon, spread):
     rng = np.random.default_rng(3)
@@ -131,13 +132,16 @@ def test_a_class_that_noise_drowns_has_no_auroc_rather_than_a_random_one():
     assert sum(value is None for value in found) > 150
 
 
-def test_noise_moves_a_mean_dice_by_what_the_server_is_told():
-    rng, noise = np.random.default_rng(5), 4.26 * longest("segmentation", 1)
+@pytest.mark.parametrize(("epsilon", "spread"), [(1.0, 2.1), (4.0, 0.6)])
+@pytest.mark.parametrize("patients", [100, 1000, 10_000])
+def test_noise_moves_a_mean_dice_by_what_the_docs_say_and_by_what_the_server_is_told(patients, epsilon, spread):
+    rng, total = np.random.default_rng(5), np.array([0.3 * patients])
+    noise = noise_multiplier_for(epsilon=epsilon, delta=1e-6, sample_rate=1.0, steps=1) * longest("segmentation", 1)
     found = [
-        noised_metrics(under(noise, np.array([30.0]), 100, rng.normal(size=1)), "segmentation", ONE)["dice"]
+        noised_metrics(under(noise, total, patients, rng.normal(size=1)), "segmentation", ONE)["dice"]
         for _ in range(2000)
     ]
-    assert np.std([each.value for each in found]) == pytest.approx(0.021, rel=0.06)
+    assert np.std([each.value for each in found]) == pytest.approx(spread / patients, rel=0.06)
     assert np.mean([abs(each.value - 0.8) <= each.noise for each in found]) == pytest.approx(0.95, abs=0.02)
 
 
