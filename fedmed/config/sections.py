@@ -223,7 +223,8 @@ class PrivacyConfig(Section):
         float, Field(ge=0, description="standard deviation of the noise / max-grad-norm; 0 = from epsilon and delta")
     ] = 0.0
     max_grad_norm: Annotated[
-        float, Field(gt=0, description="C: norm to which a gradient, or under central a site's change, is clipped")
+        float,
+        Field(ge=1e-6, le=1e6, description="C: norm to which a gradient, or under central a site's change, is clipped"),
     ] = 1.0
     clipping: Annotated[
         Literal["flat", "per-layer", "adaptive"],

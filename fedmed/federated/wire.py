@@ -64,6 +64,8 @@ def decode_task(content: RecordDict) -> Task:
     """
     try:
         facts = _read_facts(content, "task")
+        if facts["kind"] not in ("train", "evaluate"):
+            raise ValueError(f"a kind that is none: {facts['kind']!r}")
         return Task(
             kind=cast(Literal["train", "evaluate"], facts["kind"]),
             round=int(facts["round"]),

@@ -25,16 +25,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmed.config import PrivacyConfig, TrainConfig
+from fedmed.errors import ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.central import following_clip
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
+from fedmed.training.coupling import require_uncoupled
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork
 from fedmed.training.precision import settled
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +131,19 @@ class SecretNoiseOptimizer(ClippedSumOptimizer):
         self.source = source
 
     def add_noise(self) -> None:
-        """N(0, σ²C²) on every coordinate."""
+        """N(0, σ²C²) on every coordinate.
+
+        Raises:
+            ModelError: σC is so small or so large that float32 holds no such noise.
+        """
+        scale = self.noise_multiplier * self.max_grad_norm
+        if not SMALLEST <= scale <= LARGEST:
+            raise ModelError(f"noise of standard deviation {scale:g} is lost in float32; change privacy.max-grad-norm")
         sums = [parameter.summed_grad for parameter in self.params]
         sizes = [each.numel() for each in sums]
         noise = torch.from_numpy(self.source.normal(sum(sizes))).to(sums[0].device)
         parts = [part.view_as(each) for part, each in zip(torch.split(noise, sizes), sums, strict=True)]
-        torch._foreach_add_(sums, parts, alpha=self.noise_multiplier * self.max_grad_norm)
+        torch._foreach_add_(sums, parts, alpha=scale)
         for parameter, total in zip(self.params, sums, strict=True):
             parameter.grad, parameter.summed_grad = total, None
 
@@ -210,14 +221,17 @@ def train_privately_(
         loss: mean over a batch; it is asked for one image at a time.
         terms: of the release.
         source: secret randomness: sampling, draws within a patient, noise.
-        generator: of augmentation and dropout, from the run's seed.
+        generator: of augmentation, from the run's seed. Dropout is drawn for a whole batch at once, so that its masks
+            depend on who else is there; they are independent of that only while nobody can predict them.
         given: the round's circumstances; nothing in them may come from private data.
 
     Raises:
         ModelError: a layer of the network couples images or cannot be clipped.
     """
+    require_uncoupled(network, data)
     seed = int(generator.integers(2**63))
-    with seeded(seed, network.device):
+    buffers = [buffer.clone() for buffer in network.module.buffers()]
+    with seeded(int(source.integers(2**62, 1)[0]), network.device):
         training = Training(network, config, given, terms.steps)
         training.take_up()
         network.module.train()
@@ -229,6 +243,8 @@ def train_privately_(
             training.step_(partial(gradient_, group))
             training.clip = gradient_.clip
             training.over(at_end_of_pass=False)
+    for buffer, before in zip(network.module.buffers(), buffers, strict=True):  # what they gathered has no noise
+        buffer.copy_(before)
     kept = {CLIP: np.array([gradient_.clip], np.float32)} if terms.adaptive else {}
     return replace(training.result_(), kept=kept)
 
