@@ -30,26 +30,29 @@ def value_of(kept: dict[str, np.ndarray]) -> int:
 @settings(max_examples=60, deadline=None)
 @given(
     every=st.integers(1, 4),
+    checkpoints=st.integers(1, 4),
     moves=st.lists(st.tuples(st.sampled_from(["round", "missed", "resumed"]), st.integers(0, 9)), max_size=25),
 )
-def test_a_round_starts_from_the_newest_round_before_it_however_often_a_run_is_resumed(tmp_path_factory, every, moves):
+def test_a_round_starts_from_the_newest_round_before_it_however_often_a_run_is_resumed(
+    tmp_path_factory, every, checkpoints, moves
+):
     state = SiteState(folder=tmp_path_factory.mktemp("state"))
     history: dict[int, int] = {}  # round -> what was kept in it the last time
     round, count = 1, 0
     for move, back in moves:
-        if move == "resumed":  # from one of the two checkpoints that the server keeps
+        if move == "resumed":  # from one of the checkpoints that the server keeps
             last = (round - 1) // every * every
-            round = max(0, last - (every if back % 2 else 0)) + 1
+            round = max(0, last - every * (back % checkpoints)) + 1
             continue
         before = max((known for known in history if known < round), default=None)
         assert value_of(state.before(round)) == (history[before] if before else 0)
         if move == "round":
             count += 1
-            state.keep(round, numbered(count), reach=resume_reach(every))
+            state.keep(round, numbered(count), reach=resume_reach(every, checkpoints))
             history = {known: value for known, value in history.items() if known < round} | {round: count}
             assert value_of(state.before()) == count
         round += 1
-    assert len(list(state.folder.iterdir())) <= 2 * resume_reach(every) + 1
+    assert len(list(state.folder.iterdir())) <= 2 * resume_reach(every, checkpoints) + 1
 
 
 def test_vectors_come_back_with_the_same_bits(tmp_path):
@@ -65,7 +68,7 @@ def test_vectors_come_back_with_the_same_bits(tmp_path):
 def test_old_rounds_are_removed_once_no_run_can_come_back_to_them(tmp_path):
     state = SiteState(folder=tmp_path)
     for round in range(1, 12):
-        state.keep(round, numbered(round), reach=resume_reach(1))
+        state.keep(round, numbered(round), reach=resume_reach(1, 2))
         assert len(list(tmp_path.iterdir())) <= 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"round-{n:04d}.safetensors" for n in (9, 10, 11)]
 
@@ -172,6 +175,16 @@ def test_a_resumed_run_goes_on_from_what_sites_keep_whatever_it_may_change(tmp_p
     assert first.kept("a-20", 1).parent == resumed.kept("a-20", 2).parent
     Visits(resumed.config.model_copy(update={"name": "other"}), tmp_path).train("a-20", 2, weights)
     assert len(list((tmp_path / "a-20").iterdir())) == 2, "another name is another run"
+
+
+def test_a_site_keeps_as_many_rounds_as_the_server_keeps_checkpoints(tmp_path, toy_config):
+    strategy = {"name": "ditto", "keep_checkpoints": 4}
+    visits = Visits(toy_config("a-20", train={"rounds": 7}, strategy=strategy), tmp_path)
+    for round in range(1, 8):
+        visits.train("a-20", round, flat(visits.config).weights())
+    assert sorted(path.name for path in visits.kept("a-20", 7).parent.iterdir()) == [
+        f"round-{round:04d}.safetensors" for round in range(3, 8)
+    ]
 
 
 def test_every_engine_gives_a_site_its_folder_where_there_is_a_run_folder(tmp_path, toy_config, monkeypatch):

@@ -125,7 +125,8 @@ def train_round(task: Task, site: Site) -> Update:
     outcome = local_algorithm(config.strategy)(visit)
     to_keep = {**outcome.kept, **outcome.trained.kept}
     if state is not None and to_keep:
-        state.keep(task.round, to_keep, reach=resume_reach(config.strategy.checkpoint_every))
+        reach = resume_reach(config.strategy.checkpoint_every, config.strategy.keep_checkpoints)
+        state.keep(task.round, to_keep, reach=reach)
     for saved in saves.values():
         if saved is not None:
             saved.clear()

@@ -21,7 +21,6 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.types import FloatVector
 
 FILE = re.compile(r"round-(\d{4,})\.safetensors")
-CHECKPOINTS = 2  # of the server's, back to which a run may be resumed
 PERSONAL = "personal.safetensors"  # a network of the site's own, tensor by tensor
 
 
@@ -110,9 +109,9 @@ class SiteState:
         return vectors
 
 
-def resume_reach(checkpoint_every: int) -> int:
+def resume_reach(checkpoint_every: int, keep_checkpoints: int) -> int:
     """How many rounds a resumed run may go back: to the oldest checkpoint that the server keeps."""
-    return CHECKPOINTS * checkpoint_every
+    return keep_checkpoints * checkpoint_every
 
 
 def write_durably(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
