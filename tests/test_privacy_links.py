@@ -85,7 +85,7 @@ def asked(tmp_path):
 
     def ask(manifest: Path):
         data = load(manifest)
-        permit = permitted(task, oversight, settings_from(settings), data)
+        permit = permitted(task, oversight, settings_from(settings), lambda: data)
         assert permit is not None
         return permit, cohort_of_patients(patients_of(data, np.arange(len(data))), manifest, LABELS, permit)
 

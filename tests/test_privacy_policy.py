@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from private_sites import records_of as examined
+from private_sites import site_in, task_of
 from toy import PLANTED
 
 from fedmed.config import PrivacyConfig
@@ -30,6 +32,7 @@ from fedmed.privacy.policy import (
 )
 from fedmed.privacy.verification import examine, exported
 from fedmed.reporting import write_model_card
+from fedmed.training.site_round import evaluate_round, train_round
 
 ROOT = Path(__file__).parent.parent
 NOTHING = Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
@@ -264,6 +267,33 @@ def test_a_site_that_cannot_write_its_records_sends_nothing(under, tmp_path):
 def test_a_run_that_no_site_allows_does_not_begin(under, policy, rule):
     with pytest.raises(Exception, match=re.escape(f"({rule})")):
         under(policy, "a-40")
+
+
+@pytest.mark.parametrize(
+    ("rules", "rule"),
+    [
+        ("[policy]\npaused = true", "policy.paused"),
+        ("[policy.approval]\nexpires = 2020-01-01", "policy.approval.expires"),
+        ('[policy.training]\nalgorithms = ["scaffold"]', "policy.training.algorithms"),
+    ],
+)
+def test_a_task_that_is_refused_whatever_the_data_reads_none_and_is_logged_once(toy_config, tmp_path, rules, rule):
+    config, site = toy_config("broken-40"), site_in(tmp_path, rules, name="broken-40")
+    with pytest.raises(PolicyRefused, match=re.escape(f"({rule})")):
+        train_round(task_of(config, "train", 1), site)
+    with pytest.raises(PolicyRefused, match=re.escape(f"({rule})")):
+        evaluate_round(task_of(config, "evaluate", 1), site)
+    logged = [(record.body["task"], record.body["allowed"]) for record in examined(site).audit]
+    assert logged == [("train", False), ("evaluate", False)]
+
+
+def test_a_task_is_judged_again_when_its_patients_are_counted_and_logged_once(toy_config, tmp_path):
+    config, site = toy_config("a-40"), site_in(tmp_path, "[policy.training]\nmin-patients = 16", name="a-40")
+    train_round(task_of(config, "train", 1), site)
+    (tmp_path / "site.toml").write_text("[policy.training]\nmin-patients = 17")
+    with pytest.raises(PolicyRefused, match="too few patients"):
+        train_round(task_of(config, "train", 2), site)
+    assert [record.body["allowed"] for record in examined(site).audit] == [True, False]
 
 
 def test_an_egress_record_is_whole_or_nothing_leaves(tmp_path):

@@ -114,8 +114,8 @@ class Request:
     algorithm: str
     min_sites: int
     privacy: PrivacyConfig
-    patients: int  # to train on
-    held_out_patients: int
+    patients: int | None  # to train on; None = nobody has counted yet, and what needs the number is not judged
+    held_out_patients: int | None
     moment: datetime  # the site's own time
 
 
@@ -151,7 +151,7 @@ def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
     """
     for rule, reason in _refusals(policy, task, ledger):
         return Decision(allowed=False, rule=rule, reason=f"{reason} ({rule})")
-    few = task.held_out_patients < policy.metrics.min_patients
+    few = task.held_out_patients is None or task.held_out_patients < policy.metrics.min_patients
     stricter_unit: Literal["patient", "image"] = (
         "image" if "image" == policy.privacy.unit == task.privacy.unit else "patient"
     )
@@ -188,7 +188,7 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
             "policy.training.min-sites",
             f"the run adds up {task.min_sites} sites at least, this site asks for {training.min_sites}",
         )
-    if task.patients < training.min_patients:
+    if task.patients is not None and task.patients < training.min_patients:
         yield "policy.training.min-patients", "the site has too few patients for its own policy"
     private = task.privacy.mode != "none"
     if privacy.required and task.privacy.mode != "dp-sgd":  # under central the server would have to be trusted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Literal, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, LedgerUnusable, PolicyRefused
@@ -70,17 +71,20 @@ def permitted(
     task: Task,
     oversight: Oversight | None,
     config: RunConfig,
-    data: Dataset,
+    data: Callable[[], Dataset],
     *,
     kind: Literal["card", "train", "evaluate"] | None = None,
 ) -> Permit | None:
     """Ask the hospital's policy whether a task may be done; None where the site has none.
 
+    It is asked before the data are read, which can take hours, and again when their patients are counted. The audit log
+    holds the last answer.
+
     Args:
         task: what the server asks.
         oversight: of the site.
         config: the run, from the task's settings.
-        data: of the site.
+        data: gives those of the site.
         kind: of the task, if it is neither training nor evaluation.
 
     Raises:
@@ -90,26 +94,11 @@ def permitted(
     """
     if oversight is None:
         return None
-    policy = read_policy(oversight.policy) if oversight.policy else _no_policy(config)
-    keys = site_keys(oversight)
-    ledger = open_ledger(oversight, policy)
-    asked = kind or task.kind
-    held = {data.patients[row] for row in np.flatnonzero(data.evaluation)}
-    request = Request(
-        run=config.name,
-        kind=asked,
-        network=config.model.name,
-        algorithm=config.strategy.name,
-        min_sites=config.strategy.min_sites,
-        privacy=config.privacy,
-        patients=len({data.patients[row] for row in np.flatnonzero(~data.evaluation)}),
-        held_out_patients=len(held),
-        moment=datetime.now().astimezone(),
-    )
-    bound = ledger.epsilon_rdp
-    quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
-    decision = decide(policy, request, quick if bound <= policy.privacy.epsilon else ledger.spent())
-    digest = _digest(policy.model_dump_json())
+    asked, keys = kind or task.kind, site_keys(oversight)
+    policy, ledger, decision = _answer(oversight, config, asked)
+    if decision.allowed:
+        policy, ledger, decision = _answer(oversight, config, asked, data())
+    digest, bound = _digest(policy.model_dump_json()), ledger.epsilon_rdp
     keep_decision(
         oversight.folder, keys, decision,
         task=asked, run=config.name, round=task.round, policy=digest, settings=_digest(task.settings),
@@ -128,6 +117,32 @@ def permitted(
         epsilon_before=bound,
         private=config.privacy.mode,
     )
+
+
+def _answer(
+    oversight: Oversight, config: RunConfig, asked: Literal["card", "train", "evaluate"], data: Dataset | None = None
+) -> tuple[SitePolicy, Ledger, Decision]:
+    """What the policy and the ledger of this moment say; without data only what does not depend on them."""
+    policy = read_policy(oversight.policy) if oversight.policy else _no_policy(config)
+    ledger = open_ledger(oversight, policy)
+    request = Request(
+        run=config.name,
+        kind=asked,
+        network=config.model.name,
+        algorithm=config.strategy.name,
+        min_sites=config.strategy.min_sites,
+        privacy=config.privacy,
+        patients=None if data is None else _patients(data, ~data.evaluation),
+        held_out_patients=None if data is None else _patients(data, data.evaluation),
+        moment=datetime.now().astimezone(),
+    )
+    bound = ledger.epsilon_rdp
+    quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
+    return policy, ledger, decide(policy, request, quick if bound <= policy.privacy.epsilon else ledger.spent())
+
+
+def _patients(data: Dataset, chosen: NDArray[np.bool_]) -> int:
+    return len({data.patients[row] for row in np.flatnonzero(chosen)})
 
 
 def _no_policy(config: RunConfig) -> SitePolicy:

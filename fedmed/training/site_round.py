@@ -87,7 +87,7 @@ def train_round(task: Task, site: Site) -> Update:
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
-    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
     form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
@@ -156,7 +156,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
         ModelError: the site builds another network than the server sent weights for.
     """
     started = time.perf_counter()
-    permit = permitted(task, site.policy, settings_from(task.settings), site_data(site, task.settings))
+    permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
     form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
@@ -184,8 +184,9 @@ def evaluate_round(task: Task, site: Site) -> Update:
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
-    config, data = settings_from(task.settings), site_data(site, task.settings)
-    permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, data, kind="card")
+    config, load = settings_from(task.settings), partial(site_data, site, task.settings)
+    permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, load, kind="card")
+    data = load()
     patients, private = len(set(data.patients)), config.privacy.mode != "none"
     return {
         "site": site.name,
