@@ -1,6 +1,7 @@
 """A patient is known again in real files: under new pseudonyms, file names and transfer syntaxes."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,10 @@ def test_p12_a_re_pseudonymised_manifest_of_real_files_meets_the_same_budget(tmp
     manifest = site(tmp_path / "first", count=12)
     permit, cohort = asked(manifest)
     assert cohort.patients == 8 and len(cohort.digests) == 8 + 12
+    (kept,) = (tmp_path / "records" / "cohorts").iterdir()
+    os.utime(kept, (0, 0))
     assert asked(manifest)[1] == cohort  # found again without decoding
+    assert kept.stat().st_mtime > 0, "and used just now, so that others make room before it"
     permit.ledger.reserve("run", 1, [step(2.0, 1.0, 1)], cohort)
 
     rows = table(manifest)

@@ -48,10 +48,12 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
     chosen = set(wanted)
     rows = [row for row in read_manifest(manifest, task).rows if row.patient in chosen]
     kept = permit.oversight.folder / "cohorts" / f"{_state_of(rows, permit, stable=stable)}.bin"
+    members = b""
     with suppress(OSError):
         members = kept.read_bytes()
-        if members:
-            return Cohort.of_members(members)
+        os.utime(kept)
+    if members:
+        return Cohort.of_members(members)
     pictures: dict[str, list[bytes]] = {patient: [] for patient in wanted}
     with DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES) as process:
         for row in rows:
