@@ -1,12 +1,17 @@
-"""Every loss against its formula, written out by hand; and that no loss couples the images of a batch."""
+"""Every loss against its formula, written out by hand; and that known masks couple no images of a batch."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
+from fedmed.imaging.dataset import Dataset
+from fedmed.training import evaluate
 from fedmed.training.losses import (
     deeply_supervised,
     dice,
@@ -18,6 +23,7 @@ from fedmed.training.losses import (
     smoothed,
     tversky,
 )
+from fedmed.training.network import FlatNetwork
 
 LOGITS = torch.tensor([[0.3, -1.2], [2.0, 0.1], [-0.7, 0.9]], dtype=torch.float64)
 TARGETS = torch.tensor([[1.0, 0.0], [0.0, float("nan")], [1.0, 1.0]], dtype=torch.float64)
@@ -129,3 +135,18 @@ def test_no_loss_couples_the_images_of_a_batch(name):
 def test_a_loss_of_the_other_task_is_refused():
     with pytest.raises(ConfigError, match="no loss for"):
         run_file.validate({"task": {"labels": ["a"]}, "train": {"loss": "tversky"}})
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 32])
+def test_the_held_out_loss_is_the_mean_over_known_labels_whatever_the_batches(batch, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", batch)
+    data = Dataset(
+        images=np.zeros((3, 1, 1, 1), np.float32), targets=TARGETS.float().numpy(), patients=("a", "b", "c"),
+        evaluation=np.ones(3, bool),
+    )  # fmt: skip
+    network = FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(1, 2)), torch.device("cpu"))
+    biases = network.module[1].bias.detach().numpy()
+    by_hand = [np.log1p(np.exp(-biases[label] * (2 * float(TARGETS[row, label]) - 1))) for row, label in KNOWN]
+    assert evaluate.mean_loss(network, data, np.arange(3), masked_bce) == pytest.approx(np.mean(by_hand), rel=1e-6)
+    data = dataclasses.replace(data, targets=np.full((3, 2), np.nan, np.float32))
+    assert evaluate.mean_loss(network, data, np.arange(3), masked_bce) == 0

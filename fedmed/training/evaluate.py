@@ -60,15 +60,19 @@ def predictions(
 
 
 def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss: Loss) -> float:
-    """The loss on some rows, in evaluation mode, each batch weighing as many images as it has."""
+    """The loss on some rows, in evaluation mode, each batch weighing as many images as its known labels make up.
+
+    It is the mean over all known labels, whatever the batches; 0 where no label is known.
+    """
     network.module.eval()
-    total = 0.0
+    total = weight = 0.0
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_SIZE):
             images, targets = data.batch(rows[start : start + BATCH_SIZE])
             value = loss(network(images.to(network.device)), targets.to(network.device))
-            total += float(value) * len(images)
-    return total / len(rows)
+            known = int((~torch.isnan(targets)).sum()) * len(images) / targets.numel()
+            total, weight = total + float(value) * known, weight + known
+    return total / weight if weight else 0.0
 
 
 def evaluation_sums(

@@ -1,6 +1,9 @@
-"""Losses, each the mean of per-image terms, so that no image's gradient depends on another image.
+"""Losses of a batch, from one logit per label.
 
-Targets that are NaN are unknown and masked out. Every loss takes one logit per label.
+Cross-entropy and focal loss leave out targets that are NaN, which are unknown, and are means over the known labels of
+the whole batch: what an image weighs depends on how many labels of the others are known. Dice and Tversky take known
+targets only and are means of terms of single images. Where no image may depend on another, as under DP-SGD, a loss is
+asked for one image at a time (`private.one_by_one`).
 """
 
 from __future__ import annotations
