@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"config", "errors", "types"}
+GROUND = {"config", "durable", "errors", "types"}
 ROOMS: dict[str, set[str]] = {
     "config": {"errors"},
+    "durable": set(),
     "errors": set(),
     "types": set(),
     "imaging": GROUND,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedmed import durable
 from fedmed.errors import ConfigError
 
 SECRET, OPEN = 0o600, 0o644
@@ -21,13 +21,9 @@ def write_new(path: Path, content: bytes, mode: int = OPEN) -> None:
         ConfigError: it exists.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        durable.write_new(path, content, mode=mode)
     except FileExistsError:
         raise ConfigError(f"{path} exists; nothing is overwritten") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> Path:
@@ -43,10 +39,8 @@ def canonical(values: Mapping[str, Any]) -> bytes:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a file by values, readable by people."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    write_new(partial, json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
-    partial.replace(path)
+    content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    durable.write_atomically(path, content, mode=OPEN)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

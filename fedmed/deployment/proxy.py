@@ -17,8 +17,8 @@ from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.coordinators import coordinators
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import Child, descendants, kill
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, RunFailed
-from fedmed.federated.durable import write_atomically
 
 SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
 PLACES = os.pathsep.join(("/usr/sbin", "/usr/local/sbin"))  # not on the PATH of ordinary users

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, arms_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.dealing import dealt
@@ -16,7 +17,6 @@ from fedmed.experiments.predictions import SERVER, Place, places_of, read_predic
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of
-from fedmed.federated.durable import write_atomically
 from fedmed.metrics import ENOUGH_SEEDS, holm
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import DataError
-from fedmed.federated.durable import write_atomically
 from fedmed.federated.sites import site_names
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.manifest import cell_of, read_manifest

@@ -18,10 +18,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
@@ -106,9 +107,7 @@ def write_predictions(run: Path, judged: RunConfig) -> None:
         data, rows = _held_out(place, judged)
         for name, values in _predicted(network, data, rows, judged).items():
             arrays[f"{number}/{name}"] = np.ascontiguousarray(values)
-    partial = run / f".{FILE}.partial"
-    save_file(arrays, partial, metadata={"mark": mark})
-    partial.replace(run / FILE)
+    write_atomically(run / FILE, save(arrays, {"mark": mark}), mode=0o600)
 
 
 def read_predictions(run: Path, judged: RunConfig) -> dict[str, Judged]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
@@ -20,7 +21,6 @@ from fedmed.experiments.judging import Bench, Drawn, check_same_split, mean_of, 
 from fedmed.experiments.predictions import SERVER, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
-from fedmed.federated.durable import write_atomically
 
 RESULT, TABLE = "sweep.json", "sweep.csv"
 FIXED = ("name", "seed", "evaluate.seeds", "evaluate.split-seed", "data.sites", "data.server")  # of all points

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.config import RunConfig
+from fedmed.durable import append, sync_folder
 from fedmed.errors import ConfigError, RunFailed
-from fedmed.federated.durable import append, sync_folder
 from fedmed.federated.run_folder import RunFolder, cut_torn_line
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.balance import read_events, written_events

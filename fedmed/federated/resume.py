@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from fedmed.config import ROUNDS, RunConfig, flatten, may_change, nested
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
-from fedmed.federated.durable import write_atomically
 from fedmed.federated.run_folder import RunFolder
 
 RECORD = "config.json"  # in checkpoints/: a digest of every key, for run.toml can be edited and may name paths

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from fedmed.config import RunConfig, to_toml
+from fedmed.durable import append, write_all, write_atomically
 from fedmed.errors import RunFailed
-from fedmed.federated.durable import append, save_vectors, write_all, write_atomically
 from fedmed.models.low_rank import merged
 from fedmed.types import FloatVector, Layout, Weights
 
@@ -219,6 +219,11 @@ def folder_of(runs: Path, series: int) -> Path | None:
 def number_of(path: Path) -> int:
     """The round in the name of a checkpoint."""
     return int(path.stem.rpartition("-")[2])
+
+
+def save_vectors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically and durably."""
+    write_atomically(path, save(dict(tensors)))
 
 
 def cut_torn_line(path: Path) -> None:

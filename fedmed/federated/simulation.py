@@ -16,11 +16,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
 from fedmed.federated.central import check_central
 from fedmed.federated.combiners import too_few_sites
-from fedmed.federated.durable import write_atomically
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed.config import RunConfig
+from fedmed.durable import sync_folder, write_atomically
 from fedmed.errors import ConfigError, DataError, UnreadableImage
 from fedmed.federated import partition
-from fedmed.federated.durable import sync_folder, write_atomically
 from fedmed.federated.member import NAME
 from fedmed.federated.sites import site_names
 from fedmed.imaging.manifest import cell_of, images_of, read_manifest, read_records

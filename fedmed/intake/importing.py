@@ -6,11 +6,12 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
 
+from fedmed.durable import replacing
 from fedmed.errors import DataError
 from fedmed.imaging.manifest import cell_of
 from fedmed.intake.kinds import KINDS
@@ -158,12 +159,8 @@ def _listed(report: Imported) -> str:
 @contextmanager
 def _whole(path: Path) -> Iterator[TextIO]:
     """A file that its owner alone may read, and that takes its name when everything is in it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            part.chmod(0o600)
-            yield file
-        part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with (
+        replacing(path, mode=0o600, shared=True) as descriptor,
+        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
+    ):
+        yield file

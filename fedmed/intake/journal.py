@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedmed.durable import replacing
 from fedmed.errors import DataError
 
 JOURNAL, TABLE = ".journal.jsonl", "pulled.csv"
@@ -83,12 +84,13 @@ def objects(folder: Path) -> Iterator[Line]:
 
 def write_table(folder: Path) -> None:
     """Write `pulled.csv` anew: a row for every object that is among the images, also where a person moved it there."""
-    partial = folder / f".{TABLE}"
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as table:
+    with (
+        replacing(folder / TABLE, mode=0o600) as descriptor,
+        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as table,
+    ):
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(line for line in objects(folder) if is_image(line, folder))
-    partial.replace(folder / TABLE)
 
 
 def is_image(line: Line, folder: Path) -> bool:

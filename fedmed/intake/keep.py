@@ -15,6 +15,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
+from fedmed.durable import replacing
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.kinds import kind_of
 from fedmed.imaging.dicom.opening import open_dicom
@@ -107,12 +108,13 @@ def write_reasons(folder: Path) -> None:
     if not path.is_file():
         return
     rows = [row | {"now": where_now(folder, row["image"])} for _, row in table_rows(path)]
-    part = folder / f".{REASONS}"
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with (
+        replacing(path, mode=0o600) as descriptor,
+        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
 
 
 def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept:

@@ -6,10 +6,10 @@ of it is pseudonyms, which are keyed digests: without the site's key nobody can 
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from fedmed.durable import write_atomically
 from fedmed.errors import DataError
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
@@ -54,7 +54,5 @@ def remembered(path: Path) -> frozenset[str]:
 
 def remember(names: frozenset[str], path: Path) -> None:
     """Write the pseudonyms among these names as a table for `remembered`, whole or not at all, for its owner alone."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.touch(mode=0o600)
-    part.write_text("\n".join([COLUMN, *sorted(filter(PSEUDONYM.fullmatch, names))]) + "\n", encoding="ascii")
-    part.replace(path)
+    text = "\n".join([COLUMN, *sorted(filter(PSEUDONYM.fullmatch, names))]) + "\n"
+    write_atomically(path, text.encode("ascii"), mode=0o600, shared=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
-import os
 import secrets
 import shutil
 import stat
@@ -20,6 +19,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedmed.durable import sync_folder, write_new
 from fedmed.errors import LedgerUnusable
 
 SIGNING, LINKING, PUBLIC = "signing.key", "linking.key", "site.pub"
@@ -80,6 +80,7 @@ def make_keys(folder: Path) -> SiteKeys:
         _write(partial / SIGNING, private.private_bytes_raw(), 0o600)
         _write(partial / PUBLIC, private.public_key().public_bytes_raw(), 0o644)
         partial.rename(folder)  # all of them or none
+        sync_folder(folder.parent)
     except OSError as error:
         if folder.exists() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             text = "this site has keys already; new ones would orphan its ledger"
@@ -130,7 +131,4 @@ def _bytes(path: Path) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """A new file of one hexadecimal line, on disk when this returns."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content.hex().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_new(path, content.hex().encode() + b"\n", mode=mode)

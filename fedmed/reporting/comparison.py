@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from fedmed.errors import DataError
 from fedmed.reporting import words
 from fedmed.reporting.comparison_figures import differences, endpoint, matrix, sweep_lines
 from fedmed.reporting.facts import Estimate
+from fedmed.reporting.pages import write_page
 
 SCHEMA = 1
 
@@ -74,16 +73,7 @@ def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, 
     page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8")).render(
         found=found, plots=plots, plotly_js=get_plotlyjs()
     )
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.write_text(page, encoding="utf-8", errors="replace")
-        part.replace(target)
-    except OSError as error:
-        raise DataError(f"{target.name} cannot be written: {error.strerror}. Make room or mend permissions.") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    return write_page(page, target)
 
 
 def signed(value: float | None) -> str:

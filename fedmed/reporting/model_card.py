@@ -6,16 +6,15 @@ After Mitchell et al. 2019 (arXiv:1810.03993), with what left each site taken fr
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedmed.errors import DataError
 from fedmed.reporting import words
 from fedmed.reporting.facts import Estimate, RunFacts, Site
+from fedmed.reporting.pages import write_page
 from fedmed.reporting.read import read_run
 
 LIMITS = """\
@@ -37,16 +36,7 @@ def write_model_card(run: Path) -> Path:
         DataError: `result.json` is missing or damaged, or the card cannot be written.
     """
     card = "\n".join(_lines(read_run(run), _departures(run)))
-    target, part = run / "MODEL_CARD.md", run / f".MODEL_CARD.md.{os.getpid()}"
-    try:
-        part.write_text(card, encoding="utf-8", errors="replace")
-        part.replace(target)
-    except OSError as error:
-        raise DataError(f"MODEL_CARD.md cannot be written into the run folder: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    return write_page(card, run / "MODEL_CARD.md")
 
 
 def _lines(run: RunFacts, departures: Mapping[str, list[Mapping[str, Any]]]) -> Iterator[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from fedmed.durable import write_atomically
 from fedmed.errors import DataError
 from fedmed.reporting import words
 from fedmed.reporting.facts import Estimate
@@ -31,18 +30,10 @@ def write_page(page: str, target: Path, *, mode: int = 0o644) -> Path:
     Raises:
         DataError: it cannot be written.
     """
-    part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        part.write_text(page, encoding="utf-8", errors="replace")
-        part.chmod(mode)
-        part.replace(target)
+        write_atomically(target, page.encode(errors="replace"), mode=mode, shared=True)
     except OSError as error:
-        raise DataError(
-            f"{target.name} cannot be written into the run folder: {error.strerror}. Make room or mend permissions."
-        ) from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise DataError(f"{target.name} cannot be written: {error.strerror}. Make room or mend permissions.") from None
     return target
 
 

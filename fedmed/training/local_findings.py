@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.equipment import scanners
 from fedmed.imaging.manifest import read_manifest
@@ -44,11 +45,7 @@ def write_findings(
     """
     folder.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
     content = json.dumps(findings(name, manifest, config, data, network, round), allow_nan=False)
-    partial = folder / f".{FILE}.partial"
-    partial.unlink(missing_ok=True)
-    partial.touch(mode=FILE_MODE)
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_atomically(folder / FILE, content.encode(), mode=FILE_MODE)
 
 
 def findings(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import LedgerUnusable, UnreadableImage
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
@@ -93,15 +94,11 @@ def _facts(found: os.stat_result) -> tuple[int, ...]:
 
 def _keep(path: Path, cohort: Cohort) -> None:
     """Keep a cohort's digests; those used longest ago make room."""
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial.write_bytes(cohort.members)
-        partial.replace(path)
+        write_atomically(path, cohort.members, mode=0o600, shared=True)
         for old in sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
             old.unlink(missing_ok=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else "input or output failed"
         raise LedgerUnusable(f"the site's cohorts cannot be kept ({reason})", rule="cohorts.unwritable") from None
-    finally:
-        partial.unlink(missing_ok=True)

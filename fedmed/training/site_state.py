@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fedmed.config import run_identity
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, DataError
 from fedmed.types import FloatVector
 
@@ -120,27 +119,13 @@ def write_durably(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
     Raises:
         DataError: the disk is full or read-only.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, dict(facts))
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
+        content = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, dict(facts))
+        write_atomically(path, content, mode=0o600)
     except (OSError, SafetensorError) as error:
         text = "what the site keeps between rounds cannot be written"
         raise DataError(text, public=text) from error
-    finally:
-        with suppress(OSError):  # where nothing could be written, nothing is to be removed
-            partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _facts(round: int, vectors: Mapping[str, FloatVector]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fedmed.config import TrainConfig
+from fedmed.durable import write_atomically
 from fedmed.errors import DataError
 from fedmed.types import Task
 
@@ -59,19 +59,14 @@ class Unfinished:
         Raises:
             DataError: the disk is full or read-only.
         """
-        partial = self.path.with_suffix(".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             facts = json.dumps({"task": self.task, **numbers})
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"facts": facts})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"facts": facts})
+            write_atomically(self.path, content, mode=0o600)
         except (OSError, SafetensorError) as error:
             text = "the site's state of an unfinished round cannot be written"
             raise DataError(text, public=text) from error
-        finally:
-            partial.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def clear(self) -> None:

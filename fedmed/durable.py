@@ -1,0 +1,81 @@
+"""Files that are whole after a crash: written under another name, made durable, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, shared: bool = False) -> None:
+    """Replace a file by new content, durably; arguments as of `replacing`."""
+    with replacing(path, mode=mode, shared=shared) as descriptor:
+        write_all(descriptor, content)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o644, shared: bool = False) -> Iterator[int]:
+    """A descriptor to write to, whose file takes the name `path` at the end.
+
+    After a crash or an error the old file is there, or the new one whole. An error leaves nothing else behind; what a
+    crash leaves is removed by the next to write this file.
+
+    Args:
+        path: in a folder that exists.
+        mode: of the new file, from before its first byte.
+        shared: other processes may write this file at the same moment. What a crash leaves then stays, `.*.partial`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # for it may have another mode
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)  # noqa: PTH105  # one name for every rename, which the kill tests count
+    finally:
+        with suppress(OSError):  # where nothing could be written, nothing is to be removed
+            partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Write a file that must not exist yet; it and its name are on disk when this returns.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        append(descriptor, content)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def append(descriptor: int, content: bytes) -> None:
+    """Write at the end of a file and wait until it is on the disk."""
+    write_all(descriptor, content)
+    os.fsync(descriptor)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`; the system may take less at a time."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename alone may be forgotten when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
