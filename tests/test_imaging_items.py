@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from phantom_series import Acquisition, enhanced_object, phantom_body, write_series
 from PIL import Image
 
 from fedmed.errors import ConfigError, DataError, UnreadableImage
 from fedmed.imaging.items import item, needs_eight_bits_only, quantised
-from fedmed.imaging.phantoms.series import Acquisition, enhanced_object, phantom_body, write_series
 from fedmed.imaging.reading import read_image
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox

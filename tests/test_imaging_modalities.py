@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import LABELS, everything, load
 from kept_runs import LUNG, grey_png, kept_run
+from phantom_series import Acquisition, write_series
 from PIL import Image
 
 from fedmed import config as run_file
@@ -22,7 +23,6 @@ from fedmed.federated.virtual_hospitals import with_hospitals
 from fedmed.imaging import augment, decoding
 from fedmed.imaging.items import item
 from fedmed.imaging.manifest import Row, cell_of, images_of, read_manifest
-from fedmed.imaging.phantoms.series import Acquisition, write_series
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume

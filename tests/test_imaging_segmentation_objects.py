@@ -10,12 +10,12 @@ import pytest
 from highdicom.seg import Segmentation, SegmentDescription
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantom_series import Acquisition, phantom_body, slice_objects
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RTStructureSetStorage, generate_uid
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_mask_volume
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.series import read_series

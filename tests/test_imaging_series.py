@@ -8,17 +8,18 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset
-from pydicom.uid import SecondaryCaptureImageStorage
-
-from fedmed.errors import UnreadableImage
-from fedmed.imaging.phantoms.series import (
+from phantom_series import (
     Acquisition,
     phantom_body,
     slice_objects,
     write_series,
 )
-from fedmed.imaging.volumes.series import read_series, volumes_in
+from pydicom.dataset import Dataset
+from pydicom.uid import SecondaryCaptureImageStorage
+from volumes_of import volumes_in
+
+from fedmed.errors import UnreadableImage
+from fedmed.imaging.volumes.series import read_series
 from fedmed.imaging.volumes.slices import Refusal
 from fedmed.imaging.volumes.volume import FLIP_XY, Volume
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import highdicom
 import numpy as np
 import pytest
+from phantom_series import Acquisition, enhanced_object, phantom_body, slice_objects
 from pydicom.dataset import Dataset
 from pydicom.uid import UltrasoundMultiFrameImageStorage
+from volumes_of import volumes_in
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.phantoms.series import Acquisition, enhanced_object, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_volume
-from fedmed.imaging.volumes.series import read_series, volumes_in
+from fedmed.imaging.volumes.series import read_series
 from fedmed.imaging.volumes.volume import FLIP_XY
 
 PLAIN = Acquisition()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantom_series import enhanced_object, slice_objects
 from test_imaging_segmentation_objects import BODY, LESION, OBLIQUE, box, outline, segmentation, structure_set
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.phantoms.series import enhanced_object, slice_objects
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume

@@ -12,21 +12,21 @@ from dicom_files import cells_of, content_of, image_object, item_of, picture, wr
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from intake_files import NAME, NUMBER, PLANTED, WORD, cleaned, named_object, pseudonyms_in
+from phantom_series import Acquisition, enhanced_object, phantom_body
 from pydicom.datadict import DicomDictionary, keyword_for_tag, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+from volumes_of import volumes_in
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.equipment import scanner_of
 from fedmed.imaging.fingerprints import fingerprints
-from fedmed.imaging.phantoms.series import Acquisition, enhanced_object, phantom_body
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.reading import read_frames, read_image
 from fedmed.imaging.volumes import read_volume
-from fedmed.imaging.volumes.series import volumes_in
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.intake.allowed import ALLOWED, ENUMERATED
 from fedmed.intake.pseudonyms import Pseudonyms

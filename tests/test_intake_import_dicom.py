@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from dicom_files import cells_of, image_object, picture, written
 from image_sets import REAL
+from phantom_series import Acquisition, phantom_body, slice_objects
 
 from fedmed.errors import DataError
-from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_volume
 from fedmed.intake.importing import Imported, Rules, import_images
 from fedmed.intake.journal import COLUMNS, TABLE, write_table

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dicom_files import item_of
 from image_sets import REAL
+from phantom_series import Acquisition, phantom_body, slice_objects
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import RTStructureSetStorage, generate_uid
@@ -19,7 +20,6 @@ from fedmed.cli.intake import check_data
 from fedmed.config import TaskConfig
 from fedmed.errors import DataError
 from fedmed.imaging.manifest import read_manifest
-from fedmed.imaging.phantoms.series import Acquisition, phantom_body, slice_objects
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.volume import FLIP_XY
 from fedmed.intake.check import here

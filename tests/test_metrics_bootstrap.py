@@ -12,13 +12,13 @@ from fedmed.errors import DataError
 from fedmed.metrics import (
     Interval,
     bootstrap_patients,
+    case_sums,
     classification_metrics,
     classification_sums,
     intervals_classification,
     intervals_segmentation,
     score_cases,
     segmentation_metrics,
-    segmentation_sums,
 )
 
 LABELS = ["effusion", "nodule"]
@@ -95,7 +95,8 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
     logits, masks, patients = segmented()
 
     def metrics(chosen: np.ndarray) -> dict[str, float | None]:
-        return segmentation_metrics(segmentation_sums(logits[chosen], masks[chosen], ["any"] * len(chosen)), LABELS)
+        cases = score_cases(logits[chosen], masks[chosen])
+        return segmentation_metrics(case_sums(cases, ["any"] * len(chosen)), LABELS)
 
     cases = score_cases(logits, masks)
     found = intervals_segmentation(cases, patients, LABELS, REPLICATES, np.random.default_rng(5))

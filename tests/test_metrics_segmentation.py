@@ -12,11 +12,9 @@ from fedmed.errors import DataError, ModelError
 from fedmed.metrics import (
     add_sums,
     case_sums,
-    dice_per_case,
     join_cases,
     score_cases,
     segmentation_metrics,
-    segmentation_sums,
 )
 
 LABELS = ["left lung", "right lung"]
@@ -30,14 +28,22 @@ def data(images: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[
     return logits, masks, [f"patient-{i // 2}" for i in range(images)]
 
 
+def dice_of(logits: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    return score_cases(logits, masks, distances=False).dice
+
+
+def sums_of(logits: np.ndarray, masks: np.ndarray, patients: list[str], spacing_mm=1.0) -> dict[str, np.ndarray]:
+    return case_sums(score_cases(logits, masks, spacing_mm), patients)
+
+
 def test_dice_and_iou_equal_scikit_learns() -> None:
     logits, masks, patients = data()
-    dice = dice_per_case(logits, masks)
+    dice = dice_of(logits, masks)
     for image in range(len(logits)):
         for label in range(2):
             f1 = f1_score(masks[image, label].ravel(), logits[image, label].ravel() > 0)
             assert dice[image, label] == pytest.approx(f1, abs=1e-12)
-    metrics = segmentation_metrics(segmentation_sums(logits, masks, patients), LABELS)
+    metrics = segmentation_metrics(sums_of(logits, masks, patients), LABELS)
     for i, label in enumerate(LABELS):
         pooled = masks[:, i].ravel(), logits[:, i].ravel() > 0
         assert metrics[f"dice/{label}"] == pytest.approx(dice[:, i].mean())
@@ -54,16 +60,16 @@ def test_dice_and_iou_equal_scikit_learns() -> None:
 def test_loss_is_scikit_learns_over_all_pixels() -> None:
     logits, masks, patients = data()
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    metrics = segmentation_metrics(segmentation_sums(logits, masks, patients), LABELS)
+    metrics = segmentation_metrics(sums_of(logits, masks, patients), LABELS)
     assert metrics["loss"] == pytest.approx(log_loss(masks.ravel(), probabilities.ravel()))
 
 
 def test_dice_of_empty_masks_is_one_and_of_one_empty_mask_zero() -> None:
     nothing, something = -np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2))
-    assert dice_per_case(nothing, np.zeros((1, 1, 2, 2))) == 1
-    assert dice_per_case(nothing, something) == 0
-    assert dice_per_case(something, np.zeros((1, 1, 2, 2))) == 0
-    metrics = segmentation_metrics(segmentation_sums(nothing, np.zeros((1, 1, 2, 2)), ["a"]), ["x"])
+    assert dice_of(nothing, np.zeros((1, 1, 2, 2))) == 1
+    assert dice_of(nothing, something) == 0
+    assert dice_of(something, np.zeros((1, 1, 2, 2))) == 0
+    metrics = segmentation_metrics(sums_of(nothing, np.zeros((1, 1, 2, 2)), ["a"]), ["x"])
     assert [metrics[name] for name in ("dice", "micro-dice", "iou", "micro-iou")] == [1, 1, 1, 1]
 
 
@@ -76,7 +82,7 @@ def volumes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_metrics_of_volumes_by_hand() -> None:
-    sums = segmentation_sums(*volumes(), list("aabcd"), spacing_mm=(3.0, 1.0, 0.5))
+    sums = sums_of(*volumes(), list("aabcd"), spacing_mm=(3.0, 1.0, 0.5))
     metrics = segmentation_metrics(sums, ["x"])
     # the shifted box: half of its voxels overlap, half of both surfaces is one voxel of 0.5 mm away
     assert metrics["dice"] == pytest.approx((0.5 + 1 + 0 + 0 + 1) / 5)
@@ -117,7 +123,7 @@ def test_without_distances_everything_else_stays() -> None:
 def test_labels_are_averaged_where_defined_and_counts_are_added() -> None:
     logits, masks = volumes()
     logits, masks = np.concatenate((logits, logits), axis=1), np.concatenate((masks, np.zeros_like(masks)), axis=1)
-    metrics = segmentation_metrics(segmentation_sums(logits, masks, list("aabcd")), LABELS)
+    metrics = segmentation_metrics(sums_of(logits, masks, list("aabcd")), LABELS)
     assert metrics["hd95/right lung"] is metrics["lesion-sensitivity/right lung"] is None
     assert metrics["hd95"] == metrics["hd95/left lung"]
     assert metrics["hd95-excluded"] == metrics["hd95-excluded/left lung"] + metrics["hd95-excluded/right lung"] == 5
@@ -125,14 +131,14 @@ def test_labels_are_averaged_where_defined_and_counts_are_added() -> None:
 
 
 def test_a_logit_of_zero_is_background() -> None:
-    assert dice_per_case(np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1, 1), dtype=bool)) == 1
+    assert dice_of(np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1, 1), dtype=bool)) == 1
 
 
 def test_spread_of_the_cases_follows_from_the_sums() -> None:
     logits, masks, patients = data()
-    sums = segmentation_sums(logits, masks, patients)
+    sums = sums_of(logits, masks, patients)
     deviation = np.sqrt(sums["dice-square"] / sums["cases"] - (sums["dice"] / sums["cases"]) ** 2)
-    np.testing.assert_allclose(deviation, dice_per_case(logits, masks).std(axis=0))
+    np.testing.assert_allclose(deviation, dice_of(logits, masks).std(axis=0))
     assert sums["patients"] == 6
     assert sums["images"] == sums["known"] == 12
 
@@ -143,8 +149,8 @@ def test_sums_over_any_partition_of_sites_equal_the_pooled_sums(site_of_patient:
     logits, masks, patients = data()
     site = np.repeat(site_of_patient, 2)
     names = np.array(patients)
-    added = add_sums(segmentation_sums(logits[site == s], masks[site == s], names[site == s]) for s in range(3))
-    for name, values in segmentation_sums(logits, masks, patients).items():
+    added = add_sums(sums_of(logits[site == s], masks[site == s], names[site == s]) for s in range(3))
+    for name, values in sums_of(logits, masks, patients).items():
         np.testing.assert_allclose(added[name], values, rtol=1e-12)
 
 
@@ -152,21 +158,21 @@ def test_sums_over_any_partition_of_sites_equal_the_pooled_sums(site_of_patient:
 @given(st.permutations(range(12)))
 def test_order_of_images_changes_nothing(order: list[int]) -> None:
     logits, masks, patients = data()
-    expected = segmentation_sums(logits, masks, patients)
-    for name, values in segmentation_sums(logits[order], masks[order], [patients[i] for i in order]).items():
+    expected = sums_of(logits, masks, patients)
+    for name, values in sums_of(logits[order], masks[order], [patients[i] for i in order]).items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-12)
 
 
 def test_batches_joined_are_the_whole() -> None:
     logits, masks, patients = data()
     joined = join_cases([score_cases(logits[i : i + 5], masks[i : i + 5]) for i in (0, 5, 10)])
-    for name, values in segmentation_sums(logits, masks, patients).items():
+    for name, values in sums_of(logits, masks, patients).items():
         np.testing.assert_array_equal(case_sums(joined, patients)[name], values)
 
 
 def test_site_without_images_has_no_metric() -> None:
     nothing = np.zeros((0, 2, 4, 4))
-    assert set(segmentation_metrics(segmentation_sums(nothing, nothing, []), LABELS).values()) == {None}
+    assert set(segmentation_metrics(sums_of(nothing, nothing, []), LABELS).values()) == {None}
 
 
 def test_refuses_what_cannot_be_judged() -> None:
@@ -180,4 +186,4 @@ def test_refuses_what_cannot_be_judged() -> None:
     with pytest.raises(DataError, match="1 patient ids for 2 images"):
         case_sums(score_cases(logits, masks), patients[:1])
     with pytest.raises(DataError, match="1 label names for 2"):
-        segmentation_metrics(segmentation_sums(logits, masks, patients), ["x"])
+        segmentation_metrics(sums_of(logits, masks, patients), ["x"])

@@ -1,4 +1,4 @@
-"""DeepMedic against the paper: parameters, segment sizes, what a prediction sees; and inference by tiles."""
+"""DeepMedic against the paper: parameters, segment sizes, what a prediction sees."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedmed.errors import ModelError
-from fedmed.models import logits_by_tiles
 from fedmed.models.deepmedic import CONTEXT, deepmedic, fitted
-from fedmed.models.unet import unet
 
 CHANNELS = (30, 30, 40, 40, 40, 40, 50, 50)
 
@@ -113,36 +108,6 @@ def test_fitted_cuts_the_middle_and_appends_empty_maps() -> None:
     earlier = torch.arange(25.0).reshape(1, 1, 5, 5)
     assert fitted(earlier, torch.zeros(1, 3, 3, 3))[0, 0].tolist() == earlier[0, 0, 1:4, 1:4].tolist()
     assert not fitted(earlier, torch.zeros(1, 3, 3, 3))[0, 1:].any()
-
-
-@settings(deadline=None, max_examples=15)
-@given(
-    st.lists(st.integers(1, 40), min_size=2, max_size=2),
-    st.lists(st.sampled_from([3, 9, 15]), min_size=2, max_size=2),
-    st.booleans(),
-)
-def test_tiles_with_enough_margin_equal_a_single_pass(sides: list[int], tile: list[int], residual: bool) -> None:
-    network = deepmedic(norm="batch", width=2, dimensions=2, residual=residual).double().eval()
-    images = torch.randn(1, 1, *sides, dtype=torch.float64)
-    with torch.no_grad():
-        whole = network(images)
-    torch.testing.assert_close(logits_by_tiles(network, images, tile=tile, margin=27), whole)
-
-
-def test_tiles_cover_a_volume_once_and_keep_no_gradient() -> None:
-    network = unet(norm="group", width=2, dimensions=3)
-    images = torch.randn(2, 1, 20, 17, 9)
-    logits = logits_by_tiles(network, images, tile=(8, 16, 16), margin=4)
-    assert logits.shape == (2, 2, 20, 17, 9)
-    assert logits.isfinite().all() and not logits.requires_grad
-    one = logits_by_tiles(network, images, tile=(20, 17, 9), margin=0)
-    torch.testing.assert_close(one, network(images))
-
-
-@pytest.mark.parametrize(("tile", "margin"), [((8, 8), 0), ((8, 8, 0), 0), ((8, 8, 8), -1)])
-def test_refuses_tiles_that_do_not_fit(tile: tuple[int, ...], margin: int) -> None:
-    with pytest.raises(ModelError, match="do not fit 3D images"):
-        logits_by_tiles(unet(width=2, dimensions=3), torch.zeros(1, 1, 8, 8, 8), tile=tile, margin=margin)
 
 
 def test_proportions_follow_the_first_layer() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dicom_files import SECRET, cells_of, image_object, picture, written
 from kept_runs import FINDING, LUNG, grey_png, kept_run, network_of, pixels
+from phantom_series import Acquisition, enhanced_object, phantom_body, write_series
 from PIL import Image
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
@@ -20,7 +21,6 @@ from fedmed import config as run_file
 from fedmed.cli import main
 from fedmed.imaging.dataset import load_dataset
 from fedmed.imaging.phantoms.hospitals import synthesize
-from fedmed.imaging.phantoms.series import Acquisition, enhanced_object, phantom_body, write_series
 from fedmed.imaging.reading import read_image, read_mask
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume

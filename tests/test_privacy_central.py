@@ -13,9 +13,8 @@ from hypothesis.extra import numpy as arrays
 
 from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.privacy.accounting import spent
-from fedmed.privacy.central import AdaptiveClip, central_events, clip_change, moved, next_clip, noised_mean
+from fedmed.privacy.central import AdaptiveClip, central_events, clip_change, next_clip, noised_mean
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
-from fedmed.types import Weights
 
 CHANGES = [np.array(values, np.float32) for values in itertools.product((-3.0, -0.4, 0.0, 0.7, 5.0), repeat=2)]
 
@@ -86,13 +85,6 @@ def test_p09_a_silent_hospital_changes_neither_divisor_nor_noise():
         for each in (total, np.zeros(2, np.float32))
     ]
     assert draws[0] - draws[1] == pytest.approx(total / 4, abs=1e-6)
-
-
-def test_p09_buffers_stay_the_servers():
-    current = Weights(parameters=np.zeros(2, np.float32), buffers=np.array([3.0, 17.0], np.float32))
-    following = moved(current, np.array([0.5, -0.5], np.float32))
-    assert following.parameters.tolist() == [0.5, -0.5]
-    assert following.buffers.tolist() == [3.0, 17.0] and not current.parameters.any()
 
 
 def test_p09_epsilon_equals_dp_accountings():

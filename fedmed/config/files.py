@@ -134,10 +134,6 @@ def _is_list(dotted: str) -> bool:
     return any(key == dotted and isinstance(info.default, tuple) for key, info in _known_keys())
 
 
-def _joined(entries: Sequence[Any]) -> str:
-    return ",".join(map(str, entries))
-
-
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

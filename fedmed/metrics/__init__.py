@@ -11,7 +11,7 @@ from fedmed.metrics.bootstrap import (
     intervals_segmentation,
     segmentation_measures,
 )
-from fedmed.metrics.cases import Cases, dice_per_case, join_cases, score_cases
+from fedmed.metrics.cases import Cases, join_cases, score_cases
 from fedmed.metrics.classification import classification_bounds, classification_metrics, classification_sums
 from fedmed.metrics.comparison import (
     ENOUGH_SEEDS,
@@ -22,7 +22,7 @@ from fedmed.metrics.comparison import (
     paired_difference,
     seed_draws,
 )
-from fedmed.metrics.form import Form, metrics_of_released, released
+from fedmed.metrics.form import Form, released
 from fedmed.metrics.histograms import bin_centres
 from fedmed.metrics.noised import (
     NOISE,
@@ -39,7 +39,7 @@ from fedmed.metrics.noised import (
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
 from fedmed.metrics.resampling import Interval, bootstrap_patients, percentiles, replicate
-from fedmed.metrics.segmentation import case_sums, segmentation_metrics, segmentation_sums
+from fedmed.metrics.segmentation import case_sums, segmentation_metrics
 from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
 from fedmed.metrics.sums import add_sums
 
@@ -74,7 +74,6 @@ __all__ = [
     "classification_metrics",
     "classification_sums",
     "clustered_auroc",
-    "dice_per_case",
     "holm",
     "interval_of_variance",
     "intervals_classification",
@@ -83,7 +82,6 @@ __all__ = [
     "join_cases",
     "label_curves",
     "longest",
-    "metrics_of_released",
     "noised_metrics",
     "over_seeds",
     "p_value",
@@ -99,7 +97,6 @@ __all__ = [
     "seed_draws",
     "segmentation_measures",
     "segmentation_metrics",
-    "segmentation_sums",
     "sensitivity_at_specificity",
     "youden_threshold",
 ]

@@ -113,11 +113,6 @@ def join_cases(batches: Sequence[Cases]) -> Cases:
     return Cases(**{f.name: np.concatenate([getattr(batch, f.name) for batch in batches]) for f in fields(Cases)})
 
 
-def dice_per_case(logits: NDArray[np.floating], targets: NDArray[np.generic]) -> Array:
-    """Returns the Dice coefficient of each case and label, (N, L), for logits and masks (N, L, [D,] H, W)."""
-    return score_cases(logits, targets, distances=False).dice
-
-
 def overlap(numerator: Array, denominator: Array) -> Array:
     """Returns the quotient, element by element; 1 where the denominator is 0: both masks are empty."""
     return np.divide(numerator, denominator, out=np.ones(np.shape(denominator)), where=np.asarray(denominator) > 0)

@@ -9,21 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from fedmed.metrics.cases import Cases, overlap, score_cases
+from fedmed.metrics.cases import Cases, overlap
 from fedmed.metrics.sums import Array, Metrics, by_label, check_labels, check_patients, quotient, ratio
 from fedmed.types import Sums
-
-
-def segmentation_sums(
-    logits: NDArray[np.floating],
-    targets: NDArray[np.generic],
-    patients: Sequence[str],
-    spacing_mm: ArrayLike = 1.0,
-) -> dict[str, Array]:
-    """Returns `case_sums` of a whole data set at once, from logits and masks (N, L, [D,] H, W) and N patient ids."""
-    return case_sums(score_cases(logits, targets, spacing_mm), patients)
 
 
 def case_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:

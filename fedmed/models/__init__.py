@@ -4,7 +4,6 @@ from fedmed.models.attention_unet import gate_maps
 from fedmed.models.conversion import Converted, group_normalized
 from fedmed.models.registry import MODELS, Built, build, build_with_report
 from fedmed.models.stages import Stage, freeze_, parameter_groups, stages
-from fedmed.models.tiles import logits_by_tiles
 from fedmed.models.weights import Loaded
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "freeze_",
     "gate_maps",
     "group_normalized",
-    "logits_by_tiles",
     "parameter_groups",
     "stages",
 ]

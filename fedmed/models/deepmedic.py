@@ -40,7 +40,7 @@ def deepmedic(
 
     Takes images (N, in_channels, [D,] H, W) of any size and returns logits (N, outputs, [D,] H, W): the context that
     the paper's unpadded convolutions need is filled with zeros (the background of preprocessed images). See
-    `DeepMedic.segment` for the paper's own form, and `fedmed.models.tiles` for volumes that do not fit in memory.
+    `DeepMedic.segment` for the paper's own form, and `fedmed.training.tiles` for volumes that do not fit in memory.
 
     Args:
         in_channels: Channels of an image, such as the sequences of an MR study.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.privacy.noise import NoiseGenerator
-from fedmed.types import FloatVector, PrivacyEvent, Weights
+from fedmed.types import FloatVector, PrivacyEvent
 
 CHUNK = 65_536  # values; a chunk in float64 stays in a core's cache
 COUNT_SHARE = 0.05  # of a release's precision 1/σ², what the count of unclipped changes gets where the clip adapts
@@ -112,11 +112,6 @@ def noised_mean(
     mean *= np.float32(noise_multiplier * clip / count)
     mean += clipped_sum / count
     return mean
-
-
-def moved(current: Weights, mean_change: FloatVector) -> Weights:
-    """The next network: parameters move by the noised mean; buffers, integer ones too, stay the server's own."""
-    return Weights(parameters=current.parameters + mean_change, buffers=current.buffers)
 
 
 def next_clip(

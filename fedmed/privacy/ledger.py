@@ -167,12 +167,6 @@ class Ledger:
         return self._balance.delta
 
     @property
-    def epsilon_gate(self) -> float:
-        """The smallest cap on ε that would have allowed what the patient who has spent most has spent."""
-        gate = self._balance.filter(self.policy.privacy.epsilon)
-        return max(gate.epsilon_of(total) for total in self._balance.totals())
-
-    @property
     def epsilon_rdp(self) -> float:
         """ε of the patient who has spent most, by Rényi differential privacy: quick, for every round."""
         delta = self._balance.delta

@@ -110,7 +110,7 @@ def evaluation_sums(
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])
     patients = [data.patients[row] for row in rows]
-    return released(form, logits, targets, patients, in_house=False, centres=centres or None)
+    return released(form, logits, targets, patients, centres=centres or None)
 
 
 def patient_vectors(

@@ -184,7 +184,7 @@ def keep_withheld(permit: Permit, refusal: PolicyRefused) -> None:
     )  # fmt: skip
 
 
-def form_of(permit: Permit | None, site: Form | Literal["exact"], config: RunConfig) -> Form | Literal["exact"]:
+def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     """In which form evaluations may leave: the stricter of site and policy; none under DP, but see `NoisedSums`."""
     if config.privacy.mode != "none":
         return "none"

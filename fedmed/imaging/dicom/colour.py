@@ -11,26 +11,13 @@ from pydicom.pixels.processing import apply_color_lut
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.decoding import stored_frames
-from fedmed.imaging.dicom.pixels import check_single, declared
+from fedmed.imaging.dicom.pixels import declared
 from fedmed.imaging.plain_errors import plainly
 
 DIRECT = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 
 Colours = NDArray[np.float32]
-
-
-def displayed_colour(ds: Dataset) -> Colours:
-    """RGB of a single-frame colour image.
-
-    Returns:
-        (3, H, W) float32 in [0, 1].
-
-    Raises:
-        UnreadableImage: the header or the pixels cannot be used.
-    """
-    check_single(declared(ds))
-    return next(displayed_colours(ds))
 
 
 def displayed_colours(ds: Dataset) -> Iterator[Colours]:

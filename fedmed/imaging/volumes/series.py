@@ -7,7 +7,6 @@ localizers) are passed over and counted. A file that is damaged is not: without 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +60,6 @@ def read_series(folder: Path) -> Volume:
         if not survey.groups:
             raise UnreadableImage(f"no slices{_listed(survey.passed_over)}")
         return decoded(only_volume(survey.groups))
-
-
-def volumes_in(folder: Path) -> Iterator[Volume | Refusal]:
-    """Everything in a folder, the largest group first; one volume is in memory at a time.
-
-    Raises:
-        UnreadableImage: the folder cannot be listed.
-    """
-    with plain_errors():
-        groups = surveyed(folder).groups
-    for group in groups:
-        yield group if isinstance(group, Refusal) else _volume(group)
 
 
 def surveyed(folder: Path) -> Survey:
@@ -134,14 +121,6 @@ def _enhanced(ds: Dataset, file: Path) -> list[Slice] | Refusal | str:
         return list(enhanced_slices(ds, file)) or "localizer"
     except UnreadableImage as error:
         return Refusal(reason=str(error), slices=1)
-
-
-def _volume(group: Group) -> Volume | Refusal:
-    try:
-        with plain_errors():
-            return decoded(group)
-    except UnreadableImage as error:
-        return Refusal(reason=str(error), slices=len(group.slices))
 
 
 def _merged(refusals: list[Refusal]) -> list[Refusal]:
