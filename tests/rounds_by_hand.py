@@ -9,7 +9,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.federated.admission import validated_weights
 from fedmed.federated.aggregation import Aggregate
-from fedmed.federated.combiners import Combiner, Terms, combiner
+from fedmed.federated.combiners import Combiner, RoundTerms, combiner
 from fedmed.federated.strategies import server_step
 from fedmed.training.network import layout_of
 from fedmed.types import Layout, Update, Weights
@@ -43,10 +43,10 @@ def zeros(layout: Layout) -> Weights:
     )
 
 
-def terms_of(config: RunConfig, layout: Layout = LINEAR, current: Weights | None = None, **more: object) -> Terms:
+def terms_of(config: RunConfig, layout: Layout = LINEAR, current: Weights | None = None, **more: object) -> RoundTerms:
     step = server_step(config)
     given = {"state": step.start(layout), "known": 0, **more}
-    return Terms(layout=layout, sent=current or zeros(layout), step=step, strategy=config.strategy, **given)
+    return RoundTerms(layout=layout, sent=current or zeros(layout), step=step, strategy=config.strategy, **given)
 
 
 def add(combined: Combiner, current: Weights, layout: Layout, sent: Sent) -> None:

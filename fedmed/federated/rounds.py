@@ -19,7 +19,7 @@ from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
 from fedmed.federated.admission import decoded_update, privacy_in, public_facts, validated_counts, validated_weights
 from fedmed.federated.central import ServerNoise
-from fedmed.federated.combiners import Terms, combiner
+from fedmed.federated.combiners import RoundTerms, combiner
 from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.member import Member
@@ -69,7 +69,7 @@ class Federation:
         if self.noise is not None:
             self.noise.begin(saved, parameters=self.layout.num_parameters)
         terms = partial(
-            Terms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool,
+            RoundTerms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool,
             noise=self.noise,
         )  # fmt: skip
         for round in range(saved + 1, self.config.train.rounds + 1):

@@ -120,12 +120,11 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Allowance:
     """How a task that is allowed must be done: the stricter of run and site."""
 
     metrics: Form
     training_loss: bool
-    unit: Literal["patient", "image"]
     epsilon: float  # of this run at this site, at most
     delta: float
     min_noise_multiplier: float
@@ -138,11 +137,11 @@ class Decision:
     allowed: bool
     rule: str  # the key that refused; "policy" where all allow it
     reason: str  # a sentence that may leave the site
-    terms: Terms | None = None
+    allowance: Allowance | None = None
 
 
 def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
-    """Whether a site may do a task, and on which terms. Pure: time and spending are given.
+    """Whether a site may do a task, and what is allowed then. Pure: time and spending are given.
 
     Args:
         policy: of the hospital.
@@ -152,18 +151,14 @@ def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
     for rule, reason in _refusals(policy, task, ledger):
         return Decision(allowed=False, rule=rule, reason=f"{reason} ({rule})")
     few = task.held_out_patients is None or task.held_out_patients < policy.metrics.min_patients
-    stricter_unit: Literal["patient", "image"] = (
-        "image" if "image" == policy.privacy.unit == task.privacy.unit else "patient"
-    )
-    terms = Terms(
+    allowance = Allowance(
         metrics="none" if few else policy.metrics.form,
         training_loss=policy.metrics.training_loss,
-        unit=stricter_unit,
         epsilon=min(policy.privacy.epsilon, task.privacy.epsilon),
         delta=min(policy.privacy.delta, task.privacy.delta),
         min_noise_multiplier=policy.privacy.min_noise_multiplier,
     )
-    return Decision(allowed=True, rule="policy", reason="allowed", terms=terms)
+    return Decision(allowed=True, rule="policy", reason="allowed", allowance=allowance)
 
 
 def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterator[tuple[str, str]]:

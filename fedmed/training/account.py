@@ -132,13 +132,13 @@ def opened_account(
         or _planned_noise(permit.ledger, run, public, cohort.name)
         or (kept is None and 1.0)  # of nothing
         or noise_multiplier_for(
-            epsilon=permit.terms.epsilon,
-            delta=permit.terms.delta,
+            epsilon=permit.allowance.epsilon,
+            delta=permit.allowance.delta,
             sample_rate=public.sample_rate,
             steps=train.rounds * public.steps,
         )
     )
-    terms = replace(public, noise_multiplier=max(sigma, permit.terms.min_noise_multiplier))
+    terms = replace(public, noise_multiplier=max(sigma, permit.allowance.min_noise_multiplier))
     releases = [terms.event(steps=terms.steps)]
     mark = None if kept is None else reserve_round(permit.ledger, run, round, releases, cohort, rounds=train.rounds)
     if kept and CLIP in kept:
@@ -146,7 +146,7 @@ def opened_account(
     return Account(
         run=run,
         round=round,
-        delta=permit.terms.delta,
+        delta=permit.allowance.delta,
         terms=terms,
         units=units,
         source=noise_generator(privacy.noise, seed=seed),

@@ -69,7 +69,7 @@ class NoisedSums:
         return self.permit.oversight.folder / "metrics" / f"{run}.safetensors"
 
     def _check(self, patients: int) -> None:
-        if "none" in (self.form, self.permit.terms.metrics):
+        if "none" in (self.form, self.permit.allowance.metrics):
             raise PolicyRefused("the site lets no metric of this run leave (policy.metrics)", rule="policy.metrics")
         if patients < FEWEST:
             raise PolicyRefused(f"fewer than {FEWEST} patients are held out", rule="metrics.patients")
@@ -126,10 +126,10 @@ class NoisedSums:
 
     def _noise_multiplier(self) -> float:
         """σ, which hides a patient to `privacy.metrics-epsilon` or less; the site may ask for more."""
-        terms = self.permit.terms
-        epsilon = min(self.config.privacy.metrics_epsilon, terms.epsilon)
-        sigma = noise_multiplier_for(epsilon=epsilon, delta=terms.delta, sample_rate=1.0, steps=1)
-        return max(sigma, terms.min_noise_multiplier)
+        allowance = self.permit.allowance
+        epsilon = min(self.config.privacy.metrics_epsilon, allowance.epsilon)
+        sigma = noise_multiplier_for(epsilon=epsilon, delta=allowance.delta, sample_rate=1.0, steps=1)
+        return max(sigma, allowance.min_noise_multiplier)
 
     def _network(self) -> str:
         digest = hashlib.sha256(self.task.layout.encode())

@@ -28,7 +28,7 @@ from fedmed.privacy.audit_log import keep_decision
 from fedmed.privacy.egress import Departure, keep_departure, with_head
 from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import DATABASE, Ledger
-from fedmed.privacy.policy import Decision, Form, PrivacyRules, Request, SitePolicy, Terms, decide, read_policy
+from fedmed.privacy.policy import Allowance, Decision, Form, PrivacyRules, Request, SitePolicy, decide, read_policy
 from fedmed.types import Task, Update
 
 Keeper = TypeVar("Keeper")
@@ -59,7 +59,7 @@ class Permit:
     task: Task
     run: str
     rule: str
-    terms: Terms
+    allowance: Allowance
     policy: str  # SHA-256 of the policy that allowed it
     keys: SiteKeys
     ledger: Ledger
@@ -103,14 +103,14 @@ def permitted(
         oversight.folder, keys, decision,
         task=asked, run=config.name, round=task.round, policy=digest, settings=_digest(task.settings),
     )  # fmt: skip
-    if decision.terms is None:
+    if decision.allowance is None:
         raise PolicyRefused(decision.reason, rule=decision.rule)
     return Permit(
         oversight=oversight,
         task=task,
         run=config.name,
         rule=decision.rule,
-        terms=decision.terms,
+        allowance=decision.allowance,
         policy=digest,
         keys=keys,
         ledger=ledger,
@@ -188,7 +188,7 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     """In which form evaluations may leave: the stricter of site and policy; none under DP, but see `NoisedSums`."""
     if config.privacy.mode != "none":
         return "none"
-    return site if permit is None or site == "none" else permit.terms.metrics
+    return site if permit is None or site == "none" else permit.allowance.metrics
 
 
 def released(update: Update, permit: Permit | None) -> Update:
@@ -200,7 +200,7 @@ def released(update: Update, permit: Permit | None) -> Update:
     if permit is None:
         return update
     facts = dict(update.facts)
-    if not permit.terms.training_loss:
+    if not permit.allowance.training_loss:
         facts.pop("loss", None)
     update = replace(update, facts=MappingProxyType(with_head(facts, permit.ledger.head)))
     departure = Departure(
@@ -263,11 +263,11 @@ def _ledger(oversight: Oversight, policy: SitePolicy, process: int) -> Ledger:
 
 def _controls(permit: Permit, update: Update) -> Sequence[str]:
     """Which technical controls applied to what leaves, in words."""
-    terms = permit.terms
+    allowance = permit.allowance
     noised = permit.private == "dp-sgd"
-    form = "clipped and noised (differential privacy)" if noised else f"as {terms.metrics}s"
+    form = "clipped and noised (differential privacy)" if noised else f"as {allowance.metrics}s"
     said = [f"metrics {form}" if update.metrics else "no metrics"]
-    said += [] if terms.training_loss else ["training loss withheld"]
+    said += [] if allowance.training_loss else ["training loss withheld"]
     return [*said, NOISE[permit.private]]
 
 

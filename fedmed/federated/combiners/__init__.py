@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmed.config import StrategyConfig
-from fedmed.federated.combiners.base import Combiner, Terms
+from fedmed.federated.combiners.base import Combiner, RoundTerms
 from fedmed.federated.combiners.bulyan import BULYAN
 from fedmed.federated.combiners.gathered import Gathered
 from fedmed.federated.combiners.geometric_median import GEOMETRIC_MEDIAN
@@ -24,10 +24,10 @@ RULES: dict[str, Rule | None] = {  # by strategy.combine; None = the mean
     "geometric-median": GEOMETRIC_MEDIAN,
 }
 
-__all__ = ["RULES", "Combiner", "Terms", "combiner", "too_few_sites"]
+__all__ = ["RULES", "Combiner", "RoundTerms", "combiner", "too_few_sites"]
 
 
-def combiner(terms: Terms) -> Combiner:
+def combiner(terms: RoundTerms) -> Combiner:
     """What combines the updates of one round."""
     if terms.noise is not None:
         return NoisedSum(terms)

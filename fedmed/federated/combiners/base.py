@@ -18,7 +18,7 @@ from fedmed.types import FloatVector, Layout, Update, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class RoundTerms:
     """On what terms the updates of one round are combined."""
 
     layout: Layout
@@ -56,7 +56,7 @@ class Combiner(Protocol):
         ...
 
 
-def contribution_of(terms: Terms, site: str, update: Update, weights: Weights) -> Contribution:
+def contribution_of(terms: RoundTerms, site: str, update: Update, weights: Weights) -> Contribution:
     """What an update counts for, and by what its change is to be multiplied.
 
     Clipping is Δ ← Δ · min(1, C/‖Δ‖₂) over all parameters (Sun et al. 2019, arXiv:1911.07963, section 5), before

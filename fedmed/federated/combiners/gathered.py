@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmed.errors import UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution, second_moments, variances
-from fedmed.federated.combiners.base import Terms, contribution_of
+from fedmed.federated.combiners.base import RoundTerms, contribution_of
 from fedmed.federated.combiners.mean import weight_limit
 from fedmed.federated.combiners.median import median
 from fedmed.federated.combiners.rows import Matrix, Rows
@@ -20,7 +20,7 @@ from fedmed.types import FloatVector, Update, Weights
 class Gathered:
     """Combines by a `Rule`, or without one by the shares that the algorithm itself gives (`ServerStep.weighs`)."""
 
-    def __init__(self, terms: Terms, rule: Rule | None) -> None:
+    def __init__(self, terms: RoundTerms, rule: Rule | None) -> None:
         """Start from nothing."""
         self._terms, self._rule = terms, rule
         self._rows = Rows(terms.layout.num_parameters + terms.layout.num_buffers, terms.folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedmed.federated.aggregation import Aggregate, Contribution, WeightedMean, chunks
-from fedmed.federated.combiners.base import Terms, contribution_of
+from fedmed.federated.combiners.base import RoundTerms, contribution_of
 from fedmed.types import FloatVector, Update, Weights
 
 
@@ -30,7 +30,7 @@ class Mean:
     sites. With 1/s sites or fewer, no weights but equal ones can do: then all count alike.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: RoundTerms) -> None:
         """Start from nothing."""
         self._terms = terms
         self._mean = WeightedMean(terms.layout, terms.sent)

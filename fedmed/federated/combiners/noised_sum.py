@@ -6,7 +6,7 @@ import numpy as np
 
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.federated.aggregation import Aggregate, Contribution
-from fedmed.federated.combiners.base import Terms
+from fedmed.federated.combiners.base import RoundTerms
 from fedmed.privacy.central import clip_change, noised_mean
 from fedmed.types import Update, Weights
 
@@ -18,7 +18,7 @@ class NoisedSum:
     answers. Buffers stay the server's; facts and vectors of the sites go no farther than this.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: RoundTerms) -> None:
         """Start from nothing.
 
         Raises:
