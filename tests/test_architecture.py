@@ -1,6 +1,10 @@
 """The picture of the house as a table: who may import whom."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -88,6 +92,21 @@ def test_packages_stay_in_their_rooms_and_nothing_pickles(path: Path) -> None:
         assert package not in ("server", "client", "tests", "simulations", "benchmarks")
         if package in OUTSIDE:
             assert room_of(path) in OUTSIDE[package], f"{package} is not for {room_of(path)}"
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    declared = {re.split(r"[^\w.-]", line)[0] for line in wanted}
+    declared |= {"ray"} if any(line.startswith("flwr[simulation]") for line in wanted) else set()
+    of = packages_distributions()
+    for path in files():
+        for package in {module.split(".")[0] for module in imports(path)} - {"fedmed"} - sys.stdlib_module_names:
+            names = {name.lower().replace("_", "-") for name in of.get(package, [package])}
+            assert names & declared, f"{path.name} imports {package}, which pyproject.toml does not declare"
 
 
 def test_the_flower_apps_are_plain_assignments() -> None:
