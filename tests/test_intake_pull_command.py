@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openpyxl
 import pytest
 from intake_files import NAME, NUMBER, named_object, pseudonyms_in
 from loopback_archive import ANY, Holdings, archive_of, dimse, table_in
@@ -118,6 +119,14 @@ def test_a_list_that_cannot_be_meant_is_refused(text: str, reason: str, tmp_path
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError, match=reason):
         parse_query("", tmp_path / "list.csv")
+
+
+def test_a_list_may_be_a_spreadsheet_whose_numbers_are_numbers(tmp_path: Path):
+    book = openpyxl.Workbook()
+    for cells in (("Name", "Accession"), ("anyone", 1007.0), ("nobody", None), ("anyone", "A 8")):
+        book.active.append(cells)
+    book.save(tmp_path / "list.xlsx")
+    assert parse_query("", tmp_path / "list.xlsx").accessions == ("1007", "A 8")
 
 
 def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_path: Path):

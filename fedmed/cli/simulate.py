@@ -53,7 +53,8 @@ def simulate(
 
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
-    from fedmed.federated.run_folder import RunFolder, now
+    from fedmed.federated.run_folder import RunFolder
+    from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
         config = with_phantoms(config, progress)

@@ -13,10 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 import fedmed
 from fedmed.config import Name
 from fedmed.deployment import node_keys
-from fedmed.deployment.files import canonical, read_json, write_json
+from fedmed.deployment.files import read_json, write_json
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.privacy import keys as site_keys
+from fedmed.privacy.chain import canonical
 
 KEYS = {"schema", "kind", "name", "fedmed", "code", "node-key", "signing-key", "signatures"}
 KIND = "fedmed site card"
@@ -35,7 +36,7 @@ class SiteCard:
     @property
     def fingerprint(self) -> str:
         """What the site's own people read out when they are asked whether this card is theirs."""
-        return node_keys.fingerprint(canonical({"node": self.node_text, "signing": self.signing_key.hex()}))
+        return node_keys.fingerprint(canonical({"node": self.node_text, "signing": self.signing_key.hex()}).encode())
 
     @property
     def node_text(self) -> str:
@@ -64,7 +65,7 @@ def write_card(path: Path, name: str, keys: Path) -> SiteCard:
         "node-key": node_keys.public_text(node.public_key()),
         "signing-key": signing.public.hex(),
     }
-    message = canonical(values)
+    message = canonical(values).encode()
     values["signatures"] = {"node": node_keys.sign(node, message).hex(), "signing": signing.sign(message).hex()}
     write_json(path, values)
     return read_card(path)
@@ -86,7 +87,7 @@ def read_card(path: Path) -> SiteCard:
         signatures = {who: bytes.fromhex(values["signatures"][who]) for who in ("node", "signing")}
     except (ConfigError, ValidationError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{path}: the site card is damaged; ask the site for it again") from None
-    message = canonical(_unsigned(values))
+    message = canonical(_unsigned(values)).encode()
     whole = node_keys.signed_by(node, message, signatures["node"])
     if not (whole and site_keys.signed_by(signing, message, signatures["signing"])):
         raise ConfigError(f"{path}: the site card was changed since it was signed; ask the site for it again")

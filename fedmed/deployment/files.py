@@ -1,4 +1,4 @@
-"""Files of a deployment: secrets that only their owner reads, and values that are signed as canonical JSON."""
+"""Files of a deployment: secrets that only their owner reads."""
 
 from __future__ import annotations
 
@@ -30,11 +30,6 @@ def make_folder(path: Path) -> Path:
     """A folder that only its owner enters, made if it is not there."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
-
-
-def canonical(values: Mapping[str, Any]) -> bytes:
-    """One spelling of a value, to be signed."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

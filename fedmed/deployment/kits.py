@@ -17,9 +17,10 @@ import fedmed
 from fedmed.config import Name
 from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.certificates import parse_certificate
-from fedmed.deployment.files import SECRET, canonical, make_folder, read_json, write_json, write_new
+from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
 from fedmed.deployment.node_keys import fingerprint
 from fedmed.errors import ConfigError
+from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
 
 KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "authority", "fedmed", "made"}
@@ -98,7 +99,7 @@ def write_kit(
         "fedmed": fedmed.__version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    signature = key.sign(canonical(values)).hex()
+    signature = key.sign(canonical(values).encode()).hex()
     public = key.public_key().public_bytes_raw().hex()
     (folder / CERTIFICATE).unlink(missing_ok=True)
     write_new(folder / CERTIFICATE, ca)
@@ -124,7 +125,7 @@ def read_kit(folder: Path) -> Kit:
         raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
     signed = {key: values[key] for key in KEYS}
     same = hashlib.sha256(certificate).hexdigest() == values["authority"]
-    if not (sound and same and signed_by(public, canonical(signed), signature)):
+    if not (sound and same and signed_by(public, canonical(signed).encode(), signature)):
         raise ConfigError(f"{folder}: the site kit was changed since it was signed; ask the coordinator for it again")
     parse_certificate(certificate)
     return Kit(

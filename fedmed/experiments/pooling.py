@@ -23,7 +23,7 @@ from fedmed.federated.sites import site_names
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.manifest import cell_of, read_manifest
 from fedmed.imaging.split import evaluation_rows
-from fedmed.training.site_round import custom_dataset
+from fedmed.training.run_data import custom_dataset
 
 SITE = "pooled"
 SOURCES = "sources.json"  # in the folder that stands for pooled data of the user's own

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fedmed.config import RunConfig, to_toml
 from fedmed.durable import append, write_all, write_atomically
 from fedmed.errors import RunFailed
 from fedmed.models.low_rank import merged
+from fedmed.privacy.chain import now
 from fedmed.types import FloatVector, Layout, Weights
 
 
@@ -203,11 +203,6 @@ class RunFolder:
         for log in ("_events", "_rounds"):
             if log in self.__dict__:
                 os.close(self.__dict__.pop(log))
-
-
-def now() -> str:
-    """The present time as RFC 3339 in UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def folder_of(runs: Path, series: int) -> Path | None:

@@ -14,8 +14,9 @@ from fedmed.errors import NO_ROOM, ConfigError, RunFailed, RunInterrupted
 from fedmed.federated.federation import Event, run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
-from fedmed.federated.run_folder import RunFolder, folder_of, now
+from fedmed.federated.run_folder import RunFolder, folder_of
 from fedmed.imaging.cache import cache_folder
+from fedmed.privacy.chain import now
 
 app = ServerApp()
 OF_FLOWER = ("flwr.", "httpx")  # modules whose errors tell of the SuperLink, and not of the run

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
 from fedmed.federated.evaluation_details import classification_details, segmentation_details
-from fedmed.imaging.dataset import Dataset, load_dataset
+from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.split import held_out
 from fedmed.metrics import (
     Cases,
@@ -27,7 +27,7 @@ from fedmed.metrics import (
 from fedmed.training.case_pictures import Extremes
 from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.network import FlatNetwork
-from fedmed.training.site_round import custom_dataset
+from fedmed.training.run_data import run_data
 from fedmed.types import Weights
 
 Metrics = Mapping[str, Interval]
@@ -151,22 +151,13 @@ def server_device(config: RunConfig) -> str:
 
 def load_server_data(config: RunConfig, cache_dir: Path | None) -> Dataset:
     """The server's data set: every row of it, whatever split its manifest names."""
-    path = Path(config.data.server)
-    if config.data.dataset:
-        return custom_dataset(config.data.dataset)(path, config)
-    return load_dataset(
-        path,
-        task=config.task,
-        preset=config.data.preset,
-        image_size=config.data.image_size,
-        in_channels=config.model.in_channels,
-        max_unreadable=config.data.max_unreadable,
+    return run_data(
+        Path(config.data.server),
+        config,
+        name="server",
+        dataset=config.data.dataset,
         site_share=0.0,
         seed=config.seed,
-        name="server",
         cache_dir=cache_dir,
-        items=config.data.items,
-        spacing_mm=config.data.spacing_mm,
-        volume_size=config.data.volume_size,
         cache_gib=config.data.cache_gib,
     )

@@ -35,7 +35,7 @@ from fedmed.models.low_rank import require_trunk
 from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
 from fedmed.training.local_algorithms.fedbn import require_norms
-from fedmed.training.site_round import custom_dataset
+from fedmed.training.run_data import custom_dataset
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
 

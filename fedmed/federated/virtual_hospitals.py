@@ -20,7 +20,7 @@ from fedmed.federated.member import NAME
 from fedmed.federated.sites import site_names
 from fedmed.imaging.manifest import cell_of, images_of, read_manifest, read_records
 from fedmed.imaging.scanner import scanner_digest
-from fedmed.training.site_round import custom_dataset
+from fedmed.training.run_data import custom_dataset
 
 UNKNOWN = "unreadable"  # the scanner of images whose header cannot be read
 Record = Mapping[str, str]

@@ -32,7 +32,7 @@ from fedmed.imaging.volumes.volume import Volume, canonical, like
 def slices(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     """The slices of a volume along its depth, or the frames of a cine, (n, C, S, S)."""
     image = next(image for image in modalities if image is not None)
-    if not _is_volume(image):
+    if not is_volume(image):
         if len(modalities) > 1:
             raise UnreadableImage("several modalities of frames are not supported; they need volumes or pictures")
         if mask is not None:
@@ -61,7 +61,7 @@ def volume(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     return arrays
 
 
-def _is_volume(path: Path) -> bool:
+def is_volume(path: Path) -> bool:
     """Whether slices lie somewhere; else they are the frames of one object, or a picture."""
     if path.is_dir() or is_nifti(path):
         return True

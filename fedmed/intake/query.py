@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import re
 import shlex
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed.errors import ConfigError, DataError
+from fedmed.intake.tables import table_rows
 
 KEYS = ("modality", "date", "body-part", "description")
 COLUMNS = {"accession": "accessions", "patient": "patients"}  # of a list, and what it gives
@@ -80,28 +80,20 @@ def parse_query(text: str, table: Path | None = None) -> Query:
 
 
 def read_list(table: Path) -> dict[str, tuple[str, ...]]:
-    """The accessions or patients of a CSV, each once, by the field of `Query` that they belong to.
+    """The accessions or patients of a table, each once, by the field of `Query` that they belong to.
 
     Raises:
         DataError: it cannot be read, or has no column of that name, or both.
     """
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = list(csv.reader(file, delimiter=max(",;\t", key=first.count)))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise DataError(f"{table}: cannot be read as a CSV in UTF-8") from None
-    header = [name.strip().casefold() for name in rows[0]] if rows else []
-    columns = [name for name in COLUMNS if name in header]
-    if len(columns) != 1:
-        raise DataError(f'{table}: expected one column "accession" or "patient"')
-    place = header.index(columns[0])
-    values = [row[place].strip() for row in rows[1:] if len(row) > place]
+    rows = [{name.casefold(): cell for name, cell in cells.items()} for _, cells in table_rows(table)]
+    columns = [name for name in COLUMNS if rows and name in rows[0]]
+    if rows and len(columns) != 1:
+        raise DataError(f'{table.name}: expected one column "accession" or "patient"')
+    values = [row[columns[0]] for row in rows]
     if any(WILD.search(value) for value in values):
-        raise DataError(f"{table}: a value holds *, ? or \\, which an archive would take for a pattern")
+        raise DataError(f"{table.name}: a value holds *, ? or \\, which an archive would take for a pattern")
     if not any(values):
-        raise DataError(f"{table}: the column {columns[0]} is empty")
+        raise DataError(f"{table.name}: the list is empty")
     return {COLUMNS[columns[0]]: tuple(dict.fromkeys(filter(None, values)))}
 
 

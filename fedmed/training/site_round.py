@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,7 +20,7 @@ import torch
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, FedmedError, ModelError
-from fedmed.imaging.dataset import Dataset, load_dataset
+from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Form
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
@@ -33,6 +32,7 @@ from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import Oversight, form_of, permitted, released, require_ledger
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
+from fedmed.training.run_data import run_data
 from fedmed.training.sampling import Rows
 from fedmed.training.site_cohort import patients_of
 from fedmed.training.site_privacy import account_of, charge_central, noised_sums
@@ -202,40 +202,17 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
 def site_data(site: Site, settings: str) -> Dataset:
     """The site's data set, kept by this process between tasks."""
     config = settings_from(settings)
-    if site.dataset:
-        data = custom_dataset(site.dataset)(site.manifest, config)
-        return data.select(np.array([patient not in site.withdrawn for patient in data.patients], bool))
-    return load_dataset(
+    return run_data(
         site.manifest,
-        task=config.task,
-        preset=config.data.preset,
-        image_size=config.data.image_size,
-        in_channels=config.model.in_channels,
-        max_unreadable=config.data.max_unreadable,
+        config,
+        name=site.name,
+        dataset=site.dataset,
         site_share=config.evaluate.site_share,
         seed=config.split_seed,
-        name=site.name,
         cache_dir=site.cache_dir,
-        items=config.data.items,
-        spacing_mm=config.data.spacing_mm,
-        volume_size=config.data.volume_size,
         cache_gib=site.cache_gib,
         withdrawn=site.withdrawn,
     )
-
-
-def custom_dataset(reference: str) -> Callable[[Path, RunConfig], Dataset]:
-    """The function behind a "module:function" in `data.dataset`.
-
-    Raises:
-        ConfigError: the module or the function does not exist.
-    """
-    module, _, name = reference.partition(":")
-    try:
-        function: Callable[[Path, RunConfig], Dataset] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f'data.dataset = "{reference}": expected "module:function" ({error})') from None
-    return function
 
 
 def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:

@@ -29,6 +29,7 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     """
     import numpy as np  # heavy, as are the others
 
+    from fedmed.imaging.items_3d import is_volume
     from fedmed.imaging.reading import read_frames, read_image, to_unit_range
     from fedmed.imaging.recipe import Recipe
     from fedmed.imaging.volumes import read_volume
@@ -41,7 +42,7 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     path, preset = Path(files[place]), steps.preset_of(place)
     if steps.items == "images":
         return {"planes": _bytes(read_image(path, preset=preset)[None])}
-    if steps.items == "slices" and not _is_volume(path):
+    if steps.items == "slices" and not is_volume(path):
         return {"planes": np.stack([_bytes(frame) for frame in read_frames(path, preset)])}
     volume = read_volume(path)
     valid = None if volume.padding is None else ~volume.padding
@@ -86,17 +87,6 @@ def _kind(file: Path) -> int:
             return SLICE if kind_of(ds) in CLASSIC else IMAGE
     except UnreadableImage:
         return IMAGE
-
-
-def _is_volume(path: Path) -> bool:
-    """Whether slices lie somewhere; as `items_3d` decides it."""
-    from fedmed.imaging.dicom.opening import is_dicom, open_dicom
-    from fedmed.imaging.items import is_nifti
-    from fedmed.imaging.volumes.headers import ENHANCED, kind_of
-
-    if path.is_dir() or is_nifti(path):
-        return True
-    return is_dicom(path) and kind_of(open_dicom(path)) in ENHANCED
 
 
 def _bytes(values: Any) -> Any:
