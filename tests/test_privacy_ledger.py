@@ -1,5 +1,6 @@
 """The ledger's laws: what is spent is counted, whoever asks, in whatever order, under whatever name."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -15,7 +16,10 @@ from fedmed.privacy.balance import Balance, within
 from fedmed.privacy.cohort import Cohort, cohort_of, everyone, persons
 from fedmed.privacy.keys import make_keys, read_keys, read_public, signed_by
 from fedmed.privacy.ledger import Ledger
+from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.rdp_filter import Filter, curve_of, orders_for
+from fedmed.training.account import Account
+from fedmed.training.terms import Terms
 
 FEW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -124,6 +128,26 @@ def test_who_is_in_a_cohort_twice_is_charged_for_a_group_of_two(tmp_path, keys):
     ledger.reserve(RUN, 1, [step(8.0, 1.0, 1)], twice)
     expected = spent([step(4.0, 1.0, 1)], delta=1e-6)  # one Gaussian of twice the sensitivity
     assert ledger.spent().epsilon == pytest.approx(expected.epsilon, rel=1e-6)
+
+
+def test_p03_what_a_run_says_counts_such_a_person_as_the_ledger_does(tmp_path, keys):
+    ledger = opened(tmp_path, epsilon=50.0)
+    twice = cohort_of({"a": [b"one"], "b": [b"one", b"two"], "c": [b"three"]}, keys)
+    ledger.reserve(RUN, 1, [step(8.0, 1.0, 1)], twice)
+    terms = Terms(unit="patient", units=3, expected_batch=1.0, steps=5, noise_multiplier=2.0, max_grad_norm=1.0,
+                  images_per_patient=1, augmentations=1, physical_batch=8)  # fmt: skip
+    account = Account(run=RUN, round=1, delta=1e-6, terms=terms, units=[], source=SecureGenerator(), ledger=ledger,
+                      cohort=twice.name)  # fmt: skip
+    said = json.loads(account.facts()["privacy"])
+    assert said["epsilon"] == said["epsilon_total"] == pytest.approx(ledger.spent().epsilon, abs=1e-3)
+    (event,) = said["events"]
+    assert (event["steps"], event["images_per_patient"], event["unit"]) == (1, 2, "image")
+
+
+def test_p02_a_delta_that_is_none_among_its_patients_is_refused_when_the_whole_site_is_charged(tmp_path, keys):
+    ledger = opened(tmp_path, epsilon=50.0, delta=0.02)
+    with pytest.raises(PolicyRefused, match="below 1/N"):
+        ledger.reserve(RUN, 1, [step()], cohort_of({f"p{number}": [] for number in range(100)}, keys))
 
 
 # Reserving and settling.

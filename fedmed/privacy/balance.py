@@ -127,6 +127,11 @@ class Balance:
         in_some, in_others = (table[:, [names.index(name) for name in group]].any(axis=1) for group in (some, others))
         return not (in_some & in_others).any()
 
+    def most_often(self, cohort: str) -> int:
+        """How often the person who is in a cohort most often is in it; 1 for members who are not known."""
+        names, table = self.table()
+        return max(1, int(self._times(cohort, names, table).max()))
+
     def table(self) -> tuple[tuple[str, ...], Table]:
         """The names of the known cohorts, and how often each kind of person is in each of them."""
         if self._table is None:

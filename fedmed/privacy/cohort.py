@@ -36,6 +36,7 @@ class Cohort:
 
     name: str
     members: bytes = field(repr=False)
+    meant: int = 0  # patients whom the task is about, where the cohort stands for the whole site
 
     @classmethod
     def of_members(cls, members: bytes) -> Cohort:
@@ -49,8 +50,8 @@ class Cohort:
 
     @property
     def patients(self) -> int:
-        """How many ids it holds; 0 for the whole site."""
-        return len(self.counts)
+        """How many ids it holds; of the whole site, how many the task is about."""
+        return self.meant if self.is_everyone else len(self.counts)
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -90,15 +91,15 @@ def cohort_of(patients: Mapping[str, Iterable[bytes]], keys: SiteKeys, *, stable
     for patient, fingerprints in patients.items():
         pictures = {keys.link("pixels", fingerprint) for fingerprint in fingerprints}
         if not pictures and not stable_ids:
-            return everyone()
+            return everyone(len(patients))
         digests = sorted({keys.link("patient", patient.encode()), *pictures})
         members.append(len(digests).to_bytes(4) + b"".join(digests))
     return Cohort.of_members(b"".join(sorted(members)))
 
 
-def everyone() -> Cohort:
-    """The whole site."""
-    return Cohort(name=EVERYONE, members=b"")
+def everyone(meant: int = 0) -> Cohort:
+    """The whole site, for a task about so many patients."""
+    return Cohort(name=EVERYONE, members=b"", meant=meant)
 
 
 def persons(cohorts: Sequence[Cohort]) -> NDArray[np.int64]:

@@ -191,6 +191,10 @@ class Ledger:
         """Whether nobody is known to be, or could be, both in one of some cohorts and in one of others, by name."""
         return self._balance.apart(some, others)
 
+    def most_often(self, cohort: str) -> int:
+        """Under how many ids of a cohort one person is known, at most."""
+        return self._balance.most_often(cohort)
+
     def close(self) -> None:
         """Close the database; the next call opens it again."""
         self._storage.close()

@@ -18,6 +18,7 @@ from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.ledger import Ledger
 from fedmed.privacy.noise import NoiseGenerator, noise_generator
+from fedmed.privacy.rdp_filter import charged
 from fedmed.training.oversight import Permit
 from fedmed.training.private import Unit, units_of
 from fedmed.training.reserving import charges_of, reserve_round, run_of
@@ -44,8 +45,11 @@ class Account:
     warning: str = ""  # of the ledger, about the site's δ
 
     def facts(self) -> dict[str, Scalar]:
-        """What the site says of its patients' budget after the round; all of it follows from public terms."""
-        trained, judged = self._trained(), self._judged()
+        """What the site says of its patients' budget after the round.
+
+        It follows from public terms, but for one thing: who is known under several ids is counted as so many.
+        """
+        trained, judged = map(self._as_charged, (self._trained(), self._judged()))
         apart = bool(judged) and self.ledger.apart({each.cohort for each in judged}, {each.cohort for each in trained})
         sides = [trained, judged] if apart else [[*trained, *judged]]
         own = max((spent(side, delta=self.delta) for side in sides), key=lambda cost: cost.epsilon)
@@ -68,6 +72,18 @@ class Account:
         if not self.source.secret:
             values["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'
         return {"privacy": json.dumps(values)}
+
+    def _as_charged(self, events: Sequence[PrivacyEvent]) -> list[PrivacyEvent]:
+        """As the ledger charges them to whoever is in their cohort under most ids."""
+        often = {name: self.ledger.most_often(name) for name in {event.cohort for event in events}}
+        return [
+            event
+            if often[event.cohort] == 1
+            else replace(
+                charged(event, often[event.cohort]), steps=event.steps, release=event.release, cohort=event.cohort
+            )
+            for event in events
+        ]
 
     def _trained(self) -> list[PrivacyEvent]:
         """Of this run, what was trained so far: as many rounds as left a mark, those trained again counted again.

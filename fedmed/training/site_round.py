@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import torch
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, FedmedError, ModelError
+from fedmed.errors import ConfigError, DataError, FedmedError, ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import Form
 from fedmed.training.evaluate import evaluation_sums, personal_sums
@@ -30,7 +31,7 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.oversight import Oversight, form_of, permitted, released, require_ledger
+from fedmed.training.oversight import Oversight, form_of, permitted, released, require_ledger, site_keys
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.run_data import run_data
 from fedmed.training.sampling import Rows
@@ -71,8 +72,16 @@ def settings_for_sites(config: RunConfig) -> str:
 
 @lru_cache(maxsize=8)
 def settings_from(text: str) -> RunConfig:
-    """The inverse of `settings_for_sites`."""
-    return run_file.validate(json.loads(text), source="the server's task")
+    """The inverse of `settings_for_sites`.
+
+    Raises:
+        ConfigError: it is no run, or names a file of the site.
+    """
+    config = run_file.validate(json.loads(text), source="the server's task")
+    if config.model.weights or config.data.sites or config.data.server or config.data.dataset:
+        problem = "the server's task names files; what a site reads stands in its own site.toml"
+        raise ConfigError(problem, public=problem)
+    return config
 
 
 def train_round(task: Task, site: Site) -> Update:
@@ -86,6 +95,7 @@ def train_round(task: Task, site: Site) -> Update:
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
+    _require_kind(task, "train")
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
@@ -155,6 +165,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
         DataError: the site's data cannot be used.
         ModelError: the site builds another network than the server sent weights for.
     """
+    _require_kind(task, "evaluate")
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
@@ -200,12 +211,25 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
 
 @lru_cache(maxsize=256)
 def site_data(site: Site, settings: str) -> Dataset:
-    """The site's data set, kept by this process between tasks."""
+    """The site's data set, kept by this process between tasks.
+
+    Raises:
+        DataError: it cannot be used. Under differential privacy a server is not told why: that tells of the images.
+    """
     config = settings_from(settings)
+    try:
+        return _site_data(site, config)
+    except DataError as error:
+        if config.privacy.mode == "none" or site.virtual:
+            raise
+        raise DataError(str(error)) from None
+
+
+def _site_data(site: Site, config: RunConfig) -> Dataset:
     return run_data(
         site.manifest,
         config,
-        name=site.name,
+        name=_split_name(site),
         dataset=site.dataset,
         site_share=config.evaluate.site_share,
         seed=config.split_seed,
@@ -213,6 +237,23 @@ def site_data(site: Site, settings: str) -> Dataset:
         cache_gib=site.cache_gib,
         withdrawn=site.withdrawn,
     )
+
+
+def _split_name(site: Site) -> str:
+    """What decides, with a patient's id and the run's split-seed, who is held out.
+
+    At a real hospital it is secret: else a server, which chooses share and seed, could choose them so that the number
+    of patients held out tells whether somebody is there.
+    """
+    if site.policy is None or site.virtual:
+        return site.name
+    return f"{site.name}/{site_keys(site.policy).link('split', b'').hex()}"
+
+
+def _require_kind(task: Task, kind: Literal["train", "evaluate"]) -> None:
+    """What is done is what the policy is asked about, whatever function a message was addressed to."""
+    if task.kind != kind:
+        raise ConfigError(f"asked to {kind}, by a task of the kind {task.kind}")
 
 
 def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
