@@ -75,7 +75,7 @@ def test_a_new_site_toml_holds_every_key_at_its_default(tmp_path):
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if " = " in line and not line.startswith("#"):
-            assert lines[number - 1].startswith("#"), f"{line} has no comment"
+            assert lines[number - 1].startswith("# ") and "None" not in lines[number - 1], f"{line} has no comment"
 
 
 def test_nothing_is_overwritten(made):

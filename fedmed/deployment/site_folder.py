@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -23,59 +24,6 @@ FILE, CARD = "site.toml", "card.json"
 HEAD = """\
 # This hospital, as fedmed reads it. The file never leaves this machine, and no server can override it.
 # Every key is here; the values that are not yours to fill in are the defaults. Paths are relative to this file.
-
-# The site's name in the federation.
-name = {name}
-
-# The CSV of images: patient_id, image, and mask or one column per label.
-manifest = {manifest}
-
-# A CSV of patients who withdrew, by id or pseudonym. It is read anew for every task, and nobody in it takes part.
-opt-out = ""
-
-# "module:function" for data that are no images.
-dataset = ""
-
-# Where decoded images are kept; empty = memory only.
-cache-dir = "cache"
-
-# Size of that in GiB.
-cache-gib = 50.0
-
-# What the site keeps between rounds, and its ledger, audit log and egress manifest. Back it up.
-state-dir = "state"
-
-# Where it trains: "cpu", "cuda", or "cuda:1".
-device = "cpu"
-
-# In which form evaluations of its patients may leave: "histogram" or "none".
-metrics = "histogram"
-
-# Networks of the form "module:function" that a server may ask this site to import.
-networks = []
-
-# The site's keys. Never in the ledger's folder.
-keys-dir = "keys"
-
-# Memory in GiB that each process of a task may have for itself; 0 = no limit. fedmed site check says what it needs.
-task-memory-gib = 0.0
-
-# Processors that a task may use; 0 = all.
-task-cpus = 0
-
-# Seconds in which a task neither computes nor reads, after which it is ended; 0 = only at its round's deadline.
-task-stalls-after-s = 600.0
-
-# SHA-256 of the apps that runs may bring; empty = all that the kit names.
-approved-apps = []
-
-# Port of 127.0.0.1 that answers GET /health; 0 = none.
-health-port = 0
-
-# Where the runner's log goes: "file" (logs/site.log), "syslog" or "journal".
-log-to = "file"
-
-# What this hospital allows. With this table it keeps a ledger, an audit log and an egress manifest.
 """
 
 
@@ -135,8 +83,7 @@ def init_site(folder: Path, *, name: str, manifest: str) -> Path:
     """
     make_folder(folder)
     path = folder / FILE
-    head = HEAD.format(name=json.dumps(name), manifest=json.dumps(manifest))
-    write_new(path, (head + "\n".join(_tables("policy", SitePolicy)) + "\n").encode())
+    write_new(path, _written(name=name, manifest=manifest, cache_dir="cache").encode())
     try:
         read_site_folder(path)
     except ConfigError:
@@ -212,16 +159,17 @@ def joined_kit(site: SiteFolder) -> Kit:
     return kit
 
 
+def _written(**given: str) -> str:
+    """A site.toml with every key at its default, or as given."""
+    policy = SiteConfig.model_fields["policy"]
+    table = "\n".join([_comment(policy), *_tables("policy", SitePolicy)])
+    return "\n".join([HEAD, *(f"{entry}\n" for entry in _entries(SiteConfig, given)), table]) + "\n"
+
+
 def _tables(name: str, section: type[BaseModel]) -> Iterator[str]:
-    """A section as TOML at its defaults, each key under what it means; tables come after values."""
+    """A section as TOML at its defaults; tables come after values."""
     yield f"[{name}]"
-    for key, info in section.model_fields.items():
-        if _table(info) is not None:
-            continue
-        text = str(info.description)
-        yield f"# {text[0].upper() if text[0].isascii() else text[0]}{text[1:]}."
-        default = list(info.default) if isinstance(info.default, tuple) else info.default
-        yield f"{info.alias or key} = {json.dumps(default)}"
+    yield from _entries(section, {})
     for key, info in section.model_fields.items():
         inner = _table(info)
         if inner is not None:
@@ -229,7 +177,20 @@ def _tables(name: str, section: type[BaseModel]) -> Iterator[str]:
             yield from _tables(f"{name}.{info.alias or key}", inner)
 
 
+def _entries(section: type[BaseModel], given: Mapping[str, str]) -> Iterator[str]:
+    """Every key that is no table, under what it means."""
+    for key, info in section.model_fields.items():
+        if _table(info) is None:
+            value = given.get(key, list(info.default) if isinstance(info.default, tuple) else info.default)
+            yield f"{_comment(info)}\n{info.alias or key} = {json.dumps(value)}"
+
+
+def _comment(info: FieldInfo) -> str:
+    text = str(info.description)
+    return f"# {text[0].upper() if text[0].isascii() else text[0]}{text[1:]}."
+
+
 def _table(info: FieldInfo) -> type[BaseModel] | None:
     """The section that a key stands for, if it is no plain value."""
-    kind = info.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    kinds = (info.annotation, *get_args(info.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

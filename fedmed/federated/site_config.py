@@ -20,24 +20,71 @@ from fedmed.privacy.policy import SitePolicy
 class SiteConfig(Section):
     """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""
 
-    name: run_file.Name
-    manifest: str
-    opt_out: str = ""  # a table of patients who withdrew, read anew for every task
-    dataset: str = ""
-    cache_dir: str = ""
-    cache_gib: Annotated[float, Field(gt=0)] = 50.0
-    state_dir: str = "state"
-    device: str = "cpu"
-    metrics: Literal["histogram", "none"] = "histogram"  # in which form evaluations of its patients may leave
-    networks: tuple[str, ...] = ()  # "module:function" networks that a server may ask for
-    keys_dir: str = "keys"  # the site's two keys, made when they are first needed; apart from state-dir
-    task_memory_gib: Annotated[float, Field(ge=0)] = 0.0  # that a task's process may have for itself; 0 = no limit
-    task_cpus: Annotated[int, Field(ge=0)] = 0  # processors that a task may use; 0 = all
-    task_stalls_after_s: Annotated[float, Field(ge=0)] = 600.0  # without progress, until a task is ended; 0 = never
-    approved_apps: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()  # SHA-256; empty = all in the kit
-    health_port: Annotated[int, Field(ge=0, le=65535)] = 0  # of 127.0.0.1, for GET /health; 0 = off
-    log_to: Literal["file", "syslog", "journal"] = "file"  # where the runner's log goes
-    policy: SitePolicy | None = None  # without it the site keeps no ledger and no logs
+    name: Annotated[run_file.Name, Field(description="the site's name in the federation")]
+    manifest: Annotated[
+        str, Field(description="the CSV of images: patient_id, image, and mask or one column per label")
+    ]
+    opt_out: Annotated[
+        str,
+        Field(
+            description="a CSV of patients who withdrew, by id or pseudonym. It is read anew for every task, and "
+            "nobody in it takes part"
+        ),
+    ] = ""
+    dataset: Annotated[str, Field(description='"module:function" for data that are no images')] = ""
+    cache_dir: Annotated[str, Field(description="where decoded images are kept; empty = memory only")] = ""
+    cache_gib: Annotated[float, Field(gt=0, description="size of that in GiB")] = 50.0
+    state_dir: Annotated[
+        str,
+        Field(
+            description="what the site keeps between rounds, and its ledger, audit log and egress manifest. Back it up"
+        ),
+    ] = "state"
+    device: Annotated[str, Field(description='where it trains: "cpu", "cuda", or "cuda:1"')] = "cpu"
+    metrics: Annotated[
+        Literal["histogram", "none"],
+        Field(description='in which form evaluations of its patients may leave: "histogram" or "none"'),
+    ] = "histogram"
+    networks: Annotated[
+        tuple[str, ...],
+        Field(description='networks of the form "module:function" that a server may ask this site to import'),
+    ] = ()
+    keys_dir: Annotated[str, Field(description="the site's keys. Never in the ledger's folder")] = "keys"
+    task_memory_gib: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="memory in GiB that each process of a task may have for itself; 0 = no limit. fedmed site "
+            "check says what it needs",
+        ),
+    ] = 0.0
+    task_cpus: Annotated[int, Field(ge=0, description="processors that a task may use; 0 = all")] = 0
+    task_stalls_after_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="seconds in which a task neither computes nor reads, after which it is ended; 0 = only at its "
+            "round's deadline",
+        ),
+    ] = 600.0
+    approved_apps: Annotated[
+        tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...],
+        Field(description="SHA-256 of the apps that runs may bring; empty = all that the kit names"),
+    ] = ()
+    health_port: Annotated[
+        int, Field(ge=0, le=65535, description="port of 127.0.0.1 that answers GET /health; 0 = none")
+    ] = 0
+    log_to: Annotated[
+        Literal["file", "syslog", "journal"],
+        Field(description='where the runner\'s log goes: "file" (logs/site.log), "syslog" or "journal"'),
+    ] = "file"
+    policy: Annotated[
+        SitePolicy | None,
+        Field(
+            description="what this hospital allows. With this table it keeps a ledger, an audit log and an egress "
+            "manifest"
+        ),
+    ] = None
 
 
 def read_site_config(path: Path) -> SiteConfig:
