@@ -201,6 +201,7 @@ def test_a_run_folder_that_a_full_disk_left_half_made_is_made_again(tmp_path, to
         disk.setattr("fedmed.federated.run_folder.write_atomically", full)
         with pytest.raises(RunFailed, match="No space left"):
             RunFolder.create(tmp_path / "run", config)
+    (tmp_path / "run" / ".run.toml.partial").write_text("of a process that was killed")
     folder = RunFolder.create(tmp_path / "run", config)
     assert run_file.load(folder.path / "run.toml") == run_file.resolve_paths(config, folder.path)
     with pytest.raises(RunFailed, match="exists and is not empty"):

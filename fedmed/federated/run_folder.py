@@ -34,11 +34,11 @@ class RunFolder:
         """Make a new run folder with the resolved configuration.
 
         Raises:
-            RunFailed: the folder exists and holds a file, or cannot be written. Empty folders are what a full disk left
-                of an earlier attempt.
+            RunFailed: the folder exists and holds a file, or cannot be written. Empty folders, and files half
+                written, are what a full disk or a kill left of an earlier attempt.
         """
         try:
-            if any(not entry.is_dir() for entry in path.rglob("*")):
+            if any(not entry.is_dir() and entry.suffix != ".partial" for entry in path.rglob("*")):
                 raise RunFailed(f"{path} exists and is not empty; choose another --out")
             for name in ("checkpoints", "sites", "spool"):
                 (path / name).mkdir(parents=True, exist_ok=True)
