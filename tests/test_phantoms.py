@@ -16,8 +16,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fedmed import config as run_file
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError
+from fedmed.federated.phantoms import phantom_folder, with_phantoms
 from fedmed.imaging import decoding
 from fedmed.imaging.dataset import Dataset, load_dataset
 from fedmed.imaging.dicom import grey as dicom
@@ -207,3 +209,13 @@ def test_one_patient_will_do_and_none_will_not(tmp_path: Path) -> None:
     assert len(load(tmp_path, "site-1")) >= 2
     with pytest.raises(ConfigError, match="patients = 0"):
         synthesize(tmp_path, task="cxr", sites=1, patients=0, seed=0)
+
+
+def test_the_demo_gives_way_to_what_was_said_even_if_it_is_the_default(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FEDMED_PHANTOMS", str(tmp_path))
+    phantom_folder("cxr").mkdir(parents=True)
+    config = run_file.validate(run_file.override({}, ["train.rounds=5", "model.norm=group", "data.server=own.csv"]))
+    demo = with_phantoms(config, said=run_file.said(config))
+    assert (demo.train.rounds, demo.model.norm, demo.data.server) == (5, "group", "own.csv")
+    assert (demo.model.name, demo.train.local_epochs, len(demo.data.sites)) == ("chexnet", 2, 4)
+    assert with_phantoms(run_file.validate({})).train.rounds == 4

@@ -55,7 +55,7 @@ def resolved(path: Path, assignments: list[str]) -> RunConfig:
     from fedmed.federated.phantoms import with_phantoms
 
     with bar("phantom hospitals") as progress:
-        return with_phantoms(config, progress)
+        return with_phantoms(config, progress, said=run_file.said(config))
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def simulate(
     from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
-        config = with_phantoms(config, progress)
+        config = with_phantoms(config, progress, said=run_file.said(config))
     if resume is not None:
         effective = _resumed(config, resume)
         if effective is None:

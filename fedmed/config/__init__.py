@@ -1,6 +1,17 @@
 """The run configuration: one frozen, validated value behind every command and every Flower app."""
 
-from fedmed.config.files import flatten, load, nested, override, resolve_paths, to_toml, tuples, unflatten, validate
+from fedmed.config.files import (
+    flatten,
+    load,
+    nested,
+    override,
+    resolve_paths,
+    said,
+    to_toml,
+    tuples,
+    unflatten,
+    validate,
+)
 from fedmed.config.identity import ROUNDS, may_change, run_identity
 from fedmed.config.run import RunConfig
 from fedmed.config.sections import (
@@ -36,6 +47,7 @@ __all__ = [
     "override",
     "resolve_paths",
     "run_identity",
+    "said",
     "to_toml",
     "tuples",
     "unflatten",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedmed.config.run import RunConfig
@@ -109,6 +109,16 @@ def flatten(config: RunConfig) -> dict[str, str | int | float | bool]:
             name: ",".join(map(str, entry)) if isinstance(entry, list) else entry for name, entry in entries.items()
         }
     return flat
+
+
+def said(config: RunConfig) -> frozenset[str]:
+    """The keys, as `flatten` names them, that a run file or an override gave, whether or not they are defaults."""
+    names = set()
+    for name in config.model_fields_set:
+        part = getattr(config, name)
+        inner = part.model_fields_set if isinstance(part, BaseModel) else None
+        names |= {name} if inner is None else {f"{name}.{key}" for key in inner}
+    return frozenset(name.replace("_", "-") for name in names)
 
 
 def unflatten(flat: Mapping[str, str | int | float | bool], *, source: str = "run config") -> RunConfig:

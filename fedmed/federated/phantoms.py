@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
@@ -63,27 +63,32 @@ def phantom_folder(kind: Kind) -> Path:
     return root / f"{kind}-{SITES}x{PATIENTS}-seed{SEED}"
 
 
-def with_phantoms(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> RunConfig:
+def with_phantoms(
+    config: RunConfig, progress: Callable[[int, int], None] | None = None, *, said: Collection[str] = ()
+) -> RunConfig:
     """Return `config` with the built-in phantom hospitals where it names no sites, making them if need be.
 
-    A configuration that names neither sites nor labels is the demo: keys at their defaults take the demo's values.
+    A configuration that names neither sites nor labels is the demo: keys at their defaults take the demo's values, but
+    for those that were `said`.
     """
     if config.data.sites:
         return config
     kind: Kind = "cxr" if config.task.kind == "classification" else "lung-seg"
     if not config.task.labels:
-        config = _demo(config, kind)
+        config = _demo(config, kind, said)
     folder = phantom_folder(kind)
     if not folder.exists():
         make_phantoms(folder, kind, sites=SITES, patients=PATIENTS, seed=SEED, progress=progress)
     sites = tuple(str(folder / f"site-{number}" / "manifest.csv") for number in range(1, SITES + 1))
-    data = config.data.model_copy(update={"sites": sites, "server": str(folder / "server" / "manifest.csv")})
+    server = config.data.server or str(folder / "server" / "manifest.csv")
+    data = config.data.model_copy(update={"sites": sites, "server": server})
     return config.model_copy(update={"data": data})
 
 
-def _demo(config: RunConfig, kind: Kind) -> RunConfig:
+def _demo(config: RunConfig, kind: Kind, said: Collection[str]) -> RunConfig:
     given, default, demo = (flatten(each) for each in (config, RunConfig(), validate(tomllib.loads(RUNS[kind]))))
-    return unflatten({key: demo[key] if value == default[key] else value for key, value in given.items()})
+    kept = {key for key, value in given.items() if value != default[key] or key in said}
+    return unflatten({key: given[key] if key in kept else demo[key] for key in given})
 
 
 def phantom_run(kind: Kind, sites: int) -> str:

@@ -228,7 +228,6 @@ def train_privately_(
     Raises:
         ModelError: a layer of the network couples images or cannot be clipped.
     """
-    require_uncoupled(network, data)
     seed = int(generator.integers(2**63))
     buffers = [buffer.clone() for buffer in network.module.buffers()]
     with seeded(int(source.integers(2**62, 1)[0]), network.device):
@@ -237,6 +236,8 @@ def train_privately_(
         network.module.train()
         terms = replace(terms, max_grad_norm=training.clip or terms.max_grad_norm)
         gradient_ = PrivateGradient(network, config, loss, terms, source)
+        gradient_.clipper.refuse_mixing()
+        require_uncoupled(network, data)
         while training.step < terms.steps:
             parts = drawn(units, terms, source)
             group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)

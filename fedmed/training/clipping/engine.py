@@ -127,7 +127,7 @@ class GradientClipper:
             ModelError: If a layer's input is no stack of images, a parameter is read outside its layer, a layer works
                 in place, a normalization would mix images, or the losses are not (n,).
         """
-        self._refuse_mixing()
+        self.refuse_mixing()
         bounds = torch.tensor(self._bounds, device=images.device, dtype=_dtype(self.trained))
         before = {p: p.grad for p in self.trained.values()}
         sorted_by = patients_of(patients)
@@ -186,7 +186,12 @@ class GradientClipper:
                 else:
                     layer.__dict__["forward"] = before
 
-    def _refuse_mixing(self) -> None:
+    def refuse_mixing(self) -> None:
+        """Look at the normalization layers as they are now.
+
+        Raises:
+            ModelError: one of them mixes images, or keeps sums over them.
+        """
         for layer in self.norms_of_batches:
             if isinstance(layer, _BatchNorm) and (layer.training or not layer.track_running_stats):
                 raise ModelError(
