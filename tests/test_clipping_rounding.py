@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedmed.models.small_cnn import small_cnn
 from fedmed.training.clipping import GradientClipper
-from fedmed.training.clipping.rounding import squares_above
+from fedmed.training.clipping.rounding import scaled, squares_above
 
 
 def convolved(mean: float) -> nn.Module:
@@ -58,9 +59,57 @@ def test_p06_large_means_do_not_hide_a_gradient(make, mean) -> None:
             assert float(released) <= 1.01 * len(patients.unique())
 
 
+@pytest.mark.parametrize("bound", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("gradient", [1e19, 1e21, 1e24])
+def test_p06_activations_too_small_to_be_squared_do_not_hide_a_gradient(bound, gradient) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 256, 3, padding=1, bias=False), nn.GroupNorm(8, 256), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1, bias=False), nn.GroupNorm(8, 256), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+        network[1].weight.fill_(6e-24)
+        network[3].weight.zero_()
+        network[4].weight.fill_(gradient / (0.25 * bound))
+        network[4].bias.fill_(1e-9)
+        network[-1].weight.mul_(bound)
+        network[-1].bias.fill_(bound / 10)
+    images = torch.rand(1, 1, 4, 4)
+    clipper = GradientClipper(network, max_norm=bound)
+    clipper.accumulate_(loss_of, images, images, torch.zeros(1, dtype=torch.int64))
+    released = torch.cat([each.grad.double().flatten() for each in network.parameters()]).norm()
+    assert float(released) <= 1.01 * bound
+
+
+def test_p06_rows_of_a_patient_that_cancel_move_nobody_elses_gradient() -> None:
+    torch.manual_seed(0)
+    network = small_cnn(norm="group", outputs=1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.mul_(0 if "block" in name and parameter.ndim > 1 else 1)
+        network.classifier.weight.fill_(1e10)
+        last = [layer for layer in network.block4.modules() if isinstance(layer, nn.GroupNorm)][-1]
+        last.weight.zero_()
+        last.bias.fill_(1e-25)
+    images, patients = torch.rand(12, 1, 16, 16), torch.arange(12) // 2
+    targets = torch.ones(12, 1)
+    targets[11] = 0  # two examinations of the last patient contradict each other
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+
+    found = []
+    for count in (12, 10):
+        network.zero_grad()
+        GradientClipper(network, max_norm=1.0).accumulate_(loss, images[:count], targets[:count], patients[:count])
+        found.append(torch.cat([each.grad.double().flatten() for each in network.parameters()]))
+    assert float((found[0] - found[1]).norm()) <= 1.01
+
+
 def test_a_square_is_rounded_up_by_little_where_nothing_cancels() -> None:
     torch.manual_seed(0)
-    inputs, gradients = torch.randn(5, 16, 300), torch.randn(5, 16, 40)
+    (inputs, _), (gradients, _) = scaled(torch.randn(5, 16, 300)), scaled(torch.randn(5, 16, 40))
     exact = torch.bmm(gradients.double().mT, inputs.double()).square().sum((1, 2))
     found = squares_above(inputs @ inputs.mT, gradients @ gradients.mT, depths=(300, 40)).double()
     assert (found >= exact).all() and (found <= exact * 1.002).all()

@@ -118,7 +118,7 @@ def test_without_a_value_to_select_by_nothing_is_better_or_worse(toy_config, sim
     ("site", "reason"),
     [
         ("broken-20", "the site's data cannot be used for this task"),
-        ("bug-20", "ZeroDivisionError in fedmed/training/site_round.py"),
+        ("bug-20", "ZeroDivisionError in fedmed/training/run_data.py"),
         ("crash-20", "was killed by signal 9"),
         ("slow-20", "deadline"),
     ],

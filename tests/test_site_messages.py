@@ -40,16 +40,24 @@ def test_a_task_that_names_a_file_is_refused(key, config):
 
 def test_p01_under_privacy_a_server_is_not_told_which_images_are_wrong(toy_config, tmp_path):
     manifest = hospital(tmp_path / "data", 6, seed=1)
+    text = manifest.read_text()
     next(iter(sorted((tmp_path / "data").rglob("*.png")))).write_bytes(b"no image")
-    said = {}
     for mode in ("none", "dp-sgd"):
         config = toy_config("a-400", privacy={**PRIVATE, "mode": mode}, data={"image-size": 8, "max-unreadable": 0.0})
         site = site_in(tmp_path / mode, "[policy]\n", manifest=manifest, dataset="", virtual=False)
-        with pytest.raises(DataError, match="cannot be read") as raised:
-            site_data(site, task_of(config, "train", 1).settings)
-        said[mode] = public_reason(raised.value)
-    assert "row" in said["none"]
-    assert said["dp-sgd"] == "the site's data cannot be used for this task"
+        settings = task_of(config, "train", 1).settings
+        manifest.write_text(text)
+        if mode == "none":
+            with pytest.raises(DataError, match="cannot be read") as raised:
+                site_data(site, settings)
+            assert "row" in public_reason(raised.value)
+            continue
+        assert len(site_data(site, settings).unreadable) == 1, "the server's limit would be a question about an image"
+        manifest.write_text(text + "p1,gone.png\n")
+        site_data.cache_clear()
+        with pytest.raises(DataError, match="row") as raised:
+            site_data(site, settings)
+        assert public_reason(raised.value) == "the site's data cannot be used for this task"
 
 
 def test_p01_who_is_held_out_at_a_real_site_follows_from_nothing_that_a_server_knows(toy_config, tmp_path):

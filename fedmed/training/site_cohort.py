@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
 from fedmed.durable import write_atomically
-from fedmed.errors import LedgerUnusable, UnreadableImage
+from fedmed.errors import DataError, LedgerUnusable, UnreadableImage
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
@@ -47,7 +47,10 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
     if manifest is None:
         return cohort_of({patient: [] for patient in wanted}, permit.keys, stable_ids=stable)
     chosen = set(wanted)
-    rows = [row for row in read_manifest(manifest, task).rows if row.patient in chosen]
+    try:
+        rows = [row for row in read_manifest(manifest, task).rows if row.patient in chosen]
+    except DataError as error:  # it was changed since it was loaded; a server is not told how
+        raise DataError(str(error)) from None
     kept = permit.oversight.folder / "cohorts" / f"{_state_of(rows, permit, stable=stable)}.bin"
     members = b""
     with suppress(OSError):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fedmed.training.clipping.patients import Block, Patients
 from fedmed.training.clipping.recording import full, quiet
-from fedmed.training.clipping.rounding import squares_above
+from fedmed.training.clipping.rounding import scaled, squares_above
 
 TRANSIENT = 2**22  # numbers in a temporary tensor, above which a product is made in several parts
 LANES = 16  # floats that the processor multiplies at once
@@ -156,16 +156,17 @@ def _by_products(maps: Tensor, points: Tensor, window: Window, block: Block) -> 
 
 
 def _gram(maps: Tensor, points: Tensor, window: Window, images: int) -> Tensor:
-    b = _matrices(points, images, window.groups)
+    b, size_of_b = scaled(_matrices(points, images, window.groups))
     of_points = torch.bmm(b.transpose(1, 2), b)  # (patients * groups, images * T, images * T)
-    if window.pointwise or not window.steps_by_one:
-        a = _matrices(maps if window.pointwise else patches(maps, window), images, window.groups)
-        of_maps = torch.bmm(a.transpose(1, 2), a)
-    else:
-        a = _matrices(maps, images, window.groups)
-        of_maps = _slid(torch.bmm(a.transpose(1, 2), a), window, images, maps.shape[2:], points.shape[2:])
+    slides = window.steps_by_one and not window.pointwise
+    read = maps if window.pointwise or slides else patches(maps, window)
+    a, size_of_a = scaled(_matrices(read, images, window.groups))
+    of_maps = torch.bmm(a.transpose(1, 2), a)
+    if slides:
+        of_maps = _slid(of_maps, window, images, maps.shape[2:], points.shape[2:])
     depths = prod(_shape(maps, points, window)[1:]), b.shape[1]
-    return squares_above(of_maps.reshape(of_points.shape), of_points, depths=depths).view(-1, window.groups).sum(1)
+    squares = squares_above(of_maps.reshape(of_points.shape), of_points, depths=depths) * (size_of_a * size_of_b) ** 2
+    return squares.view(-1, window.groups).sum(1)
 
 
 def _slid(gram: Tensor, window: Window, images: int, sides: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:

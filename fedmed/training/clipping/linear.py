@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedmed.errors import ModelError
 from fedmed.training.clipping.patients import Patients
 from fedmed.training.clipping.recording import Recording, full, quiet
-from fedmed.training.clipping.rounding import squares_above
+from fedmed.training.clipping.rounding import scaled, squares_above
 
 MOVE = 12.0  # as in `convolutions`
 
@@ -77,8 +77,9 @@ def squares(inputs: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
     found = []
     for block in patients.blocks:
         x, g = (full(rows[block.rows]).reshape(block.patients, -1, rows.shape[2]) for rows in (inputs, gradient))
+        (x, size_of_x), (g, size_of_g) = scaled(x), scaled(g)
         pairs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))
-        found.append(squares_above(*pairs, depths=(x.shape[2], g.shape[2])))
+        found.append(squares_above(*pairs, depths=(x.shape[2], g.shape[2])) * (size_of_x * size_of_g) ** 2)
     return torch.cat(found)
 
 

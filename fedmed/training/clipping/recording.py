@@ -130,8 +130,8 @@ class Recording:
             factors = factors.masked_fill(~finite[:, None], 0)
             silent = (~self.patients.spread(finite)).nonzero().flatten()
         of_rows = self.patients.spread(factors)  # (n, groups)
-        for group, (parameters, matrix) in small.items():
-            sums = torch.mv(quiet(matrix, silent).t(), of_rows[:, group])
+        for group, (parameters, gradients) in small.items():
+            sums = torch.mv(quiet(gradients, (~finite).nonzero().flatten()).t(), factors[:, group])
             start = 0
             for parameter in parameters:  # no split: autograd forbids changing one of several views in place
                 _add_(parameter, sums[start : start + parameter.numel()])
@@ -148,7 +148,10 @@ class Recording:
         return norms
 
     def _small_parameters(self) -> dict[int, tuple[list[nn.Parameter], Tensor]]:
-        """Per group, the parameters with per-image rows and these side by side, (n, sizes); their norms are added."""
+        """Per group, the parameters with per-image rows, and (Q, sizes) the patients' sums of these; norms are added.
+
+        What is released is made of these sums, and not of the rows once more: rows of one patient may cancel.
+        """
         for parameter, leaf in self.leaves.items():
             if leaf.grad is not None:
                 self.add_rows(parameter, leaf.grad.view(self.images, -1))
@@ -163,9 +166,12 @@ class Recording:
         parameters: dict[int, list[nn.Parameter]] = {}
         for parameter in self.rows:
             parameters.setdefault(self.groups[parameter], []).append(parameter)
-        small = {group: (of, torch.cat([self.rows.pop(p) for p in of], dim=1)) for group, of in parameters.items()}
-        for group, (_, matrix) in small.items():
-            self.add_squares(group, square_norms(self.patients.sums(matrix)))
+        small = {
+            group: (of, self.patients.sums(torch.cat([self.rows.pop(p) for p in of], dim=1)))
+            for group, of in parameters.items()
+        }
+        for group, (_, gradients) in small.items():
+            self.add_squares(group, square_norms(gradients))
         return small
 
 
