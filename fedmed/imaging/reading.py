@@ -165,7 +165,8 @@ def _to_unit_range_(values: Pixels, rule: Preset, valid: NDArray[np.bool_] | Non
     if background is not None:
         np.copyto(values, 0, where=background)
     if valid is not None:
-        np.copyto(values, 0, where=~valid)
+        for row, known in zip(values, valid, strict=True):  # row by row, for the whole of ~valid is a quarter of values
+            np.copyto(row, 0, where=~known)
     return values
 
 
@@ -177,13 +178,14 @@ def _range(
     if robust and values.size:
         corners = values[np.ix_(*((0, -1) for _ in values.shape))]
         background = values == corners.flat[0] if (corners == corners.flat[0]).all() else None
-    keep = _kept(valid, background)
     if robust:
         step = max(1, values.size // SAMPLE) | 1  # odd, so that it does not walk down a column
-        sample = values.reshape(-1)[::step][... if keep is None else keep.reshape(-1)[::step]]
+        few = _kept(*(None if each is None else each.reshape(-1)[::step] for each in (valid, background)))
+        sample = values.reshape(-1)[::step][... if few is None else few]
         low, high = np.percentile(sample, ROBUST_PERCENTILES) if sample.size else (0, 0)
         if high > low:
             return float(low), float(high), background
+    keep = _kept(valid, background)
     low = values.min(where=True if keep is None else keep, initial=np.inf)
     high = values.max(where=True if keep is None else keep, initial=-np.inf)
     return (float(low), float(high), background) if low <= high else (0.0, 0.0, background)
