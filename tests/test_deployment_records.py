@@ -54,3 +54,10 @@ def test_a_witness_that_cannot_be_reached_is_a_fault_and_not_silence(north):
     shutil.rmtree(north.parent / "far")
     with pytest.raises(FedmedError, match="1 faults"):
         command("ledger", "verify", north)
+
+
+def test_a_folder_without_records_is_named_and_no_key_is_asked_for(tmp_path):
+    site = make_site(tmp_path, "b-20")
+    for place in (tmp_path / "nowhere", site):
+        with pytest.raises(FedmedError, match=f"{place.name}: no ledger was opened there"):
+            command("ledger", "show", place)

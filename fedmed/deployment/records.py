@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed.deployment.site_folder import FILE, SiteFolder, read_site_folder
+from fedmed.errors import ConfigError
 from fedmed.privacy.chain import Anchor
 from fedmed.privacy.chain_file import witness_path
 from fedmed.privacy.keys import PUBLIC, read_public
@@ -49,8 +50,12 @@ def records_at(place: Path) -> Records:
     """Those of a folder that holds them, such as RUN/sites/NAME, or of a hospital's folder or site.toml.
 
     Raises:
-        ConfigError: the site.toml is wrong.
+        ConfigError: the site.toml is wrong, or there are no records.
     """
+    found = Records(folder=place, public=place / "keys" / PUBLIC)
     if place.is_file() or (not (place / "ledger").exists() and (place / FILE).exists()):
-        return records_of(read_site_folder(place))
-    return Records(folder=place, public=place / "keys" / PUBLIC)
+        found = records_of(read_site_folder(place))
+    if not (found.folder / "ledger").exists():
+        text = "no ledger was opened there; name a hospital's folder that has taken part, or RUN/sites/NAME"
+        raise ConfigError(f"{place}: {text}")
+    return found
