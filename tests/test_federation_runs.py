@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sets import volumes
 from safetensors.numpy import load_file
 from toy import PLANTED
 
@@ -102,15 +103,36 @@ def test_early_stopping_ends_after_patience(toy_config, simulate):
     assert json.loads((folder.path / "model.json").read_text())["round"] == 1
 
 
+def test_slices_of_resampled_volumes_are_segmented_and_judged_without_distances(tmp_path, simulate):
+    sites = [str(volumes(tmp_path / name, [(6, 20, 20)] * 4)) for name in ("a", "b", "server")]
+    config = run_file.validate(
+        {
+            "name": "slices",
+            "model": {"name": "unet", "width": 2},
+            "task": {"kind": "segmentation", "labels": ["one", "two"]},
+            "data": {
+                "sites": sites[:2], "server": sites[2], "items": "slices", "preset": "mr", "image-size": 16,
+                "spacing-mm": [2.0, 1.0, 1.0],
+            },
+            "train": {"rounds": 1},
+            "evaluate": {"site-share": 0.5},
+            "simulation": {"workers": 2, "device": "cpu"},
+        }
+    )  # fmt: skip
+    result, _ = simulate(config)
+    assert (result["status"], result["reason"]) == ("completed", None)
+    found = result["metrics"]["server"]
+    assert (found["dice"]["value"] is None, found["hd95"]["value"]) == (False, None)
+
+
 def test_without_a_value_to_select_by_nothing_is_better_or_worse(toy_config, simulate):
     evaluate = {"patience": 1, "selection_share": 0.0}
     train = {"rounds": 4, "schedule": "plateau", "plateau_patience": 1}
     result, _ = simulate(toy_config("a-40", server="server-60", train=train, evaluate=evaluate))
     assert (result["rounds"], result["status"]) == (4, "completed")
     progress = Progress()
-    assert [progress.select(round, value) for round, value in enumerate((0.5, None, 0.4, None), start=1)] == [
-        True, False, False, False,
-    ]  # fmt: skip
+    best = [progress.select(n, value, plateau_patience=9) for n, value in enumerate((0.5, None, 0.4, None), start=1)]
+    assert best == [True, False, False, False]
     assert (progress.best_round, progress.stale) == (1, 1)
 
 

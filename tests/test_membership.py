@@ -22,7 +22,7 @@ from fedmed.federated.identity import package_hash
 from fedmed.federated.member import member_of
 from fedmed.federated.membership import Membership
 from fedmed.federated.progress import Progress
-from fedmed.federated.selection import in_turn, sampled
+from fedmed.federated.selection import in_turn, sample_size, sampled
 from fedmed.federated.wire import encode_update
 from fedmed.training.network import layout_of
 from fedmed.types import Update, Weights
@@ -32,26 +32,28 @@ names = st.lists(st.integers(0, 99), min_size=1, max_size=30, unique=True).map(l
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    sites=names, fraction=st.floats(0.01, 1), least=st.integers(1, 5), seed=st.integers(0, 9), round=st.integers(1, 9)
-)
-def test_a_sample_is_of_the_stated_size_holds_the_required_sites_and_depends_on_no_order(
-    sites, fraction, least, seed, round
-):
+@given(sites=names, size=st.integers(1, 35), seed=st.integers(0, 9), round=st.integers(1, 9))
+def test_a_sample_is_of_the_stated_size_holds_the_required_sites_and_depends_on_no_order(sites, size, seed, round):
     always = sites[:2]
-    given_ = {"fraction": fraction, "least": least, "always": always, "seed": seed, "round": round}
+    given_ = {"size": size, "always": always, "seed": seed, "round": round}
     chosen = sampled(sites, **given_)
     assert set(always) <= set(chosen) <= set(sites)
     assert len(chosen) == len(set(chosen))
-    assert len(chosen) == max(min(len(sites), max(int(np.ceil(fraction * len(sites))), least)), len(always))
+    assert len(chosen) == max(min(len(sites), size), len(always))
     assert sampled(list(reversed(sites)), **given_) == chosen
+
+
+def test_the_size_of_a_sample_is_the_share_rounded_up_and_no_fewer_than_the_least():
+    shares = {(10, 0.3, 1): 3, (10, 0.31, 1): 4, (25, 0.28, 1): 7, (50, 0.14, 1): 7, (10, 0.01, 2): 2, (3, 1.0, 9): 3}
+    for (count, fraction, least), size in shares.items():
+        assert sample_size(count, fraction=fraction, least=least) == size
 
 
 def test_over_many_rounds_every_site_is_sampled_about_equally_often():
     sites = [f"s{number}" for number in range(10)]
     counts = dict.fromkeys(sites, 0)
     for round in range(1, 1001):
-        for name in sampled(sites, fraction=0.3, least=1, seed=7, round=round):
+        for name in sampled(sites, size=3, seed=7, round=round):
             counts[name] += 1
     assert max(abs(count - 300) for count in counts.values()) < 60  # four standard deviations of a binomial
 
@@ -206,6 +208,15 @@ def test_a_sampled_round_needs_its_share_of_the_sample_and_a_required_site_is_in
     assert sites.missing(["h7", "h1"]) is None
     assert "1 of 4 sites" in sites.missing(["h7"])
     assert sites.missing(["h1", "h2", "h3"]) == "required site h7 did not take part"
+
+
+def test_a_sample_is_as_large_as_the_quorum_asks_while_sites_are_away():
+    grid = Hospitals(*range(1, 11))
+    sites = roster(grid, fraction=0.5, min_fraction=1.0)
+    grid.present -= {9, 10}
+    sites.welcome(2)
+    assert len(sites.asked(2)) == 5
+    assert sites.missing(list(sites.asked(2))) is None
 
 
 def test_turns_ask_one_site_a_round():

@@ -154,14 +154,16 @@ def test_the_command_says_that_nothing_is_left_and_refuses_a_changed_key(toy_con
     assert "train.learning-rate is not what this run was begun with" in str(command.exception)
 
 
-def test_the_last_checkpoints_stay_and_the_best_network_with_them(toy_config, simulate):
-    config = toy_config(
-        "a-20", "b-20", server="server-40", train={"rounds": 6, "learning_rate": 3.0}, strategy={"keep_checkpoints": 3}
-    )
-    _, folder = simulate(config)
-    kept = {path.name for path in (folder.path / "checkpoints").glob("*.safetensors")}
-    best = json.loads((folder.path / "model.json").read_text())["round"]
-    assert kept == {*(f"round-{round:04d}.safetensors" for round in (4, 5, 6)), f"best-{best:04d}.safetensors"}
+def test_the_last_checkpoints_stay_and_with_each_the_network_that_was_best_then(tmp_path, toy_config):
+    folder = RunFolder.create(tmp_path / "run", toy_config("a-4"))
+    weights = Weights(parameters=np.zeros(3, np.float32), buffers=np.zeros(0, np.float32))
+    for round, best in enumerate((1, 2, 2, 4), start=1):
+        if best == round:
+            folder.save_best(round, weights)
+        folder.save_checkpoint(round, weights, {}, {"best_round": best}, [{"round": round}], keep=2)
+    folder.close()
+    kept = {path.stem for path in (folder.path / "checkpoints").glob("*.safetensors")}
+    assert kept == {"round-0003", "round-0004", "best-0002", "best-0004"}
 
 
 def test_a_damaged_last_checkpoint_costs_a_round_and_not_the_run(toy_config, simulate):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from toy import FRAGILE
 
 from fedmed import config as run_file
+from fedmed.federated.progress import Progress
 from fedmed.imaging.dataset import Dataset
 from fedmed.training import precision
 from fedmed.training.loop import Circumstances, train_
@@ -99,9 +100,13 @@ def test_learning_rate_factor_by_hand(keys, progress, factor):
     assert learning_rate_factor(train_config(**keys), progress, 0.09) == pytest.approx(factor)
 
 
-def test_plateau_falls_once_for_every_patience():
-    config = train_config(schedule="plateau", plateau_patience=2, plateau_factor=0.1)
-    assert [plateau_factor(config, stale) for stale in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+def test_a_plateau_lowers_the_rate_once_for_every_patience_and_for_good():
+    config, progress = train_config(schedule="plateau", plateau_factor=0.1), Progress()
+    factors = []
+    for round, value in enumerate((0.5, 0.4, 0.4, 0.4, 0.4, 0.6, 0.5, None, 0.5), start=1):
+        progress.select(round, value, plateau_patience=2)
+        factors.append(plateau_factor(config, progress.falls))
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01, 0.001])
 
 
 def test_a_warm_up_trains_less_in_the_first_round():

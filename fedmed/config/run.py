@@ -118,6 +118,11 @@ class RunConfig(Section):
         return 3 if self.data.items in ("volumes", "patches") else 2
 
     @property
+    def scored_spacing_mm(self) -> tuple[float, ...]:
+        """Of the voxels in which distances are measured; empty where none are: slices are resized after resampling."""
+        return self.data.spacing_mm if self.dimensions == 3 else ()
+
+    @property
     def split_seed(self) -> int:
         """The seed that decides who is held out: several trainings with it are judged on the same patients."""
         return self.evaluate.split_seed or self.seed

@@ -146,7 +146,7 @@ def _predicted(
     for some, predicted, true in predictions(network, data, rows):
         chosen.append(some)
         if config.task.kind == "segmentation":
-            cases.append(scored_cases(predicted, true, config.data.spacing_mm))
+            cases.append(scored_cases(predicted, true, config.scored_spacing_mm))
         else:
             logits.append(predicted)
             targets.append(true)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from fedmed.errors import RunFailed
 from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_reply
 from fedmed.federated.member import CannotJoin, Member, member_of
 from fedmed.federated.progress import Progress
-from fedmed.federated.selection import in_turn, sample_size, sampled
+from fedmed.federated.selection import in_turn, sample_size, sampled, share_of
 
 GROUP = "hello"
 NEWCOMER_S = 10.0  # that a round waits for the card of a site that came late; a later card counts from a later round
@@ -128,15 +127,8 @@ class Membership:
         if self._turns:
             names = in_turn(here, round=round)
         else:
-            strategy = self._strategy
-            names = sampled(
-                here,
-                fraction=strategy.fraction,
-                least=strategy.min_sites,
-                always=strategy.required_sites,
-                seed=self._seed,
-                round=round,
-            )
+            always = self._strategy.required_sites
+            names = sampled(here, size=self._wanted, always=always, seed=self._seed, round=round)
         return {name: self._members[name].node for name in names}
 
     @property
@@ -168,12 +160,17 @@ class Membership:
         absent = sorted(set(strategy.required_sites) - set(sites))
         if absent:
             return f"required site {absent[0]} did not take part"
-        known = max(len(self._members), self._at_start)
-        wanted = sample_size(known, fraction=strategy.fraction, least=strategy.min_sites)
-        needed = max(strategy.min_sites, math.ceil(strategy.min_fraction * wanted))
+        wanted = self._wanted
+        needed = max(strategy.min_sites, share_of(wanted, strategy.min_fraction))
         if len(sites) < needed:
             return f"{len(sites)} of {wanted} sites took part; {needed} are needed (strategy.min-sites, min-fraction)"
         return None
+
+    @property
+    def _wanted(self) -> int:
+        """How many sites a round should ask, whether they are connected or not."""
+        known = max(len(self._members), self._at_start)
+        return sample_size(known, fraction=self._strategy.fraction, least=self._strategy.min_sites)
 
     # Greetings.
 

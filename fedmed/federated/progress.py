@@ -24,6 +24,7 @@ class Progress:
     best_round: int = 0  # 0 = no network was selected yet
     best_value: float | None = None
     stale: int = 0  # evaluations since the best one that gave a value
+    falls: int = 0  # of the learning rate, under a plateau schedule
     centres: list[float] = field(default_factory=list)  # of the last evaluation; see Task.centres
     privacy: dict[str, Any] = field(default_factory=dict)  # by site: what it last said of its patients' budget
     train_s: float = 0.0  # wall time in which sites were at work
@@ -66,14 +67,18 @@ class Progress:
         """In how many rounds a site's update was used."""
         return sum(site in entry["joined"] for entry in self.rounds)
 
-    def select(self, round: int, value: float | None) -> bool:
-        """Note the selection metric of a round's network, if there is one; True if it is the best so far."""
+    def select(self, round: int, value: float | None, *, plateau_patience: int) -> bool:
+        """Note the selection metric of a round's network, if there is one; True if it is the best so far.
+
+        Every `plateau_patience` evaluations without improvement the learning rate falls, and does not rise again.
+        """
         if value is None:
             return False
         if self.best_value is None or value > self.best_value:
             self.best_round, self.best_value, self.stale = round, value, 0
             return True
         self.stale += 1
+        self.falls += self.stale % plateau_patience == 0
         return False
 
     def pause(self, entry: dict[str, Any]) -> None:

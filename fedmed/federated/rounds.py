@@ -158,7 +158,7 @@ class Federation:
         facts, weights, state = saved
         self.progress = Progress.from_json(facts)
         self._began -= self.progress.total_s
-        self.folder.prune(keep=self.config.strategy.keep_checkpoints, best_round=self.progress.best_round)
+        self.folder.prune(keep=self.config.strategy.keep_checkpoints)
         return weights, state
 
     def _gather(self) -> Membership:
@@ -208,7 +208,7 @@ class Federation:
             settings=self.settings,
             layout=self.layout.hash,
             weights=weights,
-            learning_rate_factor=plateau_factor(self.config.train, self.progress.stale),
+            learning_rate_factor=plateau_factor(self.config.train, self.progress.falls),
             centres=tuple(self.progress.centres),
             vectors=vectors,
             evaluate=every,
@@ -237,7 +237,8 @@ class Federation:
             return None
         judgement = self.evaluation.judge(weights, replicates=self.config.evaluate.bootstrap)
         self.progress.centres = list(judgement.centres)
-        if self.progress.select(round, judgement.selection) and self.config.evaluate.keep == "best":
+        best = self.progress.select(round, judgement.selection, plateau_patience=self.config.train.plateau_patience)
+        if best and self.config.evaluate.keep == "best":
             self.folder.save_best(round, weights)
             self._best = (round, judgement)
         self._tell(
@@ -278,7 +279,7 @@ class Federation:
             round = self.progress.best_round
             kept = self.folder.best(round)
         if self.evaluation is not None:
-            distances = self.config.task.kind == "segmentation" and bool(self.config.data.spacing_mm)
+            distances = self.config.task.kind == "segmentation" and bool(self.config.scored_spacing_mm)
             if self._best is not None and self._best[0] == round and not distances:
                 judgement = self._best[1]
             else:

@@ -123,11 +123,12 @@ class RunFolder:
             {"parameters": weights.parameters, "buffers": weights.buffers, **vectors},
         )
         write_atomically(self.path / "checkpoints" / "state.json", facts)
-        self.prune(keep=keep, best_round=progress.get("best_round", 0))
+        self.prune(keep=keep)
 
-    def prune(self, *, keep: int, best_round: int) -> None:
-        """Remove all checkpoints but the last ones, and all networks that were best but the present one."""
-        kept = {path.stem for path in self._numbered("round")[-keep:]} | {f"best-{best_round:04d}"}
+    def prune(self, *, keep: int) -> None:
+        """Remove all checkpoints but the last ones, and all networks that were best but those that they name."""
+        last = self._numbered("round")[-keep:]
+        kept = {path.stem for path in last} | {f"best-{_best_round(path):04d}" for path in last}
         for kind in ("round-*.safetensors", "round-*.json", "best-*.safetensors"):
             for path in (self.path / "checkpoints").glob(kind):
                 if path.stem not in kept:
@@ -209,6 +210,14 @@ def folder_of(runs: Path, series: int) -> Path | None:
     """The run folder of a Flower series; None if there is none."""
     found = next(runs.glob(f"*-{series}/run.toml"), None)
     return found.parent if found is not None else None
+
+
+def _best_round(checkpoint: Path) -> int:
+    """The round of the network that was best at a checkpoint; 0 if there was none, or it cannot be read."""
+    try:
+        return int(json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")).get("best_round", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def number_of(path: Path) -> int:

@@ -9,13 +9,18 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 
+def share_of(count: int, fraction: float) -> int:
+    """The fraction of a count, rounded up; 0.28 of 25 is 7, though the product of the two floats is a bit more."""
+    return math.ceil(fraction * count - 1e-9)
+
+
 def sample_size(count: int, *, fraction: float, least: int) -> int:
     """How many of `count` sites a round asks: the fraction, rounded up, and never fewer than `least` of them."""
-    return min(count, max(math.ceil(fraction * count), least))
+    return min(count, max(share_of(count, fraction), least))
 
 
 def sampled(
-    sites: Collection[str], *, fraction: float, least: int, always: Collection[str] = (), seed: int, round: int
+    sites: Collection[str], *, size: int, always: Collection[str] = (), seed: int, round: int
 ) -> tuple[str, ...]:
     """A sample of sites, uniform without replacement, by name.
 
@@ -24,8 +29,7 @@ def sampled(
 
     Args:
         sites: who can be asked.
-        fraction: share of them that is asked, in (0, 1]; 1 = all.
-        least: how many are asked at least.
+        size: how many of them are asked, if there are as many.
         always: sites that are in every sample; they count towards its size.
         seed: of the run.
         round: of the run, 1-based.
@@ -34,7 +38,6 @@ def sampled(
         Names in alphabetical order.
     """
     names = sorted(sites)
-    size = sample_size(len(names), fraction=fraction, least=least)
     chosen = {name for name in names if name in always}
     others = [name for name in names if name not in chosen]
     digest = hashlib.sha256(f"selection/{seed}/{round}".encode()).digest()

@@ -113,7 +113,7 @@ class ServerEvaluation:
     def _scored(self, logits: NDArray[np.float32], targets: NDArray[np.float32], distances: bool) -> Scores:
         if self.config.task.kind == "classification":
             return logits, targets
-        return scored_cases(logits, targets, self.config.data.spacing_mm if distances else ())
+        return scored_cases(logits, targets, self.config.scored_spacing_mm if distances else ())
 
     def _metrics(self, scores: Scores, patients: Sequence[str], replicates: int) -> Metrics:
         labels, rng = self.config.task.labels, np.random.default_rng(self.config.seed)

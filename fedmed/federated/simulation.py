@@ -25,6 +25,7 @@ from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.selection import sample_size
 from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
 from fedmed.imaging.cache import cache_folder
@@ -59,7 +60,9 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')
     server_step(config)
     require_trunk(config.model)
-    too_few = too_few_sites(config.strategy, len(names))
+    strategy = config.strategy
+    asked = sample_size(len(names), fraction=strategy.fraction, least=strategy.min_sites)
+    too_few = too_few_sites(strategy, asked)
     if too_few:
         raise ConfigError(too_few)
     presets_named(config.data.preset)

@@ -103,7 +103,7 @@ def _segmented(config: RunConfig, data: Dataset, network: FlatNetwork, rows: NDA
         return {"prevalence": {}, "metrics": {}, "pictures": []}
     labels, extremes, scored, patients = config.task.labels, Extremes(), [], []
     for chosen, logits, targets in predictions(network, data, rows):
-        scored.append(cases := scored_cases(logits, targets, config.data.spacing_mm))
+        scored.append(cases := scored_cases(logits, targets, config.scored_spacing_mm))
         patients += [data.patients[row] for row in chosen]
         extremes.add(chosen, cases.dice.mean(axis=1), logits, targets)
     cases = join_cases(scored)

@@ -27,6 +27,6 @@ def learning_rate_factor(config: TrainConfig, progress: float, plateau: float = 
     return factor
 
 
-def plateau_factor(config: TrainConfig, stale: int) -> float:
-    """The factor of a `plateau` schedule, so many evaluations after the last one that was better than all before."""
-    return config.plateau_factor ** (stale // config.plateau_patience) if config.schedule == "plateau" else 1.0
+def plateau_factor(config: TrainConfig, falls: int) -> float:
+    """The factor of a `plateau` schedule after so many falls; 1 under other schedules."""
+    return config.plateau_factor**falls if config.schedule == "plateau" else 1.0

@@ -277,7 +277,7 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
 def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, form: Form) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
-        network, data, rows, config.task, form=form, centres=task.centres, spacing_mm=config.data.spacing_mm
+        network, data, rows, config.task, form=form, centres=task.centres, spacing_mm=config.scored_spacing_mm
     )
 
 
