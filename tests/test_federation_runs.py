@@ -121,7 +121,7 @@ def test_slices_of_resampled_volumes_are_segmented_and_judged_without_distances(
     )  # fmt: skip
     result, _ = simulate(config)
     assert (result["status"], result["reason"]) == ("completed", None)
-    found = result["metrics"]["server"]
+    found = result["server"]["metrics"]
     assert (found["dice"]["value"] is None, found["hd95"]["value"]) == (False, None)
 
 
