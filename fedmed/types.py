@@ -88,6 +88,7 @@ class Task:
     centres: tuple[float, ...] = ()  # around which score histograms are finest, one per label; empty = 0
     vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))  # e.g. SCAFFOLD's control
     evaluate: bool = True  # whether a train reply also evaluates the received network at the site
+    run: str = ""  # tells runs with equal settings apart; a resumed run keeps it
 
 
 @dataclass(frozen=True, kw_only=True)

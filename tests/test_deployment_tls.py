@@ -516,6 +516,16 @@ def runner_of(folder: ServerFolder, site: str) -> int:
     return found[0]
 
 
+def test_a_site_learns_what_the_run_gave_its_patients_over_a_network_of_its_own(consortium, run, capsys):
+    capsys.readouterr()
+    command("site", "baseline", consortium.root.parent / "a-40")
+    said = capsys.readouterr().out
+    assert re.search(r"^auroc [01]\.\d+.* local$", said, re.M)
+    assert re.search(r"^auroc [01]\.\d+.* federated, [+-]0\.\d+ over the site's own$", said, re.M)
+    page = Path(said.rpartition("page: ")[2].strip()).read_text()
+    assert "trained here alone" in page
+
+
 def test_a_site_that_is_well_passes_every_check(consortium, capsys):
     capsys.readouterr()
     command("site", "check", consortium.root.parent / "b-20", "--json")

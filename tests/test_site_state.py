@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedmed import config as run_file
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated.sites import SIMULATION, site_of
 from fedmed.training.site_state import SiteState, resume_reach
+from fedmed.types import Task, Weights
 
 VECTORS = {"control": np.arange(50, dtype=np.float32), "empty": np.zeros(0, np.float32)}
 
@@ -153,15 +155,19 @@ def test_a_folder_that_cannot_be_written_is_one_public_line_without_its_name(tmp
     assert str(tmp_path) not in f"{refusal.value} {refusal.value.public}"
 
 
-def test_runs_with_other_settings_or_another_network_have_other_folders(tmp_path):
-    def folder(**keys: str) -> Path:
-        return SiteState.of(tmp_path, **{"run": "first", "settings": "{}", "layout": "a", **keys}).folder
+def test_other_runs_and_other_networks_have_other_folders(tmp_path):
+    empty = np.zeros(0, np.float32)
+    task = Task(kind="train", round=1, settings="{}", layout="a", weights=Weights(parameters=empty, buffers=empty))
+
+    def folder(name: str = "first", **changes: str) -> Path:
+        return SiteState.of(tmp_path, name=name, task=replace(task, **changes)).folder
 
     assert folder() == folder()
-    assert len({folder(), folder(settings='{"seed": 1}'), folder(layout="b"), folder(run="second")}) == 4
+    others = {folder(settings='{"seed": 1}'), folder(layout="b"), folder(run="another"), folder("second")}
+    assert len({folder(), *others}) == 5
     assert folder().name.startswith("first-")
     with pytest.raises(ConfigError, match="needs a folder at the site"):
-        SiteState.of(None, run="first", settings="{}", layout="a")
+        SiteState.of(None, name="first", task=task)
 
 
 def test_a_resumed_run_goes_on_from_what_sites_keep_whatever_it_may_change(tmp_path, toy_config):
@@ -174,7 +180,7 @@ def test_a_resumed_run_goes_on_from_what_sites_keep_whatever_it_may_change(tmp_p
     resumed.train("a-20", 2, weights)
     assert first.kept("a-20", 1).parent == resumed.kept("a-20", 2).parent
     Visits(resumed.config.model_copy(update={"name": "other"}), tmp_path).train("a-20", 2, weights)
-    assert len(list((tmp_path / "a-20").iterdir())) == 2, "another name is another run"
+    assert len(list((tmp_path / "a-20").glob("*/round-*"))) == 3, "another name is another run"
 
 
 def test_a_site_keeps_as_many_rounds_as_the_server_keeps_checkpoints(tmp_path, toy_config):

@@ -36,8 +36,8 @@ class Visits:
     def train(self, name: str, round: int, weights: Weights, vectors=None, **keys) -> Update:
         return train_round(self.task(round, weights, vectors, **keys), self.site(name))
 
-    def evaluate(self, name: str, round: int, weights: Weights) -> Update:
-        return evaluate_round(self.task(round, weights, kind="evaluate"), self.site(name))
+    def evaluate(self, name: str, round: int, weights: Weights, **keys) -> Update:
+        return evaluate_round(self.task(round, weights, kind="evaluate", **keys), self.site(name))
 
     def kept(self, name: str, round: int) -> Path:
         (found,) = (self.folder / name).glob(f"*/round-{round:04d}.safetensors")

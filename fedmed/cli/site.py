@@ -107,3 +107,28 @@ def check(
     wrong = sum(not finding.ok for finding in findings)
     if wrong:
         raise ConfigError(f"{wrong} of {len(findings)} checks failed")
+
+
+@app.command("baseline")
+def baseline(folder: Place) -> None:
+    """Train a network on this site's patients alone, and write what they gained by the last run. Nothing is sent.
+
+    It takes as long as the site's part of the run did. Given again after a kill, it goes on after the last round.
+
+    Example: fedmed site baseline north
+    """
+    from fedmed.cli.display import bar, interval
+    from fedmed.deployment.site_folder import read_site_folder
+    from fedmed.federated.sites import site_at
+    from fedmed.reporting.site_report import write_site_report
+    from fedmed.training.site_round import baseline as train
+
+    site = site_at(read_site_folder(folder).file)
+    with bar("rounds") as progress:
+        result = train(site, progress or (lambda done, rounds: print(f"round {done}/{rounds}", flush=True)))
+    said = json.loads(result.read_text(encoding="utf-8"))
+    for arm in said["arms"]:
+        gained = arm["gain_over_local"] and arm["gain_over_local"]["value"]
+        more = "" if gained is None else f", {gained:+.3f} over the site's own"
+        print(f"{said['primary']} {interval(arm)} {arm['arm']}{more}")
+    print(f"page: {write_site_report(result.parent)}")

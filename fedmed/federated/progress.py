@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ class Progress:
     A resumed run takes all of it up again, so that its result counts what happened before.
     """
 
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells it from others with the same settings
     rounds: list[dict[str, Any]] = field(default_factory=list)  # that ended with a new network
     broken: list[dict[str, Any]] = field(default_factory=list)  # that missed the quorum; each paused the run
     absent: list[dict[str, str]] = field(default_factory=list)  # sites that took no part outside rounds, and why

@@ -212,6 +212,7 @@ class Federation:
             centres=tuple(self.progress.centres),
             vectors=vectors,
             evaluate=every,
+            run=self.progress.run,
         )
 
     def _ask(self, task: Task, nodes: Mapping[str, int]) -> Any:

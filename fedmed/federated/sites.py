@@ -59,8 +59,7 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
         ConfigError: there is no site.toml at a deployed node, it is wrong, or there is no such partition.
     """
     if node.get("site"):
-        path = Path(str(node["site"]))
-        return replace(read_site(path), withdrawn=withdrawn_of(path))
+        return site_at(Path(str(node["site"])))
     if not node.get("virtual") and "ray" not in sys.modules:
         raise ConfigError("start this SuperNode with --node-config 'site=\"/path/to/site.toml\"'")
     sites = virtual_sites(os.environ.get(SIMULATION, ""), tuple(flat.items()), str(node.get("device", "cpu")))
@@ -70,6 +69,15 @@ def site_of(node: Mapping[str, Any], flat: Mapping[str, Any]) -> Site:
     run = os.environ.get(SIMULATION, "")  # over Ray the run file lies where states do, in RUN/sites
     states = str(node.get("states", "") or (Path(run).parent if run else ""))
     return _at(sites[number], Path(states)) if states else _without_records(sites[number])
+
+
+def site_at(path: Path) -> Site:
+    """The hospital of a site.toml, without the patients who have withdrawn by now.
+
+    Raises:
+        ConfigError, DataError: the file, or the list of who withdrew, cannot be used.
+    """
+    return replace(read_site(path), withdrawn=withdrawn_of(path))
 
 
 def _at(site: Site, states: Path) -> Site:

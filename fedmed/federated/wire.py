@@ -48,7 +48,7 @@ def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32"
 
 def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
     """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
-    names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings")
+    names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings", "run")
     facts = {name: getattr(task, name) for name in names}
     content = RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
     if task.vectors:
@@ -70,6 +70,7 @@ def decode_task(content: RecordDict) -> Task:
             kind=cast(Literal["train", "evaluate"], facts["kind"]),
             round=int(facts["round"]),
             settings=str(facts["settings"]),
+            run=str(facts["run"]),
             layout=str(facts["layout"]),
             evaluate=bool(facts["evaluate"]),
             learning_rate_factor=float(facts["learning_rate_factor"]),

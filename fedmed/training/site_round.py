@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,6 +28,7 @@ from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
 from fedmed.training.local_algorithms.fedbn import with_own_norms
 from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
+from fedmed.training.local_baseline import keep_network, train_baseline
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
@@ -103,6 +104,9 @@ def train_round(task: Task, site: Site) -> Update:
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
+    if task.round == 1 and site.state_dir is not None and not site.virtual:
+        with suppress(OSError, FedmedError):  # a full disk costs the site its comparison
+            keep_network(site.state_dir, "first", task, task.weights)
     metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
@@ -182,6 +186,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
         with suppress(OSError, FedmedError):
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
+            if not site.virtual:
+                keep_network(site.state_dir, "final", task, network.weights())
     if state is not None and has_personal_network(config.strategy):
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
             metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, form))}
@@ -190,6 +196,17 @@ def evaluate_round(task: Task, site: Site) -> Update:
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
     count = len(own.held_out) if config.privacy.mode == "none" else len(patients_of(data, own.held_out))
     return released(_update(network, count, metrics, facts), permit)
+
+
+def baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
+    """Train this hospital's own network for comparison with the last run's; see `local_baseline.train_baseline`."""
+    if site.state_dir is None:
+        raise DataError("the site keeps nothing of its runs (state-dir in site.toml)")
+
+    def load(settings: str) -> tuple[RunConfig, Dataset]:
+        return settings_from(settings), site_data(site, settings)
+
+    return train_baseline(site.state_dir, site.name, site.device, load, watch)
 
 
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
@@ -285,7 +302,7 @@ def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
     """What the site kept of this run, where its algorithm or its clipping keeps anything."""
     if not (needs_folder(config.strategy) or config.privacy.adapts_at_sites):
         return None
-    return SiteState.of(site.state_dir, run=config.name, settings=task.settings, layout=task.layout)
+    return SiteState.of(site.state_dir, name=config.name, task=task)
 
 
 def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kept: Mapping[str, FloatVector]) -> None:

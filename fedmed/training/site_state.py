@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from fedmed.config import run_identity
 from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, DataError
-from fedmed.types import FloatVector
+from fedmed.types import FloatVector, Task
 
 FILE = re.compile(r"round-(\d{4,})\.safetensors")
 PERSONAL = "personal.safetensors"  # a network of the site's own, tensor by tensor
@@ -30,14 +30,13 @@ class SiteState:
     folder: Path
 
     @classmethod
-    def of(cls, state_dir: Path | None, *, run: str, settings: str, layout: str) -> SiteState:
-        """The state of a run, known again by the settings that a resumed run keeps.
+    def of(cls, state_dir: Path | None, *, name: str, task: Task) -> SiteState:
+        """The state of a run, known again by its number and by the settings that a resumed run keeps.
 
         Args:
             state_dir: the site's folder for what it keeps.
-            run: the run's name, for people who look into that folder.
-            settings: of the run, as sent with every task.
-            layout: hash of the network's layout.
+            name: the run's, for people who look into that folder.
+            task: of the run.
 
         Raises:
             ConfigError: the site has no such folder.
@@ -48,8 +47,8 @@ class SiteState:
                 "use fedmed simulate, or a site.toml with state-dir"
             )
             raise ConfigError(text, public=text)
-        digest = hashlib.sha256(f"{run_identity(settings)}/{layout}".encode()).hexdigest()
-        return cls(folder=state_dir / f"{run}-{digest[:12]}")
+        digest = hashlib.sha256(f"{run_identity(task.settings)}/{task.layout}/{task.run}".encode()).hexdigest()
+        return cls(folder=state_dir / f"{name}-{digest[:12]}")
 
     def before(self, round: int | None = None) -> dict[str, FloatVector]:
         """The newest vectors kept for a round before the given one, or the newest of all; none in the first round.
@@ -62,6 +61,11 @@ class SiteState:
         """
         rounds = [kept for kept in self._rounds() if round is None or kept < round]
         return self._load(rounds[-1]) if rounds else {}
+
+    @property
+    def last_round(self) -> int:
+        """The newest round that is kept; 0 if there is none."""
+        return max(self._rounds(), default=0)
 
     def keep(self, round: int, vectors: Mapping[str, FloatVector], *, reach: int) -> None:
         """Keep what a round left behind, atomically and durably.

@@ -1,0 +1,153 @@
+"""A network that a hospital trains alone, beside the federated one: what its own patients gained by taking part.
+
+A hospital's tasks keep the network that the run began with and the one that it ended with. From the first one the site
+trains its own, with the settings of the run, for as many rounds and in the same order of images; then both are judged
+at the patients whom it holds out. Nothing of it leaves, so it is trained without noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedmed.config import RunConfig
+from fedmed.durable import write_atomically
+from fedmed.errors import DataError
+from fedmed.imaging.dataset import Dataset
+from fedmed.metrics import (
+    Measures,
+    classification_measures,
+    join_cases,
+    paired_difference,
+    percentiles,
+    replicate,
+    segmentation_measures,
+)
+from fedmed.training.evaluate import predictions, scored_cases
+from fedmed.training.loop import Circumstances
+from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.own_patients import OwnPatients
+from fedmed.training.sampling import Rows
+from fedmed.training.site_state import SiteState, write_durably
+from fedmed.types import Task, Weights
+
+FOLDER = "baseline"  # of the site's state folder
+RESULT = "comparison.json"
+
+Which = Literal["first", "final"]
+Load = Callable[[str], tuple[RunConfig, Dataset]]  # settings of a task -> the run, and the site's data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A network of a run, as a task brought it."""
+
+    weights: Weights
+    settings: str
+    run: str  # Task.run
+
+
+def keep_network(state_dir: Path, which: Which, task: Task, weights: Weights) -> None:
+    """Keep the network that a run begins or ends with. What was kept or found of an earlier run goes with the first.
+
+    Raises:
+        DataError: the disk is full or read-only.
+    """
+    folder = state_dir / FOLDER
+    vectors = {"parameters": weights.parameters, "buffers": weights.buffers}
+    if which == "first":
+        for path in (*folder.glob("round-*.safetensors"), state_dir / RESULT):
+            path.unlink(missing_ok=True)
+    write_durably(folder / f"{which}.safetensors", vectors, {"settings": task.settings, "run": task.run})
+
+
+def train_baseline(state_dir: Path, site: str, device: str, load: Load, watch: Callable[[int, int], None]) -> Path:
+    """Train the site's own network, judge both, and write `comparison.json`; a second call goes on after a kill.
+
+    Args:
+        state_dir: the site's folder, to which its tasks wrote.
+        site: its name.
+        device: where it trains.
+        load: gives the run and the site's data.
+        watch: told (round, rounds) after every round.
+
+    Raises:
+        DataError: the site did not take part from the first round to the last, holds nobody out, or cannot write.
+    """
+    first, final = _kept(state_dir, "first"), _kept(state_dir, "final")
+    if first.run != final.run:
+        raise DataError("the run that ended last is not the one that began last; wait for its end")
+    config, data = load(final.settings)
+    rows = np.flatnonzero(data.evaluation)
+    if len(rows) == 0:
+        raise DataError("the site holds nobody out (evaluate.site-share = 0), so there are no patients to judge by")
+    torch.set_num_threads(config.train.threads)
+    network = resident_network(config.model, len(config.task.labels), config.seed, device, config.dimensions)
+    own, state = OwnPatients(network=network, data=data, config=config, site=site), SiteState(folder=state_dir / FOLDER)
+    network.load_(Weights(**state.before()) if state.last_round else first.weights)
+    for round in range(state.last_round + 1, config.train.rounds + 1):
+        own.train_(config.train, Circumstances(round=round))
+        trained = network.weights()
+        state.keep(round, {"parameters": trained.parameters, "buffers": trained.buffers}, reach=1)
+        watch(round, config.train.rounds)
+    networks = {"local": network.weights(), "federated": final.weights}
+    result = {"schema": 1, "name": config.name, "site": site, "primary": config.primary, "seeds": [config.seed]}
+    result |= {"images": len(set(data.rows[rows].tolist())), "arms": _judged(networks, network, data, rows, config)}
+    write_atomically(state_dir / RESULT, json.dumps(result, indent=2, allow_nan=False).encode() + b"\n", mode=0o600)
+    return state_dir / RESULT
+
+
+def _judged(
+    networks: dict[str, Weights], network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig
+) -> list[dict[str, Any]]:
+    """Each network's primary metric, and how much more it is than that of the site's own: rows of `comparison.json`."""
+    values, drawn, patients = {}, {}, 0
+    for name, weights in networks.items():
+        network.load_(weights)
+        measures, ids = _measures(network, data, rows, config)
+        place, patients = measures.names.index(config.primary), len(set(ids))
+        rng = np.random.default_rng(config.seed)  # the same patients are drawn for both
+        values[name] = float(measures.statistic(np.ones((len(ids), 1)))[place, 0])
+        drawn[name] = replicate(measures.statistic, ids, config.evaluate.bootstrap, rng)[place]
+    arms = []
+    for name, value in values.items():
+        low, high = percentiles(drawn[name]) if patients > 1 and value == value else (None, None)
+        gain = paired_difference((value, values["local"]), (drawn[name], drawn["local"]), test=False)
+        arms.append(
+            {"arm": name, "kind": name, "value": value if value == value else None, "low": low, "high": high}
+            | {"n": patients}
+            | {
+                "gain_over_local": None
+                if name == "local"
+                else {"value": gain.value, "low": gain.low, "high": gain.high}
+            }
+        )
+    return arms
+
+
+def _measures(network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig) -> tuple[Measures, list[str]]:
+    """The metrics of a network at some rows, and whose image each of its cases is."""
+    chosen, logits, targets = zip(*predictions(network, data, rows), strict=True)
+    ids = [data.patients[row] for part in chosen for row in part]
+    if config.task.kind == "classification":
+        return classification_measures(np.concatenate(logits), np.concatenate(targets), config.task.labels), ids
+    cases = [scored_cases(*pair, config.scored_spacing_mm) for pair in zip(logits, targets, strict=True)]
+    return segmentation_measures(join_cases(cases), config.task.labels), ids
+
+
+def _kept(state_dir: Path, which: Which) -> Kept:
+    try:
+        with safe_open(state_dir / FOLDER / f"{which}.safetensors", framework="np") as file:
+            facts = file.metadata() or {}
+            weights = Weights(parameters=file.get_tensor("parameters"), buffers=file.get_tensor("buffers"))
+        return Kept(weights=weights, settings=facts["settings"], run=facts["run"])
+    except (OSError, SafetensorError, KeyError):
+        when = "in its first round" if which == "first" else "at its end"
+        raise DataError(f"nothing is kept of a run that this site took part in {when}") from None
