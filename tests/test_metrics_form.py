@@ -41,6 +41,21 @@ def test_histogram_takes_the_servers_centres() -> None:
     assert plain["positives"].sum() == centred["positives"].sum()
 
 
+def test_of_a_label_that_few_patients_have_or_have_not_nothing_leaves() -> None:
+    logits, targets, patients = site(0)
+    with_it = len({patients[i] for i in np.flatnonzero(targets[:, 1] == 1)})
+    assert released("histogram", logits, targets, patients, fewest=with_it).keys() == (
+        released("histogram", logits, targets, patients).keys()
+    )
+    hidden = targets.copy()
+    hidden[:, 1] = np.nan
+    for name, values in released("histogram", logits, targets, patients, fewest=with_it + 1).items():
+        np.testing.assert_array_equal(values, released("histogram", logits, hidden, patients)[name], err_msg=name)
+    turned = np.where(np.isnan(targets), np.nan, 1 - targets)
+    few = released("histogram", logits, turned, patients, fewest=with_it + 1)
+    assert classification_metrics(parted_variances(few)[0], LABELS)["auroc/nodule"] is None
+
+
 def test_refuses_unknown_forms_and_scores_that_cannot_be_judged() -> None:
     logits, targets, patients = site(0)
     with pytest.raises(ConfigError, match="histogram, none"):

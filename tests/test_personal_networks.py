@@ -26,8 +26,9 @@ pytestmark = pytest.mark.simulation
 
 def bits(folder: RunFolder) -> dict[str, bytes]:
     """Every own network and every state of the sites of a run, and its last checkpoint."""
-    paths = [*folder.path.glob("sites/*/*/*.safetensors"), max((folder.path / "checkpoints").glob("round-*"))]
-    return {str(path.relative_to(folder.path)): path.read_bytes() for path in paths}
+    last = max((folder.path / "checkpoints").glob("round-*.safetensors"))
+    states = {f"{path.parent.parent.name}/{path.name}": path for path in folder.path.glob("sites/*/*/*.safetensors")}
+    return {name: path.read_bytes() for name, path in {**states, last.name: last}.items()}
 
 
 def personal(folder: RunFolder, site: str) -> dict[str, np.ndarray]:
@@ -99,7 +100,8 @@ def test_fedbn_has_no_metric_of_the_server_and_says_why(toy_config, simulate, tm
     run = Visits(config, folder.path / "sites")
     network = flat(config)
     weights = as_weights(shared, network.layout)
-    sums = run.evaluate("a-40", 3, weights).metrics
+    number = json.loads((folder.path / "checkpoints" / "state.json").read_text())["run"]
+    sums = run.evaluate("a-40", 3, weights, run=number).metrics
     expected = {site["site"]: site["metrics"] for site in result["sites"]}["a-40"]
     assert metrics_from(sums, config.task)["loss"] == pytest.approx(expected["loss"]["value"])
     alone = Visits(config, tmp_path / "nothing").evaluate("a-40", 3, weights).metrics

@@ -322,7 +322,8 @@ def _update_and_departure():
 
 @pytest.mark.simulation
 def test_the_model_card_says_data_privacy_metrics_what_left_and_limits(under):
-    _, folder = under("[policy.training]\nmin-patients = 10\n", "a-40", "b_x-10", "c-40", server="server-60")
+    rules = "[policy.training]\nmin-patients = 10\n[policy.metrics]\nmin-patients = 0\n"
+    _, folder = under(rules, "a-40", "b_x-10", "c-40", server="server-60")
     card = write_model_card(folder.path).read_text(encoding="utf-8")
     assert re.search(r"^\| a-40 \| 20 \| 40 \| 2 \| no differential privacy", card, re.MULTILINE)
     assert "the site has too few patients" in card and r"b\_x-10" in card

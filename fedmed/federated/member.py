@@ -26,7 +26,7 @@ class Member:
     node: int
     patients: int
     images: int
-    held_out_patients: int
+    holds_out: bool  # patients whom it does not train on
     unreadable: int  # images that were left out
     reasons: str  # why, and how many for each reason
 
@@ -60,7 +60,7 @@ def member_of(answer: RecordDict | str, node: int) -> Member:
             raise CannotJoin(
                 f"runs fedmed {version[:40]} with other code than the server's {fedmed.__version__}", site=name
             )
-        counts = {key: int(card[key]) for key in ("patients", "images", "held-out-patients", "unreadable")}
+        counts = {key: int(card[key]) for key in ("patients", "images", "unreadable")}
         if min(counts.values()) < 0:
             raise ValueError
         return Member(
@@ -68,7 +68,7 @@ def member_of(answer: RecordDict | str, node: int) -> Member:
             node=node,
             patients=counts["patients"],
             images=counts["images"],
-            held_out_patients=counts["held-out-patients"],
+            holds_out=bool(card["holds-out"]),
             unreadable=counts["unreadable"],
             reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
         )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedmed.errors import ConfigError
 from fedmed.metrics.classification import classification_sums
 from fedmed.metrics.site_variance import auroc_variances
-from fedmed.metrics.sums import Array
+from fedmed.metrics.sums import Array, check_cases, check_patients
 
 Form = Literal["histogram", "none"]
 
@@ -23,6 +23,7 @@ def released(
     patients: Sequence[str],
     *,
     centres: Sequence[float] | None = None,
+    fewest: int = 0,
 ) -> dict[str, Array]:
     """Returns all of an evaluation that may leave.
 
@@ -32,6 +33,7 @@ def released(
         targets: (N, L), 0, 1 or NaN where unknown.
         patients: N patient ids, which never leave.
         centres: As for `classification_sums`.
+        fewest: Patients with a label, and without it, below which that label counts as unknown for everybody.
 
     Returns:
         Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`.
@@ -45,5 +47,16 @@ def released(
         raise ConfigError(f"unknown form of metrics; expected one of {', '.join(get_args(Form))}")
     if form == "none":
         return {}
-    sums = classification_sums(logits, targets, patients, centres)
-    return {**sums, **auroc_variances(logits, targets, patients)}
+    check_cases(logits, targets, unknown=True)
+    check_patients(patients, len(logits))
+    told = _withheld(targets, patients, fewest)
+    return {**classification_sums(logits, told, patients, centres), **auroc_variances(logits, told, patients)}
+
+
+def _withheld(targets: NDArray[np.floating], patients: Sequence[str], fewest: int) -> NDArray[np.floating]:
+    """(N, L) the targets, NaN for a label that few patients have or few have not; of nobody known there is no count."""
+    ids, told = np.asarray(patients), np.array(targets, copy=True)
+    for k in range(told.shape[1]):
+        if any(len(np.unique(ids[told[:, k] == value])) < fewest for value in (0, 1)):
+            told[:, k] = np.nan
+    return told

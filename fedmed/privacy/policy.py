@@ -52,7 +52,14 @@ class MetricRules(Section):
     form: Annotated[Form, Field(description="`histogram`: sums and histograms of scores; `none`: nothing")] = (
         "histogram"
     )
-    min_patients: Annotated[int, Field(ge=0, description="held-out patients, below which no metric leaves")] = 0
+    min_patients: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="held-out patients, below which no metric leaves; and below which, of those with a label or of "
+            "those without it, nothing of that label does",
+        ),
+    ] = 10
     training_loss: Annotated[bool, Field(description="whether the mean loss of training may leave")] = True
 
 
@@ -124,6 +131,7 @@ class Allowance:
     """How a task that is allowed must be done: the stricter of run and site."""
 
     metrics: Form
+    fewest: int  # patients with a label, and without it, below which nothing of that label leaves
     training_loss: bool
     epsilon: float  # of this run at this site, at most
     delta: float
@@ -153,6 +161,7 @@ def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
     few = task.held_out_patients is None or task.held_out_patients < policy.metrics.min_patients
     allowance = Allowance(
         metrics="none" if few else policy.metrics.form,
+        fewest=policy.metrics.min_patients,
         training_loss=policy.metrics.training_loss,
         epsilon=min(policy.privacy.epsilon, task.privacy.epsilon),
         delta=min(policy.privacy.delta, task.privacy.delta),

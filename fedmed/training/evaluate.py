@@ -84,6 +84,7 @@ def evaluation_sums(
     form: Form = "histogram",
     centres: Sequence[float] = (),
     spacing_mm: tuple[float, ...] = (),
+    fewest: int = 0,
 ) -> Sums:
     """What a site sends of its evaluation: counts, histograms, summed losses and variances, never a case.
 
@@ -97,6 +98,7 @@ def evaluation_sums(
         form: in which the site lets scores leave; "none" = nothing at all.
         centres: logits around which histograms are finest, one for each label; empty = 0.
         spacing_mm: of voxels; distances of surfaces are only measured where it is known.
+        fewest: patients with a label, and without it, below which nothing of that label is sent.
     """
     if form == "none" or len(rows) == 0:
         return {}
@@ -110,7 +112,7 @@ def evaluation_sums(
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])
     patients = [data.patients[row] for row in rows]
-    return released(form, logits, targets, patients, centres=centres or None)
+    return released(form, logits, targets, patients, centres=centres or None, fewest=fewest)
 
 
 def patient_vectors(

@@ -28,7 +28,17 @@ from fedmed.privacy.audit_log import keep_decision
 from fedmed.privacy.egress import Departure, keep_departure, with_head
 from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import DATABASE, Ledger
-from fedmed.privacy.policy import Allowance, Decision, Form, PrivacyRules, Request, SitePolicy, decide, read_policy
+from fedmed.privacy.policy import (
+    Allowance,
+    Decision,
+    Form,
+    MetricRules,
+    PrivacyRules,
+    Request,
+    SitePolicy,
+    decide,
+    read_policy,
+)
 from fedmed.types import Task, Update
 
 Keeper = TypeVar("Keeper")
@@ -147,7 +157,7 @@ def _patients(data: Dataset, chosen: NDArray[np.bool_]) -> int:
 
 def _no_policy(config: RunConfig) -> SitePolicy:
     rules = PrivacyRules(unit="image", epsilon=UNLIMITED, delta=config.privacy.delta, stable_ids=True)
-    return SitePolicy(privacy=rules)
+    return SitePolicy(privacy=rules, metrics=MetricRules(min_patients=0))
 
 
 def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -> Keeper:
@@ -189,6 +199,11 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     if config.privacy.mode != "none":
         return "none"
     return site if permit is None or site == "none" else permit.allowance.metrics
+
+
+def fewest_of(permit: Permit | None) -> int:
+    """How many patients must have a label, and how many must not, for anything of that label to leave."""
+    return 0 if permit is None else permit.allowance.fewest
 
 
 def released(update: Update, permit: Permit | None) -> Update:

@@ -32,7 +32,16 @@ from fedmed.training.local_baseline import keep_network, train_baseline
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
 from fedmed.training.network import FlatNetwork, resident_network
-from fedmed.training.oversight import Oversight, form_of, permitted, released, require_ledger, site_keys
+from fedmed.training.oversight import (
+    Oversight,
+    Permit,
+    fewest_of,
+    form_of,
+    permitted,
+    released,
+    require_ledger,
+    site_keys,
+)
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.run_data import run_data
 from fedmed.training.sampling import Rows
@@ -100,14 +109,13 @@ def train_round(task: Task, site: Site) -> Update:
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
-    form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
     if task.round == 1 and site.state_dir is not None and not site.virtual:
         with suppress(OSError, FedmedError):  # a full disk costs the site its comparison
             keep_network(site.state_dir, "first", task, task.weights)
-    metrics = _held_out_sums(network, data, config, task, form) if task.evaluate else {}
+    metrics = _held_out_sums(network, data, config, task, permit, site) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
     account = account_of(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
@@ -134,7 +142,7 @@ def train_round(task: Task, site: Site) -> Update:
         vectors=task.vectors,
         kept=kept,
         train_=train,
-        held_out_loss=partial(own.held_out_loss, form=form),
+        held_out_loss=partial(own.held_out_loss, form=form_of(permit, site.metrics, config)),
     )
     outcome = local_algorithm(config.strategy)(visit)
     to_keep = {**outcome.kept, **outcome.trained.kept}
@@ -173,12 +181,11 @@ def evaluate_round(task: Task, site: Site) -> Update:
     started = time.perf_counter()
     permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
-    form = form_of(permit, site.metrics, config)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
-    metrics = _held_out_sums(network, data, config, task, form)
+    metrics = _held_out_sums(network, data, config, task, permit, site)
     if config.privacy.metrics_epsilon:
         metrics = noised_sums(task, site, permit, own)
     if site.state_dir is not None:
@@ -190,7 +197,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
                 keep_network(site.state_dir, "final", task, network.weights())
     if state is not None and has_personal_network(config.strategy):
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
-            metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, form))}
+            metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, permit, site))}
         write_personal(network, state.personal)
     said = account_of(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
@@ -222,7 +229,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "images": patients if private else len(data),  # under DP the number of patients alone is public
         "unreadable": 0 if private else len(data.unreadable),
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
-        "held-out-patients": len({data.patients[row] for row in np.flatnonzero(data.evaluation)}),
+        "holds-out": bool(data.evaluation.any()),
     }
 
 
@@ -291,11 +298,17 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     return config, data, network
 
 
-def _held_out_sums(network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, form: Form) -> Sums:
+def _held_out_sums(
+    network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, permit: Permit | None, site: Site
+) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
-        network, data, rows, config.task, form=form, centres=task.centres, spacing_mm=config.scored_spacing_mm
-    )
+        network, data, rows, config.task,
+        form=form_of(permit, site.metrics, config),
+        centres=task.centres,
+        spacing_mm=config.scored_spacing_mm,
+        fewest=fewest_of(permit),
+    )  # fmt: skip
 
 
 def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
