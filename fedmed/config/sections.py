@@ -135,6 +135,10 @@ class TrainConfig(Section):
     patience: Annotated[
         Count, Field(description="local epochs without improvement at the site before it stops; 0 = never")
     ] = 0
+    validation_share: Annotated[
+        float,
+        Field(gt=0, lt=1, description="of each site's training patients, who tell `patience` and are not trained on"),
+    ] = 0.2
     loss: Annotated[
         Literal["auto", "bce", "focal", "dice-bce", "dice-ce", "tversky"],
         Field(description="auto = bce for classification, dice-bce for segmentation"),

@@ -15,6 +15,7 @@ import torch
 from fedmed.config import RunConfig, TrainConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.dataset import Dataset
+from fedmed.imaging.split import held_out
 from fedmed.metrics import Form
 from fedmed.models.low_rank import merged
 from fedmed.training.evaluate import mean_loss
@@ -64,7 +65,7 @@ class OwnPatients:
             account: of a round that is to leave the site under differential privacy; what is trained without one
                 stays there.
         """
-        rows, task = self.rows, self.config.task
+        task = self.config.task
         generator = site_generator(self.config.seed, self.site, given.round)
         if account is not None:
             from fedmed.training.private import train_privately_  # heavy: opacus
@@ -74,13 +75,14 @@ class OwnPatients:
             return train_privately_(
                 self.network, self.data, units, settings, loss, terms, source=source, generator=generator, given=given
             )
+        rows, validation = self._parted(settings)
         balanced = settings.sampling == "balanced"
         given = replace(
             given,
             weights=balanced_weights(self.data, rows, task) if balanced else None,
-            validation=self._validation(settings),
+            validation=self._validation(settings, validation),
         )
-        loss = loss_for(task, settings, self._positive_weights(settings))
+        loss = loss_for(task, settings, self._positive_weights(settings, rows))
         return train_(self.network, self.data, rows, settings, loss, generator, given)
 
     def held_out_loss(self, *, form: Form) -> float:
@@ -102,18 +104,29 @@ class OwnPatients:
             raise DataError(text, public=text)
         return mean_loss(self.network, self.data, self.held_out, loss_for(self.config.task, self.config.train))
 
-    def _positive_weights(self, settings: TrainConfig) -> torch.Tensor | None:
+    def _parted(self, settings: TrainConfig) -> tuple[Rows, Rows]:
+        """Rows that are trained on, and rows that tell when to stop; nobody's images are on both sides.
+
+        Those who stop the training are training patients: the patients held out judge the network afterwards.
+        """
+        if not settings.patience:
+            return self.rows, self.rows[:0]
+        patients = [self.data.patients[row] for row in self.rows]
+        name = f"validation/{self.site}"
+        aside = held_out(patients, share=settings.validation_share, seed=self.config.split_seed, name=name)
+        return self.rows[~aside], self.rows[aside]
+
+    def _positive_weights(self, settings: TrainConfig, rows: Rows) -> torch.Tensor | None:
         """What a positive of each label weighs in the loss, ready to be broadcast over pixels."""
         if settings.class_weights == "none":
             return None
-        weights = torch.from_numpy(balanced_positive_weights(self.data, self.rows)).to(self.network.device)
+        weights = torch.from_numpy(balanced_positive_weights(self.data, rows)).to(self.network.device)
         pixels = 0 if self.config.task.kind == "classification" else self.config.dimensions
         return weights.view(-1, *[1] * pixels)
 
-    def _validation(self, settings: TrainConfig) -> Callable[[], float] | None:
-        """The loss on the patients that the site holds out, for early stopping within a round."""
-        rows = self.held_out
-        if not settings.patience or len(rows) == 0:
+    def _validation(self, settings: TrainConfig, rows: Rows) -> Callable[[], float] | None:
+        """The loss on the patients who tell when to stop within a round."""
+        if len(rows) == 0:
             return None
         return partial(mean_loss, self.network, self.data, rows, loss_for(self.config.task, settings))
 
