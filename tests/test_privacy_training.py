@@ -15,6 +15,7 @@ from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
+from fedmed.privacy.planning import plan_training
 from fedmed.training.site_round import Site, evaluate_round, site_card, train_round
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0}
@@ -191,6 +192,18 @@ def test_p02_the_stricter_of_run_and_site_wins(toy_config, tmp_path):
     strict = privacy_in(train(run_of(toy_config, privacy=PRIVATE), site_in(tmp_path / "b", policy)).facts)
     assert strict["events"][0]["noise_multiplier"] > free["events"][0]["noise_multiplier"]
     assert strict["epsilon_total"] <= 1.0
+
+
+def test_p02_by_images_the_budget_is_the_patients_and_the_noise_is_the_plans(toy_config, tmp_path):
+    rules = '[policy.privacy]\nepsilon = 3.0\nunit = "image"\nstable-ids = true\n'
+    given = {**PRIVATE, "unit": "image", "images-per-patient": 2}
+    said = privacy_in(train(run_of(toy_config, privacy=given), site_in(tmp_path, rules)).facts)
+    plan = plan_training(
+        patients=160, images=320, images_per_patient=2, unit="image", epsilon=3.0, delta=1e-6, rounds=3, batch_size=32
+    )
+    assert said["events"][0]["noise_multiplier"] == plan.noise_multiplier
+    assert said["epsilon"] == plan.schedule[0].epsilon and said["epsilon_total"] <= 3.0
+    assert (said["unit"], said["adjacency"]) == ("image", "add or remove one patient")
 
 
 def test_p02_another_run_opens_no_fresh_budget(toy_config, tmp_path):

@@ -158,7 +158,7 @@ def privacy(spent: Privacy | None, run: RunFacts) -> str:
     if spent.delta is not None:
         parts.append(f"δ {spent.delta:.0e}".replace("e-0", "e-"))
     if spent.unit:
-        parts.append(f"per {spent.unit}")
+        parts.append("per patient, clipped by image" if spent.unit == "image" else f"per {spent.unit}")
     if spent.adjacency:
         parts.append(f"neighbours: {spent.adjacency}")
     if spent.accountant:

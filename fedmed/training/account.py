@@ -56,7 +56,7 @@ class Account:
         total = self.ledger.spent()
         values: dict[str, object] = {
             "unit": self.terms.unit,
-            "adjacency": ADJACENCY if self.terms.unit == "patient" else "add or remove one image",
+            "adjacency": ADJACENCY,
             "delta": self.delta,
             "images_per_patient": self.terms.images_per_patient,
             "accountant": own.accountant,
@@ -94,10 +94,7 @@ class Account:
         rounds = sum(not charge.events and charge.cohort == self.cohort for charge in charges.values())
         own = self.terms.event(steps=rounds * self.terms.steps, cohort=self.cohort)
         others = [event for event in self._reserved("gradients") if not _of(event, self.terms, self.cohort)]
-        released = [*others, own] if own.steps else others
-        if self.terms.unit == "patient":
-            return released
-        return [replace(event, unit="patient", images_per_patient=1) for event in released]
+        return [*others, own] if own.steps else others
 
     def _judged(self) -> list[PrivacyEvent]:
         """Of this run, what was reserved for metrics of held-out patients."""
@@ -152,6 +149,8 @@ def opened_account(
             delta=permit.allowance.delta,
             sample_rate=public.sample_rate,
             steps=train.rounds * public.steps,
+            unit=privacy.unit,
+            images_per_patient=privacy.images_per_patient,
         )
     )
     terms = replace(public, noise_multiplier=max(sigma, permit.allowance.min_noise_multiplier))
