@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from toy import FRAGILE
 
 from fedmed import config as run_file
+from fedmed.errors import ConfigError
 from fedmed.federated.progress import Progress
 from fedmed.imaging.dataset import Dataset
 from fedmed.training import precision
@@ -67,6 +68,35 @@ def test_a_last_group_of_fewer_images_is_a_mean_over_them():
     np.testing.assert_allclose(network.weights().parameters, by_hand.weights().parameters, atol=1e-6)
 
 
+def test_accumulated_batches_are_the_whole_batch_where_labels_are_unknown():
+    data = data_of(24)
+    data.targets[3:20] = np.nan
+    changed = []
+    for keys in ({"batch_size": 24}, {"batch_size": 8, "accumulate": 3}):
+        network = linear()
+        train_(network, data, np.arange(24), train_config(**keys), masked_bce, np.random.default_rng(5))
+        changed.append(network.weights().parameters)
+    np.testing.assert_allclose(changed[1], changed[0], atol=1e-6)
+
+
+def with_batch_norm() -> FlatNetwork:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(1, 3, 4), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 1))
+    return FlatNetwork(layers, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(17, [8, 9]), (9, [9]), (8, [8]), (10, [8, 2])])
+def test_no_batch_of_one_image_reaches_batch_norm(rows, sizes):
+    network, seen = with_batch_norm(), []
+    network.module.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    train_(network, data_of(rows), np.arange(rows), train_config(), masked_bce, np.random.default_rng(5))
+    assert seen == sizes  # 1 x 1 maps: torch refuses a batch of one
+
+
+def test_without_batch_norm_the_last_image_of_a_pass_may_be_alone():
+    assert [len(batch) for batch in batches(np.arange(17), train_config(), np.random.default_rng(0))] == [8, 8, 1]
+
+
 def test_the_moving_average_is_what_a_site_sends():
     config = train_config(ema=0.5, batch_size=8)
     path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
@@ -82,6 +112,48 @@ def test_early_stopping_keeps_the_best_pass():
     stopped = trained(train_config(local_epochs=5, patience=2), given=given)
     assert next(losses) == 0.5, "two passes without improvement end the round"
     np.testing.assert_array_equal(stopped, trained(train_config(local_epochs=2)))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "after"), [(1, [3, 6, 9, 12]), (2, [2, 3, 5, 6]), (3, [1, 2, 3, 4]), (5, [1, 2, 3]), (99, [1])]
+)
+def test_patience_judges_after_every_pass_whatever_is_accumulated(accumulate, after):
+    judged, taken = [], []
+
+    def validation() -> float:
+        judged.append(len(taken))
+        return 0.0
+
+    given = Circumstances(validation=validation, correction=lambda: taken.append(1))
+    trained(train_config(local_epochs=4, patience=9, accumulate=accumulate), given=given)  # three batches in a pass
+    assert judged == after
+
+
+def test_the_best_pass_leaves_with_the_statistics_of_that_pass():
+    losses = iter([1.0, 2.0, 3.0])
+    given = Circumstances(validation=lambda: next(losses))
+    sent = []
+    for config, circumstances in ((train_config(local_epochs=3, patience=9), given), (train_config(), None)):
+        network = with_batch_norm()
+        train_(network, data_of(24), np.arange(24), config, masked_bce, np.random.default_rng(5), circumstances)
+        sent.append(network.weights())
+    np.testing.assert_array_equal(sent[0].parameters, sent[1].parameters)
+    np.testing.assert_array_equal(sent[0].buffers, sent[1].buffers)
+
+
+def test_the_moving_average_is_of_running_statistics_too():
+    network = with_batch_norm()
+    config = train_config(ema=0.5, batch_size=24)
+    train_(network, data_of(24), np.arange(24), config, masked_bce, np.random.default_rng(5))
+    images, start = torch.from_numpy(data_of(24).images), with_batch_norm().module
+    last = 0.9 * start[1].running_mean + 0.1 * start[0](images).mean((0, 2, 3))
+    torch.testing.assert_close(network.module[1].running_mean, (0.5 * last).detach())
+    assert int(network.module[1].num_batches_tracked) == 1
+
+
+def test_an_average_and_the_best_pass_are_not_asked_for_at_once():
+    with pytest.raises(ConfigError, match=r"train\.patience.*train\.ema"):
+        train_config(ema=0.5, patience=2)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +192,18 @@ def test_bfloat16_stays_close_and_keeps_weights_in_float32():
     half, full = trained(train_config(precision="bfloat16")), trained(train_config())
     assert half.dtype == np.float32
     assert 0 < np.abs(half - full).max() < 0.01
+
+
+def test_a_loss_is_of_float32_whatever_the_precision():
+    seen = []
+
+    def loss(logits, targets):
+        seen.append(logits.dtype)
+        return masked_bce(logits, targets)
+
+    for config in (train_config(precision="bfloat16"), train_config()):
+        train_(linear(), data_of(8), np.arange(8), config, loss, np.random.default_rng(5))
+    assert seen == [torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize(("units", "same_as"), [(True, "bfloat16"), (False, "float32")])
@@ -188,20 +272,23 @@ class Killed(Exception):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_a_round_that_was_cut_off_ends_with_the_same_bits(tmp_path, optimizer, at):
-    config = train_config(optimizer=optimizer, momentum=0.9, local_epochs=2, ema=0.9, augment=["noise"])
+    average = {"ema": 0.9} if optimizer == "sgd" else {"patience": 9}
+    config = train_config(optimizer=optimizer, momentum=0.9, local_epochs=2, augment=["noise"], **average)
 
     def unfinished(task: str) -> Unfinished:
         return Unfinished(path=tmp_path / "state" / "round.safetensors", identify=lambda: task, every_s=0.0)
 
     def network() -> FlatNetwork:
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        hidden = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        module = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(8, 1))
         return FlatNetwork(module, torch.device("cpu"))
 
     def go(flat: FlatNetwork, loss, where: Unfinished | None) -> np.ndarray:
-        given = Circumstances(unfinished=where)
+        passes = iter(range(9))
+        given = Circumstances(unfinished=where, validation=lambda: float(next(passes)))  # the first is the best
         train_(flat, data_of(24), np.arange(24), config, loss, np.random.default_rng(5), given)
-        return flat.weights().parameters
+        return np.concatenate([flat.weights().parameters, flat.weights().buffers])
 
     steps = 0
 

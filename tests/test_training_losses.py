@@ -55,6 +55,14 @@ def test_focal_loss_without_focus_is_cross_entropy():
     assert float(masked_focal(LOGITS, TARGETS, gamma=0.0)) == pytest.approx(float(masked_bce(LOGITS, TARGETS)))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("dtype", "sure"), [(torch.float32, 18.0), (torch.float32, 120.0), (torch.bfloat16, 7.0)])
+def test_focal_loss_of_what_is_surely_right_has_a_finite_gradient(gamma, dtype, sure):
+    logits = torch.tensor([[sure, -sure]], dtype=dtype, requires_grad=True)
+    masked_focal(logits, torch.tensor([[1.0, 0.0]]), gamma=gamma).backward()
+    assert torch.isfinite(logits.grad).all() and float(logits.grad.abs().max()) < 0.01
+
+
 def test_positive_weights_weigh_positives():
     weights = torch.tensor([3.0, 5.0], dtype=torch.float64)
     values = [-np.log(probability_of_truth(*at)) * (float(weights[at[1]]) if TARGETS[at] == 1 else 1.0) for at in KNOWN]

@@ -54,6 +54,8 @@ class RunConfig(Section):
             raise ValueError(f'train.loss = "{self.train.loss}" is no loss for {self.task.kind}')
         if self.train.patience and self.train.local_steps:
             raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
+        if self.train.patience and self.train.ema:
+            raise ValueError("train.patience sends the best epoch and train.ema an average; leave one of them at 0")
         self._sites_can_do_their_part()
         if self.simulation.partition != "as-given" and self.data.dataset:
             raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")

@@ -20,9 +20,9 @@ from fedmed.imaging.dataset import Dataset
 from fedmed.models.stages import parameter_groups
 from fedmed.training.gradients import Correction
 from fedmed.training.losses import Loss, deeply_supervised
-from fedmed.training.network import FlatNetwork
-from fedmed.training.precision import settled
-from fedmed.training.sampling import Rows, batches, batches_in_a_pass
+from fedmed.training.network import FlatNetwork, mixes_images
+from fedmed.training.precision import in_float32, settled
+from fedmed.training.sampling import Rows, batches
 from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.unfinished import Unfinished
 from fedmed.types import FloatVector
@@ -105,18 +105,19 @@ def train_(
         raise DataError("no image is left to train on", public="no image is left to train on")
     given = given or Circumstances()
     seed = int(generator.integers(2**63))
-    order = list(batches(rows, config, generator, given.weights))
+    network.module.train()
+    alone = not mixes_images(network.module)
+    order = list(batches(rows, config, generator, given.weights, alone=alone))
     with seeded(seed, network.device):  # dropout inside the network, if it has any
         training = Training(network, config, given, -(-len(order) // config.accumulate))
         training.take_up()
         supervised = deeply_supervised(loss)
         first = training.step * config.accumulate
-        network.module.train()
         numbered = enumerate(order[first:], start=first)
         parts = (training_batch(data, chosen, config, (seed, number)) for number, chosen in numbered)
         while group := list(islice(parts, config.accumulate)):
             training.step_(partial(_mean_gradient_, network, config, supervised, group))
-            if training.over(at_end_of_pass=_ends_a_pass(training.step, rows, config)):
+            if training.over(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config)):
                 break
     return training.result_()
 
@@ -134,23 +135,29 @@ def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple
 
 
 def _mean_gradient_(network: FlatNetwork, config: TrainConfig, loss: AnyLoss, group: Sequence[Batch]) -> Tensor:
-    """Leave the gradient of the mean loss over some batches, each weighing as many images as it has; give that loss."""
+    """Leave the gradient of the loss over some batches as if they were one, and give that loss.
+
+    Each weighs as many known labels as it has: where none is unknown, as many images.
+    """
     device = network.device
     half = torch.autocast(device.type, torch.bfloat16, enabled=settled(config.precision, device) == "bfloat16")
-    images_in_all, total = sum(len(images) for images, _ in group), torch.zeros((), device=device)
+    known = [int((~torch.isnan(targets)).sum()) for _, targets in group] if len(group) > 1 else [1]
+    total = torch.zeros((), device=device)
     for parameter in network.parameters:
         parameter.grad = None
-    for images, targets in group:
+    for (images, targets), labels in zip(group, known, strict=True):
         with half:
             outputs = network(images.to(device), channels_last=config.channels_last)
-        value = loss(outputs, targets.to(device)) * (len(images) / images_in_all)
+        value = loss(in_float32(outputs), targets.to(device)) * (labels / max(sum(known), 1))
         value.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         total += value.detach()
     return total
 
 
-def _ends_a_pass(step: int, rows: Rows, config: TrainConfig) -> bool:
-    return config.local_steps == 0 and step * config.accumulate % batches_in_a_pass(rows, config) == 0
+def _ends_a_pass(step: int, batches_in_a_pass: int, config: TrainConfig) -> bool:
+    """Whether a step took in the last batch of a pass; with `accumulate` it may go on into the next one."""
+    taken, before = step * config.accumulate, (step - 1) * config.accumulate
+    return config.local_steps == 0 and taken // batches_in_a_pass > before // batches_in_a_pass
 
 
 class Training:
@@ -162,8 +169,8 @@ class Training:
         self.optimizer = optimizer_for(config, network)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.total, self.step = torch.zeros((), device=network.device), 0
-        self.average = network.vector.clone() if config.ema else None
-        self.best: tuple[float, Tensor] | None = None  # validation loss and weights of the best pass
+        self.average = _copied(network.state()) if config.ema else None
+        self.best: tuple[float, dict[str, Tensor]] | None = None  # validation loss of the best pass, and its weights
         self.stale = 0
         self.clip = 0.0  # the bound that adaptive clipping has come to; 0 = that of the round's beginning
 
@@ -176,7 +183,11 @@ class Training:
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
-            self.average.lerp_(self.network.vector, 1 - self.config.ema)
+            for name, tensor in self.network.state().items():
+                if tensor.is_floating_point():
+                    self.average[name].lerp_(tensor, 1 - self.config.ema)
+                else:
+                    self.average[name].copy_(tensor)
 
     def over(self, *, at_end_of_pass: bool) -> bool:
         """Save if it is time to, and say whether the round is to end early."""
@@ -184,7 +195,7 @@ class Training:
             value = self.given.validation()
             self.network.module.train()
             if self.best is None or value < self.best[0]:
-                self.best, self.stale = (value, self.network.vector.clone()), 0
+                self.best, self.stale = (value, _copied(self.network.state())), 0
             else:
                 self.stale += 1
         if self.given.unfinished is not None and self.given.unfinished.due and self.step < self.steps:
@@ -195,9 +206,9 @@ class Training:
         """Leave the network with the weights that the site is to send."""
         self.optimizer.zero_grad(set_to_none=True)  # their memory serves the copy of the weights that leaves now
         if self.best is not None:
-            self.network.vector.copy_(self.best[1])
+            self.network.restore_(self.best[1])
         elif self.average is not None:
-            self.network.vector.copy_(self.average)
+            self.network.restore_(self.average)
         return Trained(loss=float(self.total) / self.step, steps=self.step)
 
     def take_up(self) -> None:
@@ -211,9 +222,9 @@ class Training:
         self.total.fill_(numbers["total"])
         self.network.restore_(tensors)
         if self.average is not None:
-            self.average.copy_(tensors["average"])
-        if "best" in tensors:
-            self.best = (numbers["best"], tensors["best"].to(self.network.device))
+            self.average = _under("average/", tensors, self.network.device)
+        if "best" in numbers:
+            self.best = (numbers["best"], _under("best/", tensors, self.network.device))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
@@ -236,10 +247,11 @@ class Training:
         if self.network.device.type == "cuda":
             tensors["random-device"] = torch.cuda.get_rng_state(self.network.device)
         if self.average is not None:
-            tensors["average"] = self.average
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.items()}
         numbers = {"step": self.step, "stale": self.stale, "total": float(self.total), "clip": self.clip}
         if self.best is not None:
-            numbers["best"], tensors["best"] = self.best
+            numbers["best"] = self.best[0]
+            tensors |= {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         return numbers, tensors
 
     def _set_learning_rate(self) -> None:
@@ -247,3 +259,13 @@ class Training:
         factor = learning_rate_factor(self.config, progress, self.given.plateau)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _under(beginning: str, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(beginning)}
+    return {name.removeprefix(beginning): tensor.to(device) for name, tensor in found.items()}

@@ -57,6 +57,7 @@ def masked_focal(logits: Tensor, targets: Tensor, *, gamma: float, positive_weig
     losses = F.binary_cross_entropy_with_logits(logits, known, reduction="none", pos_weight=positive_weights)
     probabilities = torch.sigmoid(logits)
     missed = probabilities * (1 - known) + (1 - probabilities) * known  # 1 - p
+    missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)  # the slope of 0^γ is infinite for γ < 1
     return _mean_of_known(missed**gamma * losses, unknown)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
@@ -119,6 +120,11 @@ class FlatNetwork:
         buffers = torch.cat(flat) if flat else torch.empty(0)
         parameters = self._parameters.detach().to("cpu", copy=True).numpy()
         return Weights(parameters=parameters, buffers=buffers.numpy())
+
+
+def mixes_images(module: nn.Module) -> bool:
+    """Whether a network in training has BatchNorm that is not frozen: it normalises images by the others of a batch."""
+    return any(isinstance(layer, _BatchNorm) and layer.training for layer in module.modules())
 
 
 @lru_cache(maxsize=1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -15,6 +16,15 @@ def settled(precision: Precision, device: torch.device) -> Literal["float32", "b
     if precision == "auto":
         return "bfloat16" if multiplies_bfloat16(device.type) else "float32"
     return precision
+
+
+def in_float32(outputs: Any) -> Any:
+    """A network's outputs in float32 at least, as a loss in bfloat16 would round what it sums."""
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.dtype is torch.bfloat16 else outputs
+    if isinstance(outputs, tuple | list):
+        return type(outputs)(in_float32(output) for output in outputs)
+    return outputs
 
 
 @lru_cache

@@ -244,10 +244,11 @@ def train_privately_(
             training.step_(partial(gradient_, group))
             training.clip = gradient_.clip
             training.over(at_end_of_pass=False)
+    trained = training.result_()
     for buffer, before in zip(network.module.buffers(), buffers, strict=True):  # what they gathered has no noise
         buffer.copy_(before)
     kept = {CLIP: np.array([gradient_.clip], np.float32)} if terms.adaptive else {}
-    return replace(training.result_(), kept=kept)
+    return replace(trained, kept=kept)
 
 
 def _batch(data: Dataset, part: Physical, config: TrainConfig, seed: tuple[int, int]) -> Batch:

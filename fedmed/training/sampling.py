@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,12 @@ Rows = NDArray[np.int64]
 
 
 def batches(
-    rows: Rows, config: TrainConfig, generator: np.random.Generator, weights: NDArray[np.float64] | None = None
+    rows: Rows,
+    config: TrainConfig,
+    generator: np.random.Generator,
+    weights: NDArray[np.float64] | None = None,
+    *,
+    alone: bool = True,
 ) -> Iterator[Rows]:
     """Batches of row numbers: `local-steps` optimizer steps, or `local-epochs` passes with the last batch kept.
 
@@ -25,23 +31,22 @@ def batches(
         config: batch size and number of steps or epochs.
         generator: of the order.
         weights: (n,) chances, drawn with replacement; None = every row once in every pass, in random order.
+        alone: whether the last row of a pass may be a batch by itself; else it joins the batch before it.
     """
+    starts = list(range(0, len(rows), config.batch_size))
+    if not alone and config.batch_size > 1 and len(rows) % config.batch_size == 1 < len(rows):
+        starts.pop()
     left = config.local_steps * config.accumulate or -1
     for _ in range(config.local_epochs if left < 0 else 10**9):
         if weights is None:
             chosen = generator.permutation(rows)
         else:
             chosen = generator.choice(rows, size=len(rows), p=weights / weights.sum())
-        for start in range(0, len(rows), config.batch_size):
+        for start, end in pairwise([*starts, len(rows)]):
             if left == 0:
                 return
             left -= 1
-            yield chosen[start : start + config.batch_size]
-
-
-def batches_in_a_pass(rows: Rows, config: TrainConfig) -> int:
-    """Number of batches in one pass over the rows."""
-    return -(-len(rows) // config.batch_size)
+            yield chosen[start:end]
 
 
 def balanced_weights(data: Dataset, rows: Rows, task: TaskConfig) -> NDArray[np.float64]:

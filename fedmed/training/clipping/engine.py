@@ -22,6 +22,7 @@ from fedmed.training.clipping.linear import linear
 from fedmed.training.clipping.patients import patients_of
 from fedmed.training.clipping.recording import Recording
 from fedmed.training.clipping.recurrent import lstm
+from fedmed.training.precision import in_float32
 
 PerImageLoss = Callable[[Any, Tensor], Tensor]  # (outputs, targets) -> (n,)
 Forward = Callable[..., Any]  # its first argument is the recording
@@ -161,7 +162,7 @@ class GradientClipper:
         with torch.enable_grad():
             with half:
                 outputs = self.module(images)
-            losses = loss(_full(outputs), targets)
+            losses = loss(in_float32(outputs), targets)
             if losses.shape != (len(images),):
                 raise ModelError(
                     f"the loss returned {tuple(losses.shape)} numbers for {len(images)} images; expected one for each"
@@ -276,15 +277,6 @@ def _ordered(images: Tensor, order: Tensor) -> Tensor:
     if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
         return images[order].contiguous(memory_format=torch.channels_last)
     return images[order]
-
-
-def _full(outputs: Any) -> Any:
-    """Outputs in float32 at least, for the loss."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype is torch.bfloat16 else outputs
-    if isinstance(outputs, tuple | list):
-        return type(outputs)(_full(output) for output in outputs)
-    return outputs
 
 
 def _dtype(trained: Mapping[str, nn.Parameter]) -> torch.dtype:
