@@ -87,11 +87,14 @@ def test_p06_a_patients_gradient_of_corrections_is_exact(name, norm, dimensions)
         norm_of = torch.cat([parameter.grad.flatten() for parameter in own]).norm()
         for total, parameter in zip(expected, own, strict=True):
             total += parameter.grad * min(1.0, 0.05 / float(norm_of))
+    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
     clipper = GradientClipper(network, max_norm=0.05)
     clipper.accumulate_(losses, images, torch.zeros(5), patients)
     assert clipper.fallbacks == []
     for parameter, total in zip(trained, expected, strict=True):
         torch.testing.assert_close(parameter.grad, total, rtol=1e-10, atol=1e-12)
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, statistics[name]), "frozen statistics stay as they were given"
 
 
 @pytest.mark.simulation

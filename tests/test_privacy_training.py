@@ -5,13 +5,17 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Error, Message
 from private_sites import pld, records_of, site_in, task_of
+from safetensors.torch import save_file
+from toy import PLANTED
+from toy import network as toy_network
 from typer.testing import CliRunner
 
 from fedmed.cli import app
-from fedmed.errors import BudgetExhausted, PolicyRefused
+from fedmed.errors import BudgetExhausted, DataError, ModelError, PolicyRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
@@ -249,6 +253,38 @@ def test_p02_a_delta_that_is_large_for_so_few_patients_is_said_by_run_and_ledger
     assert said["warning"] == "δ = 0.001 is above 1/(10·160 patients)"
     shown = CliRunner().invoke(app, ["ledger", "show", str(tmp_path)])
     assert "warning: δ = 0.001 is above 1/(10·160 patients)" in shown.output
+
+
+@pytest.mark.parametrize("metrics", [0.0, 1.0])
+def test_a_site_whose_patients_are_all_held_out_is_evaluated_and_does_not_train(metrics, toy_config, tmp_path):
+    config = run_of(toy_config, privacy={**NOISED, "metrics-epsilon": metrics})
+    site = site_in(tmp_path, withdrawn=frozenset(f"{PLANTED}-a-{number}" for number in range(200) if number % 5 < 4))
+    with pytest.raises(DataError, match="no image is left to train on"):
+        train(config, site)
+    answer = evaluate_round(task_of(config, "evaluate", 3), site)
+    said = privacy_in(answer.facts)
+    assert answer.num_examples == 40 and bool(answer.metrics) == bool(metrics)
+    assert len(said["events"]) == bool(metrics) and said["epsilon"] <= 1.0
+
+
+@pytest.mark.parametrize("privacy", [NOISED, {"mode": "central", "noise-multiplier": 1.0}], ids=["dp-sgd", "central"])
+@pytest.mark.parametrize(("freeze", "live"), [("0", True), ("1", False)])
+def test_p07_batch_norm_takes_part_only_where_it_is_frozen_as_given(privacy, freeze, live, toy_config, tmp_path):
+    given = toy_network(in_channels=1, outputs=2, norm="batch", width=0)
+    given[1].running_mean.fill_(0.25)
+    save_file(given.state_dict(), tmp_path / "given.safetensors")
+    model = {"norm": "batch", "freeze": freeze, "weights": str(tmp_path / "given.safetensors")}
+    config = run_of(toy_config, model=model, privacy=privacy, strategy={"weight-by": "uniform"})
+    site = site_in(tmp_path, "[policy.privacy]\nstable-ids = true\nepsilon = 1e6\n")
+    if live:
+        with pytest.raises(ModelError, match="BatchNorm"):
+            train(config, site)
+        assert not records_of(site).balance.charges, "refused before anything is charged"
+        return
+    sent = task_of(config, "train", 1).weights
+    update = train(config, site)
+    assert np.array_equal(update.weights.buffers, sent.buffers) and 0.25 in sent.buffers
+    assert not np.array_equal(update.weights.parameters, sent.parameters)
 
 
 @pytest.mark.parametrize("strategy", ["fedprox", "scaffold", "ditto"])

@@ -58,8 +58,8 @@ def terms(**changes: object) -> Terms:
     return Terms(**{**values, **changes})
 
 
-def trained(made: FlatNetwork) -> FlatNetwork:
-    config = run_file.validate({"train": {"optimizer": "sgd"}}).train
+def trained(made: FlatNetwork, **keys: object) -> FlatNetwork:
+    config = run_file.validate({"train": {"optimizer": "sgd", **keys}}).train
     train_privately_(
         made, data(), units_of(data(), np.arange(IMAGES), terms()), config, masked_bce, terms(),
         source=SecureGenerator(), generator=np.random.default_rng(7), given=Circumstances(round=1),
@@ -77,8 +77,9 @@ def test_a_network_that_couples_nothing_passes_with_or_without_dropout(between):
     require_uncoupled(network(between), data())
 
 
-def test_p07_buffers_leave_as_they_came():
-    assert float(trained(network(Remembering())).module[0].seen) == 0
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_p07_buffers_leave_as_they_came(average):
+    assert float(trained(network(Remembering()), ema=average).module[0].seen) == 0
 
 
 def test_p05_masks_of_dropout_follow_from_no_seed_of_the_run(monkeypatch):

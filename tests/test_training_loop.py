@@ -20,6 +20,7 @@ from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
 from fedmed.training.schedule import learning_rate_factor, plateau_factor
+from fedmed.training.site_round import settings_for_sites, settings_from
 from fedmed.training.unfinished import Unfinished
 
 SGD = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 8}
@@ -179,6 +180,13 @@ def test_a_plateau_lowers_the_rate_once_for_every_patience_and_for_good():
         progress.select(round, value, plateau_patience=2)
         factors.append(plateau_factor(config, progress.falls))
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01, 0.001])
+
+
+def test_a_plateau_needs_a_set_of_the_servers():
+    values = {"task": {"labels": ["a"]}, "data": {"sites": ["a.csv"]}, "train": {"schedule": "plateau"}}
+    with pytest.raises(ConfigError, match=r"data\.server"):
+        run_file.validate(values)
+    settings_from(settings_for_sites(run_file.validate({**values, "data": {"sites": ["a.csv"], "server": "b.csv"}})))
 
 
 def test_a_warm_up_trains_less_in_the_first_round():

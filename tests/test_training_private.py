@@ -14,6 +14,7 @@ from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import drawn, train_privately_, units_of
+from fedmed.training.site_round import settings_for_sites, settings_from
 from fedmed.training.terms import Terms, terms_for
 
 
@@ -231,9 +232,37 @@ def test_p07_refuses_a_network_that_couples_the_images_of_a_batch():
         ("train", "class-weights", "balanced"),
         ("train", "sampling", "balanced"),
         ("train", "patience", 3),
+        ("privacy", "augmentations", 4),
     ],
 )
 def test_p07_refuses_settings_that_let_private_data_past_the_noise(section, key, value):
-    values = {"privacy": {"mode": "dp-sgd"}, section: {key: value}}
+    values = {"privacy": {"mode": "dp-sgd"}}
+    values[section] = {**values.get(section, {}), key: value}
     with pytest.raises(ConfigError, match=f"{section}.{key}.*dp-sgd"):
+        run_file.validate(values)
+
+
+@pytest.mark.parametrize("mode", ["dp-sgd", "central"])
+@pytest.mark.parametrize(
+    ("model", "allowed"),
+    [
+        ({}, False),
+        ({"weights": "w.safetensors"}, False),
+        ({"freeze": "block1"}, False),
+        ({"freeze": "block1", "weights": "w.safetensors"}, True),
+        ({"low-rank": 2, "weights": "w.safetensors"}, True),
+    ],
+)
+def test_p07_batch_norm_is_refused_unless_it_is_frozen_as_given(mode, model, allowed):
+    values = {
+        "model": {"norm": "batch", **model},
+        "task": {"labels": ["a"]},
+        "data": {"sites": ["a.csv", "b.csv"]},
+        "strategy": {"weight-by": "uniform"},
+        "privacy": {"mode": mode},
+    }
+    if allowed:
+        settings_from(settings_for_sites(run_file.validate(values)))  # sites are told of no file
+        return
+    with pytest.raises(ConfigError, match=r"model\.norm.*model\.freeze"):
         run_file.validate(values)

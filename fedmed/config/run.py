@@ -20,6 +20,7 @@ from fedmed.config.sections import (
 )
 
 POST_PROCESSING = {"fedavg", "fedprox", "ditto", "fedavgm", "fedadam", "fedyogi", "fedadagrad"}  # of the mean change
+WAY_OUT = 'use "group", or model.freeze or model.low-rank with model.weights'
 
 
 class RunConfig(Section):
@@ -52,6 +53,10 @@ class RunConfig(Section):
         fits = {"classification": ("bce", "focal"), "segmentation": ("bce", "focal", "dice-bce", "dice-ce", "tversky")}
         if self.train.loss not in ("auto", *fits[self.task.kind]):
             raise ValueError(f'train.loss = "{self.train.loss}" is no loss for {self.task.kind}')
+        if self.train.class_weights != "none" and self.train.loss in ("dice-ce", "tversky"):
+            raise ValueError(f'train.class-weights = "balanced" weighs nothing in train.loss = "{self.train.loss}"')
+        if self.train.schedule == "plateau" and self.data.sites and not self.data.server:
+            raise ValueError('train.schedule = "plateau" follows the server\'s metric, and data.server names no set')
         if self.train.patience and self.train.local_steps:
             raise ValueError("train.patience counts local epochs; leave train.local-steps at 0")
         if self.train.patience and self.train.ema:
@@ -83,10 +88,14 @@ class RunConfig(Section):
         """Refuse what would let private data past the noise: docs/privacy-model.md, claim 7."""
         train = self.train
         refused = {
-            'model.norm = "batch"': (self.model.norm == "batch", 'couples the images of a batch; use "group"'),
+            'model.norm = "batch"': (self._batch_norm_trains, f"couples the images of a batch; {WAY_OUT}"),
             'train.class-weights = "balanced"': (train.class_weights != "none", "come from the site's own counts"),
             'train.sampling = "balanced"': (train.sampling != "shuffle", "voids the Poisson sampling of patients"),
             "train.patience": (bool(train.patience), "stops by what private patients show; use evaluate.patience"),
+            f"privacy.augmentations = {self.privacy.augmentations}": (
+                self.privacy.augmentations > 1 and not train.augment,
+                "takes the mean over equal copies; name changes in train.augment",
+            ),
         }
         for key, (present, reason) in refused.items():
             if present:
@@ -105,6 +114,7 @@ class RunConfig(Section):
                 strategy.weight_by != "uniform",
                 'gives a site more than its clip; use "uniform"',
             ),
+            'model.norm = "batch"': (self._batch_norm_trains, f"keeps statistics that no noised sum holds; {WAY_OUT}"),
             "strategy.fraction": (strategy.fraction < 1, "earns nothing while it is seen who takes part; use 1"),
             "strategy.clip-norm": (strategy.clip_norm > 0, "clips twice; use privacy.max-grad-norm"),
             "strategy.max-update-norm": (strategy.max_update_norm > 0, "would tell the norm of a site's change"),
@@ -113,6 +123,13 @@ class RunConfig(Section):
         for key, (present, reason) in refused.items():
             if present:
                 raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "central"')
+
+    @property
+    def _batch_norm_trains(self) -> bool:
+        """Whether no BatchNorm is frozen as it was given. Sites are sent the weights and no file's name."""
+        model = self.model
+        given = bool(model.weights) or not self.data.sites
+        return model.norm == "batch" and not (given and (model.freeze or model.low_rank))
 
     @property
     def dimensions(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fedmed.config import RunConfig
+from fedmed.errors import DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.calibration import noise_multiplier_for
@@ -135,10 +136,13 @@ def opened_account(
         BudgetExhausted: some patient would exceed the budget.
         PolicyRefused: the noise that the run asks for is not allowed here, or its δ protects nobody.
         LedgerUnusable: the ledger cannot be used.
+        DataError: there is nobody to train on.
     """
     privacy, train = config.privacy, config.train
     units = units_of(data, rows, privacy)
-    public = terms_for(privacy, train, units=len(units), noise_multiplier=1.0)
+    if kept is not None and not units:
+        raise DataError("no image is left to train on", public="no image is left to train on")
+    public = terms_for(privacy, train, units=max(len(units), 1), noise_multiplier=1.0)
     run = run_of(config.name, settings)
     sigma = (
         privacy.noise_multiplier

@@ -11,10 +11,24 @@ from torch import Tensor, nn
 from fedmed.errors import ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.training.loop import seeded
-from fedmed.training.network import FlatNetwork
+from fedmed.training.network import FlatNetwork, mixes_images
 
 NEAR = 1e-4  # of the largest output: a library may round otherwise for other neighbours
 SEED = 20  # the same weights and the same dropout each time
+
+
+def require_fixed_statistics(module: nn.Module) -> None:
+    """Refuse BatchNorm that is not frozen, before anything is charged.
+
+    Raises:
+        ModelError: there is such a layer.
+    """
+    if mixes_images(module.train()):
+        text = (
+            'BatchNorm mixes the images of a batch, so it cannot be trained under privacy; set model.norm = "group", '
+            "or freeze all of it, by model.freeze or model.low-rank, with the statistics of model.weights"
+        )
+        raise ModelError(text, public=text)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.central import central_events, shared_noise
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.noise import noise_generator
+from fedmed.training.coupling import require_fixed_statistics
 from fedmed.training.evaluate import patient_vectors
 from fedmed.training.noised_metrics import NoisedSums
 from fedmed.training.oversight import Permit, require_ledger
@@ -34,9 +35,13 @@ def account_of(
 
     Raises:
         PolicyRefused, LedgerUnusable: the site has no ledger, or it refuses.
+        ModelError: the network has BatchNorm that trains.
+        DataError: there is no patient to train on.
     """
     from fedmed.training.account import opened_account  # heavy: opacus
 
+    if kept is not None:
+        require_fixed_statistics(own.network.module)
     permit = require_ledger(own.config, given, virtual=site.virtual)
     cohort = _cohort(site, permit, own, own.rows)
     seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
@@ -76,8 +81,10 @@ def charge_central(task: Task, site: Site, permit: Permit, own: OwnPatients) -> 
 
     Raises:
         BudgetExhausted, PolicyRefused, LedgerUnusable: the ledger refuses, or cannot be used.
+        ModelError: the network has BatchNorm that trains.
     """
     config = own.config
+    require_fixed_statistics(own.network.module)
     cohort, run = _cohort(site, permit, own, own.rows), run_of(config.name, task.settings)
     charges = charges_of(permit.ledger, run).values()
     planned = next((each.events for each in charges if (each.round, each.cohort) == (SCHEDULE, cohort.name)), ())
