@@ -12,6 +12,7 @@ from fedmed.models.small_cnn import small_cnn
 from fedmed.models.stages import freeze_, stages
 from fedmed.models.unet import unet
 from fedmed.training.clipping import GradientClipper
+from fedmed.training.network import channels_innermost
 
 PATIENTS = torch.tensor([1, 0, 3, 1, 1])  # patient 2 has no image
 
@@ -42,6 +43,19 @@ def test_clipped_sum_equals_the_loop_by_patient(name: str, dimensions: int, norm
 def test_clipped_sum_equals_the_loop_by_image(name: str, dimensions: int) -> None:
     images, weights = batch(CASES[name, dimensions][1], rows=3)
     check(small(name, dimensions, "group"), images, weights, torch.arange(3))
+
+
+@pytest.mark.parametrize("patients", [PATIENTS, torch.arange(5)], ids=["in another order", "as they are"])
+@pytest.mark.parametrize(("dimensions", "channels"), [(2, 1), (2, 3), (3, 1), (3, 2)])
+def test_with_channels_innermost_the_sum_is_the_same_and_their_order_of_memory_stays(
+    dimensions: int, channels: int, patients: Tensor
+) -> None:
+    network = small_cnn(in_channels=channels, norm="group", width=2, dimensions=dimensions).double().train()
+    images, weights = batch((16,) * dimensions, channels=channels)
+    given = []
+    network.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].stride(1)))
+    check(network, channels_innermost(images), weights, patients)
+    assert given[-2] == 1, "in the engine's own pass, before the last one of the check"
 
 
 def test_without_normalization_biases_are_clipped_too() -> None:

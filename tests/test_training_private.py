@@ -184,6 +184,19 @@ def test_p05_noise_has_the_variance_that_it_is_said_to_have():
     assert abs(noise.mean()) < 5 / len(noise) ** 0.5
 
 
+def test_channels_last_reaches_private_training_and_moves_no_sum():
+    data, strides = patients(1, 3, 2), []
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: strides.append(given[0].stride(1)) if isinstance(module, nn.Conv2d) else None
+    )
+    plain = step(data, Chosen())
+    assert strides.pop() == 64
+    ordered = step(data, Chosen(), PLAIN.model_copy(update={"channels_last": True}))
+    assert strides.pop() == 1
+    hook.remove()
+    torch.testing.assert_close(ordered, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_p05_the_same_seed_repeats_nothing_unless_the_noise_is_insecure():
     data = patients(1, 2, 3)
     assert not torch.equal(step(data, SecureGenerator()), step(data, SecureGenerator()))

@@ -33,7 +33,7 @@ from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.coupling import require_uncoupled
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
-from fedmed.training.network import FlatNetwork
+from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.precision import settled
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms
@@ -160,6 +160,7 @@ class PrivateGradient:
             ModelError: a layer of the network couples images or cannot be clipped.
         """
         self.network, self.loss, self.terms = network, one_by_one(loss), terms
+        self.channels_last = config.channels_last
         self.clip = terms.max_grad_norm  # C, of the coming step
         bounds = terms.bounds(network.module)
         precision = settled(config.precision, network.device)
@@ -174,9 +175,10 @@ class PrivateGradient:
         losses = [torch.zeros(0, device=device)]
         balance = 0.0  # Σ ±½ over the sampled units: + for a gradient that came through as it was
         for part, images, targets in group:
+            images = images.to(device)
             clipped = self.clipper.accumulate_(
                 self.loss,
-                images.to(device),
+                channels_innermost(images) if self.channels_last else images,
                 targets.to(device),
                 torch.from_numpy(part.units).to(device),
                 torch.from_numpy(part.weights).to(device),

@@ -273,9 +273,9 @@ def _group(name: str, beginnings: list[str]) -> int:
 
 
 def _ordered(images: Tensor, order: Tensor) -> Tensor:
-    """The rows in another order, in the memory format that they have."""
-    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
-        return images[order].contiguous(memory_format=torch.channels_last)
+    """The rows in another order, with the channels innermost in memory if they are."""
+    if images.dim() > 3 and images.movedim(1, -1).is_contiguous():
+        return images.movedim(1, -1)[order].movedim(-1, 1)
     return images[order]
 
 
