@@ -112,6 +112,25 @@ def test_exclusive_cross_entropy_has_a_background():
     assert float(dice_ce(logits, targets)) == pytest.approx(by_hand)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 0.7])  # from 2 / 3 on, smoothed targets made all of it label 1
+def test_label_smoothing_of_exclusive_labels_is_towards_equal_shares(smoothing):
+    keys = {"loss": "dice-ce", "label-smoothing": smoothing}
+    config = run_file.validate({"task": {"kind": "segmentation", "labels": ["a", "b"]}, "train": keys})
+    logits, targets = masks(2, 2, 3, 3)
+    targets[:, 1] *= 1 - targets[:, 0]
+    truth = torch.cat([1 - targets.sum(1, keepdim=True), targets], 1) * (1 - smoothing) + smoothing / 3
+    logs = torch.cat([torch.zeros(2, 1, 3, 3), logits], 1).log_softmax(1)
+    by_hand = float(dice(logits, targets)) - float((truth * logs).sum(1).mean())
+    assert float(loss_for(config.task, config.train)(logits, targets)) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("loss", ["dice-ce", "tversky"])
+def test_class_weights_are_refused_where_a_loss_has_none(loss):
+    keys = {"loss": loss, "class-weights": "balanced"}
+    with pytest.raises(ConfigError, match=rf"class-weights.*{loss}"):
+        run_file.validate({"task": {"kind": "segmentation", "labels": ["a"]}, "train": keys})
+
+
 def test_label_smoothing_moves_targets_towards_one_half():
     moved = smoothed(masked_bce, 0.2)(LOGITS, TARGETS)
     assert float(moved) == pytest.approx(float(masked_bce(LOGITS, TARGETS * 0.8 + 0.1)))

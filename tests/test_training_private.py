@@ -16,6 +16,7 @@ from fedmed.training.network import FlatNetwork
 from fedmed.training.private import drawn, train_privately_, units_of
 from fedmed.training.site_round import settings_for_sites, settings_from
 from fedmed.training.terms import Terms, terms_for
+from fedmed.training.unfinished import Unfinished
 
 
 class Chosen:
@@ -25,6 +26,9 @@ class Chosen:
 
     def __init__(self, *, sampled=None, noise: float = 0.0) -> None:
         self.sampled, self.noise, self.rates = sampled, noise, []
+
+    def begin(self, step):
+        pass
 
     def normal(self, size):
         return np.full(size, self.noise, np.float32)
@@ -182,6 +186,31 @@ def test_p05_noise_has_the_variance_that_it_is_said_to_have():
     noise = (before - model.vector).double().numpy()
     assert noise.var() == pytest.approx((2.0 * 0.5) ** 2, rel=0.01)
     assert abs(noise.mean()) < 5 / len(noise) ** 0.5
+
+
+@pytest.mark.parametrize(("noise", "same"), [(lambda: InsecureGenerator(3), True), (SecureGenerator, False)])
+def test_p05_a_private_round_that_was_cut_off_repeats_no_secret_noise(noise, same, tmp_path):
+    data, after = patients(1, 2, 3, 2), 3
+
+    def trained(where: Unfinished | None = None, steps: int = 9) -> np.ndarray:
+        def correction() -> None:
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise InterruptedError
+
+        model = network()
+        train_privately_(
+            model, data, units_of(data, np.arange(len(data)), PrivacyConfig()), PLAIN, masked_bce,
+            terms(data, steps=5, expected_batch=2.0), source=noise(), generator=np.random.default_rng(0),
+            given=Circumstances(unfinished=where, correction=correction),
+        )  # fmt: skip
+        return model.weights().parameters
+
+    saved = Unfinished(path=tmp_path / "round.safetensors", identify=lambda: "this", every_s=0.0)
+    with pytest.raises(InterruptedError):
+        trained(saved, steps=after)
+    assert np.array_equal(trained(saved, steps=5 - after), trained()) == same
 
 
 def test_channels_last_reaches_private_training_and_moves_no_sum():

@@ -37,6 +37,10 @@ class NoiseGenerator(Protocol):
 
     secret: bool  # False voids every ε
 
+    def begin(self, step: int) -> None:
+        """Say that a step of a round begins, from 0: what can be predicted follows from the seed and the step alone."""
+        ...
+
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals, (size,)."""
         ...
@@ -70,6 +74,9 @@ class SecureGenerator:
     def __init__(self) -> None:
         """Take a key from the operating system."""
         self._rekey()
+
+    def begin(self, step: int) -> None:
+        """The stream goes on: nothing that is drawn here is ever drawn again."""
 
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals by Box and Muller (1958, doi:10.1214/aoms/1177706645), (size,).
@@ -158,7 +165,12 @@ class InsecureGenerator:
 
     def __init__(self, seed: int) -> None:
         """The same seed gives the same draws."""
+        self._seed = seed
         self._source = np.random.Generator(np.random.Philox(seed))
+
+    def begin(self, step: int) -> None:
+        """A round that was cut off draws from here on what it would have drawn."""
+        self._source = np.random.Generator(np.random.Philox([self._seed, step + 1]))  # [seed, 0] is seed to numpy
 
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals, (size,)."""

@@ -92,16 +92,18 @@ def dice_bce(logits: Tensor, targets: Tensor, *, positive_weights: Tensor | None
     return dice(logits, targets) + F.binary_cross_entropy_with_logits(logits, targets, pos_weight=positive_weights)
 
 
-def dice_ce(logits: Tensor, targets: Tensor) -> Tensor:
+def dice_ce(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Soft Dice loss plus the cross-entropy of exclusive labels, with a background whose logit is 0.
 
     Args:
         logits: (N, labels, [D,] H, W).
         targets: the same shape, of 0 and 1, at most one label in a place.
+        label_smoothing: share that the cross-entropy moves the truth towards equal shares of all classes.
     """
     background = torch.zeros_like(logits[:, :1])
     classes = torch.cat([1 - targets.sum(1, keepdim=True), targets], dim=1).argmax(1)  # (N, [D,] H, W), 0 = background
-    return dice(logits, targets) + F.cross_entropy(torch.cat([background, logits], dim=1), classes)
+    exclusive = F.cross_entropy(torch.cat([background, logits], dim=1), classes, label_smoothing=label_smoothing)
+    return dice(logits, targets) + exclusive
 
 
 def smoothed(loss: Loss, smoothing: float) -> Loss:
@@ -142,10 +144,12 @@ def loss_for(task: TaskConfig, train: TrainConfig, positive_weights: Tensor | No
         "bce": partial(masked_bce, positive_weights=positive_weights),
         "focal": partial(masked_focal, gamma=train.focal_gamma, positive_weights=positive_weights),
         "dice-bce": partial(dice_bce, positive_weights=positive_weights),
-        "dice-ce": dice_ce,
+        "dice-ce": partial(dice_ce, label_smoothing=train.label_smoothing),  # a class is no share, so not `smoothed`
         "tversky": partial(tversky, alpha=train.tversky_alpha),
     }
-    return smoothed(losses[name], train.label_smoothing) if train.label_smoothing else losses[name]
+    if train.label_smoothing and name != "dice-ce":
+        return smoothed(losses[name], train.label_smoothing)
+    return losses[name]
 
 
 def _mean_of_known(losses: Tensor, unknown: Tensor) -> Tensor:

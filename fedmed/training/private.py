@@ -241,6 +241,7 @@ def train_privately_(
         gradient_.clipper.refuse_mixing()
         require_uncoupled(network, data)
         while training.step < terms.steps:
+            source.begin(training.step)
             parts = drawn(units, terms, source)
             group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)
             training.step_(partial(gradient_, group))
