@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
 
 from fedmed.errors import DataError, ModelError
@@ -98,6 +99,19 @@ def test_no_band_without_two_patients_or_without_resamples(patients, replicates)
     (found,) = curves(logits, targets, patients, replicates=replicates)
     assert found.roc is not None and found.roc.low is None and found.calibration.low is None
     assert found.rates["sensitivity"].low is None
+
+
+@pytest.mark.parametrize("found", [5, 0])
+def test_rate_of_none_or_all_has_the_interval_of_its_patients(found: int) -> None:
+    """Five of five: 0.478 to 1, by scipy's exact interval."""
+    targets = np.array([[1.0]] * 10 + [[0.0]] * 30)  # five positive patients of two images each
+    logits = np.where(np.arange(40) < 2 * found, 1.0, np.linspace(-1, 0, 40))[:, None]
+    (shown,) = curves(logits, targets, [f"p{i // 2}" for i in range(10)] + [f"n{i}" for i in range(30)])
+    expected = binomtest(found, 5).proportion_ci(method="exact")
+    rate = shown.rates["sensitivity"]
+    assert (rate.low, rate.high, rate.n) == (pytest.approx(expected.low), pytest.approx(expected.high), 5)
+    assert shown.rates["positive-predictive-value"].n == found, "patients who were called"
+    assert shown.roc is not None and shown.roc.low is None, "five patients bear no band"
 
 
 def test_no_label_and_no_image_are_no_error() -> None:

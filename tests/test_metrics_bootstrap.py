@@ -13,10 +13,12 @@ from fedmed.metrics import (
     Interval,
     bootstrap_patients,
     case_sums,
+    classification_measures,
     classification_metrics,
     classification_sums,
     intervals_classification,
     intervals_segmentation,
+    replicate,
     score_cases,
     segmentation_metrics,
 )
@@ -80,15 +82,21 @@ def exact(logits: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
 
 
 def test_classification_equals_a_loop_over_the_same_resamples() -> None:
-    logits, targets, patients = images()
+    logits, targets, patients = images(60, 5)
     found = intervals_classification(logits, targets, patients, LABELS, REPLICATES, np.random.default_rng(5))
     looped = [exact(logits[i], targets[i]) for i in resamples(patients, REPLICATES, np.random.default_rng(5))]
     value = exact(logits, targets)
     assert list(found) == list(classification_metrics(classification_sums(logits, targets, patients), LABELS))
-    assert any(replicate["auroc/nodule"] is None for replicate in looped)  # the rare label is missing in some
+    assert any(each["auroc/nodule"] is None for each in looped)  # the rare label is missing in some
+    measures = classification_measures(logits, targets, LABELS)
+    drawn = dict(zip(found, replicate(measures.statistic, patients, REPLICATES, np.random.default_rng(5)), strict=True))
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
-        assert (interval.low, interval.high) == pytest.approx(percentiles([r[name] for r in looped]), abs=1e-12)
+        ends = percentiles([each[name] for each in looped])
+        assert np.nanquantile(drawn[name], [0.025, 0.975]) == pytest.approx(ends, abs=1e-12)
+        metric, _, label = name.partition("/")
+        few = metric in ("auroc", "auprc", "sensitivity-at-90-specificity") and label != "effusion"
+        assert (interval.low, interval.high) == ((None, None) if few else pytest.approx(ends, abs=1e-12)), name
 
 
 def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
@@ -107,7 +115,8 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
     assert sorted(found) == sorted(value)
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
-        assert (interval.low, interval.high) == pytest.approx(percentiles([r[name] for r in looped]), abs=1e-12)
+        ends = percentiles([r[name] for r in looped])
+        assert (interval.low, interval.high) == (pytest.approx(ends, abs=1e-12) if ends[0] < ends[1] else (None, None))
         metric, _, label = name.partition("/")
         has = counted.get(metric, np.ones_like(true))
         of_label = has[:, LABELS.index(label)] if label else has.any(axis=1)
@@ -156,14 +165,33 @@ def test_no_interval_if_fewer_than_half_of_the_replicates_are_defined() -> None:
     patients = list("abcd")
 
     def undefined_without_a_and_b(weights: np.ndarray) -> np.ndarray:  # P(a and b drawn) is 0.46 of four
-        return np.where((weights[0] > 0) & (weights[1] > 0), 1.0, np.nan)
+        return np.where((weights[0] > 0) & (weights[1] > 0), weights[0], np.nan)
 
     def undefined_without_a(weights: np.ndarray) -> np.ndarray:  # P(a drawn) is 0.68
-        return np.where(weights[0] > 0, 1.0, np.nan)
+        return np.where(weights[0] > 0, weights[0], np.nan)
 
     rng = np.random.default_rng(0)
     assert bootstrap_patients(undefined_without_a_and_b, patients, 2000, rng) == (None, None)
-    assert bootstrap_patients(undefined_without_a, patients, 2000, rng) == (1.0, 1.0)
+    assert bootstrap_patients(undefined_without_a, patients, 2000, rng) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(("positives", "ranked"), [(9, False), (10, True)])
+def test_ranking_of_few_patients_of_a_class_has_no_interval(positives: int, ranked: bool) -> None:
+    targets = (np.arange(60) < positives).astype(float)[:, None]
+    logits = np.random.default_rng(0).normal(targets, 1.0)
+    found = intervals_classification(logits, targets, list(map(str, range(60))), ["x"], 50, np.random.default_rng(0))
+    for name in ("auroc", "auroc/x", "auprc/x", "sensitivity-at-90-specificity"):
+        assert found[name].value is not None and (found[name].low is not None) == ranked, name
+    assert found["accuracy"].low is not None
+
+
+def test_what_no_resample_changes_has_no_interval() -> None:
+    targets = (np.arange(60) < 20).astype(float)[:, None]
+    found = intervals_classification(
+        targets - 0.5, targets, list(map(str, range(60))), ["x"], 50, np.random.default_rng(0)
+    )
+    for name in ("auroc", "auprc", "accuracy", "f1"):
+        assert (found[name].value, found[name].low, found[name].high) == (1.0, None, None)
 
 
 def test_same_generator_same_intervals() -> None:

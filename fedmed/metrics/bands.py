@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
 from fedmed.metrics.calibration import CALIBRATION_BINS, calibration_bins, probabilities
+from fedmed.metrics.obuchowski import MINIMUM
 from fedmed.metrics.ranking import roc_curve
-from fedmed.metrics.resampling import LEVEL, Interval, replicate
+from fedmed.metrics.resampling import LEVEL, Interval, patients_with, replicate
 from fedmed.metrics.sums import Array, check_cases, check_patients, quotient
 
 GRID = np.linspace(0, 1, 51)  # false positive rates, or recalls, at which a band is computed
@@ -25,7 +26,7 @@ RATES = ("sensitivity", "specificity", "positive-predictive-value", "negative-pr
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """An exact curve, and its band over `GRID`; no band with one patient or no resamples."""
+    """An exact curve, and its band over `GRID`; none with fewer than `MINIMUM` patients of a class or no resamples."""
 
     x: Array  # (K,)
     y: Array  # (K,)
@@ -180,14 +181,16 @@ class _Label:
         of_bins = None if bands is None else bands[2 * width : -len(RATES)][held]
         cells = self.counted.sum(axis=1)[-4:]
         values = _rates(cells[:, None])[:, 0]
-        ids = np.asarray(patients)
-        whose = [len(np.unique(ids[chosen])) for chosen in (target == 1, target == 0, known, known)]
+        hit, missed, false_alarm, passed = self.counted[-4:].toarray() > 0  # (N,) each
+        asked = (hit | missed, passed | false_alarm, hit | false_alarm, passed | missed)
+        whose = patients_with(np.stack(asked, axis=1), patients)  # (4,) of the images that each rate is a share of
+        ranked = bands if whose[:2].min() >= MINIMUM else None
         roc, precision_recall = roc_curve(scores, target), precision_recall_curve(scores, target)
         return LabelCurves(
-            roc=None if roc is None else _curve(roc[0], roc[1], None if bands is None else bands[:width]),
+            roc=None if roc is None else _curve(roc[0], roc[1], None if ranked is None else ranked[:width]),
             precision_recall=None
             if precision_recall is None
-            else _curve(*precision_recall, None if bands is None else bands[width : 2 * width]),
+            else _curve(*precision_recall, None if ranked is None else ranked[width : 2 * width]),
             calibration=Calibration(
                 probability=sums[held] / images[held],
                 observed=positives[held] / images[held],
@@ -197,7 +200,7 @@ class _Label:
             ),
             confusion=(int(cells[0]), int(cells[1]), int(cells[2]), int(cells[3])),
             rates={
-                name: _interval(values[k], None if bands is None else bands[k - len(RATES)], whose[k])
+                name: _interval(values[k], None if bands is None else bands[k - len(RATES)], int(whose[k]))
                 for k, name in enumerate(RATES)
             },
         )
@@ -221,10 +224,18 @@ def _curve(x: Array, y: Array, band: Array | None) -> Curve:
 
 
 def _interval(value: float, band: Array | None, patients: int) -> Interval:
+    """Returns a rate with its band (2,); at 0 and 1, where all resamples are alike, with an exact interval.
+
+    At 1 it begins at (α/2)^(1/n), at 0 it ends at 1 - (α/2)^(1/n), n patients being found or missed as one each
+    (Clopper and Pearson 1934, Biometrika 26(4)).
+    """
     if np.isnan(value):
         return Interval(value=None, low=None, high=None, n=patients)
     bounded = band is not None and not np.isnan(band).any()
     low, high = (float(band[0]), float(band[1])) if band is not None and bounded else (None, None)
+    if bounded and value in (0, 1):
+        reach = ((1 - LEVEL) / 2) ** (1 / patients)
+        low, high = (reach, 1.0) if value == 1 else (0.0, 1 - reach)
     return Interval(value=float(value), low=low, high=high, n=patients)
 
 

@@ -21,9 +21,13 @@ from fedmed.metrics.calibration import (
 )
 from fedmed.metrics.cases import Cases, overlap
 from fedmed.metrics.classification import SENSITIVITY, f1
+from fedmed.metrics.obuchowski import MINIMUM
 from fedmed.metrics.ranking import ranking_metrics
-from fedmed.metrics.resampling import Interval, Statistic, intervals
+from fedmed.metrics.resampling import Interval, Statistic, intervals, patients_with
 from fedmed.metrics.sums import Array, check_cases, check_labels, check_patients, cross_entropy, quotient
+
+RANKING = ("auroc", "auprc", SENSITIVITY)  # the metrics of labels that take patients of both classes, first of all
+UNLIMITED = ("loss", "hd95", "assd", "hd95-excluded", "lesion-false-positives")  # every other metric is 1 at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,28 @@ class Measures:
     names: tuple[str, ...]  # K
     statistic: Statistic  # weights (N, R) -> values (K, R), NaN where undefined
     counts: NDArray[np.bool_]  # (N, K) whether an image counts for a metric
+    classes: tuple[NDArray[np.bool_], ...] = ()  # (N, L) of positive and of negative images, where labels are ranked
+
+    @property
+    def highest(self) -> Array:
+        """The largest value that each metric can have, (K,): 1, or none."""
+        return np.array([np.inf if name.partition("/")[0] in UNLIMITED else 1.0 for name in self.names])
+
+    def fewest(self, patients: Sequence[str]) -> Array:
+        """How many patients each metric's order rests on, (K,): those of the rarer class; no limit where none ranks.
+
+        Below `MINIMUM` there is no interval, as at a site: so few are drawn again and again, and show nothing of what
+        others would. The mean rests on as many as the rarest of the labels that it is of.
+
+        Args:
+            patients: N patient ids.
+        """
+        found = np.full(len(self.names), np.inf)
+        if self.classes:
+            of_label = np.minimum(*(patients_with(chosen, patients) for chosen in self.classes))  # (L,)
+            ranked = np.append(of_label[of_label > 0].min(initial=np.iinfo(np.int64).max), of_label)
+            found[1 : 1 + len(RANKING) * len(ranked)] = np.tile(ranked, len(RANKING))
+        return found
 
 
 def intervals_classification(
@@ -62,7 +88,7 @@ def intervals_classification(
     """
     check_patients(patients, len(logits))
     measures = classification_measures(logits, targets, labels)
-    return intervals(measures.names, measures.statistic, measures.counts, patients, replicates, rng)
+    return _intervals(measures, patients, replicates, rng)
 
 
 def classification_measures(
@@ -106,9 +132,10 @@ def classification_measures(
             )
         )
 
-    metrics = ("auroc", "auprc", SENSITIVITY, "f1", "accuracy", "brier", "ece")
+    metrics = (*RANKING, "f1", "accuracy", "brier", "ece")
     counts = np.hstack((known.any(axis=1)[:, None], *[_under_any(known)] * len(metrics)))  # (N, K)
-    return Measures(names=_names(metrics, labels), statistic=statistic, counts=counts)
+    classes = (targets == 1, targets == 0)
+    return Measures(names=_names(metrics, labels), statistic=statistic, counts=counts, classes=classes)
 
 
 def intervals_segmentation(
@@ -131,7 +158,7 @@ def intervals_segmentation(
     """
     check_patients(patients, len(cases.loss))
     measures = segmentation_measures(cases, labels)
-    return intervals(measures.names, measures.statistic, measures.counts, patients, replicates, rng)
+    return _intervals(measures, patients, replicates, rng)
 
 
 def segmentation_measures(cases: Cases, labels: Sequence[str]) -> Measures:
@@ -177,6 +204,13 @@ def segmentation_measures(cases: Cases, labels: Sequence[str]) -> Measures:
     }
     counted = np.hstack((everybody[:, :1], *[_under_any(of_label) for of_label in counts.values()]))  # (N, K)
     return Measures(names=_names(tuple(counts), labels), statistic=statistic, counts=counted)
+
+
+def _intervals(
+    measures: Measures, patients: Sequence[str], replicates: int, rng: np.random.Generator
+) -> dict[str, Interval]:
+    counts, enough = patients_with(measures.counts, patients), measures.fewest(patients) >= MINIMUM
+    return intervals(measures.names, measures.statistic, counts, enough, patients, replicates, rng)
 
 
 def _names(metrics: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:

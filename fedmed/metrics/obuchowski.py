@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedmed.metrics.sums import Array, check_cases, check_patients
 
-MINIMUM = 10  # positive patients, and negative ones: below it neither an AUROC nor its variance leaves a site
+MINIMUM = 10  # positive patients, and negative ones: below it an AUROC has no variance or interval
 QUANTILE = 1.959963984540054  # of the normal distribution at 0.975, for intervals of 95 %
 
 

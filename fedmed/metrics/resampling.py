@@ -44,7 +44,8 @@ def bootstrap_patients(
         rng: Source of the resamples.
 
     Returns:
-        (low, high), or (None, None) if fewer than half of the replicates are defined, or there are not two patients.
+        (low, high), or (None, None) if fewer than half of the replicates are defined, if there are not two patients, or
+        if all replicates are alike, as those of an AUROC of 1 are: they say nothing of what other patients would show.
     """
     return _interval(replicate(statistic, patients, replicates, rng)[0], len(set(patients)))
 
@@ -52,22 +53,30 @@ def bootstrap_patients(
 def intervals(
     names: Sequence[str],
     statistic: Statistic,
-    counts: NDArray[np.bool_],
+    counts: NDArray[np.int64],
+    enough: NDArray[np.bool_],
     patients: Sequence[str],
     replicates: int,
     rng: np.random.Generator,
 ) -> dict[str, Interval]:
-    """Judges each of K metrics by the patients with an image that `counts` (N, K) for it."""
+    """Judges each of K metrics by `counts` (K,) patients; one of which there are not `enough` (K,) has no interval."""
     values = statistic(np.ones((len(patients), 1)))[:, 0]  # (K,)
     drawn = replicate(statistic, patients, replicates, rng)  # (K, replicates)
-    _, patient = np.unique(np.asarray(patients), return_inverse=True)  # (N,)
     result = {}
     for k, name in enumerate(names):
-        n = int(np.count_nonzero(np.bincount(patient[counts[:, k]])))
-        defined = not np.isnan(values[k])
-        low, high = _interval(drawn[k], n) if defined else (None, None)
+        n, defined = int(counts[k]), not np.isnan(values[k])
+        low, high = _interval(drawn[k], n) if defined and enough[k] else (None, None)
         result[name] = Interval(value=float(values[k]) if defined else None, low=low, high=high, n=n)
     return result
+
+
+def patients_with(chosen: NDArray[np.bool_], patients: Sequence[str]) -> NDArray[np.int64]:
+    """Returns how many patients have an image that is chosen, for each column of (N, K)."""
+    distinct, patient = np.unique(np.asarray(patients), return_inverse=True)  # (P,), (N,)
+    times = np.zeros((len(distinct), chosen.shape[1]), np.int64)
+    np.add.at(times, patient, chosen)
+    found: NDArray[np.int64] = np.count_nonzero(times, axis=0)
+    return found
 
 
 def replicate(
@@ -121,5 +130,6 @@ def _weights(
 
 
 def _interval(drawn: Array, patients: int) -> tuple[float | None, float | None]:
-    """Returns the interval of replicates (R,); none if there are not two patients that count."""
-    return percentiles(drawn) if patients >= 2 else (None, None)
+    """Returns the interval of replicates (R,); none if there are not two patients that count, or it had no width."""
+    low, high = percentiles(drawn) if patients >= 2 else (None, None)
+    return (None, None) if low == high else (low, high)
