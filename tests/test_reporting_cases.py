@@ -9,6 +9,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 import pytest
 from report_files import EVALUATION, PICTURE, Json, estimate, page_of, result, site, write_run
 
+from fedmed.reporting import write_model_card
 from fedmed.reporting.facts import Counts
 from fedmed.reporting.words import prevalence, site_count
 
@@ -120,6 +121,13 @@ def test_the_small_held_out_count_of_a_site_is_not_under_the_pointer_either(tmp_
     page = page_of(write_run(tmp_path / "run", result(sites=[site("tiny", 0.8, metrics=few)])))
     (text,) = page.figures["plot-sites"]["data"][0]["hovertext"]  # type: ignore[index]
     assert "< 10 patients" in text and "7 patients" not in text
+
+
+def test_small_counts_of_a_site_are_not_in_the_model_card_either(tmp_path: Path) -> None:
+    few = site("tiny", 0.8, patients=4, images=9, metrics={"auroc": estimate(0.8, patients=3)})
+    card = write_model_card(write_run(tmp_path / "run", result(sites=[few]))).read_text()
+    assert "| tiny | < 10 | < 10 | 5 |" in card and "(0.770–0.830) | < 10 |" in card
+    assert "(0.880–0.940) | 120 |" in card, "the server's own count"
 
 
 def test_a_sites_pictures_never_enter_the_report_of_the_run(run: Path) -> None:

@@ -54,14 +54,14 @@ def _lines(run: RunFacts, departures: Mapping[str, list[Mapping[str, Any]]]) -> 
     yield "| site | patients | images | rounds | privacy |"
     yield "|---|---|---|---|---|"
     for site in run.sites:
-        counts = (words.count(value) for value in (site.patients, site.images, site.rounds_joined))
+        counts = (words.site_count(site.patients), words.site_count(site.images), words.count(site.rounds_joined))
         yield f"| {plain(site.name)} | {' | '.join(counts)} | {_privacy(site, run)} |"
     yield ""
     yield "## Performance, with 95 % intervals by resampling patients"
     yield ""
     yield from _metrics("the server's held-out patients", run.server)
     for site in run.sites:
-        yield from _metrics(f"held-out patients of {plain(site.name)}", site.metrics)
+        yield from _metrics(f"held-out patients of {plain(site.name)}", site.metrics, of_site=True)
     yield ""
     yield "## What left the sites"
     yield ""
@@ -91,14 +91,15 @@ def _privacy(site: Site, run: RunFacts) -> str:
     return f"{said}, add or remove one{where}"
 
 
-def _metrics(whose: str, metrics: Mapping[str, Estimate]) -> Iterator[str]:
+def _metrics(whose: str, metrics: Mapping[str, Estimate], *, of_site: bool = False) -> Iterator[str]:
+    patients = words.site_count if of_site else words.count
     if metrics:
         yield f"| {whose} | value | patients |"
         yield "|---|---|---|"
         for name, each in sorted(metrics.items()):
             spread = f"noise ± {words.number(each.noise)}" if each.noise is not None else words.interval(each)
             value = f"{words.number(each.value)} ({spread})"
-            yield f"| {plain(words.title(name))} | {value} | {words.count(each.patients)} |"
+            yield f"| {plain(words.title(name))} | {value} | {patients(each.patients)} |"
         yield ""
 
 
