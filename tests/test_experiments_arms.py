@@ -14,12 +14,12 @@ from small_hospitals import hospital
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
-from fedmed.experiments.arms import comparisons, seeds_of, trials_of
+from fedmed.experiments.arms import budget_of, comparisons, seeds_of, trials_of
 from fedmed.experiments.judging import check_paired
 from fedmed.experiments.pooling import pooled
 from fedmed.experiments.predictions import Judged
 from fedmed.experiments.reuse import digest, folder_of
-from fedmed.experiments.subgroups import groups_of
+from fedmed.experiments.subgroups import groups_of, untold
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.split import evaluation_rows
 
@@ -140,6 +140,38 @@ def test_refuses_an_arm_named_twice(hospitals, tmp_path) -> None:
         trials_of(hospitals(evaluate={"compare": ["local", "local"]}), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "compare"), [({"fraction": 0.5}, []), ({"name": "cyclic"}, []), ({}, ["pooled", "cyclic"])]
+)
+def test_refuses_arms_that_rest_beside_arms_that_do_not(hospitals, tmp_path, strategy, compare) -> None:
+    with pytest.raises(ConfigError, match=r"rest in a round, so .*pooled would train on more images"):
+        trials_of(hospitals(strategy=strategy, evaluate={"compare": compare}), tmp_path)
+    alone = hospitals(strategy={"fraction": 0.5}, evaluate={"compare": ["fedavg", "fedavgm"]})
+    assert {trial.config.strategy.fraction for trial in trials_of(alone, tmp_path)} == {0.5}
+
+
+def test_budget_is_of_images_by_epoch_and_of_steps_by_step(hospitals) -> None:
+    assert "every training image" in budget_of(hospitals())
+    assert "image" not in budget_of(hospitals(train={"local-steps": 3})) and "steps" in budget_of(
+        hospitals(train={"local-steps": 3})
+    )
+
+
+@pytest.mark.parametrize(
+    ("patients", "hidden"),
+    [
+        ({"F": 8, "M": 19}, "FM"),
+        ({"F": 12, "M": 19}, ""),
+        ({"a": 30, "b": 3, "c": 11}, "bc"),
+        ({"a": 30, "b": 6, "c": 5, "d": 12}, "bc"),
+        ({"a": 30, "b": 2, "c": 3, "d": 12}, "bcd"),
+        ({"a": 4, "b": 5}, "ab"),
+    ],
+)
+def test_no_small_group_follows_by_subtraction(patients: dict[str, int], hidden: str) -> None:
+    assert untold(patients) == set(hidden)
+
+
 def test_family_is_federated_against_pooled_and_local_unless_declared(hospitals) -> None:
     arms = ["fedavg", "local", "fedavgm", "pooled"]
     assert comparisons(hospitals(evaluate={"compare": arms})) == (
@@ -164,6 +196,12 @@ def test_runs_are_known_by_what_they_train(hospitals, tmp_path) -> None:
     before = digest(east)
     manifest.write_text(manifest.read_text().replace(",F,", ",M,"))
     assert digest(east) != before, "another manifest of the same name is other data"
+    policy = tmp_path / "site.toml"
+    marks = set()
+    for text in ("a = 1", "a = 2"):
+        policy.write_text(text)
+        marks.add(digest(hospitals(simulation={"policy": str(policy)})))
+    assert len(marks) == 2, "another policy of the same name is another one"
     (trial, *_) = trials_of(config, tmp_path)
     (tmp_path / f"called-otherwise-{digest(trial.config)}").mkdir()
     assert folder_of(trial, tmp_path).name.startswith("called-otherwise")
@@ -203,7 +241,19 @@ def test_sources_of_pooled_data_name_nothing_but_data(toy_config, tmp_path) -> N
     config = toy_config(str(tmp_path / "a-40"), str(tmp_path / "b-20"))
     (trial, *_) = [trial for trial in trials_of(config, tmp_path) if trial.arm == "pooled"]
     sources = json.loads((Path(trial.config.data.sites[0]) / "sources.json").read_text())
-    assert sources == {"dataset": "toy:dataset", "sites": list(config.data.sites)}
+    assert sources == {"dataset": "toy:dataset", "sites": list(config.data.sites), "files": {}}
+
+
+def test_corrected_files_of_own_data_are_pooled_anew(toy_config, tmp_path) -> None:
+    paths = [tmp_path / name / "labels.csv" for name in "ab"]
+    config = toy_config(*map(str, paths))
+    marks = []
+    for labels in ("1,0", "1,1"):
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(labels)
+        marks.append({trial.arm: digest(trial.config) for trial in trials_of(config, tmp_path)})
+    assert all(marks[0][arm] != marks[1][arm] for arm in ("local", "federated", "pooled"))
 
 
 def test_resplit_gives_every_seed_its_own_held_out_patients(hospitals, tmp_path) -> None:

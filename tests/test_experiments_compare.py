@@ -33,7 +33,7 @@ ARMS = ["local", "federated", "pooled"]
 def toy(toy_config, root: Path, **sections: dict[str, object]):
     """Two sites and a server; the seeds are few."""
     evaluate = {"seeds": 2, "bootstrap": 100, "compare": ARMS, **sections.pop("evaluate", {})}
-    sites = [str(root / "a-60"), str(root / "b-40")]
+    sites = [str(root / "a-160"), str(root / "b-40")]
     return toy_config(*sites, server=str(root / "s-60"), evaluate=evaluate, **sections)
 
 
@@ -49,9 +49,9 @@ def test_every_network_is_judged_everywhere(compared) -> None:
     _, folder, report = compared
     assert report == json.loads((folder / "comparison.json").read_text())
     cells = {(cell["network"], cell["place"]) for cell in report["matrix"]}
-    networks = {"local:a-60", "local:b-40", "federated", "pooled"}
-    assert cells == {(network, place) for network in networks for place in ("a-60", "b-40", "server")}
-    assert [place["place"] for place in report["places"]] == ["a-60", "b-40", "server"]
+    networks = {"local:a-160", "local:b-40", "federated", "pooled"}
+    assert cells == {(network, place) for network in networks for place in ("a-160", "b-40", "server")}
+    assert [place["place"] for place in report["places"]] == ["a-160", "b-40", "server"]
     assert report["places"][1]["patients"] is None, "fewer than ten"
     assert report["places"][2]["patients"] > 10
 
@@ -61,22 +61,22 @@ def test_values_are_scikit_learns_on_the_kept_predictions(compared) -> None:
     arms = {arm["arm"]: arm for arm in report["arms"]}
     values = []
     for run in arms["pooled"]["runs"]:
-        cases = read_predictions(folder / "runs" / run, config)["a-60"]
+        cases = read_predictions(folder / "runs" / run, config)["a-160"]
         logits, targets = cases.scores["logits"], cases.scores["targets"]
         values.append(np.mean([roc_auc_score(targets[:, label], logits[:, label]) for label in range(2)]))
-    assert arms["pooled"]["places"]["a-60"]["value"] == pytest.approx(np.mean(values), abs=1e-9)
-    of_sites = [arms["local"]["places"][site]["value"] for site in ("a-60", "b-40")]
+    assert arms["pooled"]["places"]["a-160"]["value"] == pytest.approx(np.mean(values), abs=1e-9)
+    of_sites = [arms["local"]["places"][site]["value"] for site in ("a-160", "b-40")]
     assert arms["local"]["endpoint"]["value"] == pytest.approx(np.mean(of_sites))
     own = {(c["network"], c["place"]): c["metrics"]["auroc"]["value"] for c in report["matrix"]}
-    assert of_sites == [own["local:a-60", "a-60"], own["local:b-40", "b-40"]], "each site's own network"
-    at_server = [own["local:a-60", "server"], own["local:b-40", "server"]]
+    assert of_sites == [own["local:a-160", "a-160"], own["local:b-40", "b-40"]], "each site's own network"
+    at_server = [own["local:a-160", "server"], own["local:b-40", "server"]]
     assert arms["local"]["places"]["server"]["value"] == pytest.approx(np.mean(at_server))
     assert arms["local"]["worst"]["value"] == pytest.approx(min(of_sites))
 
 
 def test_arms_have_the_same_budget(compared) -> None:
     _, _, report = compared
-    assert {arm["arm"]: arm["steps"] for arm in report["arms"]} == {"local": 10, "federated": 10, "pooled": 10}
+    assert {arm["arm"]: arm["steps"] for arm in report["arms"]} == {"local": 20, "federated": 20, "pooled": 20}
 
 
 def test_too_few_seeds_give_no_p_value_and_say_so(compared) -> None:
@@ -124,7 +124,7 @@ def test_no_identifier_leaves_the_sites(compared) -> None:
 
 def images(root: Path, make, task: dict[str, object], model: dict[str, object], **evaluate: object):
     """Two hospitals of tiny pictures."""
-    sites = [str(make(root / name, patients, place)) for place, (name, patients) in enumerate((("n", 44), ("s", 10)))]
+    sites = [str(make(root / name, patients, place)) for place, (name, patients) in enumerate((("n", 60), ("s", 10)))]
     return run_file.validate(
         {
             "model": model,
@@ -155,12 +155,12 @@ def test_subgroups_of_a_manifest_have_values_where_they_are_large_enough(tmp_pat
     assert any(row["n"] for row in by_sex)
     (pooled,) = (folder for folder in (tmp_path / "out" / "runs").iterdir() if folder.name.startswith("pooled"))
     result = result_of(pooled)
-    assert result["sites"][0]["images"] == 2 * (44 + 10)
+    assert result["sites"][0]["images"] == 2 * (60 + 10)
     judged = read_predictions(pooled, config)
     trained = sum(len(cases.row) for cases in judged.values())
     events = [json.loads(line) for line in (pooled / "events.jsonl").read_text().splitlines()]
     (received,) = (event for event in events if event["kind"] == "update_received")
-    assert received["images"] == 2 * (44 + 10) - trained, "all but those that some site holds out"
+    assert received["images"] == 2 * (60 + 10) - trained, "all but those that some site holds out"
 
 
 def test_segmentation_is_compared_case_by_case(tmp_path) -> None:
@@ -235,7 +235,7 @@ def test_sweep_is_one_tidy_table(toy_config, tmp_path) -> None:
         assert len(point["by_seed"]) == 2 and point["epsilon"] is None
         assert point["endpoint"]["value"] == pytest.approx(np.mean(point["by_seed"]))
     rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").read_text().splitlines()))
-    assert {row["place"] for row in rows} == {"server", "a-60", "b-40"}
+    assert {row["place"] for row in rows} == {"server", "a-160", "b-40"}
     assert {(row["train.rounds"], row["strategy.name"], row["seed"]) for row in rows} == {
         (rounds, name, seed) for rounds in "12" for name in ("fedavg", "fedavgm") for seed in "78"
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from fedmed.metrics import (
     bootstrap_patients,
@@ -16,7 +17,7 @@ from fedmed.metrics import (
     paired_difference,
     percentiles,
     replicate,
-    seed_draws,
+    seed_moves,
 )
 from fedmed.metrics.ranking import auroc
 
@@ -43,10 +44,20 @@ def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]
     assert all(q <= min(1.0, len(p_values) * p) + 1e-12 for p, q in zip(p_values, adjusted, strict=True)), "Bonferroni"
 
 
-def test_seeds_are_drawn_with_replacement_and_averaged() -> None:
-    drawn = np.array([[0.0, 10.0], [1.0, 11.0]])  # two seeds, two replicates
-    assert over_seeds(drawn, np.array([[0, 1], [1, 1]])).tolist() == [0.5, 11.0]
-    assert over_seeds(drawn[:1], seed_draws(1, 2, np.random.default_rng(0))).tolist() == [0.0, 10.0]
+def test_replicates_are_means_over_seeds_moved_together() -> None:
+    values, drawn = np.array([1.0, 3.0]), np.array([[0.0, 10.0], [1.0, 11.0]])  # two seeds, two replicates
+    moves = np.array([[0.5, -0.5], [-1.0, 1.0]])
+    assert over_seeds(values, drawn, moves).tolist() == [0.5 - 1, 10.5 + 2]
+    assert over_seeds(values[:1], drawn[:1], seed_moves(1, 2, np.random.default_rng(0))).tolist() == [0.0, 10.0]
+
+
+def test_seeds_alone_give_students_interval() -> None:
+    values = np.random.default_rng(0).normal(0.8, 0.02, 5)
+    moves = seed_moves(5, 200_000, np.random.default_rng(1))
+    assert np.abs(moves.sum(axis=1)).max() < 1e-12, "what all seeds share stays"
+    low, high = percentiles(over_seeds(values, np.repeat(values[:, None], 200_000, axis=1), moves))
+    expected = stats.t.interval(0.95, 4, values.mean(), values.std(ddof=1) / np.sqrt(5))
+    assert (low, high) == pytest.approx(expected, abs=5e-4)
 
 
 def test_difference_of_equals_is_zero_and_of_opposites_the_negative() -> None:
@@ -83,15 +94,24 @@ def test_equal_generators_resample_equal_patients() -> None:
     assert 0 < paired.low < paired.value < paired.high and paired.p < 0.05
 
 
-def test_training_variance_widens_an_interval_over_seeds() -> None:
-    rng = np.random.default_rng(0)
-    patients = rng.normal(0, 0.01, 1000)  # what resampling patients alone shows
-    seeds = rng.normal(0, 0.2, 5)
-    drawn = patients + seeds[:, None]  # (5, 1000)
-    chosen = seed_draws(5, 1000, rng)
-    low, high = percentiles(over_seeds(drawn, chosen))
-    alone = percentiles(drawn[0])
-    assert high - low > 5 * (alone[1] - alone[0])
+@pytest.mark.parametrize(
+    ("of_patients", "trials"), [(0.0, 1000), pytest.param(0.5, 2000, marks=pytest.mark.slow)], ids=["seeds", "both"]
+)
+def test_paired_test_over_five_seeds_is_right_under_no_difference(of_patients: float, trials: int) -> None:
+    """Seeds move a difference whose true mean is 0: p < 0.05 one time in twenty at most, p < 0.01 one in a hundred."""
+    people, replicates, found, surely, inside = 100, 400, 0, 0, 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        seeds, patients = rng.normal(size=5), of_patients * np.sqrt(people) * rng.normal(size=people)
+        weights = rng.multinomial(people, np.full(people, 1 / people), replicates if of_patients else 1) / people
+        drawn = seeds[:, None] + np.broadcast_to(weights @ patients, replicates)  # (5, R)
+        values = seeds + patients.mean()
+        moved = over_seeds(values, drawn, seed_moves(5, replicates, rng))
+        test = paired_difference((values.mean(), 0.0), (moved, np.zeros(replicates)))
+        found, surely, inside = found + (test.p < 0.05), surely + (test.p < 0.01), inside + (test.low <= 0 <= test.high)
+    assert 0.03 <= found / trials <= 0.07
+    assert surely / trials <= 0.02
+    assert 0.93 <= inside / trials <= 0.97
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def comparison(site: str = "north", **changes: object) -> dict[str, object]:
         "endpoint": "sites",
         "seeds": [7, 8, 9, 10, 11],
         "replicates": 1000,
-        "intervals": "bootstrap of seeds and patients",
+        "intervals": "bootstrap of patients, Student's t of seeds",
         "budget": "the same",
         "arms": [
             {
@@ -77,7 +77,7 @@ def comparison(site: str = "north", **changes: object) -> dict[str, object]:
 def grid(*keys: str) -> dict[str, object]:
     points = [
         {"values": dict(zip(keys, values, strict=False)), "endpoint": estimate(0.6 + 0.05 * i), "epsilon": epsilon}
-        for i, (values, epsilon) in enumerate((((1.0, "a"), 1.0), ((1.0, "b"), 1.0), ((100.0, "a"), None)))
+        for i, (values, epsilon) in enumerate((((1.0, "a"), 1.2301), ((1.0, "b"), 1.0), ((100.0, "a"), None)))
     ]
     return {
         "schema": 1,
@@ -150,6 +150,7 @@ def test_undefined_comparison_has_a_page(tmp_path: Path) -> None:
 def test_sweep_draws_a_line_for_every_choice_of_the_other_keys(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(grid("privacy.epsilon", "model.norm")))
     page = Page(write_sweep(tmp_path))
+    assert "1.24" in page.words and "1.230" not in page.words, "ε is rounded up"
     plot = page.figures["plot-points"]
     assert [line["name"] for line in plot["data"]] == ["model.norm = a", "model.norm = b"]
     assert plot["data"][0]["x"] == [1.0, 100.0] and plot["layout"]["xaxis"]["type"] == "log"

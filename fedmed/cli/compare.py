@@ -71,7 +71,8 @@ def _show(report: dict[str, Any]) -> None:
     for arm in report["arms"]:
         worst = f"{arm['worst']['value']:.3f} {arm['worst']['site']}" if arm["worst"] else "-"
         cells = [_value(arm["places"][name]) for name in shown]
-        table.add_row(arm["arm"], interval(arm["endpoint"]), *cells, worst, str(arm["steps"]))
+        steps = "-" if arm["steps"] is None else str(arm["steps"])
+        table.add_row(arm["arm"], interval(arm["endpoint"]), *cells, worst, steps)
     seeds = len(report["seeds"])
     print(f"95 % intervals: {report['intervals']}, {seeds} seed{'s' if seeds > 1 else ''}")
     console().print(table)

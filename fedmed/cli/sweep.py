@@ -33,7 +33,7 @@ def sweep(
 
     folder = out or Path("runs") / f"{config.name}-experiment".replace(" ", "-")
     with grid_progress(quiet=quiet) as watch:
-        report = run_sweep(config, vary, folder, jobs=jobs, watch=watch)
+        report = run_sweep(config, vary, folder, home=run.absolute().parent, jobs=jobs, watch=watch)
     page = write_sweep(folder)
     if as_json:
         print(json.dumps(report))
@@ -46,12 +46,13 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from fedmed.cli.display import console, interval
+    from fedmed.reporting.words import epsilon
 
     private = any(point["epsilon"] is not None for point in report["points"])
     where = "mean of sites" if report["endpoint"] == "sites" else "server"
     table = Table(*report["keys"], f"{report['primary']}, {where}", *(["ε spent"] if private else []), box=None)
     for point in report["points"]:
-        spent = [] if not private else ["-" if point["epsilon"] is None else f"{point['epsilon']:.2f}"]
+        spent = [epsilon(point["epsilon"])] if private else []
         table.add_row(*(str(point["values"][key]) for key in report["keys"]), interval(point["endpoint"]), *spent)
     print(f"95 % intervals: {report['intervals']}, {len(report['seeds'])} seed(s)")
     console().print(table)

@@ -1,8 +1,9 @@
 """The arms of a comparison as run configurations, all with the same budget.
 
-The budget is images: in every arm each training image is used equally often. With `train.local-epochs` that is so by
-itself, because every arm trains `rounds x local-epochs` passes over its own images. With `train.local-steps` a pooled
-round takes as many steps as all sites take together in a federated one, on batches of the same size.
+With `train.local-epochs` the budget is images: every arm trains `rounds x local-epochs` passes over its own images, so
+each training image is used equally often. With `train.local-steps` it is steps: a pooled round takes as many as all
+sites take together in a federated one, on batches of the same size; images of a small site are used more often than in
+the pooled arm. Arms in which only some sites train in a round are refused beside local and pooled ones.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
     arms = arms_of(config)
     if len(set(arms)) < len(arms):
         raise ConfigError("evaluate.compare: an arm is named twice; name each once")
+    check_same_budget(config)
     trials = tuple(
         _trial(arm, network, trained, base, seed)
         for seed, base in bases_of(config).items()
@@ -109,6 +111,30 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
     )
     check_judged_everywhere(trials)
     return trials
+
+
+def budget_of(config: RunConfig) -> str:
+    """What every arm may spend, in words."""
+    if config.train.local_steps:
+        return "every arm takes equally many steps: a pooled round as many as all sites together"
+    return "every training image is used equally often in every arm: train.rounds times train.local-epochs passes"
+
+
+def check_same_budget(config: RunConfig) -> None:
+    """Refuse arms in which some sites rest in a round beside those in which all data are trained on in every round.
+
+    Raises:
+        ConfigError: there are both.
+    """
+    arms = arms_of(config)
+    federated = [config.strategy.name if arm == "federated" else arm for arm in arms if kind_of(arm) == "federated"]
+    others = [arm for arm in arms if kind_of(arm) != "federated"]
+    rests = "cyclic" if "cyclic" in federated else "strategy.fraction below 1" if config.strategy.fraction < 1 else ""
+    if federated and others and rests:
+        raise ConfigError(
+            f"{rests} lets sites rest in a round, so {' and '.join(others)} would train on more images than a "
+            "federated arm; use another, or leave these out of evaluate.compare"
+        )
 
 
 def check_judged_everywhere(trials: Sequence[Trial]) -> None:

@@ -10,21 +10,27 @@ from typing import Any
 from fedmed.config import RunConfig
 from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
-from fedmed.experiments.arms import Trial, arms_of, comparisons, kind_of, plain, seeds_of, trials_of
+from fedmed.experiments.arms import Trial, arms_of, budget_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.dealing import dealt
-from fedmed.experiments.judging import SMALL, Bench, Drawn, check_paired, check_same_split, mean_of, site_places
+from fedmed.experiments.judging import (
+    SMALL,
+    Bench,
+    Drawn,
+    check_paired,
+    check_same_split,
+    intervals_of,
+    mean_of,
+    site_places,
+)
 from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
-from fedmed.experiments.subgroups import groups_of
+from fedmed.experiments.subgroups import groups_of, untold
 from fedmed.metrics import ENOUGH_SEEDS, holm
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 
 RESULT = "comparison.json"
-BUDGET = (
-    "every training image is used equally often in every arm; a pooled round with train.local-steps takes as many "
-    "steps as all sites together"
-)
+UNTOLD: dict[str, Any] = {"value": None, "low": None, "high": None, "n": None}
 
 
 def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None) -> dict[str, Any]:
@@ -43,6 +49,11 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
         FedmedError: the configuration or the data cannot be used, or a run failed.
     """
     pairs = comparisons(config)
+    if config.train.patience and config.evaluate.endpoint == "sites":
+        raise ConfigError(
+            'train.patience chooses epochs by the held-out patients who judge under evaluate.endpoint = "sites"; set '
+            'train.patience = 0, or endpoint = "server"'
+        )
     if config.evaluate.endpoint == "server" and not config.data.server:
         raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
     config = dealt(config, folder)
@@ -71,9 +82,9 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
         "endpoint": config.evaluate.endpoint,
         "seeds": list(bench.seeds),
         "replicates": config.evaluate.bootstrap,
-        "intervals": "bootstrap of seeds and patients" if len(bench.seeds) > 1 else "bootstrap of patients",
+        "intervals": intervals_of(len(bench.seeds)),
         "split": "another one for every seed" if config.evaluate.resplit else "the same for every seed",
-        "budget": BUDGET,
+        "budget": budget_of(config),
         "arms": [table.arm(arm, arms[arm], paths) for arm in arms],
         "places": [table.place(place) for place in places_of(base) if place.name in table.places],
         "matrix": table.matrix(),
@@ -102,7 +113,7 @@ class _Table:
         self.images = {
             name: len({int(row) for places in bench.judged.values() for row in places[name].row}) for name in first
         }
-        self.rows = {name: cases.row for name, cases in first.items()}
+        self.cases = first
         self.drawn = {(n, p): bench.drawn(n, p) for n in self.networks for p in self.places}
 
     def at(self, arm: str, place: str) -> Drawn:
@@ -112,14 +123,14 @@ class _Table:
             return self.drawn[own, place][self.primary]
         mine = [network for network, of in self.networks.items() if of == arm]
         parts = [self.drawn[network, place][self.primary] for network in mine]
-        return mean_of(parts, patients=parts[0].patients)
+        return mean_of(parts, together=False)
 
     def endpoint(self, arm: str, where: str) -> Drawn:
         """The primary metric of an arm where the run file declares it."""
         if where == "server":
             return self.at(arm, SERVER)
         parts = [self.at(arm, site) for site in self.sites]
-        return mean_of(parts, patients=sum(part.patients for part in parts))
+        return mean_of(parts, together=True)
 
     def arm(self, arm: str, endpoint: Drawn, paths: Any) -> dict[str, Any]:
         """One row of the summary."""
@@ -127,7 +138,7 @@ class _Table:
         worst = min(((d.value, site) for d, site in known if d.value == d.value), default=None)
         networks = [network for network, of in self.networks.items() if of == arm]
         runs = [paths[network, seed] for network in networks for seed in self.bench.seeds]
-        first = [paths[network, self.bench.seeds[0]] for network in networks]
+        steps = [steps_of(paths[network, self.bench.seeds[0]]) for network in networks]
         return {
             "arm": arm,
             "kind": kind_of(arm),
@@ -135,7 +146,7 @@ class _Table:
             "by_seed": [None if value != value else float(value) for value in endpoint.values],
             "places": {place: self.bench.estimate(self.at(arm, place)) for place in self.places},
             "worst": None if worst is None else {"site": worst[1], "value": worst[0]},
-            "steps": sum(_steps(path) for path in first),
+            "steps": None if None in steps else sum(filter(None, steps)),
             "runs": [path.name for path in runs],
         }
 
@@ -160,25 +171,28 @@ class _Table:
         ]
 
     def subgroups(self, places: Sequence[Place]) -> list[dict[str, Any]]:
-        """The primary metric of every arm in every subgroup of a place; of few patients nothing is said."""
+        """The primary metric of every arm in every subgroup of a place; of few patients nothing is said.
+
+        Rows of a data set of the user's own are no lines of a manifest, so it has no subgroups.
+        """
         found = []
-        for place in places:
+        for place in () if self.bench.config.data.dataset else places:
             if place.name not in self.places:
                 continue
-            for column, groups in groups_of(Path(place.path), self.rows[place.name]).items():
+            for column, groups in groups_of(Path(place.path), self.cases[place.name].row).items():
+                patients = self.cases[place.name].patient
+                hidden = untold({group: len(set(patients[keep])) for group, keep in groups.items()})
                 for group, keep in groups.items():
                     for arm in dict.fromkeys(self.networks.values()):
                         found.append({"place": place.name, "column": column, "group": group, "arm": arm})
-                        found[-1] |= self._subgroup(arm, place.name, keep)
+                        found[-1] |= UNTOLD if group in hidden else self._subgroup(arm, place.name, keep)
         return found
 
     def _subgroup(self, arm: str, place: str, keep: Any) -> dict[str, Any]:
         networks = [network for network, of in self.networks.items() if of == arm]
         networks = [f"local:{place}"] if f"local:{place}" in networks else networks
         parts = [self.bench.drawn(network, place, keep)[self.primary] for network in networks]
-        if parts[0].patients < SMALL:
-            return {"value": None, "low": None, "high": None, "n": None}
-        return self.bench.estimate(mean_of(parts, patients=parts[0].patients))
+        return self.bench.estimate(mean_of(parts, together=False))
 
     def of_site(self, site: str, config: RunConfig) -> dict[str, Any]:
         """What one site learns of its own patients: every arm, and what they gained over its own local network."""
@@ -206,11 +220,14 @@ def _counts(patients: int, images: int) -> dict[str, int | None]:
     return {"patients": None if few else patients, "images": None if few else images}
 
 
-def _steps(run: Path) -> int:
-    """Optimizer steps that all sites of a run took."""
+def steps_of(run: Path) -> int | None:
+    """Optimizer steps that all sites of a run took in rounds that counted; None if the sites do not tell."""
+    log = (result_of(run) or {}).get("rounds_log", [])
     lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines if '"update_received"' in line]
-    return sum(int(event.get("steps", 0)) for event in events)
+    last = {(event["round"], event["site"]): event for event in events}  # a round that was repeated is told again
+    told = [last[entry["round"], site].get("steps") for entry in log for site in entry["joined"]]
+    return None if None in told else sum(map(int, told))
 
 
 def _notes(bench: Bench, trials: Sequence[Trial], paths: Any, compared: bool) -> list[str]:
@@ -221,12 +238,26 @@ def _notes(bench: Bench, trials: Sequence[Trial], paths: Any, compared: bool) ->
             f"{len(bench.seeds)} seed{'s' if len(bench.seeds) > 1 else ''}: differences leave out most of the spread "
             f"between trainings, so no p-value is given; comparing takes evaluate.seeds = {ENOUGH_SEEDS} or more"
         )
-    own = dict.fromkeys(trial.arm for trial in trials if has_personal_network(trial.config.strategy))
-    if own:
-        notes.append(f"at a site, {', '.join(own)} is the site's own network; at the server, the shared one")
+    notes += _notes_on_algorithms(trials)
     degraded = sorted(path.name for path in paths if (result_of(path) or {}).get("status") == "degraded")
     if degraded:
         notes.append(f"sites dropped out of {len(degraded)} runs: {', '.join(degraded[:5])}; see their result.json")
+    return notes
+
+
+def _notes_on_algorithms(trials: Sequence[Trial]) -> list[str]:
+    notes, strategies = [], [(trial.arm, trial.config.strategy) for trial in trials]
+    own = dict.fromkeys(arm for arm, each in strategies if has_personal_network(each))
+    if own:
+        notes.append(f"at a site, {', '.join(own)} is the site's own network; at the server, the shared one")
+    costly = dict.fromkeys(arm for arm, each in strategies if each.name == "ditto" or each.personal_steps)
+    if costly:
+        notes.append(
+            f"sites take further steps for their own networks under {', '.join(costly)}, which the budget leaves out"
+        )
+    weighed = dict.fromkeys(arm for arm, each in strategies if each.name == "feddg-ga")
+    if weighed:
+        notes.append(f"{', '.join(weighed)} weights sites by losses on their held-out patients, who judge it as well")
     return notes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
 from fedmed.experiments.predictions import SERVER, Judged
-from fedmed.metrics import Difference, over_seeds, paired_difference, percentiles, replicate, seed_draws
+from fedmed.metrics import MINIMUM, Difference, over_seeds, paired_difference, percentiles, replicate, seed_moves
 
 SMALL = 10  # patients below which a count is suppressed
 Array = NDArray[np.float64]
@@ -30,6 +30,14 @@ class Drawn:
     values: Array  # (S,) of each seed; NaN where undefined
     replicates: Array  # (S, R) of each seed and resample of the patients
     patients: int
+    smallest: int  # patients of the smallest place in it; a sum would tell a small one apart
+    fewest: float  # of them in the rarer class, for what ranks one class above the other
+    highest: float  # value that it can have; the lowest is 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough patients to resample."""
+        return self.patients >= 2 and self.fewest >= MINIMUM
 
     @property
     def value(self) -> float:
@@ -47,47 +55,67 @@ class Bench:
 
     def drawn(self, network: str, place: str, keep: NDArray[np.bool_] | None = None) -> dict[str, Drawn]:
         """Every metric of a network at a place, or at some of its cases."""
-        labels, values, replicates = self.config.task.labels, [], []
-        names: tuple[str, ...] = ()
         chosen = [self.judged[network, seed][place] for seed in self.seeds]
         chosen = chosen if keep is None else [cases.select(keep) for cases in chosen]
         everyone = sorted({patient for cases in chosen for patient in cases.patients})
-        for cases in chosen:
-            measures = cases.measures(labels)
-            names = measures.names
-            values.append(measures.statistic(np.ones((len(cases.row), 1)))[:, 0])  # (K,)
+        measures = [cases.measures(self.config.task.labels) for cases in chosen]
+        count, values, replicates = self.config.evaluate.bootstrap, [], []
+        for cases, each in zip(chosen, measures, strict=True):
+            values.append(each.statistic(np.ones((len(cases.row), 1)))[:, 0])  # (K,)
             rng = np.random.default_rng(_number(f"{self.config.split_seed}/{place}"))
-            count = self.config.evaluate.bootstrap
-            replicates.append(replicate(measures.statistic, cases.patients, count, rng, among=everyone))
+            replicates.append(replicate(each.statistic, cases.patients, count, rng, among=everyone))
         value, drawn = np.stack(values), np.stack(replicates)  # (S, K), (S, K, R)
-        n = len(everyone)
-        return {name: Drawn(values=value[:, k], replicates=drawn[:, k], patients=n) for k, name in enumerate(names)}
+        fewest = np.min([m.fewest(cases.patients) for cases, m in zip(chosen, measures, strict=True)], axis=0)  # (K,)
+        return {
+            name: Drawn(
+                values=value[:, k],
+                replicates=drawn[:, k],
+                patients=len(everyone),
+                smallest=len(everyone),
+                fewest=float(fewest[k]),
+                highest=float(measures[0].highest[k]),
+            )
+            for k, name in enumerate(measures[0].names)
+        }
 
     def estimate(self, drawn: Drawn, *, suppress: bool = True) -> Estimate:
         """Value and 95 % interval, over patients, and over seeds too where there are several."""
-        low, high = percentiles(self._over_seeds(drawn)) if drawn.patients >= 2 else (None, None)
         value = None if np.isnan(drawn.value) else drawn.value
-        n = None if suppress and drawn.patients < SMALL else drawn.patients
-        if value is None:
+        n = None if suppress and drawn.smallest < SMALL else drawn.patients
+        low = high = None
+        if value is not None and drawn.enough:
+            low, high = percentiles(np.clip(self._over_seeds(drawn), 0, drawn.highest))
+        if low == high:  # all resamples are alike, and say nothing of other patients
             low = high = None
         return {"value": value, "low": low, "high": high, "n": n}
 
     def difference(self, first: Drawn, second: Drawn, *, test: bool) -> Difference:
         """The first minus the second, in pairs."""
         pair = (self._over_seeds(first), self._over_seeds(second))
-        return paired_difference((first.value, second.value), pair, test=test)
+        found = paired_difference((first.value, second.value), pair, test=test)
+        return found if first.enough and second.enough else replace(found, low=None, high=None, p=None)
 
     def _over_seeds(self, drawn: Drawn) -> Array:
         rng = np.random.default_rng(_number(f"{self.config.split_seed}/seeds"))
-        return over_seeds(drawn.replicates, seed_draws(len(self.seeds), drawn.replicates.shape[1], rng))
+        moves = seed_moves(len(self.seeds), drawn.replicates.shape[1], rng)
+        return over_seeds(drawn.values, drawn.replicates, moves)
 
 
-def mean_of(parts: Sequence[Drawn], *, patients: int) -> Drawn:
-    """The mean of several quantities, those left out that are undefined, in each replicate anew."""
+def mean_of(parts: Sequence[Drawn], *, together: bool) -> Drawn:
+    """The mean of several quantities, those left out that are undefined, in each replicate anew.
+
+    Args:
+        parts: of one metric.
+        together: whether they are of different patients, who add up; else they are all of the same.
+    """
+    add = sum if together else min
     return Drawn(
         values=_mean(np.stack([part.values for part in parts])),
         replicates=_mean(np.stack([part.replicates for part in parts])),
-        patients=patients,
+        patients=add(part.patients for part in parts),
+        smallest=min(part.smallest for part in parts),
+        fewest=add(part.fewest for part in parts),
+        highest=parts[0].highest,
     )
 
 
@@ -121,6 +149,11 @@ def check_same_split(judged: Mapping[tuple[str, int], Mapping[str, Judged]]) -> 
     networks = {network for network, _ in judged}
     for name in networks:
         check_paired({(str(seed), 0): places for (network, seed), places in judged.items() if network == name})
+
+
+def intervals_of(seeds: int) -> str:
+    """How the intervals of an experiment are made."""
+    return "bootstrap of patients, Student's t of seeds" if seeds > 1 else "bootstrap of patients"
 
 
 def site_places(places: Mapping[str, Judged]) -> list[str]:

@@ -87,7 +87,8 @@ def _merged(config: RunConfig) -> str:
 
 
 def _sources(config: RunConfig, sites: tuple[str, ...], folder: Path) -> str:
-    content = json.dumps({"dataset": config.data.dataset, "sites": list(sites)}).encode()
+    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sites if Path(path).is_file()}
+    content = json.dumps({"dataset": config.data.dataset, "sites": list(sites), "files": files}).encode()
     path = _place(folder, content) / (SITE if sites == config.data.sites else "server")
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / SOURCES, content)

@@ -18,12 +18,12 @@ DONE = ("completed", "degraded")
 def digest(config: RunConfig) -> str:
     """What two runs have in common if one can stand for the other.
 
-    The name of a run and its number of worker processes change no weight; the content of a manifest does, wherever the
-    manifest lies open. Images are trusted to be those that they were.
+    The name of a run and its number of worker processes change no weight; the content of a manifest, a file of weights
+    and a policy does, wherever it lies open. Images are trusted to be those that they were.
     """
     values = run_file.nested(config)
     del values["name"], values["simulation"]["workers"]
-    paths = [*config.data.sites, config.data.server, config.model.weights]
+    paths = [*config.data.sites, config.data.server, config.model.weights, config.simulation.policy]
     files = {
         path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path and Path(path).is_file()
     }

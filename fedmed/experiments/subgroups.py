@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.experiments.judging import SMALL
+
 COLUMNS = {"sex": ("sex",), "age": ("age",), "view": ("view",), "scanner": ("scanner", "manufacturer", "device")}
 BANDS = ((18, "under 18"), (40, "18 to 39"), (60, "40 to 59"), (80, "60 to 79"), (200, "80 and over"))  # years, below
 MOST_GROUPS = 8  # of one column; a column with more is no way to group
@@ -33,6 +35,18 @@ def groups_of(manifest: Path, rows: NDArray[np.int64]) -> dict[str, dict[str, ND
         if 2 <= len(groups) <= MOST_GROUPS:
             found[column] = {str(group): values == group for group in groups}
     return found
+
+
+def untold(patients: Mapping[str, int]) -> set[str]:
+    """Returns the groups of a column of which nothing is told, from the patients of each.
+
+    Those of few patients, and the next smallest too where the total would tell them: where a few stand alone, or are
+    few even together.
+    """
+    order = sorted(patients, key=lambda group: patients[group])
+    few = [group for group in order if patients[group] < SMALL]
+    alone = len(few) == 1 or sum(patients[group] for group in few) < SMALL
+    return set(order[: len(few) + 1] if few and alone else few)
 
 
 def _records(manifest: Path) -> Mapping[int, Mapping[str, str]]:

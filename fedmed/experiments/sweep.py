@@ -17,7 +17,7 @@ from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
-from fedmed.experiments.judging import Bench, Drawn, check_same_split, mean_of, site_places
+from fedmed.experiments.judging import Bench, Drawn, check_same_split, intervals_of, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
@@ -41,12 +41,13 @@ class Point:
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
 
-def points_of(config: RunConfig, vary: Sequence[str]) -> tuple[Point, ...]:
+def points_of(config: RunConfig, vary: Sequence[str], home: Path = Path()) -> tuple[Point, ...]:
     """Every point of the grid, in the order given, the last key varying fastest.
 
     Args:
         config: what all points share, with every path absolute.
         vary: `KEY=a,b,c` each.
+        home: that paths among the values are relative to: the run file's folder.
 
     Raises:
         ConfigError: a key is unknown, named twice or not to be varied, or a value cannot work.
@@ -71,7 +72,7 @@ def points_of(config: RunConfig, vary: Sequence[str]) -> tuple[Point, ...]:
             run_file.override(run_file.nested(config), assignments), source="a point of the sweep"
         )
         flat = run_file.flatten(found)
-        points.append(Point(values={key: flat[key] for key in axes}, config=found))
+        points.append(Point(values={key: flat[key] for key in axes}, config=run_file.resolve_paths(found, home)))
     return tuple(points)
 
 
@@ -87,7 +88,13 @@ def trials_of(points: Sequence[Point]) -> tuple[Trial, ...]:
 
 
 def sweep(
-    config: RunConfig, vary: Sequence[str], folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None
+    config: RunConfig,
+    vary: Sequence[str],
+    folder: Path,
+    *,
+    home: Path = Path(),
+    jobs: int = 0,
+    watch: Said = lambda standing: None,
 ) -> dict[str, Any]:
     """Run a grid, and write `sweep.json` and `sweep.csv`.
 
@@ -95,6 +102,7 @@ def sweep(
         config: what all points share, with every path absolute.
         vary: `KEY=a,b,c` each.
         folder: of the experiment; finished runs in it are reused.
+        home: that paths among the values are relative to: the run file's folder.
         jobs: runs at once; 0 = as many as cores and memory allow.
         watch: called whenever the grid has come further.
 
@@ -104,7 +112,7 @@ def sweep(
     Raises:
         FedmedError: a key or a value cannot work, the data cannot be used, or a run failed.
     """
-    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary)]
+    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary, home)]
     paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch)
     summary, rows = [], []
     for point in points:
@@ -119,7 +127,7 @@ def sweep(
         "endpoint": config.evaluate.endpoint,
         "keys": list(points[0].values),
         "seeds": list(seeds_of(config)),
-        "intervals": "bootstrap of seeds and patients" if config.evaluate.seeds > 1 else "bootstrap of patients",
+        "intervals": intervals_of(config.evaluate.seeds),
         "points": summary,
         "rows": rows,
     }
@@ -141,7 +149,7 @@ def _judged(point: Point, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any
     if not where or not set(where) <= set(places):
         raise ConfigError("nobody is held out at the declared evaluate.endpoint, so the points cannot be judged")
     parts: list[Drawn] = [bench.drawn(point.label, place)[base.primary] for place in where]
-    mean = mean_of(parts, patients=sum(part.patients for part in parts))
+    mean = mean_of(parts, together=True)
     by_seed = [None if value != value else float(value) for value in mean.values]
     return {"endpoint": bench.estimate(mean), "by_seed": by_seed, "runs": [path.name for path in runs.values()]}
 

@@ -20,7 +20,7 @@ from fedmed.metrics.comparison import (
     over_seeds,
     p_value,
     paired_difference,
-    seed_draws,
+    seed_moves,
 )
 from fedmed.metrics.form import Form, released
 from fedmed.metrics.histograms import bin_centres
@@ -94,7 +94,7 @@ __all__ = [
     "replicate",
     "roc_curve",
     "score_cases",
-    "seed_draws",
+    "seed_moves",
     "segmentation_measures",
     "segmentation_metrics",
     "sensitivity_at_specificity",

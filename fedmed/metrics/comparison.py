@@ -2,8 +2,10 @@
 
 Networks that are compared are judged on the same patients and on the same resamples of them (`resampling.replicate`
 with equal generators), so that what makes a patient easy or hard for both cancels. The spread between trainings counts
-where there are several seeds: a replicate then draws seeds as well as patients, both with replacement, which is the
-pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1(2)); it errs on the wide side.
+where there are several seeds. Seeds are few, and drawing S of S with replacement would understate their variance by
+(S - 1) / S and give quantiles of a normal distribution (Hesterberg 2015, The American Statistician 69(4)). So a
+replicate resamples the patients, and moves the mean over the seeds by its standard error times a draw of Student's t.
+A training that suits some patients more than others counts in both parts, which makes an interval wider, not narrower.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmed.metrics.resampling import percentiles
 from fedmed.metrics.sums import Array
@@ -30,20 +31,31 @@ class Difference:
     p: float | None  # two-sided; None if undefined or not to be computed
 
 
-def seed_draws(seeds: int, replicates: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Returns which seeds each replicate draws, (replicates, seeds); for a single seed always that one."""
-    return rng.integers(seeds, size=(replicates, seeds))
+def seed_moves(seeds: int, replicates: int, rng: np.random.Generator) -> Array:
+    """Returns by which shares of the values of S seeds each replicate moves their mean, (replicates, S); rows sum to 0.
+
+    For values x, Σₛ moveₛ xₛ has the distribution of s / √S · t, where s is their standard deviation and t is Student's
+    with S - 1 degrees of freedom. It is linear in x, so a difference of two networks moves by its own. A single seed
+    says nothing of others and moves nothing.
+    """
+    if seeds == 1:
+        return np.zeros((replicates, 1))
+    normal = rng.standard_normal((replicates, seeds))
+    spread = np.sqrt(rng.chisquare(seeds - 1, (replicates, 1)) * seeds)
+    moves: Array = (normal - normal.mean(axis=1, keepdims=True)) / spread
+    return moves
 
 
-def over_seeds(drawn: Array, seeds: NDArray[np.int64]) -> Array:
-    """Returns the mean over the drawn seeds, (R,).
+def over_seeds(values: Array, drawn: Array, moves: Array) -> Array:
+    """Returns replicates (R,) of the mean over S seeds.
 
     Args:
-        drawn: (S, R), the metric of each seed's network on each resample of the patients.
-        seeds: (R, S), from `seed_draws`; the same for all that is compared.
+        values: (S,), the metric of each seed's network on the patients as they are.
+        drawn: (S, R), the same on each resample of the patients.
+        moves: (R, S), from `seed_moves`; the same for all that is compared.
     """
-    means: Array = drawn[seeds, np.arange(drawn.shape[1])[:, None]].mean(axis=1)
-    return means
+    replicates: Array = drawn.mean(axis=0) + moves @ values
+    return replicates
 
 
 def paired_difference(values: tuple[float, float], drawn: tuple[Array, Array], *, test: bool = True) -> Difference:

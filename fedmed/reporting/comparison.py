@@ -64,7 +64,7 @@ def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, 
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.globals.update(
         title=words.title, number=words.number, count=words.count, interval=words.interval, plural=words.plural,
-        estimate=estimate, signed=signed, p=p_value,
+        estimate=estimate, signed=signed, p=p_value, epsilon=words.epsilon,
     )  # fmt: skip
     files = resources.files("fedmed.reporting")
     environment.globals["frame"] = environment.from_string(
