@@ -151,10 +151,9 @@ def test_refuses_arms_that_rest_beside_arms_that_do_not(hospitals, tmp_path, str
 
 
 def test_budget_is_of_images_by_epoch_and_of_steps_by_step(hospitals) -> None:
-    assert "every training image" in budget_of(hospitals())
-    assert "image" not in budget_of(hospitals(train={"local-steps": 3})) and "steps" in budget_of(
-        hospitals(train={"local-steps": 3})
-    )
+    epochs, steps = budget_of(hospitals()), budget_of(hospitals(train={"local-steps": 3}))
+    assert "every training image" in epochs and "equally many steps" in steps and "image" not in steps
+    assert "cyclic lets sites rest" in budget_of(hospitals(evaluate={"compare": ["fedavg", "cyclic"]}))
 
 
 @pytest.mark.parametrize(

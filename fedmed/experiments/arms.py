@@ -115,9 +115,11 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
 
 def budget_of(config: RunConfig) -> str:
     """What every arm may spend, in words."""
+    rests = f"; but {resting} lets sites rest in a round" if (resting := _resting(config)) else ""
     if config.train.local_steps:
-        return "every arm takes equally many steps: a pooled round as many as all sites together"
-    return "every training image is used equally often in every arm: train.rounds times train.local-epochs passes"
+        return f"every arm takes equally many steps: a pooled round as many as all sites together{rests}"
+    passes = "train.rounds times train.local-epochs passes"
+    return f"every training image is used equally often in every arm: {passes}{rests}"
 
 
 def check_same_budget(config: RunConfig) -> None:
@@ -126,15 +128,21 @@ def check_same_budget(config: RunConfig) -> None:
     Raises:
         ConfigError: there are both.
     """
-    arms = arms_of(config)
-    federated = [config.strategy.name if arm == "federated" else arm for arm in arms if kind_of(arm) == "federated"]
-    others = [arm for arm in arms if kind_of(arm) != "federated"]
-    rests = "cyclic" if "cyclic" in federated else "strategy.fraction below 1" if config.strategy.fraction < 1 else ""
-    if federated and others and rests:
+    others = [arm for arm in arms_of(config) if kind_of(arm) != "federated"]
+    resting = _resting(config)
+    if others and resting:
         raise ConfigError(
-            f"{rests} lets sites rest in a round, so {' and '.join(others)} would train on more images than a "
+            f"{resting} lets sites rest in a round, so {' and '.join(others)} would train on more images than a "
             "federated arm; use another, or leave these out of evaluate.compare"
         )
+
+
+def _resting(config: RunConfig) -> str:
+    """What lets a site rest in a round of a federated arm; nothing where none does."""
+    federated = [arm for arm in arms_of(config) if kind_of(arm) == "federated"]
+    if "cyclic" in federated or ("federated" in federated and config.strategy.name == "cyclic"):
+        return "cyclic"
+    return "strategy.fraction below 1" if federated and config.strategy.fraction < 1 else ""
 
 
 def check_judged_everywhere(trials: Sequence[Trial]) -> None:
