@@ -163,8 +163,8 @@ def plot(lines: Mapping[str, Mapping[str, Found]], axis: str, path: Path) -> Non
     figure = go.Figure()
     for name, points in lines.items():
         values = [point["value"] for point in points.values()]
-        above = [point["high"] - point["value"] for point in points.values()]
-        below = [point["value"] - point["low"] for point in points.values()]
+        above = [(point["high"] or point["value"]) - point["value"] for point in points.values()]
+        below = [point["value"] - (point["low"] or point["value"]) for point in points.values()]
         errors = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
         figure.add_trace(go.Scatter(x=list(points), y=values, error_y=errors, name=name, mode="lines+markers"))
     figure.update_layout(xaxis={"title": axis, "type": "category"}, yaxis_title="AUROC at the server's patients")
