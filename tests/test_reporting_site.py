@@ -26,7 +26,7 @@ def test_a_site_reads_exact_counts_reasons_and_its_own_cases(tmp_path: Path) -> 
     write_findings(tmp_path, "site-1")
     page = Page(write_report(tmp_path / "sites" / "site-1"))
     assert "CheXNet reaches AUROC 0.900 (95 % interval 0.860–0.940) at 16 held-out patients of this site." in page.words
-    assert "no weight was trained on here" in page.words and "train.patience or feddg-ga" in page.words
+    assert "no weight was trained on here" in page.words and "Under feddg-ga" in page.words
     assert "3: truncated file (3)" in page.words and "Other (CR) 4" in page.words
     assert "effusion 4 196 2.0 % (4)" in page.words
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]

@@ -49,11 +49,6 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
         FedmedError: the configuration or the data cannot be used, or a run failed.
     """
     pairs = comparisons(config)
-    if config.train.patience and config.evaluate.endpoint == "sites":
-        raise ConfigError(
-            'train.patience chooses epochs by the held-out patients who judge under evaluate.endpoint = "sites"; set '
-            'train.patience = 0, or endpoint = "server"'
-        )
     if config.evaluate.endpoint == "server" and not config.data.server:
         raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
     config = dealt(config, folder)
