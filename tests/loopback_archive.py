@@ -27,11 +27,16 @@ class Holdings:
         self.objects = list(objects)
         self.sent: list[str] = []
         self.breaks_after = -1  # objects, then the association is aborted
+        self.lost: list[str] = []  # objects that are listed, and never sent
+        self.silent = False  # when it is asked for the objects of a series
 
     def find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
         asked = event.identifier
         level = {"STUDY": "StudyInstanceUID", "SERIES": "SeriesInstanceUID", "IMAGE": "SOPInstanceUID"}
         seen = set()
+        if self.silent and asked.QueryRetrieveLevel == "IMAGE":
+            event.assoc.abort()
+            return
         for ds in self.objects:
             if not all(str(ds.get(key.keyword, "")) == str(key.value) for key in asked if self._is_key(key)):
                 continue
@@ -41,6 +46,9 @@ class Holdings:
                 for key in asked:
                     setattr(answer, key.keyword, ds.get(key.keyword, ""))
                 answer.QueryRetrieveLevel = asked.QueryRetrieveLevel
+                if "NumberOfSeriesRelatedInstances" in asked:
+                    same = [one for one in self.objects if one.SeriesInstanceUID == ds.SeriesInstanceUID]
+                    answer.NumberOfSeriesRelatedInstances = len(same)
                 yield 0xFF00, answer
 
     @staticmethod
@@ -54,6 +62,7 @@ class Holdings:
             ds
             for ds in self.objects
             if all(str(ds.get(key.keyword)) == key.value for key in asked if self._is_key(key))
+            and str(ds.SOPInstanceUID) not in self.lost
         ]
         yield len(wanted)
         for number, ds in enumerate(wanted):

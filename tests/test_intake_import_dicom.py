@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from dicom_files import cells_of, image_object, picture, written
 from image_sets import REAL
 from phantom_series import Acquisition, phantom_body, slice_objects
 
+from fedmed.cli.intake import import_data
 from fedmed.errors import DataError
 from fedmed.imaging.volumes import read_volume
 from fedmed.intake.importing import Imported, Rules, import_images
 from fedmed.intake.journal import COLUMNS, TABLE, write_table
+from fedmed.intake.keep import keep
+from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import TAKEN, take_in
+from fedmed.intake.kinds.found import Found
 from fedmed.intake.labels import LabelRules, LabelTable, read_labels
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.privacy.keys import make_keys, read_keys
@@ -185,6 +190,79 @@ def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):
     (row,) = manifest(tmp_path / "out")
     assert (row["patient_id"], row["view"], row["effusion"], row["study_uid"]) == ("PA", "AP", "1", "2.25.0")
     assert row["image"] == os.path.join("..", "pulled", image)  # noqa: PTH118
+
+
+def pulled(folder: Path, pseudonyms: Pseudonyms, *, done: bool = True, unreadable: bool = False) -> Path:
+    """What a pull of a CT of five slices leaves, or one that a kill ended."""
+    lines = []
+    for path in sorted(series(folder / "archive").iterdir()):
+        facts = asdict(keep(path, folder / "out", pseudonyms))
+        del facts["path"]
+        lines.append({"series": facts["series_uid"], "object": Path(facts["image"]).stem, **facts})
+    key = lines[0]["series"]
+    lines += [{"series": key, "object": "2.25.9", "unreadable": True}] * unreadable + [{"done": key}] * done
+    (folder / "out" / ".journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_table(folder / "out")
+    return folder / "out"
+
+
+SETTINGS = {"table": None, "labels": None, "opt_out": None, "uncertain": "ignore"}
+
+
+@pytest.mark.parametrize(("done", "unreadable", "images"), [(True, False, 1), (False, False, 0), (True, True, 0)])
+def test_half_a_pulled_series_is_no_volume(done, unreadable, images, tmp_path, pseudonyms):
+    folder = pulled(tmp_path, pseudonyms, done=done, unreadable=unreadable)
+    found = list(KINDS["dicom"](folder))
+    assert [isinstance(each, Found) for each in found].count(True) == images
+    assert images or {each.what for each in found} == {"slice of a series of which another slice is missing"}
+
+
+def test_a_series_with_a_slice_that_cannot_be_read_is_no_volume(tmp_path, pseudonyms):
+    source = series(tmp_path / "export")
+    content = (source / "4.dcm").read_bytes()
+    (source / "4.dcm").write_bytes(content[: len(content) // 2])  # at the end, where no gap shows
+    (source / "5.dcm").symlink_to(tmp_path / "nowhere" / "MRN 5.dcm")
+    with pytest.raises(DataError, match="4 × slice of a series"):
+        imported(source, tmp_path / "out", pseudonyms)
+    with (tmp_path / "out" / "unmatched.csv").open(newline="") as file:
+        assert "unreadable: No such file or directory" in {row["what"] for row in csv.DictReader(file)}
+
+
+def test_what_fedmed_deidentified_is_never_deidentified_again(tmp_path, pseudonyms):
+    folder = pulled(tmp_path, pseudonyms)
+    import_data("dicom", folder, tmp_path / "again", pseudonyms, **SETTINGS)
+    (folder / TABLE).unlink()  # as a kill leaves a first pull
+    with pytest.raises(DataError, match="give the same fedmed data pull again"):
+        import_data("dicom", folder, tmp_path / "third", pseudonyms, **SETTINGS)
+    assert not list(tmp_path.glob("third/images"))
+    import_data("dicom", tmp_path / "archive", tmp_path / "taken", pseudonyms, **SETTINGS)
+    import_data("dicom", tmp_path / "taken", tmp_path / "fourth", pseudonyms, **SETTINGS)
+    for out in ("again", "taken", "fourth"):
+        assert {row["patient_id"] for row in manifest(tmp_path / out)} == {pseudonyms.patient("MRN 5")}
+    with pytest.raises(DataError, match="5 × de-identified by fedmed before"):
+        imported(folder / "images", tmp_path / "fifth", pseudonyms)
+
+
+def test_of_patients_who_withdrew_nothing_is_written(tmp_path, pseudonyms, capsys):
+    listed, out = tmp_path / "withdrawn.csv", tmp_path / "out"
+    listed.write_text("patient_id\nmrn 1\n")
+    labels = {"table": tmp_path / "labels.csv", "labels": tmp_path / "labels.toml"}
+    sheet(labels["table"], pseudonyms, range(6))
+    labels["labels"].write_text(
+        'join = "accession"\ncolumn = "Accession"\n[labels.effusion]\ncolumns = ["Effusion"]\n'
+        'positive = ["pos"]\nnegative = ["neg"]\n'
+    )
+    source = archive(tmp_path / "export")
+    import_data("dicom", source, out, pseudonyms, **SETTINGS | labels | {"opt_out": listed})
+    assert len(list(out.rglob("*.dcm"))) == 4 and "left out: 1 patients who withdrew" in capsys.readouterr().err
+    assert not any(
+        pseudonyms.patient("MRN 1").encode() in str(path).encode() + path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "opt-out.csv"
+    )
+    (out / "opt-out.csv").unlink()  # taken back
+    import_data("dicom", source, out, pseudonyms, **SETTINGS | labels)
+    assert len(list(out.rglob("*.dcm"))) == 6
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")

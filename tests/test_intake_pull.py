@@ -62,15 +62,38 @@ def test_a_broken_series_is_completed_object_by_object(tmp_path: Path):
     assert sorted(holdings.sent) == sorted({str(ds.SOPInstanceUID) for ds in holdings.objects})  # each once
 
 
-def test_an_archive_that_gives_nothing_ends_the_pull_and_the_next_one_goes_on(tmp_path: Path):
+def test_an_archive_that_answers_nothing_ends_the_pull_and_the_next_one_goes_on(tmp_path: Path):
     pseudonyms = pseudonyms_in(tmp_path)
     holdings = Holdings(*(named_object(1, series=number) for number in range(2)))
-    holdings.breaks_after = 0
+    holdings.silent = True
     with archive_of(holdings) as address:
         with pytest.raises(DataError, match="the same command goes on from there"):
             pull(dimse(address), ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
-        holdings.breaks_after = -1
+        holdings.silent = False
         assert pull(dimse(address), ANY, tmp_path / "out", pseudonyms).images == 2
+
+
+def test_objects_that_an_archive_lists_and_never_sends_keep_nothing_else_from_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fedmed.intake.archive.ATTEMPTS", 2)
+    holdings = Holdings(*(named_object(number, series=series) for series in range(5) for number in (1, 2)))
+    holdings.lost = [f"1.2.3.8841907.1.{series}.1" for series in range(4)]  # the first of each series
+    with archive_of(holdings) as address:
+        pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+    assert (pulled.images, pulled.failed) == (6, 4)
+
+
+def test_a_series_that_grew_after_it_was_pulled_is_completed(tmp_path: Path):
+    pseudonyms, out = pseudonyms_in(tmp_path), tmp_path / "out"
+    holdings = Holdings(named_object(1), named_object(2))
+    with archive_of(holdings) as address:
+        for number in (3, 4):
+            pull(dimse(address), ANY, out, pseudonyms)
+            holdings.objects.append(named_object(number))
+            holdings.sent.clear()
+            assert pull(dimse(address), ANY, out, pseudonyms).images == len(table_in(out)) == number
+            assert holdings.sent == [f"1.2.3.8841907.1.1.{number}"]
 
 
 def test_an_object_that_cannot_be_parsed_is_counted_and_not_asked_for_again(tmp_path: Path):

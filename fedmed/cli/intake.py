@@ -17,9 +17,8 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
-from fedmed.intake.journal import TABLE as PULLED
 from fedmed.intake.kinds import KINDS
-from fedmed.intake.kinds.dicom import take_in
+from fedmed.intake.kinds.dicom import is_filled, take_in
 from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -70,12 +69,14 @@ def import_data(
     if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
         withdrawn |= opted_out(opt_out, pseudonyms)
         remember(withdrawn, out / OPT_OUT)
-    if kind == "dicom" and not (source / PULLED).is_file():
+    met: set[str] = set()
+    if kind == "dicom" and not is_filled(source):
         with bar("de-identifying") as progress:
-            take_in(source, out, pseudonyms, progress)
+            met = take_in(source, out, pseudonyms, progress, withdrawn=withdrawn)
         source = out
     rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, uncertain=uncertain)
     report = import_images(kind, source, out, rules)
+    report.withdrawn |= met
     _say(report, known, out)
     return True
 

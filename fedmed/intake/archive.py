@@ -26,6 +26,10 @@ class Interrupted(DataError):
     """An archive did not answer, or broke off. Asking again may help."""
 
 
+class Unsent(Interrupted):
+    """An archive answers, and does not send all that it lists."""
+
+
 class Archive(Protocol):
     """A PACS or a vendor-neutral archive."""
 

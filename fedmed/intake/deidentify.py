@@ -29,6 +29,7 @@ from fedmed.intake.pseudonyms import Pseudonyms, registered
 
 OLDEST = 90  # years: every greater age is written so (PS3.15 leaves it to the site; 45 CFR 164.514(b)(2)(i)(C))
 OWN_UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")  # Type 1
+OURS = "fedmed:"  # how Deidentification Method (0012,0063) begins
 METHODS = {  # PS3.16 CID 7050
     "113100": "Basic Application Confidentiality Profile",
     "113107": "Retain Longitudinal Temporal Information Modified Dates Option",
@@ -95,12 +96,17 @@ def deidentified(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
     if age := _age(dataset):
         kept.PatientAge = age
     kept.PatientIdentityRemoved = "YES"
-    kept.DeidentificationMethod = "fedmed: PS3.15 Basic Profile, as a list of what may stay"
+    kept.DeidentificationMethod = f"{OURS} PS3.15 Basic Profile, as a list of what may stay"
     kept.DeidentificationMethodCodeSequence = [_code(value, meaning) for value, meaning in METHODS.items()]
     kept.LongitudinalTemporalInformationModified = "MODIFIED"
     kept.file_meta = _file_meta(dataset, kept)
     cleaned_pixels_(kept)
     return kept
+
+
+def is_ours(dataset: Dataset) -> bool:
+    """Whether fedmed de-identified an object before."""
+    return any(str(value).startswith(OURS) for value in _values(dataset.get("DeidentificationMethod")))
 
 
 def _kept(dataset: Dataset, rules: _Rules) -> Dataset:
@@ -118,10 +124,14 @@ def _kept(dataset: Dataset, rules: _Rules) -> Dataset:
             items = [_kept(item, rules) for item in element.value if _is_standard(item)]
             kept.add(DataElement(tag, "SQ", Sequence(items)))
             continue
-        values = list(element.value) if isinstance(element.value, MultiValue | list) else [element.value]
+        values = _values(element.value)
         if element.value is not None and None not in (changed := [_value(element, one, rules) for one in values]):
             kept.add(DataElement(tag, element.VR, changed if len(changed) != 1 else changed[0]))
     return kept
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, MultiValue | list) else [value]
 
 
 def _read(dataset: Dataset, tag: BaseTag) -> DataElement | None:

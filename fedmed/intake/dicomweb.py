@@ -25,7 +25,7 @@ from requests.auth import AuthBase, HTTPBasicAuth
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
 from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, questions
+from fedmed.intake.query import Query, Series, count_of, questions
 
 PAGE = 200  # studies or series asked for at once
 CHUNK = 2**16  # bytes read at once: objects are kept as they come, also over a slow line
@@ -41,7 +41,7 @@ ENDED = {  # what a status says, where asking again does not help
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
 STUDY_FIELDS = ["StudyDescription"]
-SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined"]
+SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
 Answer = dict[str, dict[str, Any]]  # DICOM JSON: tag to VR and Value
 
@@ -93,6 +93,7 @@ class DicomWeb:
                         modality=_text(series, "00080060").upper(),
                         body_part=_text(series, "00180015").upper() if "00180015" in series else None,
                         description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
+                        objects=count_of(_text(series, "00201209")),
                     )
 
     def objects(self, series: Series) -> list[str]:

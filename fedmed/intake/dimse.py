@@ -38,13 +38,16 @@ from pynetdicom.events import Event
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
 from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, questions
+from fedmed.intake.query import Query, Series, count_of, questions
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
 SYNTAXES = (  # each in a context of its own, so that the archive sends what it has and need not recode
     ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, JPEG2000Lossless, JPEGLSLossless, RLELossless,
     JPEGBaseline8Bit, JPEG2000, JPEGExtended12Bit, JPEGLossless, JPEGLSNearLossless, DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+)  # fmt: skip
+SERIES_FIELDS = (
+    "SeriesInstanceUID", "Modality", "SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances",
 )  # fmt: skip
 CONTEXTS = 127  # of an association, beside the one for the query (PS3.8 9.3.2)
 TIMEOUT_S = 60
@@ -98,14 +101,14 @@ class Dimse:
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
-                wanted = dict.fromkeys(("SeriesInstanceUID", "Modality", "SeriesDescription", "BodyPartExamined"), "")
-                for series in self._search("SERIES", {"StudyInstanceUID": uid} | wanted):
+                for series in self._search("SERIES", {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")):
                     yield Series(
                         study=uid,
                         series=_text(series, "SeriesInstanceUID"),
                         modality=_text(series, "Modality").upper(),
                         body_part=_text(series, "BodyPartExamined").upper() or None,
                         description=f"{_text(study, 'StudyDescription')} {_text(series, 'SeriesDescription')}",
+                        objects=count_of(_text(series, "NumberOfSeriesRelatedInstances")),
                     )
 
     def objects(self, series: Series) -> list[str]:

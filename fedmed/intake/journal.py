@@ -27,17 +27,22 @@ Line = dict[str, Any]
 class Journal:
     """What was done already, by keyed UIDs, and a file to add to it."""
 
-    def __init__(self, file: BinaryIO, lines: Iterator[Line]) -> None:
+    def __init__(self, file: BinaryIO, folder: Path) -> None:
         """Take in what is there."""
-        self._file = file
-        self.done: set[str] = set()  # series
+        self._file, self._folder = file, folder
+        self.done: dict[str, int] = {}  # series to how many objects it had
         self.objects: dict[str, set[str]] = defaultdict(set)  # of series that are not done
-        for line in lines:
+        for line in _lines(folder):
             if "done" in line:
-                self.done.add(line["done"])
-                self.objects.pop(line["done"], None)
+                self._close(line["done"])
             else:
                 self.objects[line["series"]].add(line["object"])
+
+    def open(self, series: str) -> set[str]:
+        """The objects of a series that are there; one that was complete has grown since."""
+        if self.done.pop(series, 0):
+            self.objects[series] |= {line["object"] for line in objects(self._folder) if line["series"] == series}
+        return self.objects[series]
 
     def add(self, **line: Any) -> None:
         """One line in one write: a kill leaves it whole or torn, and a torn one is passed over."""
@@ -47,8 +52,10 @@ class Journal:
         """A series is complete, and on disk."""
         self.add(done=series)
         os.fsync(self._file.fileno())
-        self.done.add(series)
-        self.objects.pop(series, None)
+        self._close(series)
+
+    def _close(self, series: str) -> None:
+        self.done[series] = self.done.get(series, 0) + len(self.objects.pop(series, ()))
 
 
 @contextmanager
@@ -70,7 +77,7 @@ def open_journal(folder: Path) -> Iterator[Journal]:
             raise DataError(f"{folder}: another pull is writing there") from None
         if (content := path.read_bytes()) and not content.endswith(b"\n"):
             file.write(b"\n")  # after a torn line
-        yield Journal(file, _lines(folder))
+        yield Journal(file, folder)
 
 
 def objects(folder: Path) -> Iterator[Line]:
@@ -80,6 +87,19 @@ def objects(folder: Path) -> Iterator[Line]:
         if (name := line.get("object")) and name not in seen:
             seen.add(name)
             yield line
+
+
+def incomplete(folder: Path) -> set[str]:
+    """Series, keyed, that are not on disk as the archive has them: broken off, or with objects that cannot be read."""
+    begun: set[str] = set()
+    unreadable: set[str] = set()
+    for line in _lines(folder):
+        if "done" in line:
+            begun.discard(line["done"])
+        elif series := line.get("series"):
+            begun.add(series)
+            unreadable |= {series} if line.get("unreadable") else set()
+    return begun | unreadable
 
 
 def write_table(folder: Path) -> None:

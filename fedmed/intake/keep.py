@@ -21,7 +21,7 @@ from fedmed.imaging.dicom.kinds import kind_of
 from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.plain_errors import plain_errors
-from fedmed.intake.deidentify import deidentified
+from fedmed.intake.deidentify import deidentified, is_ours
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason
 from fedmed.intake.tables import table_rows
@@ -29,6 +29,7 @@ from fedmed.intake.tables import table_rows
 IMAGES, QUARANTINE, INCOMING = "images", "quarantine", ".incoming"
 REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason", "now")
 APART, RELEASED, REMOVED = "in quarantine", "released", "removed by hand"  # where an object is now
+BEFORE, WITHDREW = "de-identified by fedmed before", "of a patient who withdrew"  # not written, and why
 MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStorage)  # regions of other images
 
 _pixels = DecodingProcess(jobs="fedmed.intake.judging")
@@ -52,15 +53,17 @@ class Kept:
     modality: str = ""
 
 
-def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms) -> Kept:
+def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn: frozenset[str] = frozenset()) -> Kept:
     """De-identify one object and write it to `folder/images/PATIENT/SERIES/OBJECT.dcm`, or to `folder/quarantine`.
 
-    Objects that are neither images nor masks (reports, presentation states, directories) are not written.
+    Objects that are neither images nor masks (reports, presentation states, directories) are not written; nor are those
+    of patients who withdrew, nor what fedmed wrote itself, whose pseudonyms would get pseudonyms.
 
     Args:
         source: a DICOM file, or an object with its pixels and its file meta information.
         folder: made if it is not there, for its owner alone.
         pseudonyms: of the site.
+        withdrawn: pseudonyms of patients who withdrew.
 
     Raises:
         UnreadableImage: the object cannot be parsed or written anew; the reason names nothing of it.
@@ -72,6 +75,11 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms) -> Kept:
         is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
         if not is_mask and (kind.refusal and kind.modality != "capture"):
             return Kept(path=None, reason=kind.refusal)
+        if is_ours(dataset):
+            return Kept(path=None, reason=BEFORE)
+        patient = pseudonyms.patient(str(dataset.get("PatientID") or ""))
+        if patient in withdrawn:
+            return Kept(path=None, reason=WITHDREW, patient_id=patient)
         clean = deidentified(dataset, pseudonyms)
         name = f"{clean.SOPInstanceUID}.dcm"
         image = Path(IMAGES, str(clean.PatientID) or "nobody", str(clean.SeriesInstanceUID), name)

@@ -19,14 +19,14 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import Archive, Interrupted, patiently
+from fedmed.intake.archive import Archive, Interrupted, Unsent, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
 
 MISSING = "not-found.csv"
-LOST_AFTER = 3  # series in a row that an archive does not give, until it is taken as gone
+LOST_AFTER = 3  # series in a row at which an archive does not answer, until it is taken as gone
 
 Progress = Callable[[int, int], None]
 
@@ -89,14 +89,17 @@ def pull(
         _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
     pace = _Pace(megabytes_per_s)
     with open_journal(folder) as journal:
-        failed, in_a_row = 0, 0
+        failed, unsent, unanswered = 0, 0, 0  # the last two in a row
         for number, series in enumerate(wanted, 1):
             try:
-                _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s)
-                in_a_row = 0
+                patience_s = wait_s if unsent < LOST_AFTER else 0.0  # what it cannot send, it will not in a minute
+                _pull_series(archive, series, folder, pseudonyms, journal, pace, patience_s)
+                unsent = unanswered = 0
+            except Unsent:
+                failed, unsent, unanswered = failed + 1, unsent + 1, 0
             except Interrupted as error:
-                failed, in_a_row = failed + 1, in_a_row + 1
-                if in_a_row == min(LOST_AFTER, len(wanted)):
+                failed, unanswered = failed + 1, unanswered + 1
+                if unanswered == min(LOST_AFTER, len(wanted)):
                     write_table(folder)
                     raise DataError(f"{error}; what came so far is kept, the same command goes on from there") from None
             if progress:
@@ -160,9 +163,9 @@ def _pull_series(
     archive: Archive, series: Series, folder: Path, pseudonyms: Pseudonyms, journal: Journal, pace: _Pace, wait_s: float
 ) -> None:
     key = pseudonyms.uid(series.series)
-    if key in journal.done:
+    if key in journal.done and series.objects <= journal.done[key]:
         return
-    here = journal.objects[key]
+    here = journal.open(key)
 
     def take(dataset: Dataset) -> None:
         name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
@@ -181,16 +184,19 @@ def _pull_series(
         if not attempt and not here:
             with suppress(UnreadableImage):  # one object of it; which one, only asking for each tells
                 archive.fetch(series, take)
-        for uid in archive.objects(series):  # an archive may say that it sent everything, and have sent nothing
-            if (name := pseudonyms.uid(uid)) in here:
+        names = {pseudonyms.uid(uid): uid for uid in archive.objects(series)}
+        for name, uid in names.items():  # an archive may say that it sent everything, and have sent nothing
+            if name in here:
                 continue
             try:
                 archive.fetch_object(series, uid, take)
             except UnreadableImage:
                 journal.add(series=key, object=name, unreadable=True)
                 here.add(name)
-            if name not in here:
-                raise Interrupted("the archive does not send all objects of a series")
+            except Interrupted:
+                archive.objects(series)  # raises, if it is the archive that is gone and not this object
+        if names.keys() - here:
+            raise Unsent("the archive does not send all objects of a series")
 
     with warnings.catch_warnings(action="ignore"):
         patiently(ask, wait_s=wait_s)

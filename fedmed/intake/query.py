@@ -38,6 +38,7 @@ class Series:
     modality: str
     body_part: str | None  # None = the archive does not say
     description: str  # of study and series
+    objects: int = 0  # that it has; 0 = the archive does not say
 
 
 def parse_query(text: str, table: Path | None = None) -> Query:
@@ -115,3 +116,8 @@ def questions(query: Query) -> list[dict[str, str]]:
             days | {"PatientID": one} for one in query.patients
         ]
     return [days | {"ModalitiesInStudy": one} for one in query.modalities] or [days]
+
+
+def count_of(text: str) -> int:
+    """A number of objects as an archive says it; 0 where it says none."""
+    return int(text) if text.isdecimal() else 0

@@ -29,6 +29,7 @@ from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.headers import ENHANCED
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.intake.burned_in import text_in
+from fedmed.intake.deidentify import is_ours
 from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
@@ -134,7 +135,6 @@ def _digest(path: Path) -> bytes:
 
 def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
     """What is counted of a header, whether it says whose the image is, and what a person should look at."""
-    ours = str(ds.get("DeidentificationMethod") or "").startswith("fedmed")  # looked at when it was kept
     syntax = str(getattr(ds, "file_meta", {}).get("TransferSyntaxUID") or "")
     return {
         "maker": _text(ds.get("Manufacturer")),
@@ -144,7 +144,7 @@ def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
         "syntax": _text(UID(syntax).name),
         "identified": str(ds.get("PatientIdentityRemoved") or "").upper() != "YES",
         "named": any(str(ds.get(name) or "").strip() for name in NAMES),
-        "quarantine": "" if ours else header_reason(ds) or (text and pixel_reason(ds)) or "",
+        "quarantine": "" if is_ours(ds) else header_reason(ds) or (text and pixel_reason(ds)) or "",
     }
 
 

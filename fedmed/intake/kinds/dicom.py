@@ -13,12 +13,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pydicom
+
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
+from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake.journal import COLUMNS as FACTS
-from fedmed.intake.journal import JOURNAL, objects
+from fedmed.intake.journal import JOURNAL, incomplete, objects
 from fedmed.intake.journal import TABLE as PULLED
-from fedmed.intake.keep import APART, REASONS, REMOVED, Kept, keep, where_now, write_reasons
+from fedmed.intake.keep import APART, REASONS, REMOVED, WITHDREW, keep, where_now, write_reasons
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -26,6 +29,7 @@ from fedmed.intake.tables import table_rows
 
 TAKEN = "imported.csv"
 COLUMNS = (*FACTS, "reason", "source")
+UNREADABLE = "unreadable: "  # how a reason begins
 IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
 
 Told = Callable[[int, int], None]
@@ -37,13 +41,13 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
     A segmentation or structure set is the mask of the one series that it refers to.
 
     Raises:
-        DataError: it is no such folder.
+        DataError: it is no such folder, or the pull into it has not ended.
     """
-    tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
-    if not tables:
+    if not is_filled(source):
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
-    incomplete = _incomplete(source)
-    masks = _masks(source, tables, incomplete)
+    tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
+    torn = _incomplete(source)
+    masks = _masks(source, tables, torn)
     seen: set[str] = set()
     if (source / JOURNAL).is_file():
         yield from _apart(source)
@@ -58,7 +62,7 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                 yield Unmatched(
                     what=reason or REMOVED, place=image, found=_found(path, row) if reason and image else None
                 )
-            elif row["modality"] in IN_SERIES and row["series_uid"] in incomplete:
+            elif row["modality"] in IN_SERIES and row["series_uid"] in torn:
                 yield Unmatched(what="slice of a series of which another slice is missing", place=image)
             elif row["modality"] in KINDS:
                 continue
@@ -69,13 +73,24 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                     yield replace(_found(path, row), mask=masks.of_series.get(path), masked=bool(masks.of_series))
 
 
-def _masks(source: Path, tables: Iterable[Path], incomplete: set[str]) -> Regions:
+def is_filled(source: Path) -> bool:
+    """Whether a pull or `take_in` filled a folder: what is in it was de-identified, and is not to be once more.
+
+    Raises:
+        DataError: a pull began to fill it and has not ended.
+    """
+    if (source / JOURNAL).is_file() and not (source / PULLED).is_file():
+        raise DataError("the pull into this folder has not ended: give the same fedmed data pull again, then import")
+    return any((source / name).is_file() for name in (PULLED, TAKEN))
+
+
+def _masks(source: Path, tables: Iterable[Path], torn: set[str]) -> Regions:
     """The segmentations and structure sets that are there, with the series that they outline."""
 
     def there(modalities: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
         for table in tables:
             for _, row in table_rows(table):
-                whole = row.get("source", PULLED) and row.get("image") and row["series_uid"] not in incomplete
+                whole = row.get("source", PULLED) and row.get("image") and row["series_uid"] not in torn
                 if whole and row["modality"] in modalities and (source / row["image"]).exists():
                     yield row["patient_id"], source / row["image"]
 
@@ -92,11 +107,17 @@ def _apart(source: Path) -> Iterator[Unmatched]:
 
 
 def _incomplete(source: Path) -> set[str]:
-    """Series of which an object is in quarantine: what is left of them is not the volume that was acquired."""
-    if not (source / REASONS).is_file():
-        return set()
-    apart = (Path(row["image"]) for _, row in table_rows(source / REASONS))
-    return {image.parent.name for image in apart if not (source / image).exists()}
+    """Series whose objects are not all among the images: what is left is not the volume that was acquired.
+
+    One is in quarantine, cannot be read, or has not been pulled yet.
+    """
+    series = incomplete(source) if (source / JOURNAL).is_file() else set()
+    if (source / REASONS).is_file():
+        apart = (Path(row["image"]) for _, row in table_rows(source / REASONS))
+        series |= {image.parent.name for image in apart if not (source / image).exists()}
+    if (source / TAKEN).is_file():
+        series |= {row["series_uid"] for _, row in table_rows(source / TAKEN) if row["reason"].startswith(UNREADABLE)}
+    return series - {""}
 
 
 def _found(path: Path, row: dict[str, str]) -> Found:
@@ -106,7 +127,14 @@ def _found(path: Path, row: dict[str, str]) -> Found:
     )  # fmt: skip
 
 
-def take_in(source: Path, folder: Path, pseudonyms: Pseudonyms, progress: Told | None = None) -> None:
+def take_in(
+    source: Path,
+    folder: Path,
+    pseudonyms: Pseudonyms,
+    progress: Told | None = None,
+    *,
+    withdrawn: frozenset[str] = frozenset(),
+) -> set[str]:
     """De-identify every DICOM file below `source` into `folder`, or into quarantine there; see `keep`.
 
     What was done is written down file by file in `imported.csv`, under keyed names. A second call goes on where the
@@ -117,13 +145,17 @@ def take_in(source: Path, folder: Path, pseudonyms: Pseudonyms, progress: Told |
         folder: made if it is not there.
         pseudonyms: of the site.
         progress: told (done, all) in files.
+        withdrawn: pseudonyms of patients who withdrew. Nothing of them is written, not even that they are there.
+
+    Returns:
+        Those of `withdrawn` who are there.
 
     Raises:
         DataError: the folder cannot be written.
     """
     table = folder / TAKEN
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    done = _done(table)
+    done, met = _done(table), set()
     files = [
         Path(place, name)
         for place, _, names in os.walk(source, followlinks=True)
@@ -139,28 +171,53 @@ def take_in(source: Path, folder: Path, pseudonyms: Pseudonyms, progress: Told |
         else:
             file.write("\n")  # a line that was cut off by a kill ends here; blank ones count for nothing
         for number, path in enumerate(sorted(files), 1):
-            facts = path.stat()
-            text = f"{os.path.relpath(path, source)} {facts.st_size} {facts.st_mtime_ns}"
-            name = pseudonyms.keys.link("file", text.encode()).hex()
+            name = pseudonyms.keys.link("file", _state(path, source).encode()).hex()
             if name not in done:
-                writer.writerow({**_kept(path, folder, pseudonyms), "source": name})
-                file.flush()
+                row = _kept(path, folder, pseudonyms, withdrawn)
+                if row["reason"] == WITHDREW:
+                    met.add(row["patient_id"])
+                else:
+                    writer.writerow({**row, "source": name})
+                    file.flush()
             if progress is not None:
                 progress(number, len(files))
     write_reasons(folder)
+    return met
 
 
-def _kept(path: Path, folder: Path, pseudonyms: Pseudonyms) -> dict[str, Any]:
+def _state(path: Path, source: Path) -> str:
+    """Which file, and as of when; of a link to nowhere, only which."""
+    name = os.path.relpath(path, source)
+    try:
+        facts = path.stat()
+    except OSError:
+        return name
+    return f"{name} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def _kept(path: Path, folder: Path, pseudonyms: Pseudonyms, withdrawn: frozenset[str]) -> dict[str, Any]:
     """A line of the table."""
     try:
         if not is_dicom(path):
             return {"reason": "not DICOM"}
-        kept: Kept = keep(path, folder, pseudonyms)
+        kept = keep(path, folder, pseudonyms, withdrawn)
     except (UnreadableImage, OSError) as error:
-        return {"reason": f"unreadable: {error if isinstance(error, UnreadableImage) else error.strerror}"}
+        reason = f"{UNREADABLE}{error if isinstance(error, UnreadableImage) else error.strerror}"
+        return {"reason": reason, "series_uid": _series(path, pseudonyms)}
     facts = asdict(kept)
     reason = f"in quarantine: {kept.reason}" if kept.set_apart else kept.reason
     return {name: facts[name] for name in FACTS} | {"reason": reason or ""}
+
+
+def _series(path: Path, pseudonyms: Pseudonyms) -> str:
+    """The series of an object that cannot be read, keyed, if at least its header says it."""
+    try:
+        with plain_errors():
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"], force=True)
+            uid = str(header.get("SeriesInstanceUID") or "")
+    except (UnreadableImage, OSError):
+        return ""
+    return pseudonyms.uid(uid) if uid else ""
 
 
 def _done(table: Path) -> set[str]:
