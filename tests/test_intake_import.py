@@ -1,16 +1,14 @@
 """Importing: every kind of archive ends in a manifest that can be trained on, and nobody's own number is in it."""
 
 import csv
-import gzip
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import openpyxl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from image_sets import REAL
-from PIL import Image
+from import_files import hospital, missed, picture, rows, table
 from real_consortium import command
 
 from fedmed.cli.intake import import_data
@@ -22,43 +20,15 @@ from fedmed.imaging.volumes.volume import Volume
 from fedmed.intake.importing import Rules, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.nih import LABELS as NIH_LABELS
-from fedmed.intake.labels import LabelRules, guessed_rules, read_label_rules, read_labels
+from fedmed.intake.labels import LabelRules, read_labels
 from fedmed.intake.opt_out import opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.intake.tables import table_rows
 from fedmed.privacy.keys import make_keys
 
 
 @pytest.fixture(scope="module")
 def pseudonyms(tmp_path_factory: pytest.TempPathFactory) -> Pseudonyms:
     return Pseudonyms(keys=make_keys(tmp_path_factory.mktemp("site") / "keys"))
-
-
-def table(path: Path, *lines: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text, encoding="utf-8")
-    return path
-
-
-def picture(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, format="PNG")
-    return path
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "manifest.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def missed(out: Path) -> list[tuple[str, str]]:
-    with (out / "unmatched.csv").open(newline="") as file:
-        return [(row["what"], row["where"]) for row in csv.DictReader(file)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the kinds
@@ -91,6 +61,17 @@ def test_nih_has_fourteen_labels_and_the_official_split_and_says_what_is_missing
     assert (first["age"], first["sex"], first["view"], first["split"]) == ("58", "M", "PA", "train")
     assert missed(tmp_path / "out") == [("row without image", "row 4"), ("image without row", "more/extra.png")]
     assert len(read_manifest(tmp_path / "out" / "manifest.csv", TaskConfig(labels=NIH_LABELS)).rows) == 2
+
+
+def test_a_blank_finding_of_nih_is_unknown_and_a_strange_one_refused(tmp_path, pseudonyms):
+    line = "00000001_000.png,{},0,1,058Y,M,PA,2682,2749,0.143,0.143,"
+    picture(tmp_path / "nih" / "00000001_000.png")
+    table(tmp_path / "nih" / "Data_Entry_2017.csv", NIH, line.format(""))
+    import_images("nih", tmp_path / "nih", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    assert {rows(tmp_path / "out")[0][name] for name in NIH_LABELS} == {""}
+    table(tmp_path / "nih" / "Data_Entry_2017.csv", NIH, line.format("Oedema"))
+    with pytest.raises(DataError, match="row 2 has a finding that is none of NIH's"):
+        import_images("nih", tmp_path / "nih", tmp_path / "out", Rules(pseudonyms=pseudonyms))
 
 
 CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema"
@@ -164,6 +145,31 @@ def test_rsna_groups_boxes_and_vinbig_asks_for_two_of_three_radiologists(tmp_pat
     assert [(row["Effusion"], row["Nodule"]) for row in rows(tmp_path / "out")] == [("1", "0"), ("0", "0")]
 
 
+def test_two_images_of_one_person_are_one_patient_where_the_set_says_so(tmp_path, pseudonyms):
+    volume = Volume(values=np.ones((2, 3, 4), np.float32), affine=np.eye(4))
+    visits = ("BraTS-GLI-00005-000", "BraTS-GLI-00005-001", "BraTS-MET-00005-000", "BraTS2021_00005")
+    for visit in visits:
+        (tmp_path / "brats" / visit).mkdir(parents=True)
+        for name in ("t1n", "seg"):
+            write_nifti(volume, tmp_path / "brats" / visit / f"{visit}-{name}.nii.gz")
+    report = import_images("brats", tmp_path / "brats", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    expected = {pseudonyms.patient(name) for name in ("BraTS-GLI-00005", "BraTS-MET-00005", "BraTS2021_00005")}
+    assert report.patients == expected and report.images == 4
+    rsna = tmp_path / "rsna"
+    table(rsna / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target", "a,,,,,0", "b,,,,,0", "c,,,,,0")
+    names = {"a": "00000007_000.png", "b": "00000007_011.png", "c": "00000008_000.png"}
+    for name in names:
+        picture(rsna / f"{name}.dcm")
+    assert len(import_images("rsna", rsna, tmp_path / "out", Rules(pseudonyms=pseudonyms)).patients) == 3
+    mapping = json.dumps([{"subset_img_id": name, "img_id": image} for name, image in names.items()])
+    table(rsna / "pneumonia-challenge-dataset-mappings_2018.json", mapping)
+    report = import_images("rsna", rsna, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    assert report.patients == {pseudonyms.patient("7"), pseudonyms.patient("8")}  # as NIH's own
+    table(rsna / "pneumonia-challenge-dataset-mappings_2018.json", "{}x")
+    with pytest.raises(DataError, match="not RSNA's mapping"):
+        import_images("rsna", rsna, tmp_path / "out", Rules(pseudonyms=pseudonyms))
+
+
 def test_brats_keeps_the_place_of_a_missing_sequence(tmp_path, pseudonyms):
     volume = Volume(values=np.ones((2, 3, 4), np.float32), affine=np.eye(4))
     for patient, names in {"B1": ("t1ce", "flair", "seg"), "B2": ("t2", "flair", "seg"), "B3": ("flair",)}.items():
@@ -193,160 +199,26 @@ def test_pairs_finds_masks_by_name_and_refuses_a_folder_without_images(tmp_path,
     assert not (tmp_path / "nothing" / "manifest.csv").exists()
 
 
-# --------------------------------------------------------------------------------------------------- tables of labels
-
-
-RULES = """
-join = "image"
-column = "Datei"
-[columns]
-patient_id = "PatNr"
-sex = "Geschlecht"
-[labels.effusion]
-columns = ["Erguss", "Erguss 2"]
-positive = ["pos"]
-negative = ["neg"]
-unknown = ["", "not annotated"]
-"""
-
-
-def spreadsheet(path: Path, lines: list[list[object]]) -> Path:
-    book = openpyxl.Workbook()
-    for line in lines:
-        book.active.append(line)
-    book.save(path)
-    return path
-
-
-def hospital(tmp_path: Path, pseudonyms: Pseudonyms) -> tuple[Path, Rules]:
-    for number in range(5):
-        picture(tmp_path / "set" / f"{number}.png", number)
-    sheet = spreadsheet(
-        tmp_path / "labels.xlsx",
-        [
-            ["Datei", "PatNr", "Geschlecht", "Erguss", "Erguss 2"],
-            ["0.png", 17.0, "w", "pos", None],
-            ["1.png", 17, "w", "", "NEG "],
-            ["2.png", 18, "m", "not annotated", ""],
-            ["3.png", 19, "m", "vielleicht", None],
-            ["3.png", 19, "m", "pos", None],
-            ["9.png", 20, "m", "neg", None],
-        ],
-    )
-    (tmp_path / "labels.toml").write_text(RULES)
-    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
-    return tmp_path / "set", Rules(pseudonyms=pseudonyms, table=known)
-
-
-def test_a_spreadsheet_is_joined_both_ways_and_what_is_unknown_is_never_zero(tmp_path, pseudonyms):
-    source, rules = hospital(tmp_path, pseudonyms)
-    report = import_images("pairs", source, tmp_path / "out", rules)
-    read = {Path(row["image"]).stem: row for row in rows(tmp_path / "out")}
-    assert {stem: row["effusion"] for stem, row in read.items()} == {"0": "1", "1": "0", "2": "", "3": "1"}
-    assert read["0"]["patient_id"] == read["1"]["patient_id"] == pseudonyms.patient("17")
-    assert (read["0"]["sex"], read["2"]["sex"]) == ("F", "M")
-    assert rules.table.strange == {"effusion": 1}
-    assert report.unmatched == {"image without row": 1, "row without image": 1}
-    assert missed(tmp_path / "out")[1] == ("row without image", "row 7 of the table")
-
-
-def test_rows_that_contradict_each_other_leave_the_label_unknown(tmp_path, pseudonyms):
-    sheet = table(
-        tmp_path / "t.csv", "Datei;PatNr;Geschlecht;Erguss;Erguss 2", "1;1;m;pos;", "1;1;m;neg;", "2;1;m;pos;"
-    )
-    (tmp_path / "labels.toml").write_text(RULES)
-    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
-    for stem in "12":
-        picture(tmp_path / "set" / f"{stem}.png")
-    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
-    assert [row["effusion"] for row in rows(tmp_path / "out")] == ["", "1"]
-    assert known.conflicts == 1
-
-
-@pytest.mark.parametrize("said", [("pos", "neg", "pos"), ("pos", "neg", "neg"), ("pos", "pos", "neg")])
-def test_a_further_row_settles_no_contradiction(said, tmp_path, pseudonyms):
-    sheet = table(tmp_path / "t.csv", "Datei;PatNr;Geschlecht;Erguss;Erguss 2", *(f"1;1;m;{word};" for word in said))
-    (tmp_path / "labels.toml").write_text(RULES)
-    known = read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
-    picture(tmp_path / "set" / "1.png")
-    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
-    assert [row["effusion"] for row in rows(tmp_path / "out")] == [""]
-    assert known.conflicts == 1
-
-
-def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
-    sheet = table(
-        tmp_path / "t.csv", "Accession Number,Patient ID,Age,Pleural Effusion,Comment",
-        *(f"A{number},{number},{number + 30},{'yes' if number % 2 else 'no'},text {number}" for number in range(20)),
-    )  # fmt: skip
-    (tmp_path / "labels.toml").write_text(guessed_rules(sheet))
-    rules = read_label_rules(tmp_path / "labels.toml")
-    assert (rules.join, rules.column, rules.columns) == ("accession", "Accession Number", {"age": "Age"})
-    assert {name: label.columns for name, label in rules.labels.items()} == {"pleural-effusion": ("Pleural Effusion",)}
-    assert (rules.labels["pleural-effusion"].positive, rules.labels["pleural-effusion"].negative) == (("yes",), ("no",))
-    assert len(read_labels(sheet, rules, pseudonyms)) == 20
-
-
-def test_a_guess_for_pictures_goes_by_their_names_and_takes_no_strange_split(tmp_path):
-    sheet = table(
-        tmp_path / "t.csv", "patient_id,path,split,sex,Nodule", "p1,a/1.png,dev,F,1.0", "p2,a/2.png,dev,M,0.0"
-    )
-    (tmp_path / "labels.toml").write_text(guessed_rules(sheet, by_name=True))
-    rules = read_label_rules(tmp_path / "labels.toml")
-    assert (rules.join, rules.column) == ("image", "path")
-    assert rules.columns == {"sex": "sex", "patient_id": "patient_id"}
-    assert rules.labels["nodule"].positive == ("1.0",)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (('positive = ["pos"]', 'positive = ["pos", "NEG"]'), "is positive and negative"),
-        (('join = "image"', 'join = "name"'), "join"),
-        (('sex = "Geschlecht"', 'gender = "Geschlecht"'), "columns.gender"),
-        (("[labels.effusion]", "[labels.effusion"), "cannot be read"),
-    ],
-)
-def test_a_wrong_labels_toml_is_refused(tmp_path, change, said):
-    (tmp_path / "labels.toml").write_text(RULES.replace(*change))
-    with pytest.raises(ConfigError, match=said):
-        read_label_rules(tmp_path / "labels.toml")
-
-
-def test_a_column_that_the_table_lacks_is_named(tmp_path, pseudonyms):
-    (tmp_path / "labels.toml").write_text(RULES)
-    sheet = table(tmp_path / "t.csv", "Datei,PatNr,Geschlecht,Erguss", "1,1,m,pos")
-    with pytest.raises(DataError, match='no column "Erguss 2"'):
-        read_labels(sheet, read_label_rules(tmp_path / "labels.toml"), pseudonyms)
-
-
-CELLS = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=12).map(str.strip)
-
-
-@given(cells=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=8), separator=st.sampled_from(",;\t"))
-def test_a_table_reads_back_what_was_written(tmp_path_factory, cells, separator):
-    path = tmp_path_factory.mktemp("table") / "t.csv"
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file, delimiter=separator).writerows([("first", "second"), *cells])
-    read = [(row["first"], row["second"]) for _, row in table_rows(path)]
-    assert read == [pair for pair in cells if any(pair)]
-
-
-def test_excel_and_csv_of_one_table_are_equal(tmp_path):
-    lines = [["id", "age", "when"], [1.0, 61.5, "2020-01-02"], ["007", None, "x"]]
-    sheet = spreadsheet(tmp_path / "t.xlsx", lines)
-    plain = table(tmp_path / "t.csv", "id,age,when", "1,61.5,2020-01-02", "007,,x")
-    assert list(table_rows(sheet)) == list(table_rows(plain))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("a.xlsx", b"no zip"), ("a.csv", b"\xff\xfe\x00"), ("a.csv", b""), ("b.csv.gz", b"x")]
-)
-def test_what_is_no_table_is_refused_in_one_line(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=name) as raised:
-        list(table_rows(tmp_path / name))
-    assert "\n" not in str(raised.value)
+def test_files_of_one_name_in_several_folders_keep_their_own_masks(tmp_path, pseudonyms):
+    for name in ("a/scan", "b/scan", "c", "d"):
+        picture(tmp_path / "set" / "images" / f"{name}.png")
+    for name in ("a/scan_mask", "b/scan", "b/scan_seg", "c", "d"):
+        picture(tmp_path / "set" / "masks" / f"{name}.png")
+    picture(tmp_path / "set" / "images" / "d.jpg")
+    report = import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    paired = {(row["image"], row["mask"]) for row in rows(tmp_path / "out")}
+    assert paired == {
+        ("../set/images/a/scan.png", "../set/masks/a/scan_mask.png"),
+        ("../set/images/c.png", "../set/masks/c.png"),
+    }
+    assert len(report.patients) == 2
+    assert report.unmatched == {"one of several images or masks of one name": 6}
+    for folder in "ab":
+        picture(tmp_path / "named" / folder / "scan.png")
+    rules = LabelRules(join="image", column="name", labels={})
+    known = read_labels(table(tmp_path / "t.csv", "name", "scan.png"), rules, pseudonyms)
+    with pytest.raises(DataError, match="row 2 of the table fits two images of one name"):
+        import_images("pairs", tmp_path / "named", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
 
 
 # ------------------------------------------------------------------------------------------------------- who withdrew
@@ -367,6 +239,25 @@ def test_who_withdrew_is_left_out_by_id_or_by_pseudonym_and_only_pseudonyms_are_
     kept = (tmp_path / "kept.csv").read_text().split()
     assert "17" not in kept and pseudonyms.patient("17") in kept
     assert (tmp_path / "kept.csv").stat().st_mode & 0o077 == 0
+
+
+def test_who_withdrew_is_left_out_also_under_the_images_own_name(tmp_path, pseudonyms):
+    source, rules = hospital(tmp_path, pseudonyms)  # whose table calls the patient of 0.png and 1.png 17
+    names = opted_out(table(tmp_path / "optout.csv", "patient_id", "0"), pseudonyms)
+    import_images("pairs", source, tmp_path / "out", replace(rules, withdrawn=names))
+    assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"1", "2", "3"}
+
+
+def test_who_is_on_the_list_and_not_in_the_archive_is_told(tmp_path, pseudonyms, capsys):
+    for name in ("a", "b"):
+        picture(tmp_path / "in" / f"{name}.png")
+    picture(tmp_path / "in" / "masks" / "a.png")
+    listed = table(tmp_path / "optout.csv", "patient_id", "b", "017", "")
+    picture(tmp_path / "in" / "masks" / "b.png")
+    settings = {"table": None, "labels": None, "uncertain": "ignore"}
+    import_data("pairs", tmp_path / "in", tmp_path / "out", pseudonyms, opt_out=listed, **settings)
+    assert "1 of 2 on the opt-out list are here" in capsys.readouterr().err
+    assert missed(tmp_path / "out") == [("no image of this patient", "row 3 of the opt-out list")]
 
 
 def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp_path, capsys):

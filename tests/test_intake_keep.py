@@ -69,6 +69,11 @@ def test_an_image_is_kept_under_keyed_names_for_its_owner_alone(pseudonyms: Pseu
     assert (ds.pixel_array == named_object().pixel_array).all()
 
 
+@pytest.mark.parametrize(("said", "age"), [("035M", "2"), ("011M", "0"), ("104Y", "90"), ("061Y", "61")])
+def test_an_age_is_in_years(said: str, age: str, pseudonyms: Pseudonyms, tmp_path: Path):
+    assert keep(named_object(PatientAge=said), tmp_path, pseudonyms).age == age
+
+
 def test_to_keep_an_object_again_changes_nothing(pseudonyms: Pseudonyms, tmp_path: Path):
     first = keep(named_object(), tmp_path, pseudonyms)
     apart = keep(named_object(2, BurnedInAnnotation="YES"), tmp_path, pseudonyms)

@@ -19,8 +19,8 @@ from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import is_filled, take_in
-from fedmed.intake.labels import LabelTable, guessed_rules, read_label_rules, read_labels
-from fedmed.intake.opt_out import opted_out, remember, remembered
+from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
+from fedmed.intake.opt_out import listed, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 
 OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
@@ -65,19 +65,19 @@ def import_data(
             _guess(kind, table, path)
             return False
         known = read_labels(table, read_label_rules(path), pseudonyms)
-    withdrawn = remembered(out / OPT_OUT)
+    withdrawn, rows = remembered(out / OPT_OUT), {}
     if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
-        withdrawn |= opted_out(opt_out, pseudonyms)
+        rows = listed(opt_out, pseudonyms)
+        withdrawn = withdrawn.union(*rows.values())
         remember(withdrawn, out / OPT_OUT)
-    met: set[str] = set()
+    left_out: set[str] = set()
     if kind == "dicom" and not is_filled(source):
         with bar("de-identifying") as progress:
-            met = take_in(source, out, pseudonyms, progress, withdrawn=withdrawn)
+            left_out = take_in(source, out, pseudonyms, progress, withdrawn=withdrawn)
         source = out
-    rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, uncertain=uncertain)
-    report = import_images(kind, source, out, rules)
-    report.withdrawn |= met
-    _say(report, known, out)
+    rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, listed=rows, uncertain=uncertain)
+    report = import_images(kind, source, out, rules, frozenset(left_out))
+    _say(report, rules, out)
     return True
 
 
@@ -91,13 +91,16 @@ def _guess(kind: str, table: Path, path: Path) -> None:
     )
 
 
-def _say(report: Imported, table: LabelTable | None, out: Path) -> None:
+def _say(report: Imported, rules: Rules, out: Path) -> None:
+    table, absent = rules.table, report.absent(rules)
     masks = f", {report.masks} masks" if report.masks else ""
     print(f"{len(report.patients)} patients, {report.images} images{masks}")
     for what, count in report.unmatched.most_common():
         print(f"left out: {count} × {what}", file=sys.stderr)
-    if report.unmatched:
+    if report.unmatched or absent:
         print(f"which ones: {out / UNMATCHED}", file=sys.stderr)
+    if rules.listed:
+        print(f"{len(rules.listed) - len(absent)} of {len(rules.listed)} on the opt-out list are here", file=sys.stderr)
     if report.withdrawn:
         print(f"left out: {len(report.withdrawn)} patients who withdrew", file=sys.stderr)
     if table is not None and table.conflicts:

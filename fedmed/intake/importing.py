@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ class Rules:
     pseudonyms: Pseudonyms
     table: LabelTable | None = None
     withdrawn: frozenset[str] = frozenset()  # ids and pseudonyms of patients who opted out
+    listed: Mapping[int, frozenset[str]] = field(default_factory=dict)  # the same by row of the list that says so
     uncertain: Uncertain = "ignore"  # what a label becomes of which CheXpert's labeler was not sure
 
 
@@ -43,10 +44,15 @@ class Imported:
     masks: int = 0
     patients: set[str] = field(default_factory=set, repr=False)
     withdrawn: set[str] = field(default_factory=set, repr=False)  # patients who are there and opted out
+    met: set[str] = field(default_factory=set, repr=False)  # of `Rules.withdrawn`, what was met
     unmatched: Counter[str] = field(default_factory=Counter)  # what -> how many; `UNMATCHED` says which
 
+    def absent(self, rules: Rules) -> list[int]:
+        """Rows of the opt-out list whose patient has no image here."""
+        return [number for number, names in rules.listed.items() if not names & self.met]
 
-def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
+
+def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: frozenset[str] = frozenset()) -> Imported:
     """Write `out`/manifest.csv and `out`/unmatched.csv, each whole or not at all. Images stay where they are.
 
     An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask. Where nothing
@@ -57,12 +63,13 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
         source: the archive.
         out: a folder; files of these names in it are replaced.
         rules: how.
+        left_out: pseudonyms of patients who withdrew, and who were left out before.
 
     Raises:
         DataError: the archive is none of this kind, or nothing of it can be imported.
     """
     out.mkdir(parents=True, exist_ok=True)
-    report = Imported()
+    report = Imported(withdrawn=set(left_out), met=set(left_out))
     with ExitStack() as stack:
         misses = stack.enter_context(_whole(out / UNMATCHED))
         told = csv.writer(misses)
@@ -78,6 +85,9 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules) -> Imported:
                 writer = csv.DictWriter(stack.enter_context(_whole(out / MANIFEST)), list(row))
                 writer.writeheader()
             writer.writerow(row)
+        told.writerows(
+            ("no image of this patient", f"row {number} of the opt-out list") for number in report.absent(rules)
+        )
     if writer is None:
         hint = "; see join and column in labels.toml, zeros the table lost, and whether these are the pull's keys"
         why = f"{_listed(report)}{hint if rules.table else ''}; which ones: {out / UNMATCHED}"
@@ -101,8 +111,10 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
             yield Unmatched(what="image without mask", place=os.fspath(each.image))
             continue
         known = _labelled(each, rules, told or {})
-        if known.patient in rules.withdrawn:
+        own = each.patient if each.pseudonymous else rules.pseudonyms.patient(each.patient)
+        if met := {known.patient, own, each.patient} & rules.withdrawn:  # a table may call a patient otherwise
             report.withdrawn.add(known.patient)
+            report.met |= met
             continue
         report.images += 1
         report.masks += known.mask is not None
@@ -110,6 +122,8 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
         yield known
     for number in rules.table.unmatched() if rules.table is not None else ():
         yield Unmatched(what="row without image", place=f"row {number} of the table")
+    for number in rules.table.blank if rules.table is not None else ():
+        yield Unmatched(what="row without a key", place=f"row {number} of the table")
 
 
 def _labelled(found: Found, rules: Rules, told: dict[str, str]) -> Found:

@@ -22,6 +22,7 @@ from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake.deidentify import deidentified, is_ours
+from fedmed.intake.persons import years
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason
 from fedmed.intake.tables import table_rows
@@ -126,7 +127,6 @@ def write_reasons(folder: Path) -> None:
 
 
 def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept:
-    age = str(clean.get("PatientAge") or "")
     return Kept(
         path=None if reason else folder / image,
         reason=reason,
@@ -136,7 +136,7 @@ def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept
         study_uid=str(clean.get("StudyInstanceUID") or ""),
         series_uid=str(clean.get("SeriesInstanceUID") or ""),
         view=str(clean.get("ViewPosition") or ""),
-        age=str(int(age[:3])) if age.endswith("Y") else "0" if age else "",
+        age=years(str(clean.get("PatientAge") or "")),
         sex=str(clean.get("PatientSex") or ""),
         accession=str(clean.AccessionNumber),
         modality=str(clean.get("Modality") or ""),

@@ -20,7 +20,8 @@ from fedmed import config as run_file
 from fedmed.config import Section
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import SPLITS
-from fedmed.intake.kinds.found import ENDINGS, Found, sex_of, stem_of, years
+from fedmed.intake.kinds.found import ENDINGS, Found, stem_of
+from fedmed.intake.persons import sex_of, years
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import Cells, columns_of, table_rows
 
@@ -68,10 +69,11 @@ class LabelTable:
     about: tuple[str, ...]
     join: Join
     pseudonyms: Pseudonyms
+    blank: list[int] = field(default_factory=list)  # rows without a key
     strange: Counter[str] = field(default_factory=Counter)  # label -> cells that say nothing labels.toml knows
     _torn: set[tuple[str, int]] = field(default_factory=set, repr=False)  # key and place of a label that rows dispute
     _rows: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict, repr=False)
-    _used: set[str] = field(default_factory=set, repr=False)
+    _used: dict[str, Path] = field(default_factory=dict, repr=False)  # key -> the last image that asked for it
 
     @property
     def conflicts(self) -> int:
@@ -84,7 +86,9 @@ class LabelTable:
         row = self._rows.get(key) if key else None
         if row is None:
             return None
-        self._used.add(key)
+        if self.join == "image" and self._used.get(key, found.image) != found.image:
+            raise DataError(f"row {row[0]} of the table fits two images of one name; give each file a name of its own")
+        self._used[key] = found.image
         return dict(zip((*self.names, *self.about), row[1], strict=True))
 
     def unmatched(self) -> list[int]:
@@ -145,22 +149,17 @@ def read_labels(table: Path, rules: LabelRules, pseudonyms: Pseudonyms) -> Label
     """Read a table into memory: about 250 bytes a row.
 
     Raises:
-        DataError: it cannot be read, or lacks a column that labels.toml names.
+        DataError: it cannot be read, or lacks a column that labels.toml names, or has it twice.
     """
-    header = columns_of(table)
-    for column in (
-        rules.column,
-        *rules.columns.values(),
-        *(name for label in rules.labels.values() for name in label.columns),
-    ):
-        if column not in header:
-            raise DataError(f'{table.name}: no column "{column}", which labels.toml names')
+    named = (name for label in rules.labels.values() for name in label.columns)
+    needed = (rules.column, *rules.columns.values(), *named)
     read = LabelTable(names=tuple(rules.labels), about=tuple(rules.columns), join=rules.join, pseudonyms=pseudonyms)
     meanings = {name: _meaning(label) for name, label in rules.labels.items()}
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # few combinations of labels, many rows
-    for number, row in table_rows(table):
+    for number, row in table_rows(table, needed=needed):
         key = _key_in_table(rules.join, row[rules.column], pseudonyms)
         if not key:
+            read.blank.append(number)
             continue
         values = [_value(row, label, meanings[name], name, read.strange) for name, label in rules.labels.items()]
         more = [_plain_about(name, row[column]) for name, column in rules.columns.items()]

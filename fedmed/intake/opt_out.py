@@ -19,7 +19,12 @@ PSEUDONYM = re.compile(r"P[A-Z2-7]{16}")
 
 
 def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
-    """Everything that a listed patient may be called in a manifest: the id as it stands, and the site's pseudonym.
+    """Everything that listed patients may be called; see `listed`."""
+    return frozenset().union(*listed(path, pseudonyms).values())
+
+
+def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
+    """What a listed patient may be called in a manifest, by row: the id as it stands, and the site's pseudonym.
 
     Args:
         path: CSV or XLSX with a column `patient_id`.
@@ -30,12 +35,11 @@ def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
             patient. Nobody is trained on then.
     """
     try:
-        listed = {row[COLUMN] for _, row in table_rows(path, needed=(COLUMN,))}
+        rows = [(number, row[COLUMN]) for number, row in table_rows(path, needed=(COLUMN,))]
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
         raise DataError(f"{public}: {error}", public=public) from None
-    listed.discard("")
-    return frozenset(listed | {pseudonyms.patient(patient) for patient in listed})
+    return {number: frozenset((patient, pseudonyms.patient(patient))) for number, patient in rows if patient}
 
 
 def remembered(path: Path) -> frozenset[str]:

@@ -22,14 +22,15 @@ def table_rows(path: Path, *, needed: Sequence[str] = ()) -> Iterator[tuple[int,
 
     Args:
         path: CSV in UTF-8 (perhaps compressed as .csv.gz), or the first sheet of an XLSX. The first row names columns.
-        needed: columns that there have to be, whether or not any row follows.
+        needed: columns that there have to be, once, whether or not any row follows.
 
     Yields:
         The row's number, the header being row 1, and its cells as text without blanks around them. Missing cells are
-        empty, cells beyond the header are left out.
+        empty.
 
     Raises:
-        DataError: it cannot be read as a table, or lacks a column.
+        DataError: it cannot be read as a table, lacks a column or has it twice, or a row is longer than the header, as
+            where a cell holds a separator without quotation marks.
     """
     rows = _excel(path) if path.suffix.lower() in EXCEL else _csv(path)
     columns: list[str] = []
@@ -39,8 +40,12 @@ def table_rows(path: Path, *, needed: Sequence[str] = ()) -> Iterator[tuple[int,
             columns = texts
             if not any(columns):
                 raise DataError(f"{path.name}: the first row names no columns")
-            if missing := [name for name in needed if name not in columns]:
-                raise DataError(f'{path.name}: the first row names no column "{missing[0]}"')
+            for name in needed:
+                if columns.count(name) != 1:
+                    many = f"{columns.count(name)} columns" if name in columns else "no column"
+                    raise DataError(f'{path.name}: the first row names {many} "{name}"')
+        elif any(texts[len(columns) :]):
+            raise DataError(f"{path.name}: row {number} has more cells than the first row names columns")
         elif any(texts):
             yield number, dict(zip(columns, texts + [""] * (len(columns) - len(texts)), strict=False))
     if not columns:
@@ -63,9 +68,7 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
         with _opened(path) as file:
             first = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=max(SEPARATORS, key=first.count))
-            for cells in reader:
-                yield reader.line_num, cells
+            yield from enumerate(csv.reader(file, delimiter=max(SEPARATORS, key=first.count)), 1)
     except UnicodeDecodeError:
         raise DataError(f"{path.name}: not in UTF-8; save it as CSV UTF-8, or as XLSX") from None
     except (csv.Error, EOFError):
@@ -90,7 +93,9 @@ def _excel(path: Path) -> Iterator[tuple[int, list[str]]]:
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path.name}: not an XLSX that can be read ({type(error).__name__})") from None
     try:
-        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # what the file says of its size may be wrong, and would cut it
+        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
             yield number, [_text(cell) for cell in cells]
     finally:
         book.close()

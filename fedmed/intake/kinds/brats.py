@@ -1,4 +1,4 @@
-"""BraTS-style sets: a folder per patient with one NIfTI per MR sequence and one of the tumour's regions."""
+"""BraTS-style sets: a folder per patient, or visit, with one NIfTI per MR sequence and one of the tumour's regions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SEQUENCES = {  # in the order of the manifest's cells; names of 2013 to 2021, an
     "t2": ("t2", "t2w"),
 }
 MASKS = ("seg", "label", "otmulticlass")
+VISIT = re.compile(r"(BraTS-[A-Za-z]+-\d{5})-\d{3}")  # since 2023: a patient and one of her time points
 LAST_WORD = re.compile(r"[a-z0-9]+$")
 
 
@@ -38,7 +39,9 @@ def brats(source: Path) -> Iterator[Found | Unmatched]:
         elif len(files) == 1:
             yield Unmatched(what="mask without image", place=os.path.relpath(folder, source))
         else:
-            yield Found(patient=folder.name, images=tuple(files.get(name) for name in used), mask=files["mask"])
+            visit = VISIT.fullmatch(folder.name)
+            patient = visit[1] if visit else folder.name
+            yield Found(patient=patient, images=tuple(files.get(name) for name in used), mask=files["mask"])
 
 
 def _known(place: str, names: list[str]) -> tuple[Path, dict[str, Path]] | None:

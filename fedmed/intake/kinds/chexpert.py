@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fedmed.errors import DataError
-from fedmed.intake.kinds.found import UNCERTAIN, Found, Unmatched, sex_of, years
+from fedmed.intake.kinds.found import UNCERTAIN, Found, Unmatched
+from fedmed.intake.persons import sex_of, years
 from fedmed.intake.tables import Cells, table_rows
 
 FILES = {"train.csv": "train", "valid.csv": "validation", "test.csv": "test"}  # official, by patient

@@ -202,8 +202,8 @@ def _kept(path: Path, folder: Path, pseudonyms: Pseudonyms, withdrawn: frozenset
             return {"reason": "not DICOM"}
         kept = keep(path, folder, pseudonyms, withdrawn)
     except (UnreadableImage, OSError) as error:
-        reason = f"{UNREADABLE}{error if isinstance(error, UnreadableImage) else error.strerror}"
-        return {"reason": reason, "series_uid": _series(path, pseudonyms)}
+        why = error if isinstance(error, UnreadableImage) else error.strerror
+        return {"reason": f"{UNREADABLE}{why}", "series_uid": _series(path, pseudonyms)}
     facts = asdict(kept)
     reason = f"in quarantine: {kept.reason}" if kept.set_apart else kept.reason
     return {name: facts[name] for name in FACTS} | {"reason": reason or ""}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pydicom
 
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.plain_errors import plain_errors
+from fedmed.intake.persons import sex_of, years
 
 PICTURES = (".png", ".jpg", ".jpeg")
 NIFTI = (".nii", ".nii.gz")
@@ -65,14 +66,17 @@ def the_file(source: Path, *patterns: str) -> Path:
 
 
 def files_by_stem(source: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """Every file below a folder with such an ending: name without it -> path. Links to folders are followed."""
-    found = {}
+    """Every file below a folder with such an ending: name without it -> path."""
+    return {Path(name).name: path for name, path in files_below(source, endings)}
+
+
+def files_below(source: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Every file below a folder with such an ending: its path there without it, and its path. Links are followed."""
     for folder, _, names in os.walk(source, followlinks=True):
         for name in names:
-            stem = stem_of(name, endings)
-            if stem:
-                found[stem] = str(Path(folder, name))
-    return found
+            if stem := stem_of(name, endings):
+                path = Path(folder, name)
+                yield str(path.with_name(stem).relative_to(source)), str(path)
 
 
 def stem_of(name: str, endings: tuple[str, ...]) -> str:
@@ -81,9 +85,9 @@ def stem_of(name: str, endings: tuple[str, ...]) -> str:
     return name[: -len(max(fitting, key=len))] if fitting else ""
 
 
-def leftovers(source: Path, paths: Mapping[str, str], what: str) -> Iterator[Unmatched]:
+def leftovers(source: Path, paths: Iterable[str], what: str) -> Iterator[Unmatched]:
     """What stayed unmatched in an archive."""
-    for path in sorted(paths.values()):
+    for path in sorted(paths):
         yield Unmatched(what=what, place=os.path.relpath(path, source))
 
 
@@ -97,18 +101,3 @@ def with_header(found: Found) -> Found:
     except UnreadableImage:
         return found
     return replace(found, view=view, age=years(age), sex=sex_of(sex))
-
-
-def years(text: str) -> str:
-    """An age as whole years below 120: from "61", "61.0" or DICOM's "061Y", "018M"; "" for what is none."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "Y")
-    try:
-        age = int(float(digits) / {"Y": 1.0, "M": 12.0, "W": 52.0, "D": 365.0}[unit])
-    except (ValueError, KeyError, OverflowError):
-        return ""
-    return str(age) if 0 <= age < 120 else ""
-
-
-def sex_of(text: str) -> str:
-    """M, F or O from what tables write; "" for what is none of them."""
-    return {"M": "M", "F": "F", "O": "O", "W": "F"}.get(text.strip()[:1].upper(), "")

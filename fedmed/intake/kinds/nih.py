@@ -6,31 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedmed.errors import DataError
-from fedmed.intake.kinds.found import (
-    PICTURES,
-    Found,
-    Unmatched,
-    files_by_stem,
-    leftovers,
-    sex_of,
-    stem_of,
-    the_file,
-    years,
-)
+from fedmed.intake.kinds.found import PICTURES, Found, Unmatched, files_by_stem, leftovers, stem_of, the_file
+from fedmed.intake.persons import sex_of, years
 from fedmed.intake.tables import table_rows
 
 LABELS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
 )  # fmt: skip
+NOTHING = "No Finding"
 SPLITS = {"train_val_list.txt": "train", "test_list.txt": "test"}  # official, by patient
 
 
 def nih(source: Path) -> Iterator[Found | Unmatched]:
     """The images below a folder that holds `Data_Entry_2017*.csv` too, and perhaps the official lists.
 
+    Where its cell is blank, nothing is known of an image.
+
     Raises:
-        DataError: there is no such table, or it has other columns.
+        DataError: there is no such table, or it has other columns or findings.
     """
     table = the_file(source, "Data_Entry_2017*.csv", "Data_Entry_2017*.csv.gz")
     pictures = files_by_stem(source, PICTURES)
@@ -38,9 +32,11 @@ def nih(source: Path) -> Iterator[Found | Unmatched]:
     for number, row in table_rows(table):
         try:
             stem = stem_of(row["Image Index"], PICTURES)
-            findings, patient = row["Finding Labels"].split("|"), row["Patient ID"]
+            findings, patient = set(filter(None, row["Finding Labels"].split("|"))), row["Patient ID"]
         except KeyError:
             raise DataError(f"{table.name}: not the columns of NIH's Data_Entry_2017") from None
+        if not findings <= {*LABELS, NOTHING}:
+            raise DataError(f"{table.name}: row {number} has a finding that is none of NIH's")
         picture = pictures.pop(stem, None)
         if picture is None:
             yield Unmatched(what="row without image", place=f"row {number}")
@@ -48,13 +44,13 @@ def nih(source: Path) -> Iterator[Found | Unmatched]:
         yield Found(
             patient=patient,
             images=(Path(picture),),
-            labels={label: str(int(label in findings)) for label in LABELS},
+            labels={label: str(int(label in findings)) if findings else "" for label in LABELS},
             view=row.get("View Position", ""),
             age=years(row.get("Patient Age", "")),
             sex=sex_of(row.get("Patient Gender", "")),
             split=split_of.get(stem, ""),
         )
-    yield from leftovers(source, pictures, "image without row")
+    yield from leftovers(source, pictures.values(), "image without row")
 
 
 def _splits(source: Path) -> dict[str, str]:

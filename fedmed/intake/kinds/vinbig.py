@@ -44,4 +44,4 @@ def vinbig(source: Path) -> Iterator[Found | Unmatched]:
         votes = readers[image]
         labels = {finding: str(int(len(votes[finding]) >= MAJORITY)) for finding in findings}
         yield with_header(Found(patient=image, images=(Path(picture),), labels=labels))
-    yield from leftovers(source, pictures, "image without row")
+    yield from leftovers(source, pictures.values(), "image without row")
