@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from intake_files import NUMBER, named_object, pseudonyms_in
 from loopback_archive import ANY, Holdings, archive_of, dimse, refusals
+from proxies import proxy
 
 from fedmed.deployment.certificates import make_authority, make_coordinator_certificate, make_server_certificate
 from fedmed.errors import ConfigError, DataError
@@ -208,6 +209,30 @@ def test_dicomweb_shows_the_same_certificate(certified: Path, tmp_path: Path):
         archive = DicomWeb(url, ca=hospital / "ca.crt", certificate=shown)
         with pytest.raises(DataError, match="FEDMED_PACS_USER"):  # so it was reached
             pull(archive, ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
+
+
+def test_a_proxy_changes_nothing_of_what_tls_trusts_and_shows(
+    certified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hospital, pseudonyms = certified / "hospital", pseudonyms_in(tmp_path)
+    with served(secured(hospital, asks=True)) as port, proxy() as between:
+        monkeypatch.setenv("HTTPS_PROXY", between.url())
+        monkeypatch.setenv("NO_PROXY", "")
+        url = f"https://localhost:{port}/401"
+        archive = DicomWeb(url, ca=hospital / "ca.crt", certificate=hospital / "machine.pem")
+        with pytest.raises(DataError, match="FEDMED_PACS_USER"):  # so it was reached
+            pull(archive, ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
+        with pytest.raises(DataError, match=r"TLS: .*--ca"):
+            pull(DicomWeb(url), ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
+        assert between.asked == [(f"localhost:{port}", True)] * len(between.asked) != []
+
+
+def test_ca_takes_the_place_of_every_other_authority(certified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certified / "hospital" / "ca.crt"))
+    with served(secured(certified / "hospital")) as port:
+        archive = DicomWeb(f"https://localhost:{port}/401", ca=certified / "stranger" / "ca.crt")
+        with pytest.raises(DataError, match="TLS: the certificate of the archive is not trusted"):
+            pull(archive, ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
 
 
 def test_files_of_tls_that_are_missing_or_something_else_are_named(certified: Path, tmp_path: Path):

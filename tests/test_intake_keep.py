@@ -18,6 +18,9 @@ from pydicom.uid import (
     RTStructureSetStorage,
     SecondaryCaptureImageStorage,
     UltrasoundImageStorage,
+    VLPhotographicImageStorage,
+    XRay3DAngiographicImageStorage,
+    XRay3DCraniofacialImageStorage,
 )
 
 from fedmed.errors import UnreadableImage
@@ -146,6 +149,16 @@ def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms,
             "recognisable face",
         ),
         ({"BodyPartExamined": "SKULL"}, None),  # a radiograph has no face to render
+        ({"RecognizableVisualFeatures": "YES"}, "recognisable face"),  # of any modality
+        ({"SOPClassUID": XRay3DCraniofacialImageStorage}, "recognisable face"),
+        ({"SOPClassUID": XRay3DAngiographicImageStorage, "BodyPartExamined": "HEAD"}, "recognisable face"),
+        ({"SOPClassUID": XRay3DAngiographicImageStorage}, None),  # of a chest
+        ({"SOPClassUID": VLPhotographicImageStorage}, "photograph that does not say it shows no face"),
+        ({"SOPClassUID": VLPhotographicImageStorage, "RecognizableVisualFeatures": "NO"}, None),
+        (HEAD | {"BodyPartExamined": "NECK", "SliceThickness": "1"}, "recognisable face"),
+        (HEAD | {"BodyPartExamined": "C-SPINE", "SliceThickness": "1"}, "recognisable face"),
+        (HEAD | {"BodyPartExamined": "CAROTID", "SliceThickness": "5"}, None),
+        (HEAD | {"BodyPartExamined": "", "SeriesDescription": "Angio Carotis"}, "recognisable face"),
     ],
 )
 def test_the_header_says_what_a_person_must_look_at(tags: dict[str, object], reason: str | None):

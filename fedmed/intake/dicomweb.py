@@ -142,7 +142,7 @@ class _Bearer(AuthBase):
 
 
 class _Trusting(HTTPAdapter):
-    """What TLS trusts and shows. As `session.verify` it would yield to REQUESTS_CA_BUNDLE."""
+    """What TLS trusts and shows, and nothing more: requests would add authorities, its own or REQUESTS_CA_BUNDLE's."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -150,6 +150,15 @@ class _Trusting(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs, ssl_context=self._context)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        return super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
+
+    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
+        return super().build_connection_pool_key_attributes(request, True, None)
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """The context does it."""
 
 
 def _credentials() -> AuthBase | None:

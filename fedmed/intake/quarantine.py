@@ -11,6 +11,11 @@ import re
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.uid import (
+    VLPhotographicImageStorage,
+    XRay3DAngiographicImageStorage,
+    XRay3DCraniofacialImageStorage,
+)
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.frames import functional_group
@@ -20,14 +25,20 @@ from fedmed.intake.burned_in import shows_text
 THIN_MM = 3.0  # slices of a head this thin or thinner make a face that is recognised when the volume is rendered
 HEAD_PARTS = {
     "HEAD", "HEADNECK", "BRAIN", "SKULL", "FACE", "ORBIT", "SINUS", "EAR", "JAW", "MANDIBLE", "MAXILLA", "NOSE", "EYE",
-    "NEURO", "IAC", "PITUITARY", "TMJ", "WHOLEBODY", "WHOLE",
-}  # fmt: skip  # of Body Part Examined (PS3.16 Annex L), and what scanners write instead
+    "NEURO", "IAC", "PITUITARY", "TMJ", "WHOLEBODY", "WHOLE", "NECK", "NECKCHEST", "NECKCHESTABDOMEN",
+    "NECKCHESTABDPELV", "CAROTID", "CSPINE",
+}  # fmt: skip  # of Body Part Examined (PS3.16 Annex L), and what scanners write instead; a neck has the lower face
 HEAD_WORDS = re.compile(
-    r"\b(head|brain|skull|face|facial|neuro|cranial|cerebral|kopf|schädel|schaedel|gehirn|crâne|crane|tête|cerveau)",
+    r"\b(head|brain|skull|face|facial|neuro|cranial|cerebral|kopf|schädel|schaedel|gehirn|crâne|crane|tête|cerveau|"
+    r"neck|carotid|carotis|c[ -]?spine|hals|hws\b)",
     re.I,
 )
-HEAD_CODES = {"69536005", "12738006", "89546000", "T-D1100", "T-A0100", "T-11100", "774007", "T-D1000"}  # SCT, SRT
+HEAD_CODES = {  # SCT, SRT
+    "69536005", "12738006", "89546000", "T-D1100", "T-A0100", "T-11100", "774007", "T-D1000", "45048000", "T-D1600",
+    "69105007", "T-45100", "122494005", "T-11501",
+}  # fmt: skip
 DESCRIPTIONS = ("StudyDescription", "SeriesDescription", "ProtocolName", "RequestedProcedureDescription")
+IN_SPACE = (XRay3DAngiographicImageStorage, XRay3DCraniofacialImageStorage)  # X-ray volumes, as a CT is one
 SCREENS = {"SCREEN SAVE", "SCREENSHOT", "SCREEN CAPTURE", "SCREENSAVE", "CAPTURE"}
 
 
@@ -44,8 +55,8 @@ def header_reason(dataset: Dataset) -> str | None:
     """What its header says already.
 
     In order: no patient id, so that nobody could be excluded or kept apart; Burned In Annotation YES (PS3.3
-    C.7.6.1.1.1); secondary captures and screens; ultrasound that does not say it is free of text; faces, see
-    `_shows_a_face`.
+    C.7.6.1.1.1); secondary captures and screens; ultrasound that does not say it is free of text; faces: what
+    Recognizable Visual Features (0028,0302) says, else any photograph, and volumes of heads, see `_is_a_face`.
     """
     if not str(dataset.get("PatientID") or "").strip():
         return "no patient id"
@@ -59,9 +70,7 @@ def header_reason(dataset: Dataset) -> str | None:
         return "screen save"
     if modality == "us" and burned != "NO":
         return "ultrasound that does not say it is free of text"
-    if modality in ("ct", "mr") and _shows_a_face(dataset):
-        return "recognisable face"
-    return None
+    return _face(dataset, modality)
 
 
 def pixel_reason(dataset: Dataset) -> str | None:
@@ -72,22 +81,32 @@ def pixel_reason(dataset: Dataset) -> str | None:
         return "pixels that cannot be looked at"
 
 
-def _shows_a_face(dataset: Dataset) -> bool:
-    """Recognizable Visual Features (0028,0302) if it says anything; else a head in slices of at most `THIN_MM`.
-
-    A head is one by Body Part Examined, anatomic code or a word of its descriptions; slices of unknown thickness are
-    taken as thin, and localizers are flat.
-    """
+def _face(dataset: Dataset, modality: str) -> str | None:
     said = str(dataset.get("RecognizableVisualFeatures") or "").strip().upper()
-    if said in ("YES", "NO"):
-        return said == "YES"
+    if said == "NO":
+        return None
+    if said != "YES" and dataset.get("SOPClassUID") == VLPhotographicImageStorage:
+        return "photograph that does not say it shows no face"
+    in_space = modality in ("ct", "mr") or dataset.get("SOPClassUID") in IN_SPACE
+    return "recognisable face" if said == "YES" or (in_space and _is_a_face(dataset)) else None
+
+
+def _is_a_face(dataset: Dataset) -> bool:
+    """A head or neck in slices of at most `THIN_MM`.
+
+    It is one by Body Part Examined, anatomic code, a word of its descriptions or the kind of object; slices of unknown
+    thickness are taken as thin, and localizers are flat.
+    """
     if {str(value).upper() for value in _values(dataset.get("ImageType"))} & {"LOCALIZER", "SCOUT"}:
         return False
     return _is_head(dataset) and _slice_mm(dataset) <= THIN_MM
 
 
 def _is_head(dataset: Dataset) -> bool:
-    parts = set(re.split(r"[^A-Z]+", str(dataset.get("BodyPartExamined") or "").upper()))
+    if dataset.get("SOPClassUID") == XRay3DCraniofacialImageStorage:
+        return True
+    part = str(dataset.get("BodyPartExamined") or "").upper()
+    parts = {*re.split(r"[^A-Z]+", part), re.sub(r"[^A-Z]+", "", part)}
     anatomy = functional_group(dataset, 0, "FrameAnatomySequence")
     regions = [*(dataset.get("AnatomicRegionSequence") or ())]
     regions += anatomy.get("AnatomicRegionSequence") or () if anatomy is not None else ()
