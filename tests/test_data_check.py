@@ -155,6 +155,7 @@ def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_pa
     changes: list[dict[str, Any]] = [
         plain, plain, plain | {"PatientName": SECRET, "PatientIdentityRemoved": None},
         plain | {"SOPClassUID": SecondaryCaptureImageStorage}, plain | {"BurnedInAnnotation": "YES"},
+        plain | {"PatientBirthDate": "19340301"}, plain | {"PatientName": "Anonymous"},
     ]  # fmt: skip
     rows = []
     for number, tags in enumerate(changes):
@@ -163,11 +164,24 @@ def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_pa
         rows.append({"patient_id": f"p{number}", "image": f"{number}.dcm", "a": str(number % 2)})
     facts = check(site(tmp_path, rows))
     identity = {finding["said"]: finding["rows"] for finding in facts["findings"] if finding["what"] == "identity"}
-    assert identity["1 image name their patient, hospital or doctor in the header"] == [4]
+    assert identity["2 images name their patient, hospital or doctor in the header"] == [4, 7]
     assert identity["1 image: burned-in annotation, says its header"] == [6]
     assert said(facts, "kinds")["rows"] == [5]
-    assert facts["counts"]["maker"] == {"Maker": 5} and facts["spacing_mm"] == [0.2] * 5
+    assert facts["counts"]["maker"] == {"Maker": 7} and facts["spacing_mm"] == [0.2] * 7
     assert SECRET not in json.dumps(facts)
+
+
+def test_what_passes_says_what_was_looked_at(tmp_path):
+    rows = good(4)
+    for number in (0, 1):
+        cells = np.roll(cells_of(picture()), 9 * number, axis=1)
+        written(image_object(cells, PatientIdentityRemoved="YES"), tmp_path / f"{number}.dcm")
+        rows[number]["image"] = f"{number}.dcm"
+    (identity,) = (each for each in check(site(tmp_path, rows))["findings"] if each["what"] == "identity")
+    assert identity["state"] == "pass" and "hospital in the headers" in identity["said"]
+    assert "no text seen in the 4 pictures searched for it" in identity["said"]
+    (plain,) = (each for each in check(site(tmp_path / "b", good()))["findings"] if each["what"] == "identity")
+    assert plain["said"] == "no text seen in the 6 pictures searched for it"
 
 
 def test_volumes_are_checked_with_their_masks_and_spacings(tmp_path):

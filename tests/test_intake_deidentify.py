@@ -126,6 +126,25 @@ def test_a_value_that_stays_is_emptied_where_it_holds_the_patients_name_or_numbe
     assert cleaned(named_object(), pseudonyms).Manufacturer == "Acme Imaging"
 
 
+@pytest.mark.parametrize(
+    ("name", "region", "left"),
+    [
+        ("Müller^Änne", "Müller Tumor", ""),
+        ("Müller^Änne", "Tumor_a\u0308nne", ""),
+        ("Müller^Änne", "Tumor links", "Tumor links"),
+        ("Li^Wei", "Li Tumor", ""),
+        ("Li^Wei", "Liver", "Liver"),
+        ("Doe^John^L", "Lung L", "Lung L"),
+    ],
+)
+def test_names_of_regions_name_nobody_in_any_alphabet(name: str, region: str, left: str, pseudonyms: Pseudonyms):
+    ds = named_object(PatientName=name, StructureSetROISequence=[item_of(ROINumber=1, ROIName=region)])
+    ds.SegmentSequence = [item_of(SegmentNumber=1, SegmentLabel=region)]
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    clean = cleaned(pydicom.dcmread(io.BytesIO(content_of(ds))), pseudonyms)
+    assert clean.StructureSetROISequence[0].ROIName == clean.SegmentSequence[0].SegmentLabel == left
+
+
 def test_codes_stay_without_their_words_and_only_those_of_published_schemes(pseudonyms: Pseudonyms):
     chest = item_of(CodeValue="51185008", CodingSchemeDesignator="SCT", CodeMeaning=f"Chest of {WORD}")
     own = item_of(CodeValue="WILHELMINA", CodingSchemeDesignator="99HOSPITAL", CodeMeaning="ward 4")

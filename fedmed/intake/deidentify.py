@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
+from unicodedata import normalize
 
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement
@@ -44,7 +45,9 @@ EMPTY = (
     "StudyID",
 )  # Type 2: there, and empty
 NUMBERS = ("SeriesNumber", "InstanceNumber", "AcquisitionNumber", "ContourNumber")  # that somebody may have typed
-SHORTEST_WORD, SHORTEST_PART = 3, 4  # letters of a name that is looked for as a word, and within words
+SHORTEST_NAME = 2  # letters of a name that is looked for in a region's: initials would empty "Lung L"
+SHORTEST_WORD, SHORTEST_PART = 3, 4  # of one that is looked for as a word of other values, and within words
+NAMED = ("SegmentLabel", "ROIName")
 REGION = re.compile(r"[A-Za-z][A-Za-z0-9 _+.,()/-]{0,47}")
 CODE = re.compile(r"[A-Z0-9 _/-]{1,16}", re.IGNORECASE)
 TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
@@ -173,13 +176,20 @@ def _word(keyword: str, text: str, words: frozenset[str]) -> str:
         return text if not text or text in ENUMERATED[keyword] else "OTHER"  # which is refused where "" would pass
     if keyword == "CodeMeaning":
         return "see the code"
-    form = REGION if keyword in ("SegmentLabel", "ROIName", "Manufacturer", "ManufacturerModelName") else CODE
+    form = REGION if keyword in (*NAMED, "Manufacturer", "ManufacturerModelName") else CODE
+    least = SHORTEST_NAME if keyword in NAMED else SHORTEST_WORD
+    if _names(text, words, least):  # before letters of other alphabets go
+        return ""
     if not form.fullmatch(text) and text:
         text = "".join(letter if form.fullmatch("A" + letter) else " " for letter in text)[:48].strip()
-    found = {_folded(part) for part in re.split(r"[^A-Za-z0-9]+", text)} | {_folded(text)}
+    return "" if _names(text, words, least) else text
+
+
+def _names(text: str, words: frozenset[str], least: int) -> bool:
+    """Whether a text holds one of some words, as a word of at least so many letters or within one."""
     whole = _folded(text)
-    named = found & words or any(word in whole for word in words if len(word) >= SHORTEST_PART)
-    return "" if named else text
+    found = {_folded(part) for part in (*re.split(r"[\W_]+", text), *re.split(r"[^A-Za-z0-9]+", text))} | {whole}
+    return any(word in found if len(word) < SHORTEST_PART else word in whole for word in words if len(word) >= least)
 
 
 def _words(dataset: Dataset) -> Iterator[str]:
@@ -195,14 +205,14 @@ def _words(dataset: Dataset) -> Iterator[str]:
         elif (vr == "PN" or keyword in IDENTIFIERS) and (element := _read(dataset, tag)) is not None:
             separators = r"\W+|_" if vr == "PN" else r"\\"
             for part in re.split(separators, str(element.value)):
-                if len(word := _folded(part)) >= SHORTEST_WORD:
+                if len(word := _folded(part)) >= (SHORTEST_NAME if vr == "PN" else SHORTEST_WORD):
                     yield word
                     yield from re.findall(rf"[0-9]{{{SHORTEST_PART},}}", word)  # without the letters before it
 
 
 def _folded(text: str) -> str:
     """Letters and digits alone, so that DOE^JANE, "Doe, Jane" and doe_jane are one."""
-    return "".join(letter for letter in text.casefold() if letter.isalnum())
+    return "".join(letter for letter in normalize("NFKC", text).casefold() if letter.isalnum())
 
 
 def _is_standard(item: Dataset) -> bool:

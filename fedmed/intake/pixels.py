@@ -5,6 +5,8 @@ The values that a decoder gives stay the same, and so does every byte where noth
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -12,11 +14,12 @@ from pydicom.uid import RLELossless
 
 from fedmed.imaging.dicom.pixels import Declared, declared
 
-JPEG_START, JPEG_2000_START = b"\xff\xd8", b"\xff\x4f"
+JPEG_START, JPEG_2000_START, JP2_START = b"\xff\xd8", b"\xff\x4f\xff\x51", b"jP  "
+JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # of a segment: within scans no such bytes occur
 JPEG_TEXT = {0xFE, *range(0xE1, 0xE8), *range(0xE9, 0xEE), 0xEF}  # COM and APPn; 0, 8 and 14 say how colours are read
-JPEG_2000_TEXT = {0x64}  # COM (ISO 15444-1 A.9.2)
-JPEG_ENDS, JPEG_2000_ENDS = {0xDA, 0xD9}, {0x90, 0x93, 0xD9}  # start of scan, of tile part, of data; end
-ALONE = {0x01, 0x4F, *range(0xD0, 0xD9)}  # markers without a length
+END, JPEG_2000_COMMENT, TILE_PART, DATA = 0xD9, 0x64, 0x90, 0x93  # EOI and EOC; COM, SOT, SOD (ISO 15444-1 A.2)
+CODESTREAM = b"jp2c"
+BOXES = (JP2_START, b"ftyp", b"jp2h")  # of JP2, that a reader needs
 
 
 def cleaned_pixels_(dataset: Dataset) -> None:
@@ -68,21 +71,75 @@ def _clean_frames_(dataset: Dataset, claims: Declared) -> None:
 
 
 def _without_comments(frame: bytes) -> bytes:
-    """The same codestream with zeros in the segments of its header that hold text; lengths stay."""
+    """The same frame with zeros in whatever holds text, and without what follows the picture."""
     if frame[:2] == JPEG_START:
-        text, ends, place = JPEG_TEXT, JPEG_ENDS, 2
-    elif (place := frame.find(JPEG_2000_START + b"\xff\x51", 0, 4096)) >= 0:
-        text, ends, place = JPEG_2000_TEXT, JPEG_2000_ENDS, place + 2
-    else:
-        return frame
+        return _clean_jpeg(frame, 2)
+    if frame[4:8] == JP2_START:
+        return _clean_boxes(frame)
+    place = frame.find(JPEG_2000_START, 0, 4096)
+    return _clean_jpeg_2000(frame, place) if place >= 0 else frame
+
+
+def _clean_jpeg(frame: bytes, place: int) -> bytes:
+    """Of JPEG and JPEG-LS (ITU-T T.81 B.1.1, T.87 C.2): segments before, between and after scans."""
     clean = bytearray(frame)
-    while place + 4 <= len(clean) and clean[place] == 0xFF and clean[place + 1] not in ends:
-        marker, length = clean[place + 1], int.from_bytes(clean[place + 2 : place + 4])
-        if marker == 0xFF or marker in ALONE:  # fill bytes
-            place += 1 if marker == 0xFF else 2
-            continue
-        if marker in text:
-            first = place + 4 + (2 if text is JPEG_2000_TEXT else 0)  # Rcom says what kind of text it is
-            clean[first : place + 2 + length] = bytes(max(0, min(place + 2 + length, len(clean)) - first))
-        place += 2 + length
+    while found := JPEG_MARKER.search(frame, place):
+        marker, place = frame[found.start() + 1], found.end()
+        if marker == END:
+            return _cut(clean, place)
+        place = _blank_(clean, place, marker in JPEG_TEXT)
     return bytes(clean)
+
+
+def _clean_jpeg_2000(frame: bytes, place: int) -> bytes:
+    """Of JPEG 2000 (ISO 15444-1 A.2): the main header, and that of each tile part."""
+    clean, part = bytearray(frame), 0  # where the next tile part begins, 0 = this one is the last
+    place += 2
+    while place + 4 <= len(frame) and frame[place] == 0xFF:
+        marker = frame[place + 1]
+        if marker == END:
+            return _cut(clean, place + 2)
+        if marker == TILE_PART:
+            length = int.from_bytes(frame[place + 6 : place + 10])
+            part = place + length if length else 0
+        if marker == DATA:
+            after = part or frame.find(bytes((0xFF, END)), place)
+            if after <= place:
+                break
+            place = after
+            continue
+        place = _blank_(clean, place + 2, marker == JPEG_2000_COMMENT, kept=2)  # Rcom says what kind of text it is
+    return _cut(clean, place + 2) if frame[place : place + 2] == bytes((0xFF, END)) else bytes(clean)
+
+
+def _clean_boxes(frame: bytes) -> bytes:
+    """Of JP2 (ISO 15444-1 I.4): boxes that say how to read the picture stay, and its codestream is cleaned."""
+    clean, place = bytearray(frame), 0
+    while place + 8 <= len(frame):
+        length, kind, first = int.from_bytes(frame[place : place + 4]), frame[place + 4 : place + 8], place + 8
+        if length == 1:
+            length, first = int.from_bytes(frame[first : first + 8]), first + 8
+        end = min(place + length, len(frame)) if length else len(frame)
+        if end < first:
+            break
+        if kind == CODESTREAM:
+            clean[first:end] = _clean_jpeg_2000(frame[first:end], 0).ljust(end - first, b"\0")
+            return _cut(clean, end)
+        elif kind not in BOXES:
+            clean[first:end] = bytes(end - first)
+        place = end
+    return bytes(clean)
+
+
+def _blank_(clean: bytearray, place: int, text: bool, *, kept: int = 0) -> int:
+    """Blank a segment whose length stands at a place, if it is text; where it ends."""
+    end = min(place + int.from_bytes(clean[place : place + 2]), len(clean))
+    first = min(place + 2 + kept, end)
+    if text:
+        clean[first:end] = bytes(end - first)
+    return max(end, place)
+
+
+def _cut(clean: bytearray, end: int) -> bytes:
+    """Nothing after an end but padding."""
+    return bytes(clean[:end] if any(clean[end:]) else clean)

@@ -48,6 +48,8 @@ class Seen:
     spacing_mm: list[tuple[int, float]] = field(default_factory=list)  # patient, in the plane
     gap_mm: list[tuple[int, float]] = field(default_factory=list)  # patient, between slices
     ages: list[float] = field(default_factory=list)  # years, by row
+    headers: int = 0  # images with a DICOM header
+    searched: int = 0  # images in which text was looked for
     sizes: list[float] = field(default_factory=list)  # longest side, pixels
     pictures: list[str] = field(default_factory=list)  # data URIs
 
@@ -69,10 +71,12 @@ def add_(seen: Seen, number: int, row: int, arrays: Arrays) -> None:
         seen.spacing_mm.append((patient, float(spacing[-1])))
     if len(spacing) == 3:
         seen.gap_mm.append((patient, float(spacing[0])))
+    seen.headers += "marked" in facts
+    seen.searched += facts.get("searched", False)
     seen.sizes.append(float(max(facts["size"][-2:])))
     for mark, odd in (
-        ("identified", facts.get("identified") and facts.get("named")),
-        ("unmarked", facts.get("identified") and not facts.get("named")),
+        ("identified", facts.get("named")),
+        ("unmarked", not facts.get("marked", True) and not facts.get("named")),
         (f"quarantine: {facts.get('quarantine')}", facts.get("quarantine")),
         ("secondary capture", facts.get("capture")),
         ("several frames", facts.get("frames", 1) > 1),

@@ -33,7 +33,8 @@ from fedmed.intake.deidentify import is_ours
 from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
-NAMES = ("PatientName", "PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
+NAME = "PatientName"  # which de-identification may have replaced by another
+NAMES = ("PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
 LONGEST = 64  # characters of a maker or model
 
 Grey = NDArray[np.float32]
@@ -94,6 +95,7 @@ def _other(path: Path, *, text: bool) -> Looked:
         "photometric": "colour" if pixels.ndim == 3 else "grey",
         "size": list(grey.shape),
         "quarantine": (text and text_in(grey)) or "",
+        "searched": text,
     }
     content = f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
     return Looked(facts=facts, grey=grey, digest=hashlib.sha256(content).digest()[:8] if several else b"")
@@ -135,6 +137,8 @@ def _digest(path: Path) -> bytes:
 
 def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
     """What is counted of a header, whether it says whose the image is, and what a person should look at."""
+    ours = is_ours(ds)  # and looked at when it was kept
+    marked = str(ds.get("PatientIdentityRemoved") or "").upper() == "YES"
     syntax = str(getattr(ds, "file_meta", {}).get("TransferSyntaxUID") or "")
     return {
         "maker": _text(ds.get("Manufacturer")),
@@ -142,9 +146,10 @@ def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
         "modality": _text(ds.get("Modality")),
         "photometric": _text(ds.get("PhotometricInterpretation")),
         "syntax": _text(UID(syntax).name),
-        "identified": str(ds.get("PatientIdentityRemoved") or "").upper() != "YES",
-        "named": any(str(ds.get(name) or "").strip() for name in NAMES),
-        "quarantine": "" if is_ours(ds) else header_reason(ds) or (text and pixel_reason(ds)) or "",
+        "marked": marked,
+        "named": any(str(ds.get(name) or "").strip() for name in (NAMES if marked else (NAME, *NAMES))),
+        "quarantine": "" if ours else header_reason(ds) or (text and pixel_reason(ds)) or "",
+        "searched": ours or text,
     }
 
 

@@ -1,0 +1,93 @@
+"""Text beside the picture in compressed pixels, wherever a codec allows it: it goes, and the picture stays the same."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import cells_of, content_of, picture, written
+from hypothesis import given
+from hypothesis import strategies as st
+from intake_files import NAME, PLANTED, cleaned, named_object, pseudonyms_in
+from PIL import Image
+from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+
+from fedmed.imaging.reading import read_image
+from fedmed.intake.pixels import _without_comments
+
+TEXT = NAME.encode()
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (2 + len(content)).to_bytes(2) + content
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    return (8 + len(content)).to_bytes(4) + kind + content
+
+
+def frame_of(syntax: UID) -> bytes:
+    """A picture without text."""
+    if syntax != JPEGBaseline8Bit:
+        (frame,) = pydicom.encaps.generate_frames(named_object(syntax=syntax).PixelData, number_of_frames=1)
+        return frame
+    buffer = io.BytesIO()
+    Image.fromarray(cells_of(picture(), 8).astype(np.uint8)).save(buffer, "jpeg", quality=95)
+    return buffer.getvalue()
+
+
+def in_a_tile(frame: bytes) -> bytes:
+    """With a comment in the header of its tile part."""
+    comment = segment(0x64, b"\0\1" + TEXT)
+    place = frame.index(b"\xff\x90")
+    length = int.from_bytes(frame[place + 6 : place + 10]) + len(comment)
+    return frame[: place + 6] + length.to_bytes(4) + frame[place + 10 : place + 12] + comment + frame[place + 12 :]
+
+
+def in_boxes(frame: bytes) -> bytes:
+    """As JP2, with boxes of text before and after the codestream."""
+    rows, columns = picture().shape
+    header = rows.to_bytes(4) + columns.to_bytes(4) + b"\0\1" + bytes((11, 7, 0, 0))
+    described = box(b"ihdr", header) + box(b"colr", b"\1\0\0" + (17).to_bytes(4))
+    start = box(b"jP  ", b"\r\n\x87\n") + box(b"ftyp", b"jp2 \0\0\0\0jp2 ") + box(b"jp2h", described)
+    return start + box(b"uuid", 16 * b"u" + TEXT) + box(b"jp2c", in_a_tile(frame)) + box(b"xml ", TEXT) + b"Quislin"
+
+
+def before_the_end(frame: bytes) -> bytes:
+    end = frame.rindex(b"\xff\xd9")
+    return frame[:end] + segment(0xFE, TEXT) + frame[end:]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "hidden"),
+    [
+        (JPEGBaseline8Bit, before_the_end),
+        (JPEGBaseline8Bit, lambda frame: frame + TEXT),
+        (JPEGLSLossless, before_the_end),
+        (JPEGLSLossless, lambda frame: frame + TEXT),
+        (JPEG2000Lossless, in_a_tile),
+        (JPEG2000Lossless, lambda frame: frame + TEXT),
+        (JPEG2000Lossless, in_boxes),
+    ],
+)
+def test_text_beside_the_picture_is_blanked_wherever_it_stands(syntax, hidden, tmp_path: Path):
+    small = {"cells": cells_of(picture(), 8).astype(np.uint8), "bits": 8} if syntax == JPEGBaseline8Bit else {}
+    ds = named_object(**small)
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.PixelData = pydicom.encaps.encapsulate([frame_of(syntax)])
+    ds["PixelData"].is_undefined_length = True
+    before = read_image(written(ds, tmp_path / "before"))
+    ds.PixelData = pydicom.encaps.encapsulate([hidden(frame_of(syntax))])
+    assert b"Quislin" in ds.PixelData
+    clean = cleaned(ds, pseudonyms_in(tmp_path))
+    assert not any(word.encode() in content_of(clean).lower() for word in (*PLANTED, "quislin"))
+    assert (read_image(written(clean, tmp_path / "after")) == before).all()
+
+
+@given(st.sampled_from([JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless]), st.binary(max_size=40), st.integers(0))
+def test_damaged_frames_end_and_never_grow(syntax, damage, place):
+    frame = in_boxes(frame_of(syntax)) if syntax == JPEG2000Lossless and place % 2 else frame_of(syntax)
+    place %= len(frame)
+    broken = frame[:place] + damage + frame[place + len(damage) :]
+    assert len(_without_comments(broken)) <= len(broken)
