@@ -226,6 +226,8 @@ def test_a_series_with_a_slice_that_cannot_be_read_is_no_volume(tmp_path, pseudo
         imported(source, tmp_path / "out", pseudonyms)
     with (tmp_path / "out" / "unmatched.csv").open(newline="") as file:
         assert "unreadable: No such file or directory" in {row["what"] for row in csv.DictReader(file)}
+    (source / "4.dcm").write_bytes(content)  # copied again
+    assert imported(source, tmp_path / "out", pseudonyms).images == 1
 
 
 def test_what_fedmed_deidentified_is_never_deidentified_again(tmp_path, pseudonyms):

@@ -255,4 +255,7 @@ def _identifier(keys: dict[str, str]) -> Dataset:
 
 
 def _text(answer: Dataset, keyword: str) -> str:
-    return str(answer.get(keyword) or "").strip()
+    try:
+        return str(answer.get(keyword) or "").strip()
+    except ValueError:  # no number where there should be one
+        return ""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pydicom
 
+from fedmed.durable import replacing
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.imaging.plain_errors import plain_errors
@@ -138,7 +139,7 @@ def take_in(
     """De-identify every DICOM file below `source` into `folder`, or into quarantine there; see `keep`.
 
     What was done is written down file by file in `imported.csv`, under keyed names. A second call goes on where the
-    first one ended, and takes in files that are new or have changed.
+    first one ended, and takes in files that are new, have changed, or could not be read.
 
     Args:
         source: any tree of files. What is no DICOM is passed over.
@@ -221,4 +222,17 @@ def _series(path: Path, pseudonyms: Pseudonyms) -> str:
 
 
 def _done(table: Path) -> set[str]:
-    return {row["source"] for _, row in table_rows(table) if row["source"]} if table.is_file() else set()
+    """The files that a table has rows of. Rows of those that could not be read go: they are tried again."""
+    if not table.is_file():
+        return set()
+    rows = [row for _, row in table_rows(table) if row["source"]]
+    read = [row for row in rows if not row["reason"].startswith(UNREADABLE)]
+    if len(read) < len(rows):
+        with (
+            replacing(table, mode=0o600) as descriptor,
+            os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
+        ):
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(read)
+    return {row["source"] for row in read}
