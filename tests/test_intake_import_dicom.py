@@ -241,6 +241,9 @@ def test_what_fedmed_deidentified_is_never_deidentified_again(tmp_path, pseudony
     import_data("dicom", tmp_path / "taken", tmp_path / "fourth", pseudonyms, **SETTINGS)
     for out in ("again", "taken", "fourth"):
         assert {row["patient_id"] for row in manifest(tmp_path / out)} == {pseudonyms.patient("MRN 5")}
+    (tmp_path / "taken" / "opt-out.csv").write_text(f"patient_id\n{pseudonyms.patient('MRN 5')}\n")
+    with pytest.raises(DataError, match="nothing of"):  # who withdrew there comes back nowhere
+        import_data("dicom", tmp_path / "taken", tmp_path / "sixth", pseudonyms, **SETTINGS)
     with pytest.raises(DataError, match="5 × de-identified by fedmed before"):
         imported(folder / "images", tmp_path / "fifth", pseudonyms)
 

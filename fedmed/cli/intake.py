@@ -65,13 +65,14 @@ def import_data(
             _guess(kind, table, path)
             return False
         known = read_labels(table, read_label_rules(path), pseudonyms)
-    withdrawn, rows = remembered(out / OPT_OUT), {}
+    filled = kind == "dicom" and is_filled(source)
+    withdrawn, rows = remembered(out / OPT_OUT) | (remembered(source / OPT_OUT) if filled else frozenset()), {}
     if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
         rows = listed(opt_out, pseudonyms)
         withdrawn = withdrawn.union(*rows.values())
         remember(withdrawn, out / OPT_OUT)
     left_out: set[str] = set()
-    if kind == "dicom" and not is_filled(source):
+    if kind == "dicom" and not filled:
         with bar("de-identifying") as progress:
             left_out = take_in(source, out, pseudonyms, progress, withdrawn=withdrawn)
         source = out
