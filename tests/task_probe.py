@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedmed.deployment import task
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.federated.wire import encode_task
-from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.network import resident_network
 from fedmed.training.site_round import settings_for_sites
 from fedmed.types import Task
 
@@ -31,7 +31,7 @@ REAL = task.app
 def question(network: str) -> Message:
     """A round's first message, for the network of that name."""
     config = toy_run("a-40", model={"name": network}, train={"local_steps": 2}, privacy={})
-    built: FlatNetwork = resident_network(config.model, 2, config.seed, "cpu")
+    built = resident_network(config, "cpu")
     asked = Task(
         kind="train", round=1, settings=settings_for_sites(config), layout=built.layout.hash, weights=built.weights()
     )

@@ -68,6 +68,11 @@ def test_residual_deepmedic() -> None:
     check(steady(deepmedic(norm="group", width=3, residual=True)), images, weights, PATIENTS)
 
 
+def test_deepmedic_that_is_given_what_lies_around_a_box() -> None:
+    images, weights = batch((55, 56))  # of which 3 x 4 pixels are predicted
+    check(steady(deepmedic(norm="group", width=3, dimensions=2, context=True)), images, weights, PATIENTS)
+
+
 @pytest.mark.parametrize("make", [small_cnn, unet])
 def test_late_fusion_with_a_modality_missing_from_one_image(make) -> None:
     network = late_fusion(

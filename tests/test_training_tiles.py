@@ -6,12 +6,15 @@ import torch
 from torch import nn
 
 from fedmed import config as run_file
+from fedmed.config import ModelConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Tiles
+from fedmed.models import build
 from fedmed.training.evaluate import evaluation_sums, predictions
+from fedmed.training.loop import training_batch
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import balanced_weights
-from fedmed.training.tiles import tile_window
+from fedmed.training.tiles import tile_window, within
 
 SHAPES = [(7, 9, 10), (3, 4, 12), (4, 6, 6)]  # one smaller than the box, one just it
 BOX = (4, 6, 6)
@@ -82,3 +85,45 @@ def test_tiles_with_foreground_come_up_as_often_as_those_without(volumes):
     task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a"]}}).task
     weights = balanced_weights(some, np.arange(len(some)), task)
     assert weights[0] == pytest.approx(weights[1:].sum())
+
+
+@pytest.mark.parametrize("margin", [0, 1, 5])
+def test_boxes_bring_what_lies_around_them_and_zeros_from_beyond_their_volume(volumes, margin):
+    images, masks, data = volumes
+    pixels, truth = data.batch(np.arange(len(data)), margin=margin)
+    for number, corner, box, mask in zip(data.tiles.volume - 2, data.tiles.corner, pixels, truth, strict=True):
+        for whole, found in ((images[number], box), (masks[number], mask)):
+            padded = np.pad(whole, [(0, 0)] + [(margin, margin + 6)] * 3)
+            place = tuple(slice(at, at + side + 2 * margin) for at, side in zip(corner, BOX, strict=True))
+            np.testing.assert_array_equal(found, padded[(slice(None), *place)])
+    torch.testing.assert_close(within(truth, margin), data.batch(np.arange(len(data)))[1])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_deepmedic_in_tiles_is_deepmedic_over_the_whole_volume(residual):
+    image = np.random.default_rng(1).random((1, 12, 9, 18), dtype=np.float32)
+    tiles, config = Tiles.over([image], (6, 6, 6)), ModelConfig(name="deepmedic", norm="none", width=3)
+    config = config.model_copy(update={"residual": residual})
+    data = Dataset(tiles, Tiles.over([image > 0.5], (6, 6, 6)), ("",) * len(tiles), rows=tiles.volume, labels=1)
+    in_tiles, whole = (
+        FlatNetwork(build(config, outputs=1, seed=1, dimensions=3, context=context), torch.device("cpu"))
+        for context in (True, False)
+    )
+    ((_, logits, targets),) = predictions(in_tiles, data, np.arange(len(data)))
+    with torch.inference_mode():
+        expected = whole.module.eval()(torch.from_numpy(image)[None])
+    torch.testing.assert_close(torch.from_numpy(logits), expected)
+    np.testing.assert_array_equal(targets[0], image > 0.5)
+
+
+@pytest.mark.parametrize("changes", [[], ["flip"]])
+def test_training_on_boxes_shows_deepmedic_what_lies_around_them(volumes, changes):
+    *_, data = volumes
+    config = ModelConfig(name="deepmedic", norm="group", width=3)
+    network = FlatNetwork(build(config, outputs=1, seed=1, dimensions=3, context=True), torch.device("cpu"))
+    train = run_file.validate({"train": {"augment": changes}}).train
+    images, masks = training_batch(data, np.arange(6), train, (1,), network.margin_voxels)
+    assert images.shape[2:] == tuple(side + 2 * network.margin_voxels for side in BOX)
+    assert network(images).shape == masks.shape == (6, 1, *BOX)
+    torch.testing.assert_close(within(images, network.margin_voxels).gt(0.7).float(), masks)
+    assert (images > 0).sum() > 2 * (within(images, network.margin_voxels) > 0).sum()

@@ -26,7 +26,7 @@ from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
 from fedmed.imaging.manifest import ABOUT, read_columns
 from fedmed.imaging.reading import PRESETS, read_image
-from fedmed.training.network import FlatNetwork, resident_network
+from fedmed.training.network import resident_network
 from fedmed.training.site_round import Site, settings_for_sites, train_round
 from fedmed.types import Task
 
@@ -61,9 +61,7 @@ def preset_for(image: Path) -> str:
 
 def _trained(site: SiteFolder, manifest: Path, config: RunConfig) -> str:
     here = Site(name=site.config.name, manifest=manifest, device=site.config.device)
-    network: FlatNetwork = resident_network(
-        config.model, len(config.task.labels), config.seed, here.device, config.dimensions
-    )
+    network = resident_network(config, here.device)
     task = Task(
         kind="train",
         round=1,

@@ -31,10 +31,9 @@ from fedmed.federated.server_evaluation import Judgement, ServerEvaluation, serv
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
 from fedmed.federated.wire import encode_task
-from fedmed.models import build, build_with_report
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
-from fedmed.training.network import FlatNetwork
+from fedmed.training.network import FlatNetwork, network_of, weights_report
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site_round import settings_for_sites
 from fedmed.types import Task, Update, Weights
@@ -138,20 +137,12 @@ class Federation:
 
     def _start(self) -> tuple[Weights, State]:
         """Build the network, load the server's set, and take up the last checkpoint if there is one."""
-        outputs, seed, dimensions = len(self.config.task.labels), self.config.seed, self.config.dimensions
-        module = build(self.config.model, outputs=outputs, seed=seed, dimensions=dimensions)
-        network = FlatNetwork(module, torch.device(server_device(self.config)))
+        network = FlatNetwork(network_of(self.config), torch.device(server_device(self.config)))
         self.layout = network.layout
         judged = not no_single_network(self.config.strategy)
         self.evaluation = ServerEvaluation.load(self.config, network, self.cache_dir) if judged else None
         if self.config.model.weights:
-            images = (
-                self.evaluation.data.batch(np.arange(min(8, len(self.evaluation.data))))[0] if self.evaluation else None
-            )
-            built = build_with_report(
-                self.config.model, outputs=outputs, seed=seed, dimensions=dimensions, images=images
-            )
-            self.pretrained = str(built)
+            self.pretrained = weights_report(self.config, self.evaluation.few() if self.evaluation else None)
         saved = self.folder.checkpoint()
         if saved is None:
             return network.weights(), self.step.start(self.layout)

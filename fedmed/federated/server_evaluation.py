@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
@@ -74,6 +75,11 @@ class ServerEvaluation:
         if chooses.all():
             raise DataError("the server's set has no patient left to report on; lower evaluate.selection-share")
         return cls(config, network, data, chooses)
+
+    def few(self) -> Tensor:
+        """Up to eight images (n, C, …), as the network is given them."""
+        rows = np.arange(min(8, len(self.data)))
+        return self.data.batch(rows, margin=self.network.margin_voxels)[0]
 
     def judge(self, weights: Weights, *, replicates: int, distances: bool = False) -> Judgement:
         """Evaluate a network on both parts in one pass.

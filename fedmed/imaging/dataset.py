@@ -72,7 +72,7 @@ class Dataset:
         return len(self.patients)
 
     def batch(
-        self, rows: NDArray[np.int64], *, generator: np.random.Generator | None = None
+        self, rows: NDArray[np.int64], *, generator: np.random.Generator | None = None, margin: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some items as tensors.
 
@@ -80,6 +80,8 @@ class Dataset:
             rows: (n,) indices below `len(self)`.
             generator: if given, boxes of volumes are cut up to a quarter of a box away from their place, anew in
                 every batch; nothing else changes. For training.
+            margin: voxels around an item that come with it, in images and masks: what lies around a box in its
+                volume, and 0 beyond that.
 
         Returns:
             Images (n, C, …) float32 in [0, 1], and targets float32: (n, labels) or masks (n, labels, …).
@@ -87,10 +89,14 @@ class Dataset:
         stored = self._order[rows]
         images = self._images
         corners = images.jittered(stored, generator) if isinstance(images, Tiles) and generator is not None else None
-        pixels = torch.from_numpy(_gathered(images, stored, corners))
+        around = margin if isinstance(images, Tiles) else 0
+        pixels = torch.from_numpy(_gathered(images, stored, corners, around))
         if self.channels > pixels.shape[1]:
             pixels = pixels.repeat(1, self.channels // pixels.shape[1], *[1] * (pixels.ndim - 2))
-        return pixels, torch.from_numpy(self._targets(rows, stored, corners))
+        targets = torch.from_numpy(self._targets(rows, stored, corners, around))
+        if margin > around:  # nothing is known around whole items
+            return _padded(pixels, margin), _padded(targets, margin)
+        return pixels, targets
 
     def select(self, keep: NDArray[np.bool_]) -> Dataset:
         """The items where `keep` (N,) is true; pixels are shared."""
@@ -129,11 +135,11 @@ class Dataset:
     def _images(self) -> Slots | Tiles:
         return Slots.of(self.images) if isinstance(self.images, np.ndarray) else self.images
 
-    def _targets(self, rows: Numbers, stored: Numbers, corners: Numbers | None) -> NDArray[np.float32]:
+    def _targets(self, rows: Numbers, stored: Numbers, corners: Numbers | None, margin: int) -> NDArray[np.float32]:
         if isinstance(self.targets, np.ndarray):
             values: NDArray[np.float32] = self.targets[stored if self._labelled is None else rows].astype(np.float32)
             return values
-        classes = _gathered(self.targets, stored, corners, scaled=False)  # (n, 1, …)
+        classes = _gathered(self.targets, stored, corners, margin, scaled=False)  # (n, 1, …)
         if self.labels == 1:
             return classes
         numbers = np.arange(1, self.labels + 1, dtype=np.float32).reshape(-1, *[1] * (classes.ndim - 2))
@@ -251,11 +257,16 @@ def _items(places: Sequence[Located], box: tuple[int, ...]) -> Slots | Tiles:
 
 
 def _gathered(
-    items: Slots | Tiles, rows: Numbers, corners: Numbers | None, *, scaled: bool = True
+    items: Slots | Tiles, rows: Numbers, corners: Numbers | None, margin: int, *, scaled: bool = True
 ) -> NDArray[np.float32]:
     if isinstance(items, Tiles):
-        return items.gather(rows, scaled=scaled, corners=corners)
+        return items.gather(rows, scaled=scaled, corners=corners, margin=margin)
     return items.gather(rows, scaled=scaled)
+
+
+def _padded(items: torch.Tensor, margin: int) -> torch.Tensor:
+    """Items (n, C, …) with zeros around; labels (n, labels) as they are."""
+    return torch.nn.functional.pad(items, [margin] * 2 * (items.ndim - 2))
 
 
 def _check_unreadable(unreadable: Mapping[int, str], total: int, most: float) -> None:

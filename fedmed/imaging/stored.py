@@ -150,13 +150,26 @@ class Tiles:
         inside: Numbers = np.clip(moved, 0, room)
         return inside
 
-    def gather(self, rows: Numbers, *, scaled: bool = True, corners: Numbers | None = None) -> Floats:
-        """Boxes as float32 (n, C, *size), a copy; cut at `corners` (n, 3) instead of their own if given."""
-        places = self.corner[rows] if corners is None else corners
-        gathered = np.zeros((len(rows), *self.shape), np.float32)
-        for box, number, (d, h, w) in zip(gathered, self.volume[rows], places, strict=True):
-            part = self.volumes[number][:, d : d + self.size[0], h : h + self.size[1], w : w + self.size[2]]
-            box[:, : part.shape[1], : part.shape[2], : part.shape[3]] = _floats(part, scaled=scaled)
+    def gather(self, rows: Numbers, *, scaled: bool = True, corners: Numbers | None = None, margin: int = 0) -> Floats:
+        """Boxes as float32, a copy.
+
+        Args:
+            rows: (n,) indices below `len(self)`.
+            scaled: as for `Slots.gather`.
+            corners: (n, 3) at which they are cut instead of their own.
+            margin: voxels of the volume that come with a box on every side; outside the volume they are 0.
+
+        Returns:
+            (n, C, …) of `size` and twice the margin.
+        """
+        places = (self.corner[rows] if corners is None else corners) - margin
+        sides = [side + 2 * margin for side in self.size]
+        gathered = np.zeros((len(rows), self.shape[0], *sides), np.float32)
+        for box, number, place in zip(gathered, self.volume[rows], places.tolist(), strict=True):
+            there = tuple(slice(max(at, 0), at + side) for at, side in zip(place, sides, strict=True))
+            part = self.volumes[number][:, *there]
+            here = tuple(slice(max(-at, 0), max(-at, 0) + side) for at, side in zip(place, part.shape[1:], strict=True))
+            box[:, *here] = _floats(part, scaled=scaled)
         return gathered
 
 

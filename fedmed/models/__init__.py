@@ -3,6 +3,7 @@
 from fedmed.models.attention_unet import gate_maps
 from fedmed.models.conversion import Converted, group_normalized
 from fedmed.models.registry import MODELS, Built, build, build_with_report
+from fedmed.models.spatial import margin_of
 from fedmed.models.stages import Stage, freeze_, parameter_groups, stages
 from fedmed.models.weights import Loaded
 
@@ -17,6 +18,7 @@ __all__ = [
     "freeze_",
     "gate_maps",
     "group_normalized",
+    "margin_of",
     "parameter_groups",
     "stages",
 ]

@@ -25,6 +25,7 @@ DENSE = 150  # channels of the two layers that read both pathways
 FACTOR = 3  # how much coarser the low-resolution pathway is
 MARGIN = len(CHANNELS)  # voxels that eight 3³ convolutions take from each side
 CONTEXT = FACTOR * MARGIN  # voxels around a segment that its predictions depend on
+SURROUNDINGS = CONTEXT + FACTOR - 1  # those, and what fills up the last cell of a segment of any size
 
 
 def deepmedic(
@@ -35,12 +36,15 @@ def deepmedic(
     width: int = 0,
     dimensions: int = 3,
     residual: bool = False,
+    context: bool = False,
 ) -> nn.Module:
     """Returns DeepMedic with one logit per label and voxel.
 
     Takes images (N, in_channels, [D,] H, W) of any size and returns logits (N, outputs, [D,] H, W): the context that
-    the paper's unpadded convolutions need is filled with zeros (the background of preprocessed images). See
-    `DeepMedic.segment` for the paper's own form, and `fedmed.training.tiles` for volumes that do not fit in memory.
+    the paper's unpadded convolutions need is filled with zeros (the background of preprocessed images). With `context`
+    it is not: images are boxes with the 26 voxels of their volume on every side that `margin_voxels` asks for, and the
+    logits are those of the box. Tiles so predicted are a volume predicted at once, where 3 divides their corners, since
+    the low-resolution pathway's cells begin there. See `DeepMedic.segment` for the paper's own form.
 
     Args:
         in_channels: Channels of an image, such as the sequences of an MR study.
@@ -49,6 +53,7 @@ def deepmedic(
         width: Channels of the first layer; 0 = the paper's 30. The other layers keep their proportion to it.
         dimensions: 3 is the paper's; 2 for images.
         residual: Whether layers 4, 6, 8 and 10 add what the layer before them was given, as in 2016.
+        context: Whether images come with what lies around them.
     """
     return DeepMedic(
         in_channels=in_channels,
@@ -58,6 +63,7 @@ def deepmedic(
         dense=scaled(DENSE, width),
         dimensions=dimensions,
         residual=residual,
+        margin_voxels=SURROUNDINGS if context else 0,
     )
 
 
@@ -79,10 +85,12 @@ class DeepMedic(nn.Module):
         dense: int,
         dimensions: int,
         residual: bool,
+        margin_voxels: int,
     ) -> None:
         """Builds and initializes the network."""
         super().__init__()
         self.dimensions = dimensions
+        self.margin_voxels = margin_voxels
         self.residual = residual
         self.normal = Pathway(in_channels, channels, norm, dimensions, residual=residual)
         self.low = Pathway(in_channels, channels, norm, dimensions, residual=residual)
@@ -96,11 +104,12 @@ class DeepMedic(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W)."""
-        require_size("deepmedic", images, 1, self.dimensions)
-        sides = images.shape[2:]
-        ends = [pad for side in reversed(sides) for pad in (CONTEXT, CONTEXT + -side % FACTOR)]
-        return cropped(self.segment(F.pad(images, ends)), sides)
+        """Returns logits (N, outputs, [D,] H, W) for images (N, in_channels, [D,] H, W) and the margin around them."""
+        margin = self.margin_voxels
+        require_size("deepmedic", images, 1 + 2 * margin, self.dimensions)
+        sides = tuple(side - 2 * margin for side in images.shape[2:])
+        ends = [pad - margin for side in reversed(sides) for pad in (CONTEXT, CONTEXT + -side % FACTOR)]
+        return cropped(self.segment(F.pad(images, ends)), sides)  # pads below 0 crop
 
     def segment(self, context: Tensor) -> Tensor:
         """Returns the paper's predictions: what can be said without padding.

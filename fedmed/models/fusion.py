@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.errors import ModelError
+from fedmed.models.spatial import margin_of
 from fedmed.models.stages import stages
 
 
@@ -49,6 +50,7 @@ class LateFusion(nn.Module):
         """Takes the last layer off each of the `encoders`, in place, and makes one head instead."""
         super().__init__()
         self.channels = channels
+        self.margin_voxels = margin_of(encoders[0])
         self.head_name, last = last_layer(encoders[0])
         known = stages(encoders[0])
         for encoder in encoders:

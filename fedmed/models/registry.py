@@ -24,13 +24,14 @@ from fedmed.models.fusion import late_fusion
 from fedmed.models.low_rank import adapt_
 from fedmed.models.resnet50 import resnet50
 from fedmed.models.small_cnn import small_cnn
+from fedmed.models.spatial import margin_of
 from fedmed.models.stages import freeze_
 from fedmed.models.unet import unet
 from fedmed.models.vgg16 import vgg16
 from fedmed.models.weights import Loaded, load_weights
 
-# Called with the keywords in_channels, outputs, norm and width; and, if it has such parameters, with `dimensions` and
-# with any other key of the [model] section, such as `residual`.
+# Called with the keywords in_channels, outputs, norm and width; and, if it has such parameters, with `dimensions`,
+# `context` and any other key of the [model] section, such as `residual`.
 Network = Callable[..., nn.Module]
 
 MODELS: dict[str, Network] = {
@@ -59,7 +60,7 @@ class Built:
         return "" if self.loaded is None else f"{self.loaded}{far}"
 
 
-def build(model: ModelConfig, *, outputs: int, seed: int, dimensions: int = 2) -> nn.Module:
+def build(model: ModelConfig, *, outputs: int, seed: int, dimensions: int = 2, context: bool = False) -> nn.Module:
     """Returns the network that `model` describes, on the CPU, in training mode.
 
     The same (model, outputs, seed, dimensions) makes the same weights bit for bit, whatever the state of torch's
@@ -71,16 +72,24 @@ def build(model: ModelConfig, *, outputs: int, seed: int, dimensions: int = 2) -
         outputs: Number of labels, at least 1.
         seed: Seed of the initial weights, an integer of 64 bits.
         dimensions: 2 for images (N, C, H, W), 3 for volumes, patches or series (N, C, D, H, W).
+        context: Whether images are boxes of volumes, with what the network asks for around them (`margin_of`).
 
     Raises:
         ModelError: If no such network is known or can be made, or if `model.weights` or `model.freeze` does not fit it.
     """
-    network, _ = _build(model.model_dump(), outputs=outputs, seed=seed, dimensions=dimensions)
+    settings = {**model.model_dump(), "context": context}
+    network, _ = _build(settings, outputs=outputs, seed=seed, dimensions=dimensions)
     return network
 
 
 def build_with_report(
-    model: ModelConfig, *, outputs: int, seed: int, dimensions: int = 2, images: Tensor | None = None
+    model: ModelConfig,
+    *,
+    outputs: int,
+    seed: int,
+    dimensions: int = 2,
+    context: bool = False,
+    images: Tensor | None = None,
 ) -> Built:
     """Returns what `build` does, and what the weights file gave.
 
@@ -89,18 +98,19 @@ def build_with_report(
         outputs: Number of labels.
         seed: Seed of the initial weights.
         dimensions: 2 or 3.
+        context: As for `build`.
         images: (N, C, [D,] H, W), on which to measure how far the outputs moved, best those to train on; without,
             evenly distributed noise of 64 pixels a side (24 in 3D).
 
     Raises:
         ModelError: As `build`.
     """
-    settings = model.model_dump()
+    settings = {**model.model_dump(), "context": context}
     network, loaded = _build(settings, outputs=outputs, seed=seed, dimensions=dimensions)
     if loaded is None or not loaded.folded:
         return Built(network=network, loaded=loaded, moved=None)
     if images is None:
-        sides = [64, 64] if dimensions == 2 else [24, 24, 24]
+        sides = [64, 64] if dimensions == 2 else [24 + 2 * margin_of(network)] * 3
         images = torch.rand(4, model.in_channels, *sides, generator=torch.Generator().manual_seed(seed))
     original, _ = _build({**settings, "norm": "batch"}, outputs=outputs, seed=seed, dimensions=dimensions)
     return Built(network=network, loaded=loaded, moved=moved(original, network, images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +12,18 @@ from fedmed.errors import ModelError
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 UP_CONVOLUTIONS = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+@runtime_checkable
+class Surrounded(Protocol):
+    """A network whose boxes come with so many voxels of their volume on every side, of which it predicts nothing."""
+
+    margin_voxels: int
+
+
+def margin_of(network: nn.Module) -> int:
+    """Returns how many voxels around a box a network is given on every side; 0 for most."""
+    return network.margin_voxels if isinstance(network, Surrounded) else 0
 
 
 def padded(images: Tensor, multiple: int) -> Tensor:

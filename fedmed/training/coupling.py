@@ -45,7 +45,7 @@ def require_uncoupled(network: FlatNetwork, data: Dataset) -> None:
     Raises:
         ModelError: what the network says of the picture depends on its neighbour.
     """
-    shape = data.batch(np.zeros(1, np.int64))[0].shape[1:]
+    shape = data.batch(np.zeros(1, np.int64), margin=network.margin_voxels)[0].shape[1:]
     module = deepcopy(network.module).train()
     with seeded(SEED, torch.device("cpu")):
         for parameter in module.parameters():

@@ -33,7 +33,7 @@ from fedmed.metrics import (
 )
 from fedmed.training.losses import Loss
 from fedmed.training.network import FlatNetwork
-from fedmed.training.tiles import volume_predictions
+from fedmed.training.tiles import volume_predictions, within
 from fedmed.types import Sums
 
 PERSONAL = "personal/"  # before the name of a sum, or of a metric, of a site's own network
@@ -54,9 +54,9 @@ def predictions(
             return
         for start in range(0, len(rows), BATCH_SIZE):
             chosen = rows[start : start + BATCH_SIZE]
-            images, targets = data.batch(chosen)
+            images, targets = data.batch(chosen, margin=network.margin_voxels)
             logits = network(images.to(network.device))
-            yield chosen, logits.float().cpu().numpy(), targets.numpy()
+            yield chosen, logits.float().cpu().numpy(), within(targets, network.margin_voxels).numpy()
 
 
 def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss: Loss) -> float:
@@ -68,7 +68,8 @@ def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss
     total = weight = 0.0
     with torch.inference_mode():
         for start in range(0, len(rows), BATCH_SIZE):
-            images, targets = data.batch(rows[start : start + BATCH_SIZE])
+            images, targets = data.batch(rows[start : start + BATCH_SIZE], margin=network.margin_voxels)
+            targets = within(targets, network.margin_voxels)
             value = loss(network(images.to(network.device)), targets.to(network.device))
             known = int((~torch.isnan(targets)).sum()) * len(images) / targets.numel()
             total, weight = total + float(value) * known, weight + known

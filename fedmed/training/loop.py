@@ -24,6 +24,7 @@ from fedmed.training.network import FlatNetwork, mixes_images
 from fedmed.training.precision import in_float32, settled
 from fedmed.training.sampling import Rows, batches
 from fedmed.training.schedule import learning_rate_factor
+from fedmed.training.tiles import within
 from fedmed.training.unfinished import Unfinished
 from fedmed.types import FloatVector
 
@@ -114,7 +115,8 @@ def train_(
         supervised = deeply_supervised(loss)
         first = training.step * config.accumulate
         numbered = enumerate(order[first:], start=first)
-        parts = (training_batch(data, chosen, config, (seed, number)) for number, chosen in numbered)
+        margin = network.margin_voxels
+        parts = (training_batch(data, chosen, config, (seed, number), margin) for number, chosen in numbered)
         while group := list(islice(parts, config.accumulate)):
             training.step_(partial(_mean_gradient_, network, config, supervised, group))
             if training.over(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config)):
@@ -122,15 +124,20 @@ def train_(
     return training.result_()
 
 
-def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, ...]) -> Batch:
-    """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone."""
+def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple[int, ...], margin: int = 0) -> Batch:
+    """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone.
+
+    Images bring a margin of so many voxels for a network that wants one; it moves with them, and targets have none.
+    """
     if not config.augment:
-        return data.batch(chosen)
+        images, targets = data.batch(chosen, margin=margin)
+        return images, within(targets, margin)
     generator = np.random.default_rng(seed)
-    images, targets = data.batch(chosen, generator=generator)
+    images, targets = data.batch(chosen, generator=generator, margin=margin)
     drawn = augment.sample(config.augment, images.shape[1:], len(images), generator)
     if targets.ndim == images.ndim:
-        return augment.apply(images, targets, drawn)
+        images, targets = augment.apply(images, targets, drawn)
+        return images, within(targets, margin)
     return augment.apply(images, None, drawn)[0], targets
 
 

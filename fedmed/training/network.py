@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmed.config import ModelConfig
+from fedmed.config import ModelConfig, RunConfig
 from fedmed.errors import ModelError
-from fedmed.models import build
+from fedmed.models import build, build_with_report, margin_of
 from fedmed.types import Entry, FloatVector, Layout, Weights
 
 
@@ -73,6 +74,11 @@ class FlatNetwork:
         return logits
 
     @property
+    def margin_voxels(self) -> int:
+        """What an image must bring on every side besides what is to be predicted; 0 for most networks."""
+        return margin_of(self.module)
+
+    @property
     def vector(self) -> Tensor:
         """All parameters as one vector on the network's device: the parameters themselves, not a copy."""
         return self._parameters
@@ -127,10 +133,34 @@ def mixes_images(module: nn.Module) -> bool:
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in module.modules())
 
 
-@lru_cache(maxsize=1)
-def resident_network(model: ModelConfig, outputs: int, seed: int, device: str, dimensions: int = 2) -> FlatNetwork:
+def network_of(config: RunConfig) -> nn.Module:
+    """The network of a run, as it is before its first round."""
+    return build(config.model, **_circumstances(config))
+
+
+def weights_report(config: RunConfig, images: Tensor | None) -> str:
+    """What became of `model.weights`, and on images (N, C, …) how far the outputs moved without BatchNorm."""
+    return str(build_with_report(config.model, **_circumstances(config), images=images))
+
+
+def resident_network(config: RunConfig, device: str) -> FlatNetwork:
     """The network that this process keeps between tasks."""
-    return FlatNetwork(build(model, outputs=outputs, seed=seed, dimensions=dimensions), torch.device(device))
+    return _resident(config.model, device, **_circumstances(config))
+
+
+@lru_cache(maxsize=1)
+def _resident(model: ModelConfig, device: str, **circumstances: Any) -> FlatNetwork:
+    return FlatNetwork(build(model, **circumstances), torch.device(device))
+
+
+def _circumstances(config: RunConfig) -> dict[str, Any]:
+    """What besides its own section makes a run's network."""
+    return {
+        "outputs": len(config.task.labels),
+        "seed": config.seed,
+        "dimensions": config.dimensions,
+        "context": config.data.items == "patches",
+    }
 
 
 def channels_innermost(images: Tensor) -> Tensor:

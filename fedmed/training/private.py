@@ -240,10 +240,11 @@ def train_privately_(
         gradient_ = PrivateGradient(network, config, loss, terms, source)
         gradient_.clipper.refuse_mixing()
         require_uncoupled(network, data)
+        margin = network.margin_voxels
         while training.step < terms.steps:
             source.begin(training.step)
             parts = drawn(units, terms, source)
-            group = ((part, *_batch(data, part, config, (seed, training.step))) for part in parts)
+            group = ((part, *_batch(data, part, config, (seed, training.step), margin)) for part in parts)
             training.step_(partial(gradient_, group))
             training.clip = gradient_.clip
             training.over(at_end_of_pass=False)
@@ -254,12 +255,12 @@ def train_privately_(
     return replace(trained, kept=kept)
 
 
-def _batch(data: Dataset, part: Physical, config: TrainConfig, seed: tuple[int, int]) -> Batch:
+def _batch(data: Dataset, part: Physical, config: TrainConfig, seed: tuple[int, int], margin: int) -> Batch:
     """Images and targets, each changed by numbers of its own: no image's depend on who else was drawn."""
     if not config.augment:
-        return data.batch(part.rows)
+        return training_batch(data, part.rows, config, seed, margin)
     single = [
-        training_batch(data, part.rows[n : n + 1], config, (*seed, int(part.keys[n]), int(part.copies[n])))
+        training_batch(data, part.rows[n : n + 1], config, (*seed, int(part.keys[n]), int(part.copies[n])), margin)
         for n in range(len(part.rows))
     ]
     return torch.cat([images for images, _ in single]), torch.cat([targets for _, targets in single])

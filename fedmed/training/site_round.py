@@ -291,7 +291,7 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
         raise ConfigError(text, public=text)
     torch.set_num_threads(config.train.threads)
     data = site_data(site, task.settings)
-    network = resident_network(config.model, len(config.task.labels), config.seed, site.device, config.dimensions)
+    network = resident_network(config, site.device)
     if network.layout.hash != task.layout:
         raise ModelError("the server's network has another layout than the one built here; compare the versions")
     network.load_(task.weights)

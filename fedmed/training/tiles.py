@@ -38,7 +38,8 @@ def volume_predictions(
         logits = targets = weights = torch.zeros(0)
         for start in range(0, len(mine), TILES_AT_ONCE):
             chosen = mine[start : start + TILES_AT_ONCE]
-            images, truth = data.batch(chosen)
+            images, truth = data.batch(chosen, margin=network.margin_voxels)
+            truth = within(truth, network.margin_voxels)
             output = network(images.to(network.device)).float().cpu()
             if start == 0:
                 logits = torch.zeros(output.shape[1], *whole)
@@ -51,6 +52,12 @@ def volume_predictions(
                 targets[:, *place] = mask[:, *inside]
                 weights[place] += window[inside]
         yield mine[:1], (logits / weights)[None].numpy(), targets[None].numpy()
+
+
+def within(targets: Tensor, margin: int) -> Tensor:
+    """Masks (n, labels, …) without the margin that came with them; labels (n, labels) as they are."""
+    inside = slice(margin, -margin or None)
+    return targets[(..., *[inside] * (targets.ndim - 2))]
 
 
 def tile_window(size: tuple[int, ...]) -> Tensor:

@@ -54,7 +54,7 @@ def image_maps(kept: Kept, images: NDArray[Any], make: Callable[[Tensor], Tensor
         ModelError: the network cannot read it.
     """
     data = _dataset(kept, images, masks=True)
-    function = FlatNetwork(_Function(make), kept.network.device)
+    function = FlatNetwork(_Function(make, kept.network.margin_voxels), kept.network.device)
     with torch.no_grad():
         if data.tiles is not None:
             return _numbers(
@@ -68,10 +68,11 @@ def image_maps(kept: Kept, images: NDArray[Any], make: Callable[[Tensor], Tensor
 class _Function(nn.Module):
     """A function where a network is expected."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        """The function may use a network, whose parameters are not this module's."""
+    def __init__(self, function: Callable[[Tensor], Tensor], margin_voxels: int) -> None:
+        """The function may use a network, whose parameters are not this module's, and wants a margin as that does."""
         super().__init__()
         self._function = function
+        self.margin_voxels = margin_voxels
 
     def forward(self, images: Tensor) -> Tensor:
         """The function's maps."""
@@ -79,7 +80,8 @@ class _Function(nn.Module):
 
 
 def _batch(function: FlatNetwork, data: Dataset, start: int) -> Maps:
-    images, _ = data.batch(np.arange(start, min(start + BATCH_SIZE, len(data))))
+    rows = np.arange(start, min(start + BATCH_SIZE, len(data)))
+    images, _ = data.batch(rows, margin=function.margin_voxels)
     maps: Maps = function(images.to(function.device)).float().cpu().numpy()
     return maps
 

@@ -17,9 +17,8 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import Recipe
-from fedmed.models import build
 from fedmed.models.attention_unet import AttentionUNet
-from fedmed.training.network import FlatNetwork, layout_of
+from fedmed.training.network import FlatNetwork, layout_of, network_of
 from fedmed.training.site_state import PERSONAL
 
 SCHEMA = 1
@@ -100,7 +99,7 @@ def kept_network(run: Path, *, device: str = "cpu", site: str = "") -> tuple[Fla
         )
     sections = {"model": facts["model"], "task": facts["task"], "data": facts["preprocessing"]}
     config = run_file.validate(sections, source="model.json")
-    module = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
+    module = network_of(config)
     if layout_of(module).hash != facts["layout"]:
         raise ModelError("this fedmed builds another network than the run kept; use the version that model.json names")
     _load_(module, weights)
