@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
 from fedmed.imaging.dataset import Dataset
-from fedmed.training import evaluate
+from fedmed.training import evaluate, tiles
 from fedmed.training.losses import (
     deeply_supervised,
     dice,
@@ -166,7 +166,7 @@ def test_a_loss_of_the_other_task_is_refused():
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 32])
 def test_the_held_out_loss_is_the_mean_over_known_labels_whatever_the_batches(batch, monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", batch)
+    monkeypatch.setattr(tiles, "VOXELS_AT_ONCE", batch)  # of one pixel each
     data = Dataset(
         images=np.zeros((3, 1, 1, 1), np.float32), targets=TARGETS.float().numpy(), patients=("a", "b", "c"),
         evaluation=np.ones(3, bool),

@@ -10,11 +10,11 @@ from fedmed.config import ModelConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Tiles
 from fedmed.models import build
-from fedmed.training.evaluate import evaluation_sums, predictions
+from fedmed.training.evaluate import evaluation_sums, mean_loss, predictions
 from fedmed.training.loop import training_batch
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import balanced_weights
-from fedmed.training.tiles import tile_window, within
+from fedmed.training.tiles import parts, tile_window, within
 
 SHAPES = [(7, 9, 10), (3, 4, 12), (4, 6, 6)]  # one smaller than the box, one just it
 BOX = (4, 6, 6)
@@ -127,3 +127,27 @@ def test_training_on_boxes_shows_deepmedic_what_lies_around_them(volumes, change
     assert network(images).shape == masks.shape == (6, 1, *BOX)
     torch.testing.assert_close(within(images, network.margin_voxels).gt(0.7).float(), masks)
     assert (images > 0).sum() > 2 * (within(images, network.margin_voxels) > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("sides", "most"), [((8, 8), 32), ((256, 256), 32), ((512, 512), 8), ((64, 64, 64), 8), ((128, 128, 128), 1)]
+)
+def test_fewer_large_items_are_evaluated_at_once(sides, most):
+    seen = []
+
+    class Flat(nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            return images.flatten(2).mean(dim=2)
+
+    data = Dataset(np.zeros((most + 1, 1, *sides), np.uint8), np.zeros((most + 1, 1), np.float32), ("",) * (most + 1))
+    network, rows = FlatNetwork(Flat(), torch.device("cpu")), np.arange(most + 1)
+    assert sum(len(chosen) for chosen, _, _ in predictions(network, data, rows)) == most + 1
+    mean_loss(network, data, rows, nn.functional.mse_loss)
+    assert seen == [most, 1] * 2
+
+
+def test_large_tiles_are_predicted_one_by_one():
+    tiles = Tiles.over([np.zeros((1, 130, 128, 128), np.uint8)], (128, 128, 128))
+    data = Dataset(tiles, tiles, ("",) * len(tiles), rows=tiles.volume, labels=1)
+    assert [len(chosen) for chosen in parts(pointwise(), data, np.arange(2), most=4)] == [1, 1]

@@ -98,6 +98,11 @@ class Dataset:
             return _padded(pixels, margin), _padded(targets, margin)
         return pixels, targets
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one item, as stored: (C, …)."""
+        return self._images.shape
+
     def select(self, keep: NDArray[np.bool_]) -> Dataset:
         """The items where `keep` (N,) is true; pixels are shared."""
         rows = np.flatnonzero(keep)

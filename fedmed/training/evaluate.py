@@ -33,11 +33,10 @@ from fedmed.metrics import (
 )
 from fedmed.training.losses import Loss
 from fedmed.training.network import FlatNetwork
-from fedmed.training.tiles import volume_predictions, within
+from fedmed.training.tiles import parts, volume_predictions, within
 from fedmed.types import Sums
 
 PERSONAL = "personal/"  # before the name of a sum, or of a metric, of a site's own network
-BATCH_SIZE = 32  # images in one forward pass; memory, not accuracy, depends on it
 
 
 def predictions(
@@ -52,8 +51,7 @@ def predictions(
         if data.tiles is not None and data.labels:
             yield from volume_predictions(network, data, rows)
             return
-        for start in range(0, len(rows), BATCH_SIZE):
-            chosen = rows[start : start + BATCH_SIZE]
+        for chosen in parts(network, data, rows):
             images, targets = data.batch(chosen, margin=network.margin_voxels)
             logits = network(images.to(network.device))
             yield chosen, logits.float().cpu().numpy(), within(targets, network.margin_voxels).numpy()
@@ -67,8 +65,8 @@ def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss
     network.module.eval()
     total = weight = 0.0
     with torch.inference_mode():
-        for start in range(0, len(rows), BATCH_SIZE):
-            images, targets = data.batch(rows[start : start + BATCH_SIZE], margin=network.margin_voxels)
+        for chosen in parts(network, data, rows):
+            images, targets = data.batch(chosen, margin=network.margin_voxels)
             targets = within(targets, network.margin_voxels)
             value = loss(network(images.to(network.device)), targets.to(network.device))
             known = int((~torch.isnan(targets)).sum()) * len(images) / targets.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,9 @@ from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows
 
 SHARPNESS = 0.125  # standard deviation of a tile's weights, as a share of its side (Isensee et al. 2021, nnU-Net)
+BATCH_SIZE = 32  # items in one forward pass; memory, not accuracy, depends on it
 TILES_AT_ONCE = 4
+VOXELS_AT_ONCE = BATCH_SIZE * 256 * 256  # of larger items fewer go at once: one volume of 128³
 
 
 def volume_predictions(
@@ -36,12 +39,11 @@ def volume_predictions(
         mine = rows[tiles.volume[rows] == volume]
         whole = tuple(int(side) for side in tiles.whole[mine[0]])
         logits = targets = weights = torch.zeros(0)
-        for start in range(0, len(mine), TILES_AT_ONCE):
-            chosen = mine[start : start + TILES_AT_ONCE]
+        for chosen in parts(network, data, mine, most=TILES_AT_ONCE):
             images, truth = data.batch(chosen, margin=network.margin_voxels)
             truth = within(truth, network.margin_voxels)
             output = network(images.to(network.device)).float().cpu()
-            if start == 0:
+            if not len(logits):
                 logits = torch.zeros(output.shape[1], *whole)
                 targets, weights = torch.zeros_like(logits), torch.zeros(whole)
                 window = tile_window(output.shape[2:])
@@ -52,6 +54,13 @@ def volume_predictions(
                 targets[:, *place] = mask[:, *inside]
                 weights[place] += window[inside]
         yield mine[:1], (logits / weights)[None].numpy(), targets[None].numpy()
+
+
+def parts(network: FlatNetwork, data: Dataset, rows: Rows, *, most: int = BATCH_SIZE) -> Iterator[Rows]:
+    """Rows as they go through a network together where nothing is trained: at most so many, and fewer large ones."""
+    voxels = math.prod(side + 2 * network.margin_voxels for side in data.shape[1:])
+    size = max(1, min(most, VOXELS_AT_ONCE // max(voxels, 1)))
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def within(targets: Tensor, margin: int) -> Tensor:

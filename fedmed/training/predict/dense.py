@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fedmed.errors import FedmedError, ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Tiles
-from fedmed.training.evaluate import BATCH_SIZE, predictions
+from fedmed.training.evaluate import predictions
 from fedmed.training.network import FlatNetwork
 from fedmed.training.predict.kept import Kept
-from fedmed.training.tiles import volume_predictions
+from fedmed.training.tiles import parts, volume_predictions
 
 Maps = NDArray[np.float32]
 
@@ -60,7 +60,8 @@ def image_maps(kept: Kept, images: NDArray[Any], make: Callable[[Tensor], Tensor
             return _numbers(
                 _tried(lambda: [maps for _, maps, _ in volume_predictions(function, data, np.arange(len(data)))])[0][0]
             )
-        found = _tried(lambda: [_batch(function, data, start) for start in range(0, len(data), BATCH_SIZE)])
+        rows = np.arange(len(data))
+        found = _tried(lambda: [_batch(function, data, chosen) for chosen in parts(function, data, rows)])
     maps = np.concatenate(found)
     return _numbers(maps[0] if kept.recipe.depth else maps.swapaxes(0, 1))
 
@@ -79,8 +80,7 @@ class _Function(nn.Module):
         return self._function(images)
 
 
-def _batch(function: FlatNetwork, data: Dataset, start: int) -> Maps:
-    rows = np.arange(start, min(start + BATCH_SIZE, len(data)))
+def _batch(function: FlatNetwork, data: Dataset, rows: NDArray[np.int64]) -> Maps:
     images, _ = data.batch(rows, margin=function.margin_voxels)
     maps: Maps = function(images.to(function.device)).float().cpu().numpy()
     return maps
