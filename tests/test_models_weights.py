@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import densenet121, resnet50
 
 from fedmed.config import ModelConfig
@@ -17,9 +17,16 @@ from fedmed.errors import ModelError
 from fedmed.models import build, build_with_report, group_normalized
 from fedmed.models.fusion import late_fusion
 from fedmed.models.small_cnn import small_cnn
+from fedmed.models.vgg16 import vgg16
 from fedmed.models.weights import load_weights
 
 State = dict[str, Tensor]
+RANGES = {  # mean and standard deviation that a layout's images were brought to
+    "own": ([0.0], [1.0]),
+    "torchvision": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "chexnet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "torchxrayvision": ([0.5], [1 / 2048]),
+}
 SMALL = {"name": "small-cnn", "width": 4, "norm": "batch"}
 
 
@@ -165,17 +172,30 @@ def as_chexnet(state: State) -> State:
     return {f"module.densenet121.{name}": tensor for name, tensor in kept.items()}
 
 
+def as_trained(network: nn.Module, images: Tensor, layout: str) -> Tensor:
+    """What a network says of images that are brought into the range that it was trained on, black around them."""
+    mean, std = RANGES[layout]
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    pad, first.padding = first.padding[0], (0, 0)
+    black = nn.functional.pad(images, [pad] * 4)
+    with torch.no_grad():
+        said = network.eval()((black - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1))
+    first.padding = (pad, pad)
+    return said
+
+
 @pytest.mark.parametrize(
     ("layout", "change"),
     [
         ("own", dict),
         ("own", lambda state: {f"module.{name}": tensor for name, tensor in state.items()}),
+        ("own", lambda state: {f"model.{name}": tensor for name, tensor in state.items()}),
         ("torchvision", old_names),
         ("chexnet", as_chexnet),
         ("torchxrayvision", lambda state: {**state, "op_threshs": torch.tensor([0.1, torch.nan])}),
     ],
 )
-def test_knows_the_names_of_public_densenets(layout: str, change: Callable[[State], State], tmp_path: Path) -> None:
+def test_knows_public_densenets_and_their_range(layout: str, change: Callable[[State], State], tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
         source = densenet121(num_classes=14).eval()
@@ -190,15 +210,33 @@ def test_knows_the_names_of_public_densenets(layout: str, change: Callable[[Stat
     assert built.loaded is not None and built.loaded.layout == layout
     assert not built.loaded.fresh and not built.loaded.adapted
     assert built.loaded.unused == (("op_threshs",) if layout == "torchxrayvision" else ())
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(built.network.eval()(images), source(images))
+        torch.testing.assert_close(
+            built.network.eval()(images), as_trained(source, images, layout), rtol=1e-4, atol=1e-4
+        )
+    changed = () if layout == "own" else ("features.conv0.weight", "features.norm0.running_mean")
+    assert built.loaded.rescaled == changed and not set(changed) & set(built.loaded.matched)
+    assert ("the first layer rescaled from images" in str(built)) == (layout != "own")
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_first_convolution_with_a_bias_takes_the_range_in_there(norm: str, tmp_path: Path) -> None:
+    source = vgg16(in_channels=3, outputs=1000, norm=norm, width=2)
+    torch.nn.init.normal_(source.features[0].bias)
+    path = save(source.state_dict(), tmp_path / "weights.safetensors")
+    config = ModelConfig(name="vgg16", norm=norm, width=2, in_channels=3, weights=str(path))
+    built = build_with_report(config, outputs=1000, seed=1)
+    images = torch.rand(2, 3, 32, 40)
+    torch.testing.assert_close(built.network.eval()(images), as_trained(source, images, "torchvision"))
+    assert built.loaded is not None and built.loaded.rescaled == ("features.0.weight", "features.0.bias")
 
 
 def test_loads_torchvisions_resnet_and_torchxrayvisions_wrapped_one(tmp_path: Path) -> None:
     source = resnet50(num_classes=1000)
     one = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("fc.")}
     gray = source.conv1.weight.detach().sum(dim=1, keepdim=True)
+    source.bn1.running_mean.normal_()
     wrapped = {f"model.{name}": tensor for name, tensor in {**one, "conv1.weight": gray}.items()}
     wrapped |= {
         "model.fc.weight": torch.zeros(18, 2048),
@@ -210,12 +248,17 @@ def test_loads_torchvisions_resnet_and_torchxrayvisions_wrapped_one(tmp_path: Pa
         path = save(content, tmp_path / f"{name}.safetensors")
         config = ModelConfig(name="resnet50", norm="batch", weights=str(path))
         found.append(build_with_report(config, outputs=2, seed=1))
-    assert [built.loaded.layout for built in found if built.loaded] == ["own", "torchxrayvision"]
+    assert [built.loaded.layout for built in found if built.loaded] == ["torchvision", "torchxrayvision"]
     assert [built.loaded.adapted for built in found if built.loaded] == [("conv1.weight",), ()]
     assert all(set(built.loaded.fresh) == {"fc.weight", "fc.bias"} for built in found if built.loaded)
-    images = torch.randn(1, 1, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(*(built.network.eval()(images) for built in found))
+    images = torch.rand(1, 1, 32, 32)
+    weights = {"torchvision": source.conv1.weight, "torchxrayvision": gray}
+    for built, (layout, weight) in zip(found, weights.items(), strict=True):
+        source.fc, source.conv1.weight = built.network.fc, nn.Parameter(weight)
+        with torch.no_grad():
+            said = built.network.eval()(images)
+        shown = images.expand(-1, weight.shape[1], -1, -1)
+        torch.testing.assert_close(said, as_trained(source, shown, layout), rtol=1e-3, atol=1e-3)
 
 
 def test_late_fusion_takes_the_weights_of_one_encoder_into_each(tmp_path: Path) -> None:

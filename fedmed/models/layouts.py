@@ -10,6 +10,8 @@ from torch import Tensor
 
 # torchvision until 2018, and whoever trained with it then: `norm.1` of a dense layer is today's `norm1`.
 OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.)(norm|relu|conv)\.([12])\.")
+HEADS = ("classifier.weight", "fc.weight", "classifier.6.weight")  # of DenseNet, ResNet and VGG
+IMAGENET_CLASSES = 1000
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training programs keep the tensors in a checkpoint
 
 
@@ -25,12 +27,13 @@ class Renamed:
 def renamed(state: Mapping[str, Tensor]) -> Renamed:
     """Returns the tensors of a checkpoint under the names of this package's networks.
 
-    * own: fedmed's own files, and torchvision's of ResNet-50, VGG-16 and of DenseNet-121 since 2018.
-    * torchvision: DenseNet-121 files with the names from before.
-    * torchxrayvision: its DenseNet (our names, and the thresholds `op_threshs`) and its ResNet (`model.…`).
+    * own: fedmed's own files, and others with torchvision's names.
+    * torchvision: its ImageNet networks, which have our names and 1000 classes; and DenseNet-121 files with the names
+      from before 2018.
+    * torchxrayvision: its networks, known by their thresholds `op_threshs`.
     * chexnet: the public re-implementation's `module.densenet121.…`, with a classifier that ends in a sigmoid.
 
-    `module.`, which torch's DataParallel puts before every name, is taken off whatever the layout.
+    `module.` and `model.`, which wrappers put before every name, are taken off whatever the layout.
     """
     layout = "own"
     dropped = tuple(name for name in state if name.split(".")[-1] == "op_threshs")
@@ -40,14 +43,15 @@ def renamed(state: Mapping[str, Tensor]) -> Renamed:
     names = _without(names, "module.")
     if all(name.startswith("densenet121.") for name in names.values()) and names:
         layout, names = "chexnet", _without(names, "densenet121.")
-    elif all(name.startswith("model.") for name in names.values()) and names:
-        layout, names = "torchxrayvision", _without(names, "model.")
+    names = _without(names, "model.")
     if layout == "chexnet":
         names = {old: re.sub(r"^classifier\.0\.", "classifier.", new) for old, new in names.items()}
     modern = {old: OLD_DENSE_LAYER.sub(r"\1\2\3.", new) for old, new in names.items()}
-    if layout == "own" and modern != names:
+    found = {new: state[old] for old, new in modern.items()}
+    classes = {len(found[head]) for head in HEADS if head in found and found[head].dim()}
+    if layout == "own" and (modern != names or classes == {IMAGENET_CLASSES}):
         layout = "torchvision"
-    return Renamed(layout=layout, state={new: state[old] for old, new in modern.items()}, dropped=dropped)
+    return Renamed(layout=layout, state=found, dropped=dropped)
 
 
 def _without(names: dict[str, str], prefix: str) -> dict[str, str]:

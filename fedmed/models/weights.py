@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedmed.errors import ModelError
 from fedmed.models.conversion import folded
 from fedmed.models.fusion import LateFusion
+from fedmed.models.input_range import for_unit_range
 from fedmed.models.layouts import WRAPPERS, renamed
 from fedmed.models.stages import stages
 
@@ -27,6 +28,8 @@ class Loaded:
     layout: str  # whose names the file had: own | torchvision | torchxrayvision | chexnet
     matched: tuple[str, ...]  # copied as they are
     adapted: tuple[str, ...] = ()  # the first convolution, for another number of channels
+    rescaled: tuple[str, ...] = ()  # of the first layer, for images in [0, 1]; see `input_range.for_unit_range`
+    input: str = ""  # the range of images that the file was for, if it is known not to be that
     folded: tuple[str, ...] = ()  # group normalizations that took in BatchNorm statistics
     fresh: tuple[str, ...] = ()  # the head, for other labels: as initialized
     unused: tuple[str, ...] = ()  # in the file only
@@ -35,6 +38,7 @@ class Loaded:
         """One line for a person."""
         parts = [f"{len(self.matched)} tensors as they are"]
         parts += [f"{', '.join(self.adapted)} adapted to the number of channels"] if self.adapted else []
+        parts += [f"the first layer rescaled from {self.input} to [0, 1]"] if self.input else []
         parts += [f"{len(self.folded)} normalizations made of BatchNorm layers"] if self.folded else []
         parts += [f"{', '.join(self.fresh)} left as initialized, for other labels"] if self.fresh else []
         parts += [f"{len(self.unused)} tensors of the file not used"] if self.unused else []
@@ -48,7 +52,8 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
     channels: each of ours gets the mean of the file's, times its number over ours, so that a gray image, repeated or
     not, excites it as before. The head may have another number of labels: it stays as initialized. A file with
     BatchNorm statistics fits a network with GroupNorm or InstanceNorm: see `conversion.folded`. A network of late
-    fusion takes the file of one encoder into each of its encoders. Names may be those of `layouts.renamed`.
+    fusion takes the file of one encoder into each of its encoders. Names may be those of `layouts.renamed`; what was
+    made for another range of images than [0, 1] is rescaled by `input_range.for_unit_range`.
 
     Args:
         network: Changed in place, and only if everything fits.
@@ -60,19 +65,20 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
             no path, since it may leave the site.
     """
     found = renamed(_read(Path(path)))
-    if isinstance(network, LateFusion) and not any(name.startswith("encoders.") for name in found.state):
+    rescaled = for_unit_range(found.layout, found.state)
+    if isinstance(network, LateFusion) and not any(name.startswith("encoders.") for name in rescaled.state):
         head = f"{network.head_name}."
-        body = {name: tensor for name, tensor in found.state.items() if not name.startswith(head)}
-        fit = _Fit(head=())
+        body = {name: tensor for name, tensor in rescaled.state.items() if not name.startswith(head)}
+        fit = _Fit(head=(), rescaled=rescaled.changed)
         for number, encoder in enumerate(network.encoders):
             fit.to(encoder, body, prefix=f"encoders.{number}.")
         for name, tensor in network.head.state_dict(prefix="head.").items():
             fit.fresh.append(name)
             fit.state[name] = tensor
-        fit.unused += [name for name in found.state if name.startswith(head)]
+        fit.unused += [name for name in rescaled.state if name.startswith(head)]
     else:
-        fit = _Fit(head=stages(network)[-1].parameters)
-        fit.to(network, found.state)
+        fit = _Fit(head=stages(network)[-1].parameters, rescaled=rescaled.changed)
+        fit.to(network, rescaled.state)
     if fit.mismatches:
         more = f"; and {len(fit.mismatches) - SHOWN} more" if len(fit.mismatches) > SHOWN else ""
         raise ModelError(f"model.weights does not fit the network: {'; '.join(fit.mismatches[:SHOWN])}{more}")
@@ -81,6 +87,8 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
         layout=found.layout,
         matched=tuple(fit.matched),
         adapted=tuple(fit.adapted),
+        rescaled=tuple(fit.rescaled),
+        input=rescaled.source,
         folded=tuple(fit.folded),
         fresh=tuple(fit.fresh),
         unused=(*fit.unused, *found.dropped),
@@ -90,12 +98,13 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
 class _Fit:
     """Collects, tensor by tensor, what a network takes from a file."""
 
-    def __init__(self, *, head: tuple[str, ...]) -> None:
-        """`head` names the parameters that may have been made for other labels."""
-        self.head = head
+    def __init__(self, *, head: tuple[str, ...], rescaled: tuple[str, ...]) -> None:
+        """`head` names the parameters that may have been made for other labels, `rescaled` what was changed already."""
+        self.head, self.of_rescaled = head, rescaled
         self.state: dict[str, Tensor] = {}
         self.matched: list[str] = []
         self.adapted: list[str] = []
+        self.rescaled: list[str] = []
         self.folded: list[str] = []
         self.fresh: list[str] = []
         self.unused: list[str] = []
@@ -126,7 +135,7 @@ class _Fit:
                 mean = found[name].mean(dim=1, keepdim=True) * (found[name].shape[1] / tensor.shape[1])
                 self.state[full] = mean.expand_as(tensor)
             else:
-                self.matched.append(full)
+                (self.rescaled if name in self.of_rescaled else self.matched).append(full)
                 self.state[full] = found[name]
         for name in found:
             norm, _, last = name.rpartition(".")
