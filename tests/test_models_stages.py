@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
-from fedmed.models import MODELS, build, freeze_, parameter_groups, stages
+from fedmed.models import MODELS, build, build_with_report, freeze_, parameter_groups, stages
 
 STAGES = {
     "chexnet": ["stem", "block1", "block2", "block3", "block4", "head"],
@@ -36,6 +37,22 @@ def test_every_parameter_is_in_one_stage_and_the_head_is_last(name: str) -> None
     head = dict(network.named_parameters())[found[-1].parameters[-1]]
     assert head.shape == (2,)  # the bias of the last layer
     assert name not in STAGES or [stage.name for stage in found] == STAGES[name]
+
+
+@pytest.mark.parametrize("name", ["unet", "attention-unet"])
+def test_heads_of_deep_supervision_are_one_head_with_the_classifier(name: str, tmp_path: Path) -> None:
+    config = ModelConfig(name=name, width=2, deep_supervision=True)
+    network = build(config, outputs=2, seed=5)
+    head = [f"{head}.{part}" for head in ("classifier", "coarser.0", "coarser.1") for part in ("weight", "bias")]
+    assert sorted(stages(network)[-1].parameters) == sorted(head)
+    low_rank = build(config.model_copy(update={"low_rank": 1}), outputs=2, seed=5)
+    assert all(low_rank.get_parameter(key).requires_grad for key in head)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    given = config.model_copy(update={"weights": str(tmp_path / "weights.pth")})
+    built = build_with_report(given, outputs=3, seed=5)
+    assert built.loaded is not None and sorted(built.loaded.fresh) == sorted(head)
+    with pytest.raises(ModelError, match=r"model\.deep-supervision"):
+        build(config.model_copy(update={"fusion": "late", "modalities": 2, "in_channels": 2}), outputs=2, seed=5)
 
 
 @pytest.mark.parametrize(("name", "up_to"), [("chexnet", "block2"), ("resnet50", "layer3"), ("vgg16", "block5")])

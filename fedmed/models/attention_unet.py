@@ -3,7 +3,7 @@
 Oktay et al. 2018, "Attention U-Net: Learning Where to Look for the Pancreas" (arXiv:1804.03999), figures 1 and 2 and
 equations 1 and 2. As in the paper, the maps on the way up grow by interpolation, and the skip connection at full
 resolution has no gate, since its features are too local to tell where to look. It departs from the paper in one way:
-there is no deep supervision, so that the network has one output like every other.
+deep supervision is a setting, and without it the network has one output like every other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fedmed.errors import ModelError
 from fedmed.models.norms import Norm
 from fedmed.models.spatial import CONVOLUTIONS, cropped, padded, require_size
+from fedmed.models.stages import before_head
 from fedmed.models.unet import SHRINK, initialize, supervised, two_convolutions
 
 WIDTH = 16  # the authors' networks: the U-Net's 64 divided by four
@@ -80,6 +81,7 @@ class AttentionUNet(nn.Module):
         self.classifier = CONVOLUTIONS[dimensions](width, outputs, kernel_size=1)
         coarser = (2 * width, 4 * width) if deep_supervision else ()
         self.coarser = nn.ModuleList(CONVOLUTIONS[dimensions](each, outputs, kernel_size=1) for each in coarser)
+        self.stage_prefixes = before_head(self, "classifier", "coarser")
         initialize(self)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:

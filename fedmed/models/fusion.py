@@ -119,5 +119,8 @@ def last_layer(network: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | nn.Conv
     inside = [(name, module) for name, module in network.named_modules() if f"{name}.".startswith(prefixes)]
     layers = [(n, module) for n, module in inside if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
     if len(layers) != 1:
-        raise ModelError("late fusion needs a network whose last stage holds one linear layer or convolution")
+        raise ModelError(
+            f"late fusion needs a network whose last stage holds one linear layer or convolution, got {len(layers)}; "
+            "leave model.deep-supervision off"
+        )
     return layers[0]

@@ -40,9 +40,8 @@ def stages(network: nn.Module) -> tuple[Stage, ...]:
     if isinstance(network, Staged):
         prefixes = network.stage_prefixes
     else:
-        children = [name for name, child in network.named_children() if next(child.parameters(), None) is not None]
         own = [name for name, _ in network.named_parameters(recurse=False)]
-        prefixes = {name: (f"{name}.",) for name in children} | {name: (name,) for name in own}
+        prefixes = _children(network) | {name: (name,) for name in own}
     names = [name for name, _ in network.named_parameters()]
     found = tuple(
         Stage(name=stage, prefixes=begin, parameters=tuple(name for name in names if name.startswith(begin)))
@@ -53,11 +52,23 @@ def stages(network: nn.Module) -> tuple[Stage, ...]:
     return found
 
 
+def before_head(network: nn.Module, *head: str) -> Mapping[str, tuple[str, ...]]:
+    """Returns the prefixes of a stage for each child that has parameters, and of a head made of the named children."""
+    trunk = {name: prefixes for name, prefixes in _children(network).items() if name not in head}
+    return {**trunk, "head": tuple(f"{name}." for name in head)}
+
+
+def _children(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    children = [name for name, child in network.named_children() if next(child.parameters(), None) is not None]
+    return {name: (f"{name}.",) for name in children}
+
+
 def freeze_(network: nn.Module, up_to: str) -> tuple[str, ...]:
     """Freezes the stages from the image up to and with `up_to`, in place, and returns their parameters' names.
 
-    Frozen parameters have requires_grad False and never change. BatchNorm layers among them are replaced by ones that
-    stay in evaluation mode, so that their running statistics never change either.
+    Frozen parameters have requires_grad False and never change. BatchNorm layers of images and volumes among them are
+    replaced by ones that stay in evaluation mode, so that their running statistics never change either; a BatchNorm1d
+    of a user's own network is left as it is.
 
     Raises:
         ModelError: If no stage has that name, or none would be left to train.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedmed.models.norms import Norm, norm_layer
 from fedmed.models.spatial import CONVOLUTIONS, UP_CONVOLUTIONS, cropped, padded, require_size
+from fedmed.models.stages import before_head
 
 SHRINK = 16  # four poolings by two
 WIDTHS = {2: 64, 3: 32}  # 2D: the paper's. 3D: the first layer of 3D U-Net; 64 would make 90 million parameters
@@ -77,6 +78,7 @@ class UNet(nn.Module):
         self.classifier = CONVOLUTIONS[dimensions](width, outputs, kernel_size=1)
         coarser = (2 * width, 4 * width) if deep_supervision else ()
         self.coarser = nn.ModuleList(CONVOLUTIONS[dimensions](each, outputs, kernel_size=1) for each in coarser)
+        self.stage_prefixes = before_head(self, "classifier", "coarser")
         initialize(self)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
