@@ -61,7 +61,7 @@ class UnreadableImage(DataError):
 class ModelError(FedmedError):
     """A network cannot be built, or weights do not fit it."""
 
-    public = "the site built another network than the server"
+    public = "the site cannot build this network, or not use it on its images"
 
 
 class UpdateRefused(FedmedError):

@@ -84,6 +84,11 @@ def test_the_good_run_passes(fedmed_process, hospitals):
         ("data.dataset=nowhere:data", "nowhere"),
         ("data.preset=cxx", "cxr"),
         ("task.labels=fnding", "finding"),
+        ("task.kind=segmentation", 'model.name = "small-cnn" does not fit task.kind = "segmentation"'),
+        ("model.name=unet", 'model.name = "unet" does not fit task.kind = "classification"'),
+        ("data.preset=color", "model.in-channels = 1 does not fit"),
+        ("model.name=vgg16", "raise data.image-size"),
+        ("model.freeze=block1", "it needs a file in model.weights"),
         ("privacy.mode=central", "strategy.weight-by"),
     ],
 )

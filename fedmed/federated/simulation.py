@@ -30,12 +30,13 @@ from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
 from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
-from fedmed.imaging.reading import presets_named
-from fedmed.models import build
+from fedmed.imaging.reading import presets_named, require_channels
 from fedmed.models.low_rank import require_trunk
 from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
+from fedmed.training.fitting import require_fit
 from fedmed.training.local_algorithms.fedbn import require_norms
+from fedmed.training.network import network_of
 from fedmed.training.run_data import custom_dataset
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
@@ -49,7 +50,8 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
         names: of its virtual hospitals, if they are not those of `data.sites`.
 
     Raises:
-        FedmedError: a name is unknown, a manifest cannot be used, or there are too few sites.
+        FedmedError: a name is unknown, a manifest cannot be used, the network fits neither images nor task, or there
+            are too few sites.
     """
     source = "data.sites names" if names is None else f'simulation.partition = "{config.simulation.partition}" makes'
     names = site_names(config) if names is None else names
@@ -72,10 +74,14 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
         custom_dataset(config.data.dataset)
     else:
         for path in [*config.data.sites, *([config.data.server] if config.data.server else [])]:
-            if len(read_manifest(Path(path), config.task).rows) == 0:
+            manifest = read_manifest(Path(path), config.task)
+            if len(manifest.rows) == 0:
                 raise DataError(f"{path}: the manifest has no rows")
+            require_channels(manifest.modalities, config.data.preset, config.data.items, config.model.in_channels)
     torch.set_num_threads(1)  # no thread pool may exist when the workers are forked
-    network = build(config.model, outputs=len(config.task.labels), seed=config.seed, dimensions=config.dimensions)
+    network = network_of(config)
+    if not config.data.dataset:
+        require_fit(network, config)
     if config.strategy.name == "fedbn":
         require_norms(network)
     if config.privacy.mode == "central":

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
-from fedmed.errors import ConfigError, DataError
+from fedmed.errors import DataError
 from fedmed.imaging.cache.kept import Progress, kept
 from fedmed.imaging.manifest import Manifest, read_manifest, without_patients
 from fedmed.imaging.memory import in_memory
-from fedmed.imaging.reading import presets_named
+from fedmed.imaging.reading import require_channels
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.split import evaluation_rows
 from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles
@@ -200,22 +200,8 @@ def load_dataset(
         preset=preset, items=items, image_size=image_size, spacing_mm=spacing_mm, volume_size=volume_size,
         labels=task.labels if task.kind == "segmentation" else (),
     )  # fmt: skip
-    presets = presets_named(preset)
-    channels = 1 if recipe.depth else presets[0].channels
-    if in_channels % channels:
-        raise ConfigError(
-            f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
-        )
     manifest = without_patients(read_manifest(manifest_path, task), withdrawn)
-    if manifest.modalities > 1 and in_channels != manifest.modalities * channels:
-        raise ConfigError(
-            f"model.in-channels = {in_channels} does not fit the {manifest.modalities} modalities of a manifest's "
-            f'rows, to each of which data.preset = "{preset}" gives {channels}'
-        )
-    if len(presets) not in (1, manifest.modalities):
-        raise ConfigError(
-            f'data.preset = "{preset}" names {len(presets)} modalities, and a row of a manifest {manifest.modalities}'
-        )
+    require_channels(manifest.modalities, preset, items, in_channels)
     held = evaluation_rows(manifest, site_share, seed, name)
     if cache_dir is None:
         pixels = in_memory(manifest.rows, recipe, processes=processes)

@@ -23,7 +23,7 @@ from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.dicom.pixels import check_single, declared
 from fedmed.imaging.plain_errors import plain_errors, plainly
 from fedmed.imaging.raster import raster, read_raster
-from fedmed.imaging.recipe import BETWEEN
+from fedmed.imaging.recipe import BETWEEN, IN_3D
 
 Pixels = NDArray[np.float32]
 
@@ -85,6 +85,35 @@ def presets_named(names: str) -> tuple[Preset, ...]:
     if len({preset.channels for preset in found}) > 1:
         raise ConfigError(f'data.preset = "{names}" gives its modalities different numbers of channels')
     return found
+
+
+def require_channels(modalities: int, preset: str, items: str, in_channels: int) -> None:
+    """Refuse images whose channels are not those of the network.
+
+    Args:
+        modalities: of a row of the manifest.
+        preset: or one for each modality.
+        items: what a row of a batch is; of volumes a preset gives one channel.
+        in_channels: of the network.
+
+    Raises:
+        ConfigError: they do not fit, or the preset is unknown.
+    """
+    presets = presets_named(preset)
+    channels = 1 if items in IN_3D else presets[0].channels
+    if in_channels % channels:
+        raise ConfigError(
+            f'model.in-channels = {in_channels} does not fit data.preset = "{preset}", which gives {channels}'
+        )
+    if modalities > 1 and in_channels != modalities * channels:
+        raise ConfigError(
+            f"model.in-channels = {in_channels} does not fit the {modalities} modalities of a manifest's "
+            f'rows, to each of which data.preset = "{preset}" gives {channels}'
+        )
+    if len(presets) not in (1, modalities):
+        raise ConfigError(
+            f'data.preset = "{preset}" names {len(presets)} modalities, and a row of a manifest {modalities}'
+        )
 
 
 def read_image(path: Path, *, preset: str = "cxr") -> Pixels:

@@ -46,15 +46,18 @@ class LowRank(nn.Module):
 
 
 def require_trunk(model: ModelConfig) -> None:
-    """Refuse low-rank adaptation of a trunk that nobody trained. Only the server knows: sites are sent its weights.
+    """Refuse to freeze a trunk that nobody trained. Only the server knows: sites are sent its weights.
 
     Raises:
-        ConfigError: `model.low-rank` without `model.weights`, or with `model.freeze`.
+        ConfigError: `model.low-rank` without `model.weights`, or with `model.freeze`; or that without `model.weights`,
+            unless the network is the user's own, which may bring weights along.
     """
     if model.low_rank and not model.weights:
         raise ConfigError("model.low-rank freezes the trunk as it is given, so it needs a file in model.weights")
     if model.low_rank and model.freeze:
         raise ConfigError("model.low-rank freezes the whole trunk already; leave model.freeze empty")
+    if model.freeze and not model.weights and ":" not in model.name:
+        raise ConfigError("model.freeze keeps stages as they are given, so it needs a file in model.weights")
 
 
 def adapt_(network: nn.Module, rank: int) -> None:

@@ -293,7 +293,10 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     data = site_data(site, task.settings)
     network = resident_network(config, site.device)
     if network.layout.hash != task.layout:
-        raise ModelError("the server's network has another layout than the one built here; compare the versions")
+        raise ModelError(
+            "the server's network has another layout than the one built here; compare the versions",
+            public="the site built another network than the server",
+        )
     network.load_(task.weights)
     return config, data, network
 
