@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
-from fedmed.models import MODELS, stages
+from fedmed.models import MODELS, build, stages
 from fedmed.models.fusion import LateFusion, fused, late_fusion
 from fedmed.models.small_cnn import small_cnn
 
@@ -94,6 +95,20 @@ def test_a_modality_may_have_several_channels() -> None:
 def test_refuses_channels_that_cannot_be_shared_out(in_channels: int, modalities: int) -> None:
     with pytest.raises(ModelError, match=r"model\.modalities"):
         fusion("small-cnn", modalities, in_channels)
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "unet"])
+def test_refuses_batch_norm_that_would_see_missing_modalities_unless_it_is_frozen(name: str) -> None:
+    late = ModelConfig(name=name, width=4, norm="batch", fusion="late", modalities=2, in_channels=2)
+    for model in (late, late.model_copy(update={"freeze": "block2" if name == "small-cnn" else "bottom"})):
+        with pytest.raises(ModelError, match=r"set model\.norm"):
+            build(model, outputs=1, seed=1)
+    network = build(late.model_copy(update={"low_rank": 1}), outputs=1, seed=1).train()
+    images = images_for(name)
+    alone = network(images[:1])
+    images[1, 1] = 0
+    torch.testing.assert_close(network(images)[:1], alone)
+    build(late.model_copy(update={"norm": "group"}), outputs=1, seed=1)
 
 
 def test_refuses_a_network_that_ends_in_several_layers() -> None:

@@ -1,13 +1,14 @@
 """What a server can make a real site do or say: nothing but what its message is for, and no more than it may know."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from private_sites import site_in, task_of
 from small_hospitals import hospital
 
-from fedmed.errors import ConfigError, DataError, UpdateRefused
+from fedmed.errors import ConfigError, DataError, ModelError, UpdateRefused
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.wire import decode_task, encode_task
 from fedmed.training.site_round import evaluate_round, settings_from, site_data, train_round
@@ -27,6 +28,15 @@ def test_a_task_is_done_only_by_the_function_that_its_policy_is_asked_about(conf
             act(task_of(config, kind, 1), site)
     with pytest.raises(UpdateRefused, match="no task"):
         decode_task(encode_task(task_of(config, "card", 1)))
+
+
+def test_a_site_says_that_networks_differ_only_where_they_do(toy_config, tmp_path):
+    task = task_of(toy_config("a-40"), "train", 1)
+    site = site_in(tmp_path, "[policy]\n")
+    with pytest.raises(ModelError) as raised:
+        train_round(replace(task, layout="0" * 64), site)
+    assert public_reason(raised.value) == "the site built another network than the server"
+    assert "another network" not in public_reason(ModelError("chexnet needs larger images"))
 
 
 @pytest.mark.parametrize("key", ["model.weights", "data.sites", "data.server", "data.dataset"])

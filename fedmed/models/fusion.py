@@ -3,7 +3,8 @@
 Early fusion needs nothing here: modalities are channels of one image (`in_channels`), and a missing one is a channel of
 zeros that the network has to cope with. Late fusion is Havaei et al. 2016, "HeMIS: Hetero-Modal Image Segmentation"
 (arXiv:1607.05194), section 2: a missing modality is left out of the statistics, so it changes neither the output nor
-its own encoder. Any network of this package can be the encoder, up to its last layer.
+its own encoder. Any network of this package can be the encoder, up to its last layer, but with BatchNorm only where
+that is frozen: its statistics would be of the missing images as well, which are all zeros.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmed.errors import ModelError
 from fedmed.models.spatial import margin_of
-from fedmed.models.stages import stages
+from fedmed.models.stages import FixedBatchNorm2d, FixedBatchNorm3d, stages
 
 
 def late_fusion(make: Callable[[int], nn.Module], *, in_channels: int, modalities: int, outputs: int) -> LateFusion:
@@ -86,6 +88,22 @@ class LateFusion(nn.Module):
         features = torch.stack([encoder(part) for encoder, part in zip(self.encoders, parts, strict=True)])
         logits: Tensor = self.head(fused(features, present))  # (N, outputs, …)
         return logits
+
+
+def require_separate(network: nn.Module) -> None:
+    """Refuse an encoder whose images see each other, those that are missing among them.
+
+    Raises:
+        ModelError: a BatchNorm layer of late fusion is not frozen.
+    """
+    if isinstance(network, LateFusion) and any(
+        isinstance(module, _BatchNorm) and not isinstance(module, FixedBatchNorm2d | FixedBatchNorm3d)
+        for module in network.modules()
+    ):
+        raise ModelError(
+            "late fusion leaves missing modalities out, but BatchNorm would count their zeros in its statistics; set "
+            'model.norm = "group" or "instance", or freeze the encoders'
+        )
 
 
 def fused(features: Tensor, present: Tensor) -> Tensor:

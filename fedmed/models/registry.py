@@ -20,7 +20,7 @@ from fedmed.models.cnn_lstm import cnn_lstm
 from fedmed.models.conversion import moved
 from fedmed.models.deepmedic import deepmedic
 from fedmed.models.foreign import call_as_monai, follows_monai, without_in_place_
-from fedmed.models.fusion import late_fusion
+from fedmed.models.fusion import late_fusion, require_separate
 from fedmed.models.low_rank import adapt_
 from fedmed.models.resnet50 import resnet50
 from fedmed.models.small_cnn import small_cnn
@@ -79,6 +79,7 @@ def build(model: ModelConfig, *, outputs: int, seed: int, dimensions: int = 2, c
     """
     settings = {**model.model_dump(), "context": context}
     network, _ = _build(settings, outputs=outputs, seed=seed, dimensions=dimensions)
+    require_separate(network)
     return network
 
 
@@ -107,6 +108,7 @@ def build_with_report(
     """
     settings = {**model.model_dump(), "context": context}
     network, loaded = _build(settings, outputs=outputs, seed=seed, dimensions=dimensions)
+    require_separate(network)
     if loaded is None or not loaded.folded:
         return Built(network=network, loaded=loaded, moved=None)
     if images is None:
