@@ -68,6 +68,12 @@ def test_residual_deepmedic() -> None:
     check(steady(deepmedic(norm="group", width=3, residual=True)), images, weights, PATIENTS)
 
 
+def test_series_of_several_lengths() -> None:
+    images, weights = batch((4, 8, 8))
+    images[1, :, 2:], images[2, :, :1], images[4] = 0, 0, 0
+    check(small("cnn-lstm", 3, "group"), images, weights, PATIENTS)
+
+
 def test_deepmedic_that_is_given_what_lies_around_a_box() -> None:
     images, weights = batch((55, 56))  # of which 3 x 4 pixels are predicted
     check(steady(deepmedic(norm="group", width=3, dimensions=2, context=True)), images, weights, PATIENTS)

@@ -26,7 +26,7 @@ def one_thread():
 
 
 def network_of(name: str, dimensions: int = 2, **settings: object) -> nn.Module:
-    config = ModelConfig(name=name, norm="batch", **settings)
+    config = ModelConfig(name=name, **{"norm": "batch", **settings})
     return build(config, outputs=3, seed=1, dimensions=dimensions).eval()
 
 
@@ -87,7 +87,7 @@ def test_of_vgg_it_is_the_map_before_the_last_pooling(norm):
 
 
 def test_in_late_fusion_the_encoders_maps_count_as_one():
-    network = network_of("small-cnn", width=4, in_channels=2, fusion="late", modalities=2)
+    network = network_of("small-cnn", width=4, norm="group", in_channels=2, fusion="late", modalities=2)
     images = images_of(1, 2, 16, 16)
     maps = []
     for encoder, part in zip(network.encoders, images.split(1, dim=1), strict=True):

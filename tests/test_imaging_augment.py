@@ -154,6 +154,16 @@ def test_contrast_is_about_the_mean_and_noise_has_its_deviation() -> None:
     assert abs(float(noisy[0].std()) - 0.02) < 1e-3 and (noisy[1] == 0.5).all()
 
 
+def test_padding_slices_of_a_volume_stay_zero() -> None:
+    images = torch.rand(2, 2, 6, 8, 8) + 0.1
+    images[0, :, :2], images[1, 1] = 0, 0
+    drawn = sample(("contrast", "noise"), images.shape[1:], 2, np.random.default_rng(2))
+    changed, _ = apply(images, None, drawn)
+    blank = (images == 0).flatten(3).all(dim=3)
+    assert torch.equal((changed == 0).flatten(3).all(dim=3), blank)
+    assert not torch.equal(changed[~blank], images[~blank])
+
+
 def test_numbers_stay_in_their_ranges_and_another_name_leaves_the_others_as_they_were() -> None:
     drawn = sample(NAMES, SPATIAL, 4000, np.random.default_rng(0))
     for values, neutral_value, most in (

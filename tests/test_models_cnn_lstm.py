@@ -38,8 +38,31 @@ def test_lstm_equals_torchs(steps: int) -> None:
         theirs.weight_hh_l0.copy_(ours.of_memory.weight)
         theirs.bias_ih_l0.copy_(ours.of_input.bias)
         theirs.bias_hh_l0.zero_()
-    sequence = torch.randn(3, steps, 5, dtype=torch.float64)
-    torch.testing.assert_close(ours(sequence), theirs(sequence)[1][0][0])
+    sequence, count = torch.randn(3, steps, 5, dtype=torch.float64), torch.tensor([1, 2, steps])
+    for row, found in enumerate(ours(sequence, count)):
+        torch.testing.assert_close(found, theirs(sequence[row, : count[row]])[1][0][0])
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+@pytest.mark.parametrize(("slices", "depth", "start"), [(10, 40, 15), (10, 20, 3), (5, 15, 10), (1, 7, 2)])
+def test_zeros_around_a_series_change_nothing(norm: str, slices: int, depth: int, start: int) -> None:
+    network = cnn_lstm(norm=norm, width=4).eval()
+    series, padded = 1 + torch.randn(2, 1, slices, 16, 16), torch.zeros(2, 1, depth, 16, 16)
+    padded[:, :, start : start + slices] = series
+    alone = network(series if slices > 1 else torch.cat((series, 0 * series), dim=2))
+    torch.testing.assert_close(network(padded), alone, rtol=1e-4, atol=1e-5)
+    mixed = padded.clone()
+    mixed[1] = torch.randn(1, depth, 16, 16)
+    torch.testing.assert_close(network(mixed)[:1], alone[:1], rtol=1e-4, atol=1e-5)
+    assert network(torch.zeros_like(padded)).isfinite().all()
+
+
+def test_a_series_that_fills_no_whole_number_of_times_is_nearly_the_same() -> None:
+    network = cnn_lstm(norm="group").eval()
+    series, padded = torch.rand(4, 1, 10, 16, 16), torch.zeros(4, 1, 24, 16, 16)
+    padded[:, :, 7:17] = series
+    alone, found = network(series), network(padded)
+    assert (found - alone).abs().max() < 0.02 * alone.abs().max()
 
 
 def test_features_are_those_of_a_2d_network_on_every_slice() -> None:

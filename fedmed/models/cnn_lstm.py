@@ -5,6 +5,9 @@ small classifier's CNN; reading a series in both directions is Schuster & Paliwa
 1 x 3 x 3 convolutions over the whole series, not as a 2D network over N · D slices: a series is one example, and hooks
 for per-sample gradients would take its slices for D of them. A normalization therefore looks at a whole series at once
 (`batch` at all series of the batch, as it would over slices), which keeps how much brighter one slice is than another.
+
+Slices of zeros alone are no slices of the series: they fill it up to `data.volume-size`. The LSTM passes over them, and
+normalizations see others of the series in their place, each as often as the number of slices allows.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ def cnn_lstm(
 ) -> nn.Module:
     """Returns a classifier of series.
 
-    Takes series (N, in_channels, D, H, W) of D >= 2 slices of at least 8 x 8 pixels, D as the data have it, and
-    returns logits (N, outputs).
+    Takes series (N, in_channels, D, H, W) of D >= 2 slices of at least 8 x 8 pixels and returns logits (N, outputs).
+    What it says of a shorter series, with zeros before and behind it, is what it says of the series.
 
     Args:
         in_channels: Channels of a slice.
@@ -64,14 +67,41 @@ class CNNLSTM(nn.Module):
         require_size("cnn-lstm", series, 2, dimensions=3)
         if min(series.shape[3:]) < 8:
             raise ModelError("cnn-lstm needs slices of at least 8 x 8 pixels; raise data.volume-size")
+        real = series.detach().abs().amax(dim=(1, 3, 4)) > 0  # (N, D)
+        onwards, backwards, count = readings(real)
+        steps = torch.arange(real.shape[1], device=series.device)
+        series = along(series, torch.where(real, steps, onwards), 2)  # others in the place of padding
         features = self.pool(self.block1(series))  # (N, 16, D, H/2, W/2)
         features = self.pool(self.block2(features))  # (N, 32, D, H/4, W/4)
         features = self.pool(self.block3(features))  # (N, 64, D, H/8, W/8)
         features = self.block4(features)  # (N, 128, D, H/8, W/8)
         sequence = features.mean(dim=(3, 4)).transpose(1, 2)  # (N, D, 128)
-        ends = self.forwards(sequence), self.backwards(sequence.flip(1))  # (N, 128) each
+        first, last = (along(sequence, order, 1) for order in (onwards, backwards))  # (N, D, 128) each
+        ends = self.forwards(first, count), self.backwards(last, count)  # (N, 128) each
         logits: Tensor = self.classifier(torch.cat(ends, dim=1))  # (N, outputs)
         return logits
+
+
+def readings(real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the places of real slices in order and in reverse, again and again; and how many there are.
+
+    Args:
+        real: (N, D), false for padding.
+
+    Returns:
+        Places (N, D), places (N, D), and numbers (N,), 1 for a series of padding alone.
+    """
+    places = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # real ones first
+    count = real.sum(dim=1, keepdim=True).clamp(min=1)
+    steps = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    return places.gather(1, steps % count), places.gather(1, (count - 1 - steps) % count), count[:, 0]
+
+
+def along(values: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Returns the values (N, …) at the places (N, D) of an axis."""
+    shape = [1] * values.dim()
+    shape[0], shape[axis] = places.shape
+    return values.gather(axis, places.reshape(shape).expand(values.shape))
 
 
 class LSTM(nn.Module):
@@ -93,8 +123,8 @@ class LSTM(nn.Module):
         with torch.no_grad():
             self.of_input.bias[units : 2 * units] = 1.0  # remember at first: Józefowicz et al. 2015
 
-    def forward(self, sequence: Tensor) -> Tensor:
-        """Returns h (N, units) after the last step of a sequence (N, steps, features)."""
+    def forward(self, sequence: Tensor, count: Tensor) -> Tensor:
+        """Returns h (N, units) after the first `count` (N,) steps of a sequence (N, steps, features), one at least."""
         inputs = self.of_input(sequence)  # (N, steps, 4 units): all steps in one product
         enter, _, new, leave = inputs[:, 0].chunk(4, dim=1)  # h and c are zero before the first step
         cell = torch.sigmoid(enter) * torch.tanh(new)
@@ -103,7 +133,7 @@ class LSTM(nn.Module):
             gates = inputs[:, step] + self.of_memory(hidden)
             enter, forget, new, leave = gates.chunk(4, dim=1)  # (N, units) each
             cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
-            hidden = torch.sigmoid(leave) * torch.tanh(cell)
+            hidden = torch.where(step < count[:, None], torch.sigmoid(leave) * torch.tanh(cell), hidden)
         return hidden
 
 

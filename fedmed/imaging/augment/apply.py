@@ -53,13 +53,13 @@ def _placed(images: torch.Tensor, parameters: Parameters, *, nearest: bool) -> t
 
 
 def _intensities(images: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-    there = (images != 0).flatten(2).any(dim=2).reshape(*images.shape[:2], *[1] * (images.ndim - 2))
+    there = (images != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)  # (n, C, 1, 1) or (n, C, D, 1, 1)
     if (parameters.contrast != 1).any():
         mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
         images = mean + (images - mean) * _along(parameters.contrast, images)
     if parameters.noise.any():
         images = images + _along(parameters.noise, images) * _noise(images, parameters)
-    return images.clamp(0, 1) * there  # a missing modality stays missing: all zeros, as late fusion looks for
+    return images.clamp(0, 1) * there  # zeros stay: missing modalities for late fusion, padding slices for cnn-lstm
 
 
 def _noise(images: torch.Tensor, parameters: Parameters) -> torch.Tensor:
