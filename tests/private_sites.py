@@ -10,7 +10,7 @@ from fedmed.models import build
 from fedmed.privacy.verification import examine
 from fedmed.training.network import FlatNetwork
 from fedmed.training.oversight import Oversight
-from fedmed.training.site_round import Site, settings_for_sites
+from fedmed.training.site import Site, settings_for_sites
 from fedmed.types import Task
 
 

@@ -21,7 +21,7 @@ from fedmed.deployment import task
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.federated.wire import encode_task
 from fedmed.training.network import resident_network
-from fedmed.training.site_round import settings_for_sites
+from fedmed.training.site import settings_for_sites
 from fedmed.types import Task
 
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 3

@@ -19,8 +19,9 @@ from fedmed.federated.run_folder import RunFolder
 from fedmed.privacy.central import clip_change
 from fedmed.privacy.verification import Findings, examine
 from fedmed.training.reserving import SCHEDULE
+from fedmed.training.site import Site
 from fedmed.training.site_privacy import promised_releases
-from fedmed.training.site_round import Site, train_round
+from fedmed.training.site_round import train_round
 
 CENTRAL = {"mode": "central", "noise-multiplier": 25.0, "max-grad-norm": 0.3, "sites": 4000}
 ADAPTIVE = {**CENTRAL, "clipping": "adaptive"}

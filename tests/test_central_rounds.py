@@ -24,7 +24,8 @@ from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
 from fedmed.reporting import write_model_card, write_report
 from fedmed.training.network import FlatNetwork
 from fedmed.training.oversight import Oversight
-from fedmed.training.site_round import Site, settings_for_sites, site_card, train_round
+from fedmed.training.site import Site, settings_for_sites
+from fedmed.training.site_round import site_card, train_round
 from fedmed.types import Task, Weights
 
 pytestmark = pytest.mark.simulation

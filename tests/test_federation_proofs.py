@@ -14,7 +14,8 @@ from fedmed.federated.aggregation import WeightedMean, second_moments, variances
 from fedmed.models import build
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork, layout_of
-from fedmed.training.site_round import Site, settings_for_sites, train_round
+from fedmed.training.site import Site, settings_for_sites
+from fedmed.training.site_round import train_round
 from fedmed.types import Task, Weights
 
 pytestmark = pytest.mark.simulation

@@ -14,7 +14,8 @@ from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.models import build
 from fedmed.privacy.keys import make_keys
 from fedmed.training.network import FlatNetwork
-from fedmed.training.site_round import settings_for_sites, site_card, site_data, train_round
+from fedmed.training.site import settings_for_sites, site_data
+from fedmed.training.site_round import site_card, train_round
 from fedmed.types import Task
 
 

@@ -10,9 +10,10 @@ from visits import Visits, flat, mean_of
 from fedmed.errors import DataError
 from fedmed.metrics import classification_metrics, classification_sums
 from fedmed.training.evaluate import predictions
+from fedmed.training.local_baseline import train_baseline
 from fedmed.training.network import FlatNetwork
 from fedmed.training.own_patients import OwnPatients
-from fedmed.training.site_round import baseline, site_data
+from fedmed.training.site import site_data
 
 SITES = ("a-40", "b-60")
 
@@ -49,7 +50,7 @@ def auroc(visits: Visits, network: FlatNetwork, site: str) -> float:
 def test_a_site_learns_what_its_patients_gained_over_its_own_network(ended, tmp_path):
     visits, weights = ended
     told = []
-    result = json.loads(baseline(visits.site("a-40"), lambda *rounds: told.append(rounds)).read_text())
+    result = json.loads(train_baseline(visits.site("a-40"), lambda *rounds: told.append(rounds)).read_text())
     assert told == [(1, 3), (2, 3), (3, 3)]
     local, federated = result["arms"]
     shared = flat(visits.config)
@@ -71,28 +72,28 @@ def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_a
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        baseline(visits.site("a-40"), killed)
+        train_baseline(visits.site("a-40"), killed)
     told = []
-    path = baseline(visits.site("a-40"), lambda *rounds: told.append(rounds))
+    path = train_baseline(visits.site("a-40"), lambda *rounds: told.append(rounds))
     assert told == [(3, 3)]
     first = path.read_text()
     monkeypatch.setattr(OwnPatients, "train_", None)
-    assert baseline(visits.site("a-40"), print).read_text() == first
+    assert train_baseline(visits.site("a-40"), print).read_text() == first
     monkeypatch.undo()
     visits.train("a-40", 2, weights, run="first")
     assert path.exists()
     visits.train("a-40", 1, weights, run="second")
     assert not path.exists()
     with pytest.raises(DataError, match="not the one that began last"):
-        baseline(visits.site("a-40"), print)
+        train_baseline(visits.site("a-40"), print)
 
 
 def test_a_site_that_was_not_there_has_nothing_to_compare(ended):
     visits, _ = ended
     with pytest.raises(DataError, match="took part in at its end"):
-        baseline(visits.site("b-60"), print)
+        train_baseline(visits.site("b-60"), print)
     with pytest.raises(DataError, match="state-dir"):
-        baseline(replace(visits.site("a-40"), state_dir=None), print)
+        train_baseline(replace(visits.site("a-40"), state_dir=None), print)
 
 
 def test_virtual_hospitals_keep_no_networks_for_it(toy_config, simulate):

@@ -22,7 +22,8 @@ from fedmed.reporting import write_model_card, write_report
 from fedmed.training.evaluate import patient_vectors
 from fedmed.training.noised_metrics import NoisedSums
 from fedmed.training.oversight import permitted
-from fedmed.training.site_round import Site, evaluate_round, settings_for_sites, site_data, train_round
+from fedmed.training.site import Site, settings_for_sites, site_data
+from fedmed.training.site_round import evaluate_round, train_round
 from fedmed.types import Task
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0, "noise-multiplier": 1.66, "metrics-epsilon": 1.0}

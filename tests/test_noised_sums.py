@@ -22,7 +22,7 @@ from fedmed.metrics.histograms import bin_edges
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.training.evaluate import patient_vectors
 from fedmed.training.noised_metrics import clipped_sum
-from fedmed.training.site_round import Site, settings_for_sites, site_data
+from fedmed.training.site import Site, settings_for_sites, site_data
 
 ONE = ("finding",)
 

@@ -16,8 +16,8 @@ from fedmed import config as run_file
 from fedmed.errors import BudgetExhausted, UnreadableImage
 from fedmed.imaging.fingerprints import fingerprints
 from fedmed.training.oversight import Oversight, permitted
+from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.training.site_cohort import cohort_of_patients, patients_of
-from fedmed.training.site_round import settings_for_sites, settings_from
 from fedmed.types import Task, Weights
 
 

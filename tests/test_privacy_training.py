@@ -20,7 +20,8 @@ from fedmed.federated.admission import privacy_in
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
 from fedmed.privacy.planning import plan_training
-from fedmed.training.site_round import Site, evaluate_round, site_card, train_round
+from fedmed.training.site import Site
+from fedmed.training.site_round import evaluate_round, site_card, train_round
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0}
 NOISED = {**PRIVATE, "noise-multiplier": 1.66}  # what ε = 3 comes to, given, as finding it takes a second

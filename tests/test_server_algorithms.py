@@ -18,7 +18,7 @@ from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import check
 from fedmed.federated.strategies import STRATEGIES, server_step
 from fedmed.federated.strategies.fednova import FedNova
-from fedmed.training.site_round import settings_for_sites, settings_from
+from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.types import Weights
 
 SIZE = LINEAR.num_parameters

@@ -11,7 +11,8 @@ from small_hospitals import hospital
 from fedmed.errors import ConfigError, DataError, ModelError, UpdateRefused
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.wire import decode_task, encode_task
-from fedmed.training.site_round import evaluate_round, settings_from, site_data, train_round
+from fedmed.training.site import settings_from, site_data
+from fedmed.training.site_round import evaluate_round, train_round
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0, "noise-multiplier": 1.66}
 

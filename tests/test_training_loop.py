@@ -20,7 +20,7 @@ from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
 from fedmed.training.schedule import learning_rate_factor, plateau_factor
-from fedmed.training.site_round import settings_for_sites, settings_from
+from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.training.unfinished import Unfinished
 
 SGD = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 8}

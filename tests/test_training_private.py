@@ -14,7 +14,7 @@ from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import drawn, train_privately_, units_of
-from fedmed.training.site_round import settings_for_sites, settings_from
+from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.training.terms import Terms, terms_for
 from fedmed.training.unfinished import Unfinished
 

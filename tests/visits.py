@@ -13,7 +13,8 @@ from fedmed.models import build
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.own_patients import site_generator
-from fedmed.training.site_round import Site, evaluate_round, settings_for_sites, train_round
+from fedmed.training.site import Site, settings_for_sites
+from fedmed.training.site_round import evaluate_round, train_round
 from fedmed.types import FloatVector, Task, Update, Weights
 
 

@@ -121,11 +121,11 @@ def baseline(folder: Place) -> None:
     from fedmed.deployment.site_folder import read_site_folder
     from fedmed.federated.sites import site_at
     from fedmed.reporting.site_report import write_site_report
-    from fedmed.training.site_round import baseline as train
+    from fedmed.training.local_baseline import train_baseline
 
     site = site_at(read_site_folder(folder).file)
     with bar("rounds") as progress:
-        result = train(site, progress or (lambda done, rounds: print(f"round {done}/{rounds}", flush=True)))
+        result = train_baseline(site, progress or (lambda done, rounds: print(f"round {done}/{rounds}", flush=True)))
     said = json.loads(result.read_text(encoding="utf-8"))
     for arm in said["arms"]:
         gained = arm["gain_over_local"] and arm["gain_over_local"]["value"]

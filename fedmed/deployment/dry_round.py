@@ -27,7 +27,8 @@ from fedmed.federated.site_config import withdrawn_of
 from fedmed.imaging.manifest import ABOUT, read_columns
 from fedmed.imaging.reading import PRESETS, read_image
 from fedmed.training.network import resident_network
-from fedmed.training.site_round import Site, settings_for_sites, train_round
+from fedmed.training.site import Site, settings_for_sites
+from fedmed.training.site_round import train_round
 from fedmed.types import Task
 
 PATIENTS = 10

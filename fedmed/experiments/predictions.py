@@ -33,7 +33,7 @@ from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork
 from fedmed.training.predict.kept import kept_network
-from fedmed.training.site_round import Site, settings_for_sites, site_data
+from fedmed.training.site import Site, settings_for_sites, site_data
 
 FILE = "predictions.safetensors"
 SERVER = "server"  # the name of its place; no site may be called so

@@ -16,7 +16,8 @@ from fedmed.errors import NO_ROOM, FedmedError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.sites import site_of
 from fedmed.federated.wire import decode_task, encode_update
-from fedmed.training.site_round import Site, evaluate_round, site_card, train_round
+from fedmed.training.site import Site
+from fedmed.training.site_round import evaluate_round, site_card, train_round
 from fedmed.types import Scalar, Task, Update
 
 app = ClientApp()

@@ -35,7 +35,7 @@ from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
 from fedmed.training.schedule import plateau_factor
-from fedmed.training.site_round import settings_for_sites
+from fedmed.training.site import settings_for_sites
 from fedmed.types import Task, Update, Weights
 
 Event = Mapping[str, Any]

@@ -34,6 +34,7 @@ from fedmed.imaging.reading import presets_named, require_channels
 from fedmed.models.low_rank import require_trunk
 from fedmed.privacy.accounting import warm_up
 from fedmed.privacy.policy import read_policy
+from fedmed.training.coupling import require_fixed_statistics
 from fedmed.training.fitting import require_fit
 from fedmed.training.local_algorithms.fedbn import require_norms
 from fedmed.training.network import network_of
@@ -84,6 +85,8 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
         require_fit(network, config)
     if config.strategy.name == "fedbn":
         require_norms(network)
+    if config.privacy.mode != "none":
+        require_fixed_statistics(network)
     if config.privacy.mode == "central":
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         check_central(config, sites=config.privacy.sites or len(names), parameters=trained)

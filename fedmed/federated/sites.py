@@ -20,7 +20,7 @@ from fedmed.federated.site_config import SiteConfig, read_site_config, withdrawn
 from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
-from fedmed.training.site_round import Site
+from fedmed.training.site import Site
 
 __all__ = ["SIMULATION", "SiteConfig", "read_site", "site_name", "site_names", "site_of", "virtual_sites"]
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines

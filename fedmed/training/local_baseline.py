@@ -35,6 +35,7 @@ from fedmed.training.loop import Circumstances
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.own_patients import OwnPatients
 from fedmed.training.sampling import Rows
+from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_state import SiteState, write_durably
 from fedmed.types import Task, Weights
 
@@ -42,7 +43,6 @@ FOLDER = "baseline"  # of the site's state folder
 RESULT = "comparison.json"
 
 Which = Literal["first", "final"]
-Load = Callable[[str], tuple[RunConfig, Dataset]]  # settings of a task -> the run, and the site's data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,29 +68,30 @@ def keep_network(state_dir: Path, which: Which, task: Task, weights: Weights) ->
     write_durably(folder / f"{which}.safetensors", vectors, {"settings": task.settings, "run": task.run})
 
 
-def train_baseline(state_dir: Path, site: str, device: str, load: Load, watch: Callable[[int, int], None]) -> Path:
+def train_baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
     """Train the site's own network, judge both, and write `comparison.json`; a second call goes on after a kill.
 
     Args:
-        state_dir: the site's folder, to which its tasks wrote.
-        site: its name.
-        device: where it trains.
-        load: gives the run and the site's data.
+        site: the hospital.
         watch: told (round, rounds) after every round.
 
     Raises:
         DataError: the site did not take part from the first round to the last, holds nobody out, or cannot write.
     """
+    state_dir = site.state_dir
+    if state_dir is None:
+        raise DataError("the site keeps nothing of its runs (state-dir in site.toml)")
     first, final = _kept(state_dir, "first"), _kept(state_dir, "final")
     if first.run != final.run:
         raise DataError("the run that ended last is not the one that began last; wait for its end")
-    config, data = load(final.settings)
+    config, data = settings_from(final.settings), site_data(site, final.settings)
     rows = np.flatnonzero(data.evaluation)
     if len(rows) == 0:
         raise DataError("the site holds nobody out (evaluate.site-share = 0), so there are no patients to judge by")
     torch.set_num_threads(config.train.threads)
-    network = resident_network(config.model, len(config.task.labels), config.seed, device, config.dimensions)
-    own, state = OwnPatients(network=network, data=data, config=config, site=site), SiteState(folder=state_dir / FOLDER)
+    network = resident_network(config, site.device)
+    own = OwnPatients(network=network, data=data, config=config, site=site.name)
+    state = SiteState(folder=state_dir / FOLDER)
     network.load_(Weights(**state.before()) if state.last_round else first.weights)
     for round in range(state.last_round + 1, config.train.rounds + 1):
         own.train_(config.train, Circumstances(round=round))
@@ -98,7 +99,7 @@ def train_baseline(state_dir: Path, site: str, device: str, load: Load, watch: C
         state.keep(round, {"parameters": trained.parameters, "buffers": trained.buffers}, reach=1)
         watch(round, config.train.rounds)
     networks = {"local": network.weights(), "federated": final.weights}
-    result = {"schema": 1, "name": config.name, "site": site, "primary": config.primary, "seeds": [config.seed]}
+    result = {"schema": 1, "name": config.name, "site": site.name, "primary": config.primary, "seeds": [config.seed]}
     result |= {"images": len(set(data.rows[rows].tolist())), "arms": _judged(networks, network, data, rows, config)}
     write_atomically(state_dir / RESULT, json.dumps(result, indent=2, allow_nan=False).encode() + b"\n", mode=0o600)
     return state_dir / RESULT

@@ -25,7 +25,7 @@ from fedmed.types import FloatVector, PrivacyEvent, Sums, Task
 
 if TYPE_CHECKING:
     from fedmed.training.account import Account
-    from fedmed.training.site_round import Site
+    from fedmed.training.site import Site
 
 
 def account_of(
