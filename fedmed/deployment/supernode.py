@@ -14,10 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
 from fedmed.deployment import certificates, door, node_keys
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.health import health_endpoint, site_facts
 from fedmed.deployment.kits import CERTIFICATE, Kit
+from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.processes import (
     Child,
     flower_environment,
@@ -65,16 +68,19 @@ def site_command(site: SiteFolder, kit: Kit, port: int) -> list[str]:
 
 
 def write_door(site: SiteFolder) -> Path:
-    """Write the command `flwr-clientapp` that leads to the warm process.
+    """Write the command that leads to the warm process, under every name by which Flower starts a task.
+
+    The server says of which kind a task is, and of most kinds it brings the code. Here all are of one kind.
 
     Returns:
-        Its folder, to stand first on the SuperNode's PATH.
+        Their folder, to stand first on the SuperNode's PATH.
     """
     folder = make_folder(site.flower / "bin")
     words = (sys.executable, "-I", "-S", door.__file__, str(site.flower))
-    path = folder / "flwr-clientapp"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-    path.chmod(0o700)
+    for name in TASK_TYPE_TO_COMMAND.values():
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+        path.chmod(0o700)
     return folder
 
 
@@ -105,14 +111,15 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
 
     with runner(site.flower, "site") as stop, health_endpoint(site.config.health_port, facts):
         environment, made = _environment(site), False
-        own = (sys.executable, "-m", "fedmed.deployment.node", str(site.file))
+        own = (sys.executable, "-P", "-m", "fedmed.deployment.node", str(site.file))
         tasks = _warm(site, log)
         try:
             while not stop.is_set():
                 words = site_command(site, kit, free_port())[1:]
                 node = Child([*own, *words], environment, log)  # it waits for `tasks`
+                launcher, lost = Launcher(node.pid), False
                 tell(f"{site.config.name} connects to {kit.consortium} at {kit.address}")
-                while node.running and not stop.is_set():
+                while node.running and not lost and not stop.is_set():
                     made |= (site.flower / door.SOCKET).exists()
                     if not made and not (tasks.running and time.monotonic() < tasks.started + WARM_S):
                         raise RunFailed("the process that tasks come from did not start; logs/site.log says why")
@@ -120,12 +127,14 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
                         tell("the process that tasks come from ended; it is started again")
                         tasks = _warm(site, log)
                     reap(keep={node.pid, tasks.pid})
+                    lost = launcher.gone()
                     stop.wait(LOOK_S)
                 if stop.is_set():
                     break
                 node.wait(1.0)
                 node.end()
-                tell(f"the SuperNode ended: {_why(node)}; again in {RESTART_S:.0f} s")
+                why = "was ended, for what starts its tasks was gone" if lost else f"ended: {_why(node)}"
+                tell(f"the SuperNode {why}; again in {RESTART_S:.0f} s")
                 stop.wait(RESTART_S)
         finally:
             if node is not None:
@@ -151,5 +160,5 @@ def _environment(site: SiteFolder) -> dict[str, str]:
 def _warm(site: SiteFolder, log: logging.Logger) -> Child:
     """The process that tasks are forked from; it needs seconds until it is ready for the first."""
     (make_folder(site.flower) / door.SOCKET).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "fedmed.deployment.warm", str(site.file)]
+    command = [sys.executable, "-P", "-m", "fedmed.deployment.warm", str(site.file)]
     return Child(command, flower_environment(site.flower), log)

@@ -1,0 +1,108 @@
+"""What a site does with tasks of the other kinds that Flower knows: the server names the kind, and brings the code."""
+
+import contextlib
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import uvicorn
+from flwr.app import Context, ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.main import create_app
+from flwr.supernode.nodestate import NodeState, NodeStateFactory
+from flwr.supernode.start_client_internal import _insert_message
+from real_consortium import free_port, make_consortium, wait_for
+
+from fedmed.deployment import door, flower_app
+from fedmed.deployment.processes import Child, program
+from fedmed.deployment.site_folder import read_site_folder
+from fedmed.deployment.supernode import _environment, _warm
+
+RUN, NODE = 7, 9
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A site that has joined; nobody runs."""
+    root = tmp_path_factory.mktemp("door")
+    make_consortium(root, ["a-40"])
+    return read_site_folder(root / "a-40")
+
+
+@contextlib.contextmanager
+def tasks_for(site) -> Iterator[NodeState]:
+    """The half of a SuperNode that serves its tasks, with Flower's own launcher of tasks and the site's warm process."""
+    states, port = NodeStateFactory(ObjectStoreFactory()), free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(states), host="127.0.0.1", port=port, log_level="warning", ws="none")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    log = logging.Logger("site")
+    log.addHandler(logging.FileHandler(site.root / "site.log"))
+    words = [program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+    children = [_warm(site, log), Child(words, _environment(site), log)]
+    try:
+        yield states.state()
+    finally:
+        for child in children:
+            child.end()
+        server.should_exit = True
+        thread.join()
+        for handler in log.handlers:
+            handler.close()
+
+
+def agent_app(folder: Path) -> bytes:
+    """A server's own app, of a kind whose code Flower loads by itself."""
+    files = ("pyproject.toml", "server/__init__.py", "server/app.py", "client/__init__.py", "client/app.py")
+    content = {name: (flower_app.app_folder() / name).read_bytes() for name in files}
+    mark = folder / "mark"
+    content["client/app.py"] = f"open({str(mark)!r}, 'w').close()\napp = None\n".encode()
+    parts = content["pyproject.toml"].partition(b"[tool.flwr.app.components]")
+    content["pyproject.toml"] = parts[0] + parts[1] + b'\nagentapp = "client.app:app"\n' + parts[2]
+    return build_fab_from_files(content)[0]
+
+
+def test_every_name_by_which_flower_starts_a_task_leads_to_the_warm_process(site):
+    path = _environment(site)["PATH"].split(":")[0]
+    texts = {(Path(path) / name).read_text() for name in TASK_TYPE_TO_COMMAND.values()}
+    (text,) = texts
+    assert door.__file__ in text
+    assert {entry.name for entry in Path(path).iterdir()} == set(TASK_TYPE_TO_COMMAND.values())
+
+
+@pytest.mark.deployment
+@pytest.mark.timeout(300)
+def test_code_that_a_server_calls_an_agent_is_refused_as_any_other_and_never_unpacked(site, tmp_path, monkeypatch):
+    content = agent_app(tmp_path)
+    for name, number in (("task_id", 1), ("run_id", RUN), ("node_id", 1)):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", number)
+    with tasks_for(site) as state:
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        run = replace(Run.create_empty(RUN), fab_hash=fab.hash_str, series_id=RUN, fab_id="fedmed/fedmed")
+        state.set_node_id(NODE)
+        state.store_run(replace(run, fab_version="1.0.0", primary_task_type=TaskType.AGENT_APP))
+        state.store_fab(fab)
+        state.set_run_series_context(RUN, Context(RUN, NODE, {"site": str(site.file)}, RecordDict(), {}, RUN))
+        message = Message(RecordDict({"x": ConfigRecord({"y": 1})}), NODE, "query.hello", group_id="hello")
+        _insert_message(message, state, state.object_store)
+        assert state.create_task(task_type=TaskType.AGENT_APP, run_id=RUN, fab_hash=fab.hash_str) is not None
+        replies: list[Message] = []
+        log = site.root / "site.log"
+        wait_for(lambda: bool(replies.extend(state.get_messages_legacy(is_reply=True)) or replies), 90, log.read_text)
+        assert "kit names (kit.apps)" in replies[0].error.reason
+        wait_for(
+            lambda: not {"pending", "running"} & {task.status.status for task in state.get_tasks()}, 60, log.read_text
+        )
+    assert not (tmp_path / "mark").exists()
+    assert not (site.flower / "apps").exists()
