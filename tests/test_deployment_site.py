@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from real_consortium import free_port, make_site
 
-from fedmed.deployment import processes
+from fedmed.deployment import confinement, processes
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.confinement import Confinement
 from fedmed.deployment.health import health_endpoint, site_facts
 from fedmed.deployment.site_folder import read_site_folder
+from fedmed.deployment.task import limit_s
 from fedmed.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -127,6 +128,9 @@ if sys.argv[2] == "user" and os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 if sys.argv[2] == "landlock":
     confinement._own_network = lambda: ""
+if sys.argv[2] == "unmapped":  # as under AppArmor: a namespace may be made, and its maps not be written
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    confinement._landlock([Path(sys.argv[1])])
 held = confinement.confine(writable=[Path(sys.argv[1])], memory_gib=0, processors=0)
 def error(act):
     try:
@@ -146,7 +150,7 @@ print(json.dumps(said))
 
 
 @linux
-@pytest.mark.parametrize("who", ["user", "landlock"])
+@pytest.mark.parametrize("who", ["user", "landlock", "unmapped"])
 def test_what_is_said_to_hold_does_hold_for_a_plain_user_and_where_namespaces_are_forbidden(who):
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         inside = Path(folder) / "inside"
@@ -166,7 +170,7 @@ def test_what_is_said_to_hold_does_hold_for_a_plain_user_and_where_namespaces_ar
     held = Confinement(**said["held"])
     if not (held.network and held.files):
         pytest.skip(f"this system does not allow it: {held}")
-    assert said["uid"] or who != "user"
+    assert said["uid"] or who == "landlock"
     assert said["connect"]
     assert (said["outside"], said["inside"]) == ("PermissionError", "")
 
@@ -175,6 +179,40 @@ def test_what_does_not_hold_is_said(tmp_path):
     assert str(Confinement(network="", files="all", memory="1 GiB", processors="1 of 2")).startswith(
         "network: NOT limited, this system does not allow it; files: all"
     )
+
+
+def test_a_kernel_on_which_any_file_may_be_cut_short_is_named():
+    assert [("cut short" in confinement._files(version)) for version in range(1, 5)] == [True, True, False, False]
+    assert confinement._files(0) == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"), [(60, 60), (0, 1), (1e9, 86_400), ("nan", 86_400), (float("inf"), 86_400), ("soon", 86_400)]
+)
+def test_a_deadline_is_a_number_whatever_the_server_says(asked, held):
+    assert limit_s({"strategy.round-timeout-s": asked}) == held
+
+
+HEARTBEAT = """
+import sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+import flwr.supernode.cli as flower
+from fedmed.deployment import door, node
+def supernode():
+    threading.Thread(target=lambda: 1 / 0).start()
+    time.sleep(60)
+flower.flower_supernode = supernode
+node.joined_kit, node.clock_ahead_s = (lambda site: None), (lambda kit: 0.0)
+Path(sys.argv[1], door.SOCKET).touch()
+node.main(SimpleNamespace(flower=Path(sys.argv[1])))
+"""
+
+
+def test_a_supernode_whose_heartbeat_fails_ends_and_does_not_go_on_half_alive(tmp_path):
+    words = [sys.executable, "-c", HEARTBEAT, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def asked(port: int, path: str = "/health") -> tuple[int, object]:

@@ -153,7 +153,7 @@ def manifest(site: SiteFolder) -> str:
 
 def tried(site: SiteFolder) -> Iterator[Finding]:
     """What a process that is confined as a task finds: limits, device, and what a round on ten patients takes."""
-    command = [sys.executable, "-m", "fedmed.deployment.dry_round", str(site.file)]
+    command = [sys.executable, "-P", "-m", "fedmed.deployment.dry_round", str(site.file)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DRY_ROUND_S)
         found = json.loads(done.stdout.splitlines()[-1])

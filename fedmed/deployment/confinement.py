@@ -4,7 +4,8 @@ Everything here needs no privilege and works on the calling process, which must 
 
 * network: a network namespace of its own (namespaces(7)), in which there is nothing, not even loopback. Where the
   system forbids it to users, Landlock refuses TCP (Linux 6.7).
-* files: Landlock (Linux 5.13, landlock(7)) refuses writing everywhere but below named folders. Reading stays.
+* files: Landlock (Linux 5.13, landlock(7)) refuses writing everywhere but below named folders; truncate(2) only since
+  Linux 6.2. Reading stays.
 * memory: RLIMIT_DATA (Linux 4.7), which counts what a process has for itself and not what it shares.
 * processors: an affinity, which threads and children inherit.
 
@@ -19,6 +20,7 @@ import resource
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def confine(*, writable: Iterable[Path], memory_gib: float, processors: int) -> 
         network = "TCP refused by Landlock; UDP is not"
     return Confinement(
         network=network,
-        files="written only below its own folders (Landlock)" if landlock else "",
+        files=_files(landlock),
         memory=_memory(memory_gib),
         processors=_processors(processors),
     )
@@ -85,10 +87,17 @@ def _own_network() -> str:
         return ""
     c_library.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # or /proc/self is root's, and its parent cannot watch it
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path(f"/proc/self/{name}").write_text(text)
+        with suppress(OSError):  # AppArmor may forbid it (Ubuntu 24.04); the network is gone all the same
+            Path(f"/proc/self/{name}").write_text(text)
     # In a user namespace a process has every capability over what belongs to it, and that it does not need.
     c_library.capset(struct.pack("=II", CAPABILITIES_3, 0), bytes(24))
     return "none, a namespace of its own"
+
+
+def _files(landlock: int) -> str:
+    if 0 < landlock < 3:
+        return "written only below its own folders (Landlock); but any may be cut short, before Linux 6.2"
+    return "written only below its own folders (Landlock)" if landlock else ""
 
 
 def _landlock(writable: Iterable[Path]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -38,10 +39,18 @@ def main(site: SiteFolder) -> None:
         print(f"this clock is {ahead_s:+.0f} s from the server's, which holds for what is sent; set up NTP")
         os.environ[door.AHEAD] = f"{ahead_s:.3f}"  # for its tasks
         keep_server_time(ahead_s)
+    threading.excepthook = end
     flower_supernode()
     # An error of the server, such as a full disk's, ends the connection. Flower then returns from here, but a thread of
     # its own would keep the process: connected to nothing, for ever. The runner starts another one.
     print("the connection to the server ended", flush=True)
+    os._exit(1)
+
+
+def end(failed: threading.ExceptHookArgs) -> None:
+    """End the process with one of its threads: without heartbeats it goes on asking, and counts as absent for ever."""
+    threading.__excepthook__(failed)
+    sys.stderr.flush()
     os._exit(1)
 
 

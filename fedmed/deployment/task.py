@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,10 +67,9 @@ class Worker:
 
         The worker is gone afterwards.
         """
-        limit_s = float(context.run_config.get("strategy.round-timeout-s", LONGEST_S))
-        deadline = time.monotonic() + min(max(limit_s, 1.0), LONGEST_S)
         spool = Spool(self._folder)
         try:
+            deadline = time.monotonic() + limit_s(context.run_config)
             self._channel.sendall(_envelope(message) + b"\n" + spool.write(QUESTION, message.content))
             kind, _, body = self._hear(deadline).partition(b"\n")
             if kind == b"error":
@@ -113,6 +113,15 @@ class Worker:
             if not answer:
                 raise ConnectionError
             return answer
+
+
+def limit_s(run_config: Mapping[str, Any]) -> float:
+    """How long a task may take, by a run's configuration, which comes from the server: 1 s to a day, else a day."""
+    try:
+        asked = float(run_config.get("strategy.round-timeout-s", LONGEST_S))
+    except (TypeError, ValueError, OverflowError):
+        return LONGEST_S
+    return min(max(asked, 1.0), LONGEST_S) if math.isfinite(asked) else LONGEST_S
 
 
 class Watch:
