@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,10 +69,11 @@ class Hospitals:
 
     def __init__(self, *nodes: int) -> None:
         self.present, self.deaf, self.cards, self.greeted = set(nodes), set(), {}, []
+        self.registered: dict[int, str] = {}  # names of sites, by node
         self._sent: dict[str, Message] = {}
 
-    def get_node_ids(self):
-        return sorted(self.present)
+    def get_nodes(self):
+        return [NodeInfo(node_id=node, name=self.registered.get(node, "")) for node in sorted(self.present)]
 
     def push_messages(self, messages):
         for message in messages:
@@ -251,6 +253,17 @@ def test_two_nodes_with_one_name_are_one_site():
     sites = roster(grid)
     assert [(each.site, each.reason) for each in sites.failures] == [("h1", "two nodes have this name")]
     assert list(sites.asked(1)) == ["h1"]
+
+
+def test_a_site_takes_part_under_the_name_of_its_key_alone():
+    grid = Hospitals(1, 2, 3)
+    grid.registered = {1: "h1", 2: "h2", 3: "h3"}
+    grid.cards[2] = {"site": "h1"}
+    grid.cards[3] = {"site": "h2", "problem": "no disk"}
+    sites = roster(grid)
+    assert {each.site for each in sites.failures} == {"h2", "h3"}
+    assert all("its key is registered for" in each.reason for each in sites.failures)
+    assert sites["h1"].node == 1 and list(sites.asked(1)) == ["h1"]
 
 
 LAYOUT = layout_of(torch.nn.BatchNorm1d(3))

@@ -39,12 +39,17 @@ class CannotJoin(UpdateRefused):
         self.site = site
 
 
-def member_of(answer: RecordDict | str, node: int) -> Member:
+def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> Member:
     """The member behind a node's card.
 
+    Args:
+        answer: the card, or why there is none.
+        node: that sent it.
+        registered: the site that the node's key is registered for, where keys are.
+
     Raises:
-        UpdateRefused: there is no card, it is malformed, or the site cannot take part: it runs another version of
-            fedmed, or its data cannot be used.
+        UpdateRefused: there is no card, it is malformed or another site's, or the site cannot take part: it runs
+            another version of fedmed, or its data cannot be used.
     """
     if isinstance(answer, str):
         raise CannotJoin(answer)
@@ -54,6 +59,9 @@ def member_of(answer: RecordDict | str, node: int) -> Member:
         problem = " ".join(str(card["problem"])[:LONGEST_TEXT].split())
         if not NAME.fullmatch(name):
             raise CannotJoin("its name is none that a site can have")
+        if registered and name != registered:
+            text = "calls itself by another name than its key is registered for (site.toml: name)"
+            raise CannotJoin(text, site=registered)
         if problem:
             raise CannotJoin(problem, site=name)
         if (version, code) != (fedmed.__version__, package_hash()):

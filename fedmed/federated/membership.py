@@ -69,6 +69,7 @@ class Membership:
         self._open: dict[int, Greeting] = {}  # by node
         self._met: set[int] = set()  # nodes that were greeted since they appeared
         self._present: set[int] = set()
+        self._registered: dict[int, str] = {}  # the sites that nodes are registered as; "" in a simulation
         self._at_start = 0  # nodes, whether they could take part or not
 
     @property
@@ -184,7 +185,8 @@ class Membership:
         """See which nodes are connected, and wait while they are too few; sites that left are not waited for."""
         deadline = time.monotonic() + self._strategy.round_timeout_s
         while True:
-            self._present = set(self._grid.get_node_ids())
+            self._registered = {node.node_id: node.name for node in self._grid.get_nodes()}
+            self._present = set(self._registered)
             gone = self._unreachable()
             short = len(self._present) < self._strategy.min_sites
             short = short or bool(gone and self.missing(sorted(set(self._staying()) - set(gone))))
@@ -227,7 +229,7 @@ class Membership:
             if reply is None and not left:
                 self._met.discard(node)  # to be greeted once more
             try:
-                member = member_of(answer_in(reply, node, GROUP), node)
+                member = member_of(answer_in(reply, node, GROUP), node, registered=self._registered.get(node, ""))
                 label = member.name
                 self._join(member)
                 if round:
