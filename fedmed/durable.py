@@ -45,17 +45,22 @@ def replacing(path: Path, *, mode: int = 0o644, shared: bool = False) -> Iterato
 def write_new(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write a file that must not exist yet; it and its name are on disk when this returns.
 
+    After a crash it is whole or not there; what a crash leaves besides is `.*.partial`.
+
     Raises:
         FileExistsError: it exists.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        append(descriptor, content)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        try:
+            append(descriptor, content)
+        finally:
+            os.close(descriptor)
+        os.link(partial, path)  # which, unlike a rename, replaces nothing
     finally:
-        os.close(descriptor)
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
