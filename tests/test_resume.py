@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from typer.testing import CliRunner
 from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import ConfigError, RunFailed, RunInterrupted
 from fedmed.federated.resume import record, take_up
 from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.server_app import be_alone
 from fedmed.federated.simulation import local_grid, run_on
 from fedmed.types import Weights
 
@@ -266,3 +269,26 @@ def test_with_sites_dropping_out_at_random_the_run_goes_on_and_names_them(toy_co
     assert (result["status"], result["rounds"]) == ("degraded" if dropped else "completed", 8)
     assert bool(dropped) == (share > 0)
     assert load_file(folder.path / "model.safetensors")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fedmed.federated.server_app import be_alone
+be_alone(Path(sys.argv[1]))
+print("alone", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_second_process_of_a_run_waits_for_the_first_to_end_and_not_for_ever(tmp_path, capsys):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"alone\n"
+        with pytest.raises(RunInterrupted, match="an earlier process of this run"):
+            be_alone(tmp_path, wait_s=0.0)
+        first.stdin.close()
+        first.wait(30)
+        be_alone(tmp_path)
+    assert "waiting for its end" in capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -19,6 +21,7 @@ from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.chain import now
 
 app = ServerApp()
+ALONE_S = 300.0
 OF_FLOWER = ("flwr.", "httpx")  # modules whose errors tell of the SuperLink, and not of the run
 
 
@@ -50,9 +53,14 @@ def _run(grid: Grid, context: Context) -> None:
         )
     series = context.series_id or context.run_id
     begun = folder_of(runs_folder(), series)
-    if begun is not None and not take_up(RunFolder(begun), config):
-        return
-    folder = RunFolder.resume(begun) if begun is not None else _new_folder(config, series)
+    if begun is not None:
+        be_alone(begun)
+        if not take_up(RunFolder(begun), config):
+            return
+        folder = RunFolder.resume(begun)
+    else:
+        folder = _new_folder(config, series)
+        be_alone(folder.path)
     print(f"run folder: {folder.path}")
     if begun is not None:
         why = "the server or the run's own process ended before the run did, or somebody resumed it"
@@ -60,6 +68,32 @@ def _run(grid: Grid, context: Context) -> None:
     result = run_federation(grid, config, folder, watch=say, cache_dir=cache_folder())
     if result["status"] in ("failed", "paused"):
         raise RunFailed(f"{result['status']}: {result['reason']}")
+
+
+def be_alone(folder: Path, wait_s: float = ALONE_S) -> None:
+    """Wait until no other process writes a run's folder; from then on, until this one ends, none but it does.
+
+    One that was stopped, or whose server gave it up, may still be evaluating.
+
+    Raises:
+        RunInterrupted: it does not end.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)  # it is never closed: the lock is the process's
+    deadline = time.monotonic() + wait_s
+    said = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not said:
+                print("an earlier process of this run still writes its folder; waiting for its end", flush=True)
+            if time.monotonic() > deadline:
+                raise RunInterrupted("an earlier process of this run still writes its folder") from None
+        except OSError:  # a file system without locks
+            return
+        said = True
+        time.sleep(0.5)
 
 
 def _new_folder(config: RunConfig, series: int) -> RunFolder:
