@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmed.deployment.files import OPEN, SECRET, write_new
+from fedmed.durable import replacing, write_all
 from fedmed.errors import ConfigError
 
 AUTHORITY_DAYS = 3650
@@ -31,10 +32,17 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the server's own tasks come this
 def make_authority(folder: Path, name: str) -> None:
     """Make `ca.key` (0600) and `ca.crt`, which signs certificates of the server and of coordinators, and nothing else.
 
+    A key that is there without its certificate, after a crash between the two, is taken.
+
     Raises:
-        ConfigError: there is one already.
+        ConfigError: there is one already, or its key is damaged.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
+    place = folder / "ca.key"
+    if place.exists() and not (folder / "ca.crt").exists():
+        key = _read_key(place)
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        write_new(place, _pem(key), SECRET)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} certificate authority"[:64])])
     start = datetime.now(UTC) - BACKDATE
     certificate = (
@@ -50,7 +58,6 @@ def make_authority(folder: Path, name: str) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _write_key(folder / "ca.key", key)
     write_new(folder / "ca.crt", certificate.public_bytes(Encoding.PEM), OPEN)
 
 
@@ -74,10 +81,12 @@ def make_server_certificate(folder: Path, names: Sequence[str], days: int) -> x5
         ExtendedKeyUsageOID.SERVER_AUTH,
         x509.SubjectAlternativeName(_alternatives(names)),
     )
-    for name in ("server.key", "server.crt"):
-        (folder / name).unlink(missing_ok=True)
-    _write_key(folder / "server.key", key)
-    write_new(folder / "server.crt", certificate.public_bytes(Encoding.PEM), OPEN)
+    with (
+        replacing(folder / "server.crt", mode=OPEN) as public,
+        replacing(folder / "server.key", mode=SECRET) as secret,
+    ):  # `belong_together` finds what a kill between the two names leaves
+        write_all(public, certificate.public_bytes(Encoding.PEM))
+        write_all(secret, _pem(key))
     return certificate
 
 
@@ -102,6 +111,14 @@ def make_coordinator_certificate(
     public = key.public_key() if key is not None else _requested_key(request or b"")
     certificate = _signed(folder, public, name, days, ExtendedKeyUsageOID.CLIENT_AUTH)
     return certificate.public_bytes(Encoding.PEM), None if key is None else _pem(key)
+
+
+def belong_together(certificate: x509.Certificate, key: Path) -> bool:
+    """Whether a file holds the private key of a certificate."""
+    try:
+        return _read_key(key).public_key() == certificate.public_key()
+    except ConfigError:
+        return False
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -231,17 +248,13 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    write_new(path, _pem(key), SECRET)
-
-
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
-        raise ConfigError(f"{path}: the authority's key cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{path}: the key cannot be read ({error.strerror})") from None
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path}: the authority's key is damaged; restore it from your safe")
+        raise ConfigError(f"{path}: the key is damaged; restore it from your safe")
     return key

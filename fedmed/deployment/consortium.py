@@ -17,6 +17,7 @@ from fedmed.deployment.files import make_folder, write_new
 from fedmed.errors import ConfigError
 
 FILE = "consortium.toml"
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what listens there is reached on loopback
 DNS = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 TEMPLATE = """\
 # A consortium of hospitals, as its coordinator describes it. Read by every `fedmed server` command.
@@ -79,6 +80,16 @@ class Consortium(Section):
     def address(self) -> str:
         """HOST:PORT that sites and coordinators connect to."""
         return joined(self.addresses[0], self.port)
+
+    @property
+    def reached(self) -> str:
+        """The host at which this machine itself reaches the SuperLink; one of the names of the certificate."""
+        return EVERYWHERE.get(self.inside[0], self.inside[0])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the server's certificate stands for."""
+        return tuple(dict.fromkeys((*self.addresses, self.reached)))
 
     @property
     def inside(self) -> tuple[str, int]:

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from fedmed.config import Name
 from fedmed.deployment.certificates import make_coordinator_certificate, read_certificate
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
-from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
+from fedmed.deployment.files import SECRET, make_folder, read_json, write_json
 from fedmed.deployment.kits import ADDRESS
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 
 KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what listens there is reached on loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class Entrance:
     authority: Path  # certificate, PEM
     certificate: Path | None = None  # of the coordinator, with its key beside it
     runs: Path | None = None  # where run folders lie, on the server's own machine
+
+    @property
+    def near(self) -> bool:
+        """Whether this is the server's own machine."""
+        return self.runs is not None
 
     def tls(self) -> ssl.SSLContext:
         """What a connection needs.
@@ -64,8 +69,8 @@ def entrance(path: Path) -> Entrance:
 
 def own_entrance(folder: ServerFolder) -> Entrance:
     """The way in on the server's own machine, past nginx."""
-    host, port = folder.consortium.inside
-    address = joined(EVERYWHERE.get(host, host), port)
+    consortium = folder.consortium
+    address = joined(consortium.reached, consortium.inside[1])
     return Entrance(address=address, authority=folder.tls / AUTHORITY, runs=folder.runs)
 
 
@@ -94,17 +99,14 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
         raise ConfigError("loopback-port in consortium.toml is 0: coordinators elsewhere need nginx in front")
     certificate, key = make_coordinator_certificate(folder.tls, name, folder.consortium.certificate_days, asked)
     given = make_folder(make_folder(folder.coordinators) / name)
-    contents = {CERTIFICATE: certificate, AUTHORITY: (folder.tls / AUTHORITY).read_bytes()}
-    for file in (*contents, KEY):
-        (given / file).unlink(missing_ok=True)
     if key is not None:
-        write_new(given / KEY, key, SECRET)
-    for file, content in contents.items():
-        write_new(given / file, content)
+        write_atomically(given / KEY, key, mode=SECRET)
+    write_atomically(given / CERTIFICATE, certificate)
+    write_atomically(given / AUTHORITY, (folder.tls / AUTHORITY).read_bytes())
     write_json(given / CONTENT, {"address": folder.consortium.address})
-    listed = folder.coordinators / f"{name}.crt"
-    listed.unlink(missing_ok=True)
-    write_new(listed, certificate)
+    write_atomically(folder.coordinators / f"{name}.crt", certificate)
+    if key is None:
+        (given / KEY).unlink(missing_ok=True)  # of an older certificate
     return given
 
 

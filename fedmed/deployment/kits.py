@@ -19,6 +19,7 @@ from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.certificates import parse_certificate
 from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
 from fedmed.deployment.node_keys import fingerprint
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
@@ -101,8 +102,7 @@ def write_kit(
     }
     signature = key.sign(canonical(values).encode()).hex()
     public = key.public_key().public_bytes_raw().hex()
-    (folder / CERTIFICATE).unlink(missing_ok=True)
-    write_new(folder / CERTIFICATE, ca)
+    write_atomically(folder / CERTIFICATE, ca)
     write_json(folder / CONTENT, {**values, "coordinator": public, "signature": signature})
     return read_kit(folder)
 

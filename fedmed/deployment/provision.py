@@ -39,6 +39,17 @@ def site_cards(folder: ServerFolder) -> list[SiteCard]:
     return [read_card(path) for path in sorted(folder.cards.glob("*.json"))]
 
 
+def readable_cards(folder: ServerFolder) -> tuple[list[SiteCard], dict[str, str]]:
+    """The cards of the sites that may connect, and, by the site's name, what is wrong with those that are damaged."""
+    cards, wrong = [], {}
+    for path in sorted(folder.cards.glob("*.json")):
+        try:
+            cards.append(read_card(path))
+        except ConfigError as error:
+            wrong[path.stem] = f"{error}; until then nothing changes for that site"
+    return cards, wrong
+
+
 def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     """Make what is missing, take in cards, and write every site's kit anew.
 
@@ -88,7 +99,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
 
 
 def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
-    """The server's certificate, and whether it is new: missing, near its end, or for other addresses before.
+    """The server's certificate, and whether it is new: missing, near its end, or for other addresses or keys before.
 
     Raises:
         ConfigError: the authority cannot be used.
@@ -96,11 +107,12 @@ def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
     make_folder(folder.tls)
     if not (folder.tls / "ca.crt").exists():
         certificates.make_authority(folder.tls, folder.consortium.name)
-    names, now = folder.consortium.addresses, datetime.now(UTC)
+    names, now = folder.consortium.names, datetime.now(UTC)
     if (folder.tls / "server.crt").exists():
         there = certificates.read_certificate(folder.tls / "server.crt")
         authority = certificates.read_certificate(folder.tls / "ca.crt")
         fits = set(names) <= certificates.alternative_names(there)
+        fits = fits and certificates.belong_together(there, folder.tls / "server.key")
         if fits and not certificates.problem(there, authority, now) and not certificates.ends_soon(there, now):
             return there, False
     return certificates.make_server_certificate(folder.tls, names, folder.consortium.certificate_days), True

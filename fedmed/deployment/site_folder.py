@@ -15,6 +15,7 @@ from fedmed.deployment import node_keys
 from fedmed.deployment.cards import SiteCard, write_card
 from fedmed.deployment.files import make_folder, write_json, write_new
 from fedmed.deployment.kits import CERTIFICATE, CONTENT, Kit, read_kit
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 from fedmed.federated.site_config import SiteConfig, read_site_config
 from fedmed.privacy import keys as site_keys
@@ -122,7 +123,7 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
         raise ConfigError(f'the kit is for the site "{kit.site}"; this is "{site.config.name}"')
     if kit.node_key != node_keys.public_text(node_keys.read_node_key(site.keys).public_key()):
         raise ConfigError("the kit is for another key of this site; send the coordinator the newest card.json")
-    known = read_kit(site.kit).coordinator if (site.kit / CONTENT).exists() else None
+    known = _known_coordinator(site)
     if fingerprint is not None and fingerprint.strip().lower() != kit.fingerprint:
         raise ConfigError(
             f"the kit was signed by {kit.fingerprint}, not by {fingerprint}; do not use it, and tell the coordinator"
@@ -138,10 +139,17 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
         )
     make_folder(site.kit)
     content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
-    (site.kit / CERTIFICATE).unlink(missing_ok=True)
-    write_new(site.kit / CERTIFICATE, kit.certificate)
+    write_atomically(site.kit / CERTIFICATE, kit.certificate)
     write_json(site.kit / CONTENT, content)
     return read_kit(site.kit)
+
+
+def _known_coordinator(site: SiteFolder) -> bytes | None:
+    """Whose kit the site has joined with; None if with none, or if what is there is damaged."""
+    try:
+        return read_kit(site.kit).coordinator
+    except ConfigError:
+        return None
 
 
 def joined_kit(site: SiteFolder) -> Kit:
