@@ -25,7 +25,7 @@ from fedmed.deployment.coordinators import entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.proxy import nginx_configuration
 from fedmed.deployment.run_files import _checked, run_server
-from fedmed.deployment.superlink import cut_off, server_command
+from fedmed.deployment.superlink import cut_off, server_command, under_way
 from fedmed.errors import ConfigError, RunInterrupted
 
 ROOT = Path(__file__).parent.parent
@@ -278,15 +278,22 @@ def flower_run(number: int, series: int, status: str, details: str = "", minutes
 )
 def test_a_run_goes_on_if_its_process_is_gone_without_a_word(status, details, minutes, gone):
     run = flower_run(1, 7, status, details, minutes)
-    assert cut_off([run], NOON) == ([(run, 1)] if gone else [])
+    assert cut_off([run], under_way([run], NOON)) == ([(run, 1)] if gone else [])
 
 
 def test_a_run_goes_on_three_times_and_only_its_last_try_counts():
     tries = [flower_run(number, 7, "finished:failed") for number in range(5)]
     for count in range(1, 6):
-        assert cut_off(tries[:count], NOON) == ([(tries[count - 1], count)] if count <= 3 else [])
-    assert cut_off([tries[0], flower_run(9, 7, "running", minutes=5)], NOON) == []
-    assert cut_off([tries[0], flower_run(9, 7, "finished:stopped")], NOON) == []
+        assert cut_off(tries[:count], []) == ([(tries[count - 1], count)] if count <= 3 else [])
+    assert cut_off([tries[0], flower_run(9, 7, "running", minutes=5)], []) == []
+    assert cut_off([tries[0], flower_run(9, 7, "finished:stopped")], []) == []
+
+
+def test_a_clock_that_is_set_later_cuts_off_no_run():
+    """What an earlier SuperLink left is known from the first look on; a run that is taken up later is none of it."""
+    left = under_way([flower_run(1, 1, "running"), flower_run(2, 2, "pending", minutes=None)], NOON)
+    set_back = flower_run(2, 2, "running", minutes=-60)  # taken up after the server's clock was put back by an hour
+    assert cut_off([flower_run(1, 1, "running"), set_back], left) == [(flower_run(1, 1, "running"), 1)]
 
 
 # What the server is deployed with.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from flwr.app import Context, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 from flwr.supercore.fab import Fab
@@ -40,11 +40,9 @@ def site(tmp_path_factory):
 
 @contextlib.contextmanager
 def tasks_for(site) -> Iterator[NodeState]:
-    """The half of a SuperNode that serves its tasks, with Flower's own launcher of tasks and the site's warm process."""
+    """The half of a SuperNode that serves its tasks, with its launcher of tasks and the warm process."""
     states, port = NodeStateFactory(ObjectStoreFactory()), free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(states), host="127.0.0.1", port=port, log_level="warning", ws="none")
-    )
+    server = uvicorn.Server(uvicorn.Config(create_app(states), port=port, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     log = logging.Logger("site")
@@ -97,12 +95,10 @@ def test_code_that_a_server_calls_an_agent_is_refused_as_any_other_and_never_unp
         message = Message(RecordDict({"x": ConfigRecord({"y": 1})}), NODE, "query.hello", group_id="hello")
         _insert_message(message, state, state.object_store)
         assert state.create_task(task_type=TaskType.AGENT_APP, run_id=RUN, fab_hash=fab.hash_str) is not None
+        said = (site.root / "site.log").read_text
         replies: list[Message] = []
-        log = site.root / "site.log"
-        wait_for(lambda: bool(replies.extend(state.get_messages_legacy(is_reply=True)) or replies), 90, log.read_text)
+        wait_for(lambda: bool(replies.extend(state.get_messages_legacy(is_reply=True)) or replies), 90, said)
         assert "kit names (kit.apps)" in replies[0].error.reason
-        wait_for(
-            lambda: not {"pending", "running"} & {task.status.status for task in state.get_tasks()}, 60, log.read_text
-        )
+        wait_for(lambda: {task.status.status for task in state.get_tasks()} == {"finished"}, 60, said)
     assert not (tmp_path / "mark").exists()
     assert not (site.flower / "apps").exists()

@@ -21,7 +21,7 @@ from real_consortium import RUN, command, make_consortium, make_site
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig, validate
-from fedmed.deployment import certificates, control, flower_app, node_keys
+from fedmed.deployment import certificates, flower_app, node_keys
 from fedmed.deployment.cards import read_card
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.consortium import read_consortium
@@ -30,6 +30,7 @@ from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import flower_environment
 from fedmed.deployment.provision import site_cards
 from fedmed.deployment.site_folder import join, read_site_folder
+from fedmed.deployment.submission import deployable
 from fedmed.deployment.superlink import require_usable, server_command
 from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
 from fedmed.federated.site_config import SiteConfig
@@ -306,7 +307,7 @@ def test_submit_and_flwr_run_and_the_wheel_bring_the_same_app(made, tmp_path):
 def test_what_names_data_is_not_submitted(made):
     names = [card.name for card in site_cards(read_consortium(made / "server"))]
     config = run_file.validate({**tomllib.loads(RUN), "data": {"sites": ["/secret/a.csv", "/secret/b.csv"]}})
-    submitted = control.deployable(config, names)
+    submitted = deployable(config, names)
     assert submitted.data.sites == ("north", "south")
     assert submitted.train == config.train
     for key, value, said in (
@@ -314,11 +315,11 @@ def test_what_names_data_is_not_submitted(made):
         ("partition", "iid", "simulation.partition"),
     ):
         with pytest.raises(ConfigError, match=said):
-            control.deployable(validate({**tomllib.loads(RUN), "simulation": {key: value}}), names)
+            deployable(validate({**tomllib.loads(RUN), "simulation": {key: value}}), names)
     with pytest.raises(ConfigError, match=r"task\.labels"):
-        control.deployable(RunConfig(), names)
+        deployable(RunConfig(), names)
     with pytest.raises(ConfigError, match=r"min-sites = 3, but 2"):
-        control.deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), names)
+        deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), names)
 
 
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):

@@ -139,13 +139,14 @@ def submit(
     from fedmed import config as run_file
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
+    from fedmed.deployment.submission import deployable
     from fedmed.errors import RunFailed
     from fedmed.federated.run_folder import folder_of
 
     server = entrance(folder)
     config = run_file.load(run, overrides)
     with control.control(server) as client:
-        number = control.submit(client, control.deployable(config, [node.site for node in control.nodes(client)]))
+        number = control.submit(client, deployable(config, [node.site for node in control.nodes(client)]))
     if not as_json:
         print(f"run {number} of {config.name} is submitted", flush=True)
     ended = control.finished(server, number) if wait else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,13 +25,12 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedmed import config as run_file
-from fedmed.config import RunConfig, SimulationConfig
-from fedmed.deployment.consortium import ServerFolder
+from fedmed.config import RunConfig
+from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
-from fedmed.deployment.provision import site_cards
-from fedmed.errors import ConfigError, RunFailed, RunInterrupted
+from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
 AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
@@ -93,6 +92,9 @@ def control(server: Entrance) -> Iterator[ControlHttpClient]:
         verify=server.tls(),
         timeout=TIMEOUT_S,
     )
+    if server.near:  # whatever proxy the environment names
+        client._client.close()
+        client._client = httpx.Client(verify=server.tls(), timeout=TIMEOUT_S, trust_env=False)
     try:
         yield client
     except httpx.RequestError as error:
@@ -115,54 +117,37 @@ def nodes(client: ControlHttpClient) -> list[Node]:
     )
 
 
-def agree(client: ControlHttpClient, folder: ServerFolder) -> list[str]:
+def agree(client: ControlHttpClient, cards: Sequence[SiteCard], unknown: Collection[str] = ()) -> list[str]:
     """Let exactly the provisioned sites connect: register those that are new, and take leave of all others.
 
+    Flower takes no key a second time, so that nobody comes back with one that was taken out.
+
+    Args:
+        client: of the server.
+        cards: of the sites that may connect.
+        unknown: names of the sites whose cards are damaged: they stay what they are.
+
     Returns:
-        What was changed, in words.
+        What was changed, in words, and whose key was taken out before.
     """
-    wanted = {flower_bytes(card.node_key): card.name for card in site_cards(folder)}
+    wanted = {flower_bytes(card.node_key): card.name for card in cards}
     said = []
     there = nodes(client)
     for node in there:
-        if wanted.get(node.public_key) != node.site:
+        if wanted.get(node.public_key) != node.site and node.site not in unknown:
             client.UnregisterNode(UnregisterNodeRequest(node_id=node.number))
             said.append(f"{node.site} may no longer connect")
     known = {node.public_key for node in there if wanted.get(node.public_key) == node.site}
     for key, name in wanted.items():
         if key not in known:
-            client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-            said.append(f"{name} may connect")
+            try:
+                client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+                said.append(f"{name} may connect")
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
+                    raise
+                said.append(f"{name} may not connect: its key was taken out before; it has to make a new one")
     return said
-
-
-def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
-    """A run file as it is submitted: real hospitals read their own site.toml, so what names data there is left out.
-
-    Args:
-        config: the run file.
-        sites: that may connect.
-
-    Raises:
-        ConfigError: it asks for what only a simulation can do, or has no labels.
-    """
-    default, asked = SimulationConfig(), config.simulation
-    for key in ("partition", "policy"):
-        if getattr(asked, key) != getattr(default, key):
-            raise ConfigError(
-                f"simulation.{key} is for fedmed simulate; real hospitals have data and policies of their own"
-            )
-    if not config.task.labels:
-        raise ConfigError("task.labels: name the labels; a run without them is the demo, which is simulated")
-    if len(sites) < config.strategy.min_sites:
-        least = config.strategy.min_sites
-        raise ConfigError(
-            f"strategy.min-sites = {least}, but {len(sites)} sites are provisioned; fedmed server provision"
-        )
-    values = run_file.nested(config)
-    values["data"]["sites"] = list(sites)
-    values["simulation"] = run_file.nested(RunConfig())["simulation"]
-    return run_file.validate(values)
 
 
 def submit(client: ControlHttpClient, config: RunConfig) -> int:

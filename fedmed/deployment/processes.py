@@ -30,7 +30,7 @@ from fedmed.errors import ConfigError
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 SYSLOG = "/dev/log"
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
 NAP_S = 0.1
 KILLS = 3  # a process that is being killed may just have started another
@@ -41,15 +41,16 @@ BAD_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def flower_environment(home: Path, **more: str) -> dict[str, str]:
+def flower_environment(home: Path, *, near: Sequence[str] = (), **more: str) -> dict[str, str]:
     """The environment of a Flower process that installs nothing, reports to nobody and asks for no update.
 
     Args:
         home: its own folder.
+        near: addresses besides loopback that no proxy leads to.
         more: variables besides.
     """
     beside = str(Path(sys.executable).parent)  # where flower-superexec and its kin are looked for
-    exempt = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK)))
+    exempt = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK, *near)))
     return {
         **os.environ,
         "NO_PROXY": exempt,  # what the processes here say to each other is not for the hospital's proxy

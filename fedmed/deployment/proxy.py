@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from fedmed.deployment.coordinators import coordinators
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import Child, descendants, kill
 from fedmed.durable import write_atomically
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
+LONGEST_WAIT_S = 60.0
 PLACES = os.pathsep.join(("/usr/sbin", "/usr/local/sbin"))  # not on the PATH of ordinary users
 TEMPLATE = """\
 # Written by fedmed server provision, coordinator and start; what is changed here is lost.
@@ -43,6 +45,10 @@ http {{
   uwsgi_temp_path uwsgi;
   scgi_temp_path scgi;
   keepalive_requests 1000000;
+
+  # A SuperNode has three or four connections; a hospital or several may have one address.
+  limit_conn_zone $binary_remote_addr zone=addresses:4m;
+  limit_conn addresses 200;
 
   # Who may enter as a coordinator: certificates of the authority that are on the list, by serial number.
   map_hash_bucket_size 128;
@@ -151,6 +157,7 @@ class Proxy:
         """Nothing is started yet."""
         self._folder, self._environment, self._log = folder, environment, log
         self._child: Child | None = None
+        self._wait_s, self._again = SETTLE_S, 0.0
 
     @property
     def pids(self) -> set[int]:
@@ -161,28 +168,38 @@ class Proxy:
         """Start nginx, if it is wanted and does not run.
 
         Raises:
+            ConfigError: its first configuration cannot be written so, or nginx is not installed.
             RunFailed: it ended at once.
         """
-        if write_nginx(self._folder) is None or (self._child is not None and self._child.running):
+        if not self._folder.consortium.loopback_port or (self._child is not None and self._child.running):
             return
+        try:
+            write_nginx(self._folder)
+        except (ConfigError, OSError) as error:
+            if self._child is None:
+                raise
+            self._log.info(f"nginx keeps its configuration: {_text(error)}")
         self._child = Child(nginx_command(self._folder), self._environment, self._log)
         if self._child.wait(SETTLE_S):
             raise RunFailed("nginx ended at once; logs/server.log says why (is the port taken?)")
 
-    def look(self, others: set[int]) -> bool:
-        """Start nginx again if it ended; whether it had.
+    def look(self, others: set[int]) -> str:
+        """Start nginx again if it ended; what there is to say of it. One that ends at once is left alone for longer.
 
         Args:
             others: processes of this runner that are not nginx's.
-
-        Raises:
-            RunFailed: it ended again at once.
         """
-        if self._child is None or self._child.running:
-            return False
+        if self._child is None or self._child.running or time.monotonic() < self._again:
+            return ""
         kill(descendants(os.getpid()) - others)  # workers of the old one, which hold the port
-        self.start()
-        return True
+        try:
+            self.start()
+        except (FedmedError, OSError) as error:
+            self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+            self._again = time.monotonic() + self._wait_s
+            return f"{_text(error)}; it is started again in {self._wait_s:.0f} s"
+        self._wait_s = SETTLE_S
+        return "nginx ended by itself and was started again"
 
     def read_again(self) -> str | None:
         """Have nginx read its certificates and the list of coordinators again; connections stay.
@@ -194,8 +211,8 @@ class Proxy:
             return None
         try:
             write_nginx(self._folder)
-        except ConfigError as error:
-            return str(error)
+        except (ConfigError, OSError) as error:
+            return _text(error)
         tried = subprocess.run([*nginx_command(self._folder), "-t"], capture_output=True, text=True, check=False)
         if tried.returncode:
             return " ".join(tried.stderr.split())
@@ -206,3 +223,7 @@ class Proxy:
         """End it."""
         if self._child is not None:
             self._child.end()
+
+
+def _text(error: Exception) -> str:
+    return f"nginx.conf cannot be written ({error.strerror})" if isinstance(error, OSError) else str(error)

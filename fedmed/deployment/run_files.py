@@ -96,7 +96,10 @@ def fetch_run(server: Entrance, choose: Callable[[list[str]], str | None], out: 
     """
     try:
         with httpx.Client(
-            base_url=f"https://{server.address}{PLACE}", verify=server.tls(), timeout=TIMEOUT_S
+            base_url=f"https://{server.address}{PLACE}",
+            verify=server.tls(),
+            timeout=TIMEOUT_S,
+            trust_env=not server.near,
         ) as client:
             name = choose(list(map(str, _asked(client, "/runs")["runs"])))
             if name is None:

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.control import FlowerRun, agree, continue_run, control, nodes, runs, stop_run
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.files import make_folder
+from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.processes import (
     Child,
     Stop,
@@ -31,13 +32,14 @@ from fedmed.deployment.processes import (
     runner,
     wait_until,
 )
+from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.proxy import Proxy
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
 LOST_S = 20.0  # between two looks for runs whose process is gone
-RESTART_S = 2.0
+RESTART_S, LONGEST_WAIT_S = 2.0, 60.0  # before a start; twice as long after each that failed
 CONTINUE = 3  # times that a run is continued by itself
 KEEP = timedelta(days=7)
 ROOM = 16 << 20  # bytes
@@ -48,7 +50,7 @@ def server_command(folder: ServerFolder) -> list[str]:
     program("flower-superexec")  # it starts the server's tasks
     tls, (host, port) = folder.tls, folder.consortium.inside
     return [
-        *(sys.executable, "-m", "fedmed.deployment.guarded"),
+        *(sys.executable, "-P", "-m", "fedmed.deployment.guarded"),
         *("--host", host, "--port", str(port)),
         *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
         *("--ssl-ca-certfile", str(tls / "ca.crt")),
@@ -71,6 +73,8 @@ def require_usable(folder: ServerFolder) -> None:
     wrong = certificates.problem(certificate, authority, datetime.now(UTC))
     if wrong:
         raise ConfigError(f"the server's certificate cannot be used: {wrong}; fedmed server provision renews it")
+    if not certificates.belong_together(certificate, folder.tls / "server.key"):
+        raise ConfigError("server.key and server.crt do not belong together; fedmed server provision makes both anew")
     for key in (folder.tls / "server.key", folder.tls / "ca.key", folder.coordinator / "signing.key"):
         if key.exists() and stat.S_IMODE(key.stat().st_mode) & 0o077:
             raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
@@ -79,16 +83,20 @@ def require_usable(folder: ServerFolder) -> None:
 def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """Run the server until SIGTERM or Ctrl-C. Sites that are provisioned meanwhile may connect at once.
 
-    A SuperLink or an nginx that ends by itself is started again. Flower then counts the run that was under way as
-    failed; it is submitted again, and goes on from its checkpoint.
+    A SuperLink or an nginx that ends by itself is started again, until it comes up. Flower then counts the run that was
+    under way as failed; it is submitted again, and goes on from its checkpoint.
 
     Raises:
         ConfigError: it cannot be started like this, or runs already.
-        RunFailed: the SuperLink or nginx cannot be started.
+        RunFailed: the SuperLink or nginx cannot be started the first time.
     """
     require_usable(folder)
     environment = flower_environment(
-        make_folder(folder.flower), FEDMED_RUNS=str(folder.runs), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5"
+        make_folder(folder.flower),
+        near=[folder.consortium.reached],
+        FEDMED_RUNS=str(folder.runs),
+        FEDMED_CACHE=os.environ.get("FEDMED_CACHE") or str(folder.root / "cache"),
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5",
     )
     log = log_file(folder.root / "logs", "server")
 
@@ -99,23 +107,31 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
 
     with runner(folder.flower, "server") as stop:
         proxy = Proxy(folder, environment, log)
+        served, wait_s, why = False, RESTART_S, ""
         try:
             while not stop.is_set():
                 link = Child(server_command(folder), environment, log)
                 try:
                     _await(folder, link, stop)
-                    proxy.start()
+                    if not served:
+                        proxy.start()
                     if not stop.is_set():
                         behind = ", behind nginx" if folder.consortium.loopback_port else ""
                         where = joined(folder.consortium.listen, folder.consortium.port)
                         tell(f"serving {folder.consortium.name} on {where} over TLS{behind}")
-                        _serve(folder, link, proxy, stop, tell)
+                        served, wait_s = True, RESTART_S
+                        why = _serve(folder, link, proxy, stop, tell)
+                except RunFailed as error:
+                    if not served:
+                        raise
+                    why = str(error)
                 finally:
                     link.end()
                 if not stop.is_set():
                     kill(descendants(os.getpid()) - proxy.pids)  # tasks without a server must not write any more
-                    tell("the SuperLink ended by itself; it is started again")
-                    stop.wait(RESTART_S)
+                    tell(f"{why}; it is started again in {wait_s:.0f} s")
+                    stop.wait(wait_s)
+                    wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         finally:
             proxy.end()
     say("stopped")
@@ -136,44 +152,57 @@ def _await(folder: ServerFolder, link: Child, stop: Stop) -> None:
         raise RunFailed(f"the server did not answer within {START_S:.0f} s; logs/server.log says why")
 
 
-def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Callable[[str], None]) -> None:
-    """Look after everything until the SuperLink ends or a stop is asked for."""
+def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Callable[[str], None]) -> str:
+    """Look after everything until the SuperLink ends or a stop is asked for; gives why it has to be started again."""
     sites: object = None
     began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - link.started)
     doors, looked = _doors(folder), -LOST_S
-    while not stop.is_set() and link.running:
+    launcher, earlier = Launcher(link.pid), None
+    told: set[str] = set()  # what was said at the last look, and is not said again
+    while not stop.is_set():
+        if not link.running:
+            return "the SuperLink ended by itself"
+        if launcher.gone():
+            return "what starts the SuperLink's tasks ended"
         listed, now = _stamps(folder.cards, "*.json"), time.monotonic()
         if listed != sites or now - looked > LOST_S:
+            cards, damaged = readable_cards(folder)
+            news = list(damaged.values())
             try:
                 with control(own_entrance(folder)) as client:
-                    for line in (*agree(client, folder), *continue_lost(client, folder, began)):
-                        say(line)
-                sites, looked = listed, now
-            except (RunFailed, ConfigError) as error:  # the server is not there yet, or a card is damaged
-                if link.running:
-                    say(f"{error}; tried again")
-        if proxy.look({link.pid} | descendants(link.pid)):
-            say("nginx ended by itself and was started again")
+                    news += agree(client, cards, damaged)
+                    sites, looked = listed, now
+                    earlier = under_way(runs(client), began) if earlier is None else earlier
+                    news += continue_lost(client, folder, earlier)
+            except (FedmedError, OSError) as error:  # the server is not there yet
+                news += [f"{error}; tried again"] if link.running else []
+            for line in news:
+                if line not in told:
+                    say(line)
+            told = set(news)
+        if said := proxy.look({link.pid} | descendants(link.pid)):
+            say(said)
         if (there := _doors(folder)) != doors:
             against, doors = proxy.read_again(), there
             say(f"the list of coordinators stays as it was: {against}" if against else "certificates were read again")
         reap(keep={link.pid} | proxy.pids)
         stop.wait(LOOK_S)
+    return ""
 
 
-def continue_lost(client: ControlHttpClient, folder: ServerFolder, began: datetime) -> list[str]:
+def continue_lost(client: ControlHttpClient, folder: ServerFolder, earlier: Collection[int]) -> list[str]:
     """Submit runs again whose process is gone, if they gave a sign of life in the last week.
 
     Args:
         client: of the server.
         folder: of the server.
-        began: when the SuperLink was started.
+        earlier: numbers of the runs that an earlier SuperLink left.
 
     Returns:
         What was done, in words.
     """
     said = []
-    for run, tries in cut_off(runs(client), began):
+    for run, tries in cut_off(runs(client), earlier):
         if _last_sign(folder, run) > datetime.now(UTC) - KEEP and has_room(folder, run):
             new = continue_run(client, run)
             if not run.ended:
@@ -182,20 +211,32 @@ def continue_lost(client: ControlHttpClient, folder: ServerFolder, began: dateti
     return said
 
 
-def cut_off(every: Sequence[FlowerRun], began: datetime) -> list[tuple[FlowerRun, int]]:
+def under_way(every: Iterable[FlowerRun], began: datetime) -> frozenset[int]:
+    """The runs that an earlier SuperLink started and left, by number.
+
+    Asked once for each SuperLink, at its beginning: the clock may be set afterwards.
+
+    Args:
+        every: all runs.
+        began: when the SuperLink was started.
+    """
+    return frozenset(run.number for run in every if not run.ended and run.started is not None and run.started < began)
+
+
+def cut_off(every: Sequence[FlowerRun], earlier: Collection[int]) -> list[tuple[FlowerRun, int]]:
     """The runs that the server failed, and for the how many-th time; none that was continued thrice.
 
     Flower notices after a minute that a process is gone. That of a run which an earlier SuperLink started is gone.
 
     Args:
         every: all runs, the oldest first.
-        began: when the SuperLink was started.
+        earlier: numbers of the runs that an earlier SuperLink left.
     """
     series: dict[int, list[FlowerRun]] = {}
     for run in every:
         series.setdefault(run.series, []).append(run)
     last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
-    return [(run, tries) for run, tries in last if run.lost or (not run.ended and (run.started or began) < began)]
+    return [(run, tries) for run, tries in last if run.lost or (not run.ended and run.number in earlier)]
 
 
 def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
@@ -221,7 +262,11 @@ def _doors(folder: ServerFolder) -> object:
 
 
 def _stamps(folder: Path, names: str) -> list[tuple[str, int]]:
-    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob(names))
+    found = []
+    for path in folder.glob(names):
+        with suppress(OSError):  # removed while we looked
+            found.append((path.name, path.stat().st_mtime_ns))
+    return sorted(found)
 
 
 def _answers(folder: ServerFolder) -> bool:

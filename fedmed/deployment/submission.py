@@ -1,0 +1,38 @@
+"""What of a run file goes to real hospitals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedmed import config as run_file
+from fedmed.config import RunConfig, SimulationConfig
+from fedmed.errors import ConfigError
+
+
+def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
+    """A run file as it is submitted: real hospitals read their own site.toml, so what names data there is left out.
+
+    Args:
+        config: the run file.
+        sites: that may connect.
+
+    Raises:
+        ConfigError: it asks for what only a simulation can do, or has no labels.
+    """
+    default, asked = SimulationConfig(), config.simulation
+    for key in ("partition", "policy"):
+        if getattr(asked, key) != getattr(default, key):
+            raise ConfigError(
+                f"simulation.{key} is for fedmed simulate; real hospitals have data and policies of their own"
+            )
+    if not config.task.labels:
+        raise ConfigError("task.labels: name the labels; a run without them is the demo, which is simulated")
+    if len(sites) < config.strategy.min_sites:
+        least = config.strategy.min_sites
+        raise ConfigError(
+            f"strategy.min-sites = {least}, but {len(sites)} sites are provisioned; fedmed server provision"
+        )
+    values = run_file.nested(config)
+    values["data"]["sites"] = list(sites)
+    values["simulation"] = run_file.nested(RunConfig())["simulation"]
+    return run_file.validate(values)

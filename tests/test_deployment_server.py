@@ -1,0 +1,161 @@
+"""A server by itself, without sites: what it refuses, what it goes on after, and how its own machine reaches it."""
+
+import hashlib
+import io
+import signal
+import socket
+import zipfile
+from contextlib import closing
+
+import httpx
+import psutil
+import pytest
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import StartAutomationRequest, StartRunRequest
+from flwr.supercore.fab import Fab
+from real_consortium import Started, command, make_consortium, make_site, wait_for
+
+from fedmed.deployment import control
+from fedmed.deployment.consortium import read_consortium
+from fedmed.deployment.coordinators import own_entrance
+from fedmed.deployment.flower_app import build_app
+
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(300)]
+LISTEN = "127.0.0.9"  # one interface's address, as a server without nginx may have it
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that runs, without nginx, where the environment names a proxy that leads nowhere."""
+    root = tmp_path_factory.mktemp("s")
+    made = make_consortium(root, ["north", "south"])
+    path = made / "consortium.toml"
+    path.write_text(path.read_text().replace('listen = "127.0.0.1"', f'listen = "{LISTEN}"'))
+    command("server", "provision", made)
+    started = Started("server", "start", made, log=root / "out", HTTPS_PROXY=NOWHERE, ALL_PROXY=NOWHERE)
+    try:
+        started.says("south may connect", 120)
+        yield started, read_consortium(made)
+    finally:
+        ended = started.stop()
+    assert ended == (0, [])
+
+
+def status_of(act) -> int:
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        act()
+    return refused.value.response.status_code
+
+
+def test_its_own_machine_reaches_it_at_one_interface_and_past_any_proxy(server, monkeypatch, capsys):
+    monkeypatch.setenv("HTTPS_PROXY", NOWHERE)
+    monkeypatch.setenv("NO_PROXY", "")
+    capsys.readouterr()
+    command("server", "status", server[1].root)
+    assert "north" in capsys.readouterr().out
+
+
+def test_a_coordinator_starts_the_app_that_is_installed_here_and_no_other(server):
+    own = build_app()
+    changed = io.BytesIO(own)
+    with zipfile.ZipFile(changed, "a") as archive:
+        archive.writestr("server/more.py", "")
+
+    def request(content: bytes, **more: object) -> StartRunRequest:
+        fab = Fab(hashlib.sha256(own).hexdigest(), content, {})
+        return StartRunRequest(fab=fab_to_proto(fab), **more)
+
+    with closing_control(server[1]) as client:
+        for refused in (
+            request(changed.getvalue()),
+            request(b""),  # one that Flower stored before
+            request(own, app_spec="@flwrlabs/quickstart"),
+        ):
+            assert status_of(lambda refused=refused: client.StartRun(refused)) == 403
+        later = StartAutomationRequest(start_run_request=request(changed.getvalue(), series_id=7))
+        assert status_of(lambda: client.StartAutomation(later)) == 403
+        run = client.StartRun(request(own)).run_id
+        assert run
+        control.stop_run(client, run)
+
+
+def closing_control(folder):
+    """A connection on which Flower's own errors are seen."""
+    entrance = own_entrance(folder)
+    client = control.ControlHttpClient(f"https://{entrance.address}", verify=entrance.tls())
+    return closing(client)
+
+
+def test_a_request_without_end_is_refused_before_it_fills_the_memory(server):
+    folder = server[1]
+
+    def pieces(mebibytes: int):
+        yield from (bytes(1 << 20) for _ in range(mebibytes))
+
+    with httpx.Client(verify=own_entrance(folder).tls(), base_url=f"https://{own_entrance(folder).address}") as client:
+        for mebibytes, status in ((20, 400), (80, 413)):  # 400: it was read, and is no message
+            answer = client.post(
+                "/v1/fleet/push-object",
+                content=pieces(mebibytes),
+                headers={"content-type": "application/protobuf", "accept": "application/protobuf"},
+            )
+            assert answer.status_code == status, mebibytes
+
+
+def test_a_damaged_card_blocks_nobody_and_is_told_once(server, tmp_path):
+    started, folder = server
+    card, other = folder.cards / "north.json", folder.cards / "south.json"
+    whole, kept = card.read_bytes(), other.read_bytes()
+    card.write_bytes(whole[:100])
+    other.unlink()
+    started.says("south may no longer connect", 60)
+    command_card = make_site(tmp_path, "west") / "card.json"
+    (folder.cards / "west.json").write_bytes(command_card.read_bytes())
+    started.says("west may connect", 60)
+    said = started.log.read_text()
+    assert said.count("north.json") == 1
+    assert "north may no longer connect" not in said
+    card.write_bytes(whole)
+    other.write_bytes(kept)
+    started.says("south may not connect: its key was taken out before", 60)
+    other.unlink()
+
+
+def below(started: Started, words: str) -> list[psutil.Process]:
+    children = psutil.Process(started.process.pid).children(recursive=True)
+    return [process for process in children if words in " ".join(process.cmdline())]
+
+
+def test_it_is_started_again_when_flowers_launcher_of_tasks_is_gone(server):
+    started = server[0]
+    said = started.log.read_text().count("serving")
+    wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
+    below(started, "flower-superexec")[0].send_signal(signal.SIGKILL)
+    wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
+    assert "what starts the SuperLink's tasks ended; it is started again" in started.log.read_text()
+    wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
+
+
+@pytest.mark.slow
+def test_it_waits_and_tries_again_when_it_cannot_be_started_once_more(server):
+    """Its port is taken between the end of the SuperLink and its next start."""
+    started, folder = server
+    said = started.log.read_text().count("serving")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        (link,) = below(started, "fedmed.deployment.guarded")
+        link.kill()
+        wait_for(lambda: bound(taken, (LISTEN, folder.consortium.port)), 2, lambda: "the port was not free")
+        taken.listen()
+        started.says("is the port taken?); it is started again in 4 s", 120)
+        assert started.process.poll() is None
+    wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
+
+
+def bound(listener: socket.socket, address: tuple[str, int]) -> bool:
+    try:
+        listener.bind(address)
+    except OSError:
+        return False
+    return True
