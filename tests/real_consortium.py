@@ -84,13 +84,15 @@ def online(server: Path) -> set[str]:
 
 
 def processes_of(runner: int) -> dict[str, psutil.Process]:
-    """What a site's runner started, by what it is: `supernode`, `warm`, and of a task `messenger` and `worker`."""
+    """What a site's runner started, by what it is: `supernode`, `launcher`, `warm`; of a task `messenger`, `worker`."""
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(runner).children():
             words = " ".join(process.cmdline())
             found |= {"supernode": process} if "fedmed.deployment.node" in words else {}
             found |= {"warm": process} if "fedmed.deployment.warm" in words else {}
+        for process in found["supernode"].children() if "supernode" in found else []:
+            found |= {"launcher": process} if "flower-superexec" in " ".join(process.cmdline()) else {}
         messengers = found["warm"].children() if "warm" in found else []
         found |= {"messenger": messengers[0], "worker": messengers[0].children()[0]} if messengers else {}
     return found

@@ -3,6 +3,7 @@
 import asyncio
 import configparser
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,12 +24,14 @@ from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.control import FlowerRun
 from fedmed.deployment.coordinators import entrance
 from fedmed.deployment.guarded import SitesOnly
-from fedmed.deployment.proxy import nginx_configuration
+from fedmed.deployment.processes import descendants, flower_environment, kill
+from fedmed.deployment.proxy import PLACES, Proxy, nginx_configuration
 from fedmed.deployment.run_files import _checked, run_server
 from fedmed.deployment.superlink import cut_off, server_command, under_way
 from fedmed.errors import ConfigError, RunInterrupted
 
 ROOT = Path(__file__).parent.parent
+NGINX = bool(shutil.which("nginx") or shutil.which("nginx", path=PLACES))
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +117,36 @@ def test_the_server_itself_listens_on_loopback_behind_nginx(made):
 def test_the_list_of_coordinators_is_what_nginx_lets_in(made):
     command("server", "coordinator", "clara", "--server", made)
     serial = certificates.read_certificate(made / "coordinators" / "clara.crt").serial_number
-    line = f'"SUCCESS {serial:040X}" 1;'
+    digits = serial.to_bytes((serial.bit_length() + 7) // 8).hex().upper()  # as OpenSSL writes it
+    line = f'"SUCCESS {digits}" 1;'
     assert line in nginx_configuration(read_consortium(made))
     command("server", "coordinator", "clara", "--server", made)  # a new certificate: the old one counts no more
     assert line not in nginx_configuration(read_consortium(made))
     (made / "coordinators" / "clara.crt").unlink()
     assert "clara" not in nginx_configuration(read_consortium(made))
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_nginx_is_started_again_with_its_old_list_while_a_new_one_cannot_be_made(made):
+    before = descendants(os.getpid())
+    proxy = Proxy(read_consortium(made), flower_environment(made), logging.Logger("nginx"))
+    damaged = made / "coordinators" / "damaged.crt"
+    damaged.parent.mkdir(exist_ok=True)
+    try:
+        proxy.start()
+        assert proxy.look(before) == ""
+        damaged.write_text("no certificate")
+        ended = proxy.pids
+        kill(ended)
+        assert proxy.look(before) == "nginx ended by itself and was started again"
+        assert proxy.pids and not proxy.pids & ended
+        kill(proxy.pids)
+        (made / "nginx" / "nginx.conf").unlink()
+        assert "it is started again in 2 s" in proxy.look(before)
+        assert proxy.look(before) == ""  # not at once
+    finally:
+        proxy.end()
+        damaged.unlink()
 
 
 # Run folders.

@@ -41,7 +41,7 @@ def hospitals(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", ["early", "middle", "late"])
-@pytest.mark.parametrize("kind", ["worker", "messenger", "warm", "supernode", "runner"])
+@pytest.mark.parametrize("kind", ["worker", "messenger", "warm", "launcher", "supernode", "runner"])
 def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment):
     """Early: the policy has just allowed the round. Middle: in training. Late: the update is about to leave."""
     hospitals.complete()
@@ -61,6 +61,8 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
         below = lambda: [p for p in psutil.process_iter(["cmdline"]) if str(site) in " ".join(p.info["cmdline"] or [])]  # noqa: E731
         wait_for(lambda: not below(), 60, lambda: f"{below()} stayed")
         hospitals.start(name)
+    if kind == "launcher":  # which a SuperNode does not miss: it stays connected, and would answer nothing any more
+        hospitals.started[name].says("what starts its tasks was gone")
     result = hospitals.result(submitted)
     assert len(result["rounds_log"]) == 3
     others = set(SITES) - {name}

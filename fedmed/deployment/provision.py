@@ -13,10 +13,11 @@ import fedmed
 from fedmed.deployment import certificates
 from fedmed.deployment.cards import SiteCard, read_card
 from fedmed.deployment.consortium import ServerFolder
-from fedmed.deployment.files import make_folder, write_new
+from fedmed.deployment.files import make_folder
 from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit, coordinator_key, write_kit
 from fedmed.deployment.proxy import write_nginx
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
 
 
@@ -75,12 +76,8 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     make_folder(folder.cards)
     for path, card in zip(cards, found, strict=True):
         target = folder.cards / f"{card.name}.json"
-        content = path.read_bytes()
         if path.absolute() != target.absolute():
-            partial = target.with_name(f".{target.name}.partial")
-            partial.unlink(missing_ok=True)
-            write_new(partial, content)
-            partial.replace(target)  # a server that runs looks every two seconds
+            write_atomically(target, path.read_bytes())  # a server that runs looks every two seconds
     everybody = tuple(site_cards(folder))
     write_nginx(folder)
     kits = tuple(
