@@ -15,7 +15,7 @@ from fedmed.training.network import FlatNetwork
 from fedmed.training.own_patients import OwnPatients
 from fedmed.training.site import site_data
 
-SITES = ("a-40", "b-60")
+SITES = ("a-200", "b-60")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def ended(toy_config, tmp_path):
     weights = flat(visits.config).weights()
     for round in (1, 2, 3):
         weights = mean_of([visits.train(site, round, weights, run="first") for site in SITES])
-    visits.evaluate("a-40", 3, weights, run="first")
+    visits.evaluate("a-200", 3, weights, run="first")
     return visits, weights
 
 
@@ -42,7 +42,7 @@ def alone(visits: Visits, site: str) -> FlatNetwork:
 def auroc(visits: Visits, network: FlatNetwork, site: str) -> float:
     data = site_data(visits.site(site), visits.task(1, network.weights()).settings)
     rows = np.flatnonzero(data.evaluation)
-    ((_, logits, targets),) = predictions(network, data, rows)
+    logits, targets = (np.concatenate(part) for part in list(zip(*predictions(network, data, rows), strict=True))[1:])
     sums = classification_sums(logits, targets, [data.patients[row] for row in rows])
     return classification_metrics(sums, visits.config.task.labels)["auroc"]
 
@@ -50,18 +50,26 @@ def auroc(visits: Visits, network: FlatNetwork, site: str) -> float:
 def test_a_site_learns_what_its_patients_gained_over_its_own_network(ended, tmp_path):
     visits, weights = ended
     told = []
-    result = json.loads(train_baseline(visits.site("a-40"), lambda *rounds: told.append(rounds)).read_text())
+    result = json.loads(train_baseline(visits.site("a-200"), lambda *rounds: told.append(rounds)).read_text())
     assert told == [(1, 3), (2, 3), (3, 3)]
     local, federated = result["arms"]
     shared = flat(visits.config)
     shared.load_(weights)
     other = Visits(visits.config, tmp_path / "other")
-    assert local["value"] == pytest.approx(auroc(visits, alone(other, "a-40"), "a-40"), abs=2e-3)
-    assert federated["value"] == pytest.approx(auroc(visits, shared, "a-40"), abs=2e-3)
+    assert local["value"] == pytest.approx(auroc(visits, alone(other, "a-200"), "a-200"), abs=2e-3)
+    assert federated["value"] == pytest.approx(auroc(visits, shared, "a-200"), abs=2e-3)
     gain = federated["gain_over_local"]
     assert gain["value"] == pytest.approx(federated["value"] - local["value"])
     assert gain["low"] <= gain["value"] <= gain["high"]
-    assert (local["gain_over_local"], result["site"]) == (None, "a-40")
+    assert (local["gain_over_local"], result["site"]) == (None, "a-200")
+
+
+def test_few_patients_bear_no_interval(toy_config, tmp_path):
+    visits = Visits(toy_config("a-20", train={"rounds": 1}), tmp_path)
+    visits.evaluate("a-20", 1, visits.train("a-20", 1, flat(visits.config).weights()).weights)
+    for arm in json.loads(train_baseline(visits.site("a-20"), lambda *_: None).read_text())["arms"]:
+        assert (arm["low"], arm["high"]) == (None, None)
+        assert arm["arm"] == "local" or arm["gain_over_local"]["low"] is None
 
 
 def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_anew(ended, monkeypatch):
@@ -72,20 +80,20 @@ def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_a
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_baseline(visits.site("a-40"), killed)
+        train_baseline(visits.site("a-200"), killed)
     told = []
-    path = train_baseline(visits.site("a-40"), lambda *rounds: told.append(rounds))
+    path = train_baseline(visits.site("a-200"), lambda *rounds: told.append(rounds))
     assert told == [(3, 3)]
     first = path.read_text()
     monkeypatch.setattr(OwnPatients, "train_", None)
-    assert train_baseline(visits.site("a-40"), print).read_text() == first
+    assert train_baseline(visits.site("a-200"), print).read_text() == first
     monkeypatch.undo()
-    visits.train("a-40", 2, weights, run="first")
+    visits.train("a-200", 2, weights, run="first")
     assert path.exists()
-    visits.train("a-40", 1, weights, run="second")
+    visits.train("a-200", 1, weights, run="second")
     assert not path.exists()
     with pytest.raises(DataError, match="not the one that began last"):
-        train_baseline(visits.site("a-40"), print)
+        train_baseline(visits.site("a-200"), print)
 
 
 def test_a_site_that_was_not_there_has_nothing_to_compare(ended):
@@ -93,7 +101,7 @@ def test_a_site_that_was_not_there_has_nothing_to_compare(ended):
     with pytest.raises(DataError, match="took part in at its end"):
         train_baseline(visits.site("b-60"), print)
     with pytest.raises(DataError, match="state-dir"):
-        train_baseline(replace(visits.site("a-40"), state_dir=None), print)
+        train_baseline(replace(visits.site("a-200"), state_dir=None), print)
 
 
 def test_virtual_hospitals_keep_no_networks_for_it(toy_config, simulate):

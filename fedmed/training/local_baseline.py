@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from fedmed.durable import write_atomically
 from fedmed.errors import DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import (
+    MINIMUM,
     Measures,
     classification_measures,
     join_cases,
@@ -109,18 +110,20 @@ def _judged(
     networks: dict[str, Weights], network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig
 ) -> list[dict[str, Any]]:
     """Each network's primary metric, and how much more it is than that of the site's own: rows of `comparison.json`."""
-    values, drawn, patients = {}, {}, 0
+    values, drawn, patients, enough = {}, {}, 0, False
     for name, weights in networks.items():
         network.load_(weights)
         measures, ids = _measures(network, data, rows, config)
         place, patients = measures.names.index(config.primary), len(set(ids))
+        enough = patients > 1 and bool(measures.fewest(ids)[place] >= MINIMUM)
         rng = np.random.default_rng(config.seed)  # the same patients are drawn for both
         values[name] = float(measures.statistic(np.ones((len(ids), 1)))[place, 0])
         drawn[name] = replicate(measures.statistic, ids, config.evaluate.bootstrap, rng)[place]
     arms = []
     for name, value in values.items():
-        low, high = percentiles(drawn[name]) if patients > 1 and value == value else (None, None)
+        low, high = percentiles(drawn[name]) if enough and value == value else (None, None)
         gain = paired_difference((value, values["local"]), (drawn[name], drawn["local"]), test=False)
+        gain = gain if enough else replace(gain, low=None, high=None)
         arms.append(
             {"arm": name, "kind": name, "value": value if value == value else None, "low": low, "high": high}
             | {"n": patients}
