@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what a file system without hard links says
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, shared: bool = False) -> None:
@@ -58,10 +61,24 @@ def write_new(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             append(descriptor, content)
         finally:
             os.close(descriptor)
-        os.link(partial, path)  # which, unlike a rename, replaces nothing
+        _take_name(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Give a whole file a name that must be free. A rename would replace what has it; a link replaces nothing.
+
+    Where there are no hard links (FAT, some mounts) the name is taken by an empty file first.
+    """
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(partial, path)  # noqa: PTH105  # as above
 
 
 def append(descriptor: int, content: bytes) -> None:

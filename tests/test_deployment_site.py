@@ -14,13 +14,16 @@ import tempfile
 from datetime import date, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
 from real_consortium import free_port, make_site
 
-from fedmed.deployment import confinement, processes
+from fedmed.deployment import confinement, launcher, node, processes
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.confinement import Confinement
 from fedmed.deployment.health import health_endpoint, site_facts
+from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.site_folder import read_site_folder
 from fedmed.deployment.task import limit_s
 from fedmed.errors import ConfigError
@@ -213,6 +216,36 @@ def test_a_supernode_whose_heartbeat_fails_ends_and_does_not_go_on_half_alive(tm
     words = [sys.executable, "-c", HEARTBEAT, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_launcher_that_proc_hides_is_not_gone(monkeypatch):
+    own, words = Launcher(os.getpid()), {"here": b"python\0flower-superexec\0"}
+    monkeypatch.setattr(launcher, "descendants", lambda pid: list(words))
+    real = launcher._words
+    monkeypatch.setattr(launcher, "_words", words.get)
+    assert not own.gone()
+    monkeypatch.setattr(launcher, "_words", real)
+    words["999999999"] = words.pop("here")  # /proc has no such process: as if it were hidden
+    assert not any(own.gone() for _ in range(5))
+    monkeypatch.setattr(launcher, "descendants", lambda pid: [])
+    assert [own.gone() for _ in range(3)] == [False, False, True]
+
+
+def test_a_heartbeat_that_is_answered_with_an_error_is_sent_again(monkeypatch):
+    monkeypatch.setattr(HeartbeatSender, "_heartbeat", HeartbeatSender._heartbeat)  # put back afterwards
+    node.keep_beating()
+    answers = iter([500, 429, 200])
+
+    def beat() -> bool:
+        request = httpx.Request("POST", "https://server/")
+        httpx.Response(next(answers), request=request).raise_for_status()
+        return True
+
+    sender = HeartbeatSender(beat)
+    for _ in range(2):
+        with pytest.raises(HeartbeatFailure):
+            sender._heartbeat()
+    sender._heartbeat()
 
 
 def asked(port: int, path: str = "/health") -> tuple[int, object]:

@@ -1,5 +1,6 @@
 """Files that are replaced whole or not at all: full disks, modes, kills' leftovers, two writers at once."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_a_new_file_never_replaces_one(tmp_path):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="kills are placed by ptrace, on x86-64 Linux")
+def test_where_there_are_no_hard_links_a_new_file_still_replaces_none(tmp_path, monkeypatch):
+    def none(*names: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    durable.write_new(tmp_path / "key", b"first", mode=0o600)
+    assert ((tmp_path / "key").read_bytes(), stat.S_IMODE((tmp_path / "key").stat().st_mode)) == (b"first", 0o600)
+    with pytest.raises(FileExistsError):
+        durable.write_new(tmp_path / "key", b"second")
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
 def test_a_new_file_is_whole_or_not_there_whenever_its_writer_is_killed(tmp_path):
     count = run_killed(lambda: durable.write_new(tmp_path / "0", b"x" * 9000), None)
     for at in range(1, count + 1):

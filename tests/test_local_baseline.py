@@ -92,7 +92,7 @@ def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_a
     assert path.exists()
     visits.train("a-200", 1, weights, run="second")
     assert not path.exists()
-    with pytest.raises(DataError, match="not the one that began last"):
+    with pytest.raises(DataError, match="not in the first round"):
         train_baseline(visits.site("a-200"), print)
 
 

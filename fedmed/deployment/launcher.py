@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from fedmed.deployment.processes import descendants
@@ -27,7 +26,12 @@ class Launcher:
 
 
 def _words(pid: int) -> bytes:
-    """A process's command line; empty if it has ended, a zombie's too."""
-    with suppress(OSError):
+    """A process's command line, empty if it is a zombie; the launcher's name where /proc hides it.
+
+    The launcher makes itself undumpable, so /proc mounted with hidepid=2 hides it from its own user, dead or alive.
+    There this look finds nothing gone, and restarts nothing that is well.
+    """
+    try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+    except OSError:
+        return NAME

@@ -14,7 +14,9 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import httpx
 from flwr.supercore import date
+from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
 
 from fedmed.deployment import door
 from fedmed.deployment.reach import clock_ahead_s
@@ -39,12 +41,29 @@ def main(site: SiteFolder) -> None:
         print(f"this clock is {ahead_s:+.0f} s from the server's, which holds for what is sent; set up NTP")
         os.environ[door.AHEAD] = f"{ahead_s:.3f}"  # for its tasks
         keep_server_time(ahead_s)
+    keep_beating()
     threading.excepthook = end
     flower_supernode()
     # An error of the server, such as a full disk's, ends the connection. Flower then returns from here, but a thread of
     # its own would keep the process: connected to nothing, for ever. The runner starts another one.
     print("the connection to the server ended", flush=True)
     os._exit(1)
+
+
+def keep_beating() -> None:
+    """Have Flower try a heartbeat again that the server, or a proxy on the way, answers with an error.
+
+    It tries again where there is no answer, or 502 to 504; by any other error the thread that sends them would end.
+    """
+    once = HeartbeatSender._heartbeat
+
+    def beat(sender: HeartbeatSender) -> None:
+        try:
+            once(sender)
+        except httpx.HTTPStatusError as error:
+            raise HeartbeatFailure from error
+
+    HeartbeatSender._heartbeat = beat  # type: ignore[method-assign]
 
 
 def end(failed: threading.ExceptHookArgs) -> None:

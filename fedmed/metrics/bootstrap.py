@@ -56,7 +56,8 @@ class Measures:
         found = np.full(len(self.names), np.inf)
         if self.classes:
             of_label = np.minimum(*(patients_with(chosen, patients) for chosen in self.classes))  # (L,)
-            ranked = np.append(of_label[of_label > 0].min(initial=np.iinfo(np.int64).max), of_label)
+            known = of_label[of_label > 0]
+            ranked = np.append(known.min() if len(known) else 0, of_label)
             found[1 : 1 + len(RANKING) * len(ranked)] = np.tile(ranked, len(RANKING))
         return found
 

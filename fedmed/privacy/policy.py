@@ -57,7 +57,7 @@ class MetricRules(Section):
         Field(
             ge=0,
             description="held-out patients, below which no metric leaves; and below which, of those with a label or of "
-            "those without it, nothing of that label does",
+            "those without it, nothing of that label does (classification)",
         ),
     ] = 10
     training_loss: Annotated[bool, Field(description="whether the mean loss of training may leave")] = True

@@ -47,7 +47,7 @@ def read_findings(file: Path) -> Findings | None:
 
 
 def read_gains(file: Path) -> tuple[Findings, tuple[Gain, ...]] | None:
-    """A site's own part of a comparison (`fedmed compare`): whose it is, and how every network does at its patients."""
+    """A site's own part of a comparison: whose it is, and how every network does at its patients."""
     raw = _object(file)
     if not raw:
         return None

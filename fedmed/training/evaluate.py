@@ -97,7 +97,7 @@ def evaluation_sums(
         form: in which the site lets scores leave; "none" = nothing at all.
         centres: logits around which histograms are finest, one for each label; empty = 0.
         spacing_mm: of voxels; distances of surfaces are only measured where it is known.
-        fewest: patients with a label, and without it, below which nothing of that label is sent.
+        fewest: of a classification, patients with a label, and without it, below which nothing of that label is sent.
     """
     if form == "none" or len(rows) == 0:
         return {}

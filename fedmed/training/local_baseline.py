@@ -7,9 +7,11 @@ at the patients whom it holds out. Nothing of it leaves, so it is trained withou
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,16 +58,17 @@ class Kept:
 
 
 def keep_network(state_dir: Path, which: Which, task: Task, weights: Weights) -> None:
-    """Keep the network that a run begins or ends with. What was kept or found of an earlier run goes with the first.
+    """Keep the network that a run begins or ends with. What was found of an earlier one no longer holds.
 
     Raises:
         DataError: the disk is full or read-only.
     """
     folder = state_dir / FOLDER
     vectors = {"parameters": weights.parameters, "buffers": weights.buffers}
+    (state_dir / RESULT).unlink(missing_ok=True)
     if which == "first":
-        for path in (*folder.glob("round-*.safetensors"), state_dir / RESULT):
-            path.unlink(missing_ok=True)
+        for other in set(folder.glob("*/")) - {_rounds_of(state_dir, task.run)}:
+            shutil.rmtree(other, ignore_errors=True)
     write_durably(folder / f"{which}.safetensors", vectors, {"settings": task.settings, "run": task.run})
 
 
@@ -84,7 +87,7 @@ def train_baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
         raise DataError("the site keeps nothing of its runs (state-dir in site.toml)")
     first, final = _kept(state_dir, "first"), _kept(state_dir, "final")
     if first.run != final.run:
-        raise DataError("the run that ended last is not the one that began last; wait for its end")
+        raise DataError("this site was not in the first round of the run that ended last, or another run has begun")
     config, data = settings_from(final.settings), site_data(site, final.settings)
     rows = np.flatnonzero(data.evaluation)
     if len(rows) == 0:
@@ -92,13 +95,15 @@ def train_baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
     torch.set_num_threads(config.train.threads)
     network = resident_network(config, site.device)
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
-    state = SiteState(folder=state_dir / FOLDER)
+    state = SiteState(folder=_rounds_of(state_dir, final.run))
     network.load_(Weights(**state.before()) if state.last_round else first.weights)
     for round in range(state.last_round + 1, config.train.rounds + 1):
         own.train_(config.train, Circumstances(round=round))
         trained = network.weights()
         state.keep(round, {"parameters": trained.parameters, "buffers": trained.buffers}, reach=1)
         watch(round, config.train.rounds)
+    if _kept(state_dir, "final").run != final.run:
+        raise DataError("another run has ended meanwhile; give the command again to compare with that one")
     networks = {"local": network.weights(), "federated": final.weights}
     result = {"schema": 1, "name": config.name, "site": site.name, "primary": config.primary, "seeds": [config.seed]}
     result |= {"images": len(set(data.rows[rows].tolist())), "arms": _judged(networks, network, data, rows, config)}
@@ -121,19 +126,24 @@ def _judged(
         drawn[name] = replicate(measures.statistic, ids, config.evaluate.bootstrap, rng)[place]
     arms = []
     for name, value in values.items():
-        low, high = percentiles(drawn[name]) if enough and value == value else (None, None)
+        low, high = percentiles(drawn[name])
         gain = paired_difference((value, values["local"]), (drawn[name], drawn["local"]), test=False)
-        gain = gain if enough else replace(gain, low=None, high=None)
-        arms.append(
-            {"arm": name, "kind": name, "value": value if value == value else None, "low": low, "high": high}
-            | {"n": patients}
-            | {
-                "gain_over_local": None
-                if name == "local"
-                else {"value": gain.value, "low": gain.low, "high": gain.high}
-            }
-        )
+        own = _with_width(None if np.isnan(value) else value, low, high, enough=enough)
+        more = None if name == "local" else _with_width(gain.value, gain.low, gain.high, enough=enough)
+        arms.append({"arm": name, "kind": name, **own, "n": patients, "gain_over_local": more})
     return arms
+
+
+def _with_width(value: float | None, low: float | None, high: float | None, *, enough: bool) -> dict[str, float | None]:
+    """An estimate; its interval only where there are enough patients, and resamples that differ."""
+    if value is None or not enough or low == high:
+        low = high = None
+    return {"value": value, "low": low, "high": high}
+
+
+def _rounds_of(state_dir: Path, run: str) -> Path:
+    """Where the rounds of a run's baseline are kept; the server chose the run's name, so it names no folder itself."""
+    return state_dir / FOLDER / hashlib.sha256(run.encode()).hexdigest()[:12]
 
 
 def _measures(network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig) -> tuple[Measures, list[str]]:

@@ -109,9 +109,9 @@ class OwnPatients:
 
         Those who stop the training are training patients: the patients held out judge the network afterwards.
         """
-        if not settings.patience:
-            return self.rows, self.rows[:0]
         patients = [self.data.patients[row] for row in self.rows]
+        if not settings.patience or len(set(patients)) < 2:
+            return self.rows, self.rows[:0]
         name = f"validation/{self.site}"
         aside = held_out(patients, share=settings.validation_share, seed=self.config.split_seed, name=name)
         return self.rows[~aside], self.rows[aside]

@@ -63,15 +63,15 @@ def train_round(task: Task, site: Site) -> Update:
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
-    if task.round == 1 and site.state_dir is not None and not site.virtual:
-        with suppress(OSError, FedmedError):  # a full disk costs the site its comparison
-            keep_network(site.state_dir, "first", task, task.weights)
     metrics = _held_out_sums(network, data, config, task, permit, site) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
     saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
     account = account_of(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
     if config.privacy.mode == "central" and permit is not None:
         charge_central(task, site, permit, own)
+    if task.round == 1 and site.state_dir is not None and not site.virtual:
+        with suppress(OSError, FedmedError):  # a full disk costs the site its comparison
+            keep_network(site.state_dir, "first", task, task.weights)
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
         given = Circumstances(
@@ -144,7 +144,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
         with suppress(OSError, FedmedError):
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
-            if not site.virtual:
+        if not site.virtual:
+            with suppress(OSError, FedmedError):
                 keep_network(site.state_dir, "final", task, network.weights())
     if state is not None and has_personal_network(config.strategy):
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
