@@ -63,7 +63,7 @@ def keep_beating() -> None:
         except httpx.HTTPStatusError as error:
             raise HeartbeatFailure from error
 
-    HeartbeatSender._heartbeat = beat  # type: ignore[method-assign]
+    HeartbeatSender._heartbeat = beat  # type: ignore[assignment]
 
 
 def end(failed: threading.ExceptHookArgs) -> None:
