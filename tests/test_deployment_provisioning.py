@@ -28,7 +28,7 @@ from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.guarded import FOR_SITES, SitesOnly
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import flower_environment
-from fedmed.deployment.provision import site_cards
+from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.site_folder import join, read_site_folder
 from fedmed.deployment.submission import deployable
 from fedmed.deployment.superlink import require_usable, server_command
@@ -290,6 +290,18 @@ def test_an_address_that_is_none_is_refused(tmp_path, address):
     assert not (tmp_path / "s" / "consortium.toml").exists()
 
 
+def test_a_damaged_card_that_is_there_holds_up_nobody_else(copied, capsys):
+    server = copied / "server"
+    card, kits = server / "sites" / "north.json", server / "kits"
+    card.write_bytes(card.read_bytes()[:100])
+    shutil.rmtree(kits)
+    command("server", "provision", server)
+    told = capsys.readouterr()
+    assert "north.json" in told.err and "site south" in told.out and [kit.name for kit in kits.iterdir()] == ["south"]
+    command("server", "provision", server, copied / "north" / "card.json")
+    assert not capsys.readouterr().err and sorted(kit.name for kit in kits.iterdir()) == ["north", "south"]
+
+
 def test_submit_and_flwr_run_and_the_wheel_bring_the_same_app(made, tmp_path):
     from flwr.cli.build import build_fab_from_disk
 
@@ -305,7 +317,7 @@ def test_submit_and_flwr_run_and_the_wheel_bring_the_same_app(made, tmp_path):
 
 
 def test_what_names_data_is_not_submitted(made):
-    names = [card.name for card in site_cards(read_consortium(made / "server"))]
+    names = [card.name for card in readable_cards(read_consortium(made / "server"))[0]]
     config = run_file.validate({**tomllib.loads(RUN), "data": {"sites": ["/secret/a.csv", "/secret/b.csv"]}})
     submitted = deployable(config, names)
     assert submitted.data.sites == ("north", "south")

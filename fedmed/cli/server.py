@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,8 +72,10 @@ def provision(
         print(f"site {card.name}: card {card.fingerprint} (ask the site by telephone), kit {place.kits / card.name}")
     if made.kits:
         print(f"fingerprint of the coordinator's key, which sites will ask for: {made.kits[0].fingerprint}")
-    else:
+    elif not made.damaged:
         print("no sites yet: fedmed site keygen at each hospital writes its card")
+    for wrong in made.damaged:
+        print(wrong, file=sys.stderr)
 
 
 @app.command("feasibility")

@@ -29,15 +29,7 @@ class Provisioned:
     renewed: bool  # whether the certificate is new
     cards: tuple[SiteCard, ...]
     kits: tuple[Kit, ...]  # in the order of the cards
-
-
-def site_cards(folder: ServerFolder) -> list[SiteCard]:
-    """The cards of the sites that may connect, by name.
-
-    Raises:
-        ConfigError: one of them was changed.
-    """
-    return [read_card(path) for path in sorted(folder.cards.glob("*.json"))]
+    damaged: tuple[str, ...] = ()  # what is wrong with the cards of further sites, which keep their kits
 
 
 def readable_cards(folder: ServerFolder) -> tuple[list[SiteCard], dict[str, str]]:
@@ -54,13 +46,14 @@ def readable_cards(folder: ServerFolder) -> tuple[list[SiteCard], dict[str, str]
 def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     """Make what is missing, take in cards, and write every site's kit anew.
 
-    Nothing is written before all cards are read. A site's newer card replaces its older one.
+    Nothing is written before all cards are read. A site's newer card replaces its older one. A damaged
+    one that is there already holds up nobody else.
 
     Raises:
-        ConfigError: a card is damaged, of another fedmed, or two sites share a name or a key.
+        ConfigError: a new card is damaged, of another fedmed, or two sites share a name or a key.
     """
     found = [read_card(path) for path in cards]
-    everyone = {card.name: card for card in [*site_cards(folder), *found]}
+    everyone = {card.name: card for card in [*readable_cards(folder)[0], *found]}
     if len({card.name for card in found}) < len(found):
         raise ConfigError("two of the cards have the same name; sites of a consortium are told apart by it")
     if len({card.node_text for card in everyone.values()}) < len(everyone):
@@ -78,7 +71,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
         target = folder.cards / f"{card.name}.json"
         if path.absolute() != target.absolute():
             write_atomically(target, path.read_bytes())  # a server that runs looks every two seconds
-    everybody = tuple(site_cards(folder))
+    everybody, damaged = readable_cards(folder)
     write_nginx(folder)
     kits = tuple(
         write_kit(
@@ -92,7 +85,9 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
         )
         for card in everybody
     )
-    return Provisioned(certificate=certificate, renewed=renewed, cards=everybody, kits=kits)
+    return Provisioned(
+        certificate=certificate, renewed=renewed, cards=tuple(everybody), kits=kits, damaged=tuple(damaged.values())
+    )
 
 
 def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
