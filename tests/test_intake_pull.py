@@ -16,8 +16,9 @@ from loopback_archive import ANY, Holdings, archive_of, dimse, everything_in, ta
 from pydicom.uid import BasicTextSRStorage, JPEGLSLossless
 
 from fedmed.errors import DataError
+from fedmed.intake.archive import Interrupted
 from fedmed.intake.pull import pull
-from fedmed.intake.query import Query
+from fedmed.intake.query import Query, Series
 
 
 def test_pulls_deidentified_images_in_the_syntax_they_are_stored_in(tmp_path: Path):
@@ -76,12 +77,38 @@ def test_an_archive_that_answers_nothing_ends_the_pull_and_the_next_one_goes_on(
 def test_objects_that_an_archive_lists_and_never_sends_keep_nothing_else_from_coming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("fedmed.intake.archive.ATTEMPTS", 2)
+    monkeypatch.setattr("fedmed.intake.pull.ATTEMPTS", 2)
     holdings = Holdings(*(named_object(number, series=series) for series in range(5) for number in (1, 2)))
     holdings.lost = [f"1.2.3.8841907.1.{series}.1" for series in range(4)]  # the first of each series
     with archive_of(holdings) as address:
         pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
     assert (pulled.images, pulled.failed) == (6, 4)
+
+
+class Index:
+    """An archive that lists 10 series of 100 objects each, and can send none."""
+
+    asked = 0
+
+    def find(self, query):
+        about = {"modality": "CT", "body_part": None, "description": "", "objects": 100}
+        return (Series(study=f"1.{number}", series=f"2.{number}", **about) for number in range(10))
+
+    def objects(self, series):
+        return [f"{series.series}.{number}" for number in range(100)]
+
+    def fetch(self, series, take):
+        self.asked += 1
+        raise Interrupted("the archive did not send everything")
+
+    def fetch_object(self, series, uid, take):
+        self.fetch(series, take)
+
+
+def test_an_archive_that_only_lists_is_soon_believed(tmp_path: Path):
+    archive = Index()
+    pulled = pull(archive, ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+    assert (pulled.images, pulled.failed) == (0, 10) and archive.asked <= 3 * 5 * 4 + 7 * 4
 
 
 def test_a_series_that_grew_after_it_was_pulled_is_completed(tmp_path: Path):

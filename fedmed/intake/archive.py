@@ -72,21 +72,22 @@ def tls(ca: Path | None, certificate: Path | None) -> ssl.SSLContext:
     return context
 
 
-def patiently(ask: Callable[[int], Answer], *, wait_s: float) -> Answer:
-    """The answer to a question that is repeated while the archive is interrupted, after 1, 2, 4 and 8 times a wait.
+def patiently(ask: Callable[[int], Answer], *, wait_s: float, attempts: int = ATTEMPTS) -> Answer:
+    """The answer to a question that is repeated while the archive is interrupted, after 1, 2, 4 … times a wait.
 
     Args:
         ask: called with the number of the attempt, from 0.
         wait_s: the first wait, seconds.
+        attempts: at most, from 1.
 
     Raises:
         Interrupted: by the last attempt.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         try:
             return ask(attempt)
         except Interrupted:
-            if attempt == ATTEMPTS - 1:
+            if attempt == attempts - 1:
                 raise
             time.sleep(wait_s * 2**attempt)
     raise AssertionError("unreachable")

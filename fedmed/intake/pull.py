@@ -19,14 +19,14 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import Archive, Interrupted, Unsent, patiently
+from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
 
 MISSING = "not-found.csv"
-LOST_AFTER = 3  # series in a row at which an archive does not answer, until it is taken as gone
+LOST_AFTER = 3  # series in a row without an answer until an archive is taken as gone, or objects until a series is
 
 Progress = Callable[[int, int], None]
 
@@ -92,8 +92,8 @@ def pull(
         failed, unsent, unanswered = 0, 0, 0  # the last two in a row
         for number, series in enumerate(wanted, 1):
             try:
-                patience_s = wait_s if unsent < LOST_AFTER else 0.0  # what it cannot send, it will not in a minute
-                _pull_series(archive, series, folder, pseudonyms, journal, pace, patience_s)
+                attempts = ATTEMPTS if unsent < LOST_AFTER else 1  # what it cannot send, it will not in a minute
+                _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s, attempts)
                 unsent = unanswered = 0
             except Unsent:
                 failed, unsent, unanswered = failed + 1, unsent + 1, 0
@@ -160,7 +160,14 @@ class _Pace:
 
 
 def _pull_series(
-    archive: Archive, series: Series, folder: Path, pseudonyms: Pseudonyms, journal: Journal, pace: _Pace, wait_s: float
+    archive: Archive,
+    series: Series,
+    folder: Path,
+    pseudonyms: Pseudonyms,
+    journal: Journal,
+    pace: _Pace,
+    wait_s: float,
+    attempts: int,
 ) -> None:
     key = pseudonyms.uid(series.series)
     if key in journal.done and series.objects <= journal.done[key]:
@@ -182,9 +189,10 @@ def _pull_series(
 
     def ask(attempt: int) -> None:
         if not attempt and not here:
-            with suppress(UnreadableImage):  # one object of it; which one, only asking for each tells
+            with suppress(UnreadableImage, Interrupted):  # at which object, only asking for each tells
                 archive.fetch(series, take)
         names = {pseudonyms.uid(uid): uid for uid in archive.objects(series)}
+        asked = 0
         for name, uid in names.items():  # an archive may say that it sent everything, and have sent nothing
             if name in here:
                 continue
@@ -195,11 +203,14 @@ def _pull_series(
                 here.add(name)
             except Interrupted:
                 archive.objects(series)  # raises, if it is the archive that is gone and not this object
+            asked += 1
+            if asked >= LOST_AFTER and not here:
+                break
         if names.keys() - here:
             raise Unsent("the archive does not send all objects of a series")
 
     with warnings.catch_warnings(action="ignore"):
-        patiently(ask, wait_s=wait_s)
+        patiently(ask, wait_s=wait_s, attempts=attempts)
     journal.end(key)
 
 
