@@ -12,6 +12,7 @@ from import_files import RULES, hospital, missed, picture, rows, spreadsheet, ta
 from fedmed.errors import ConfigError, DataError
 from fedmed.intake.importing import Rules, import_images
 from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
+from fedmed.intake.opt_out import opted_out
 from fedmed.intake.persons import sex_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
@@ -169,6 +170,15 @@ def test_excel_and_csv_of_one_table_are_equal(tmp_path):
     sheet = spreadsheet(tmp_path / "t.xlsx", lines)
     plain = table(tmp_path / "t.csv", "id,age,when", "1,61.5,2020-01-02", "007,,x")
     assert list(table_rows(sheet)) == list(table_rows(plain))
+
+
+@pytest.mark.parametrize("header", ["patient_id", "patient_id,why"])
+def test_a_note_beside_a_patient_who_withdrew_stops_nothing_and_hides_nobody(tmp_path, pseudonyms, header):
+    path = table(tmp_path / "t.csv", header, "4711,asked by phone", "4712")
+    assert {"4711", "4712"} <= opted_out(path, pseudonyms)
+    for line in ("a,4713,b", ",4713,b") if "," in header else (",4713",):  # which cell is the patient's?
+        with pytest.raises(DataError, match="row 2 has more cells"):
+            opted_out(table(tmp_path / "t.csv", header, line), pseudonyms)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
     """What a listed patient may be called in a manifest, by row: the id as it stands, and the site's pseudonym.
 
     Args:
-        path: CSV or XLSX with a column `patient_id`.
+        path: CSV or XLSX with a column `patient_id`; where it is the only one, notes may stand beside it.
         pseudonyms: of the site.
 
     Raises:
@@ -35,7 +35,7 @@ def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
             patient. Nobody is trained on then.
     """
     try:
-        rows = [(number, row[COLUMN]) for number, row in table_rows(path, needed=(COLUMN,))]
+        rows = [(number, row[COLUMN]) for number, row in table_rows(path, needed=(COLUMN,), notes=True)]
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
         raise DataError(f"{public}: {error}", public=public) from None

@@ -17,12 +17,13 @@ SEPARATORS = (",", ";", "\t")  # German and French Excel write semicolons
 EXCEL = (".xlsx", ".xlsm")
 
 
-def table_rows(path: Path, *, needed: Sequence[str] = ()) -> Iterator[tuple[int, Cells]]:
+def table_rows(path: Path, *, needed: Sequence[str] = (), notes: bool = False) -> Iterator[tuple[int, Cells]]:
     """Every row that is not blank, with its number in the file.
 
     Args:
         path: CSV in UTF-8 (perhaps compressed as .csv.gz), or the first sheet of an XLSX. The first row names columns.
         needed: columns that there have to be, once, whether or not any row follows.
+        notes: whether a table of one column may have notes beside it, which are passed over.
 
     Yields:
         The row's number, the header being row 1, and its cells as text without blanks around them. Missing cells are
@@ -44,7 +45,7 @@ def table_rows(path: Path, *, needed: Sequence[str] = ()) -> Iterator[tuple[int,
                 if columns.count(name) != 1:
                     many = f"{columns.count(name)} columns" if name in columns else "no column"
                     raise DataError(f'{path.name}: the first row names {many} "{name}"')
-        elif any(texts[len(columns) :]):
+        elif any(texts[len(columns) :]) and not (notes and len(columns) == 1 and texts[0]):
             raise DataError(f"{path.name}: row {number} has more cells than the first row names columns")
         elif any(texts):
             yield number, dict(zip(columns, texts + [""] * (len(columns) - len(texts)), strict=False))
