@@ -260,6 +260,24 @@ def test_who_is_on_the_list_and_not_in_the_archive_is_told(tmp_path, pseudonyms,
     assert missed(tmp_path / "out") == [("no image of this patient", "row 3 of the opt-out list")]
 
 
+@pytest.mark.parametrize("lacks", ["row", "mask"])
+def test_who_withdrew_is_here_without_a_row_or_a_mask(tmp_path, pseudonyms, capsys, lacks):
+    for name in ("images/a.png", "images/b.png", *(["masks/a.png"] if lacks == "mask" else [])):
+        picture(tmp_path / "in" / name)
+    settings = {"table": None, "labels": None, "uncertain": "ignore"}
+    if lacks == "row":
+        settings["table"] = table(tmp_path / "t.csv", "image,Erguss", "a.png,1")
+        settings["labels"] = tmp_path / "labels.toml"
+        text = (
+            'join = "image"\ncolumn = "image"\n[labels.e]\ncolumns = ["Erguss"]\npositive = ["1"]\nnegative = ["0"]\n'
+        )
+        settings["labels"].write_text(text)
+    listed = table(tmp_path / "optout.csv", "patient_id", "b")
+    import_data("pairs", tmp_path / "in", tmp_path / "out", pseudonyms, opt_out=listed, **settings)
+    assert "1 of 1 on the opt-out list are here" in capsys.readouterr().err
+    assert {what for what, _ in missed(tmp_path / "out")} <= {"image without mask"}
+
+
 def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp_path, capsys):
     image = picture(tmp_path / "in" / "images" / "a.png")
     sheet = table(tmp_path / "labels.csv", "image,Erguss", "b.png,1")

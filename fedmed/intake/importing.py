@@ -98,23 +98,26 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: fr
 def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) -> Iterator[Found | Unmatched]:
     """What the manifest gets, under pseudonyms and with the table's labels, and what fits nothing."""
     for each in found:
-        if isinstance(each, Unmatched):
-            if each.found is not None and rules.table is not None:
-                rules.table.match(each.found)  # its row has an image, which waits for a person
+        image = each.found if isinstance(each, Unmatched) else each
+        if image is None:
             yield each
             continue
-        told = rules.table.match(each) if rules.table is not None else {}
+        told = rules.table.match(image) if rules.table is not None else {}  # a row of what was set apart has an image
+        known = _labelled(image, rules, told or {})
+        own = image.patient if image.pseudonymous else rules.pseudonyms.patient(image.patient)
+        if met := {known.patient, own, image.patient} & rules.withdrawn:  # a table may call a patient otherwise
+            report.withdrawn.add(known.patient)
+            report.met |= met
+        if isinstance(each, Unmatched):
+            yield each
+            continue
+        if met:
+            continue
         if told is None and not each.labels and each.mask is None:
             yield Unmatched(what="image without row", place=os.fspath(each.image))
             continue
         if rules.table is None and each.masked and each.mask is None:
             yield Unmatched(what="image without mask", place=os.fspath(each.image))
-            continue
-        known = _labelled(each, rules, told or {})
-        own = each.patient if each.pseudonymous else rules.pseudonyms.patient(each.patient)
-        if met := {known.patient, own, each.patient} & rules.withdrawn:  # a table may call a patient otherwise
-            report.withdrawn.add(known.patient)
-            report.met |= met
             continue
         report.images += 1
         report.masks += known.mask is not None

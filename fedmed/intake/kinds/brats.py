@@ -34,14 +34,15 @@ def brats(source: Path) -> Iterator[Found | Unmatched]:
     if not used:
         raise DataError(f"{source}: holds no folder with a NIfTI whose name ends in {', '.join(SEQUENCES)}")
     for folder, files in patients:
-        if "mask" not in files:
-            yield Unmatched(what="image without mask", place=os.path.relpath(folder, source))
+        visit = VISIT.fullmatch(folder.name)
+        patient = visit[1] if visit else folder.name
+        found = Found(patient=patient, images=tuple(files.get(name) for name in used), mask=files.get("mask"))
+        if found.mask is None:
+            yield Unmatched(what="image without mask", place=os.path.relpath(folder, source), found=found)
         elif len(files) == 1:
             yield Unmatched(what="mask without image", place=os.path.relpath(folder, source))
         else:
-            visit = VISIT.fullmatch(folder.name)
-            patient = visit[1] if visit else folder.name
-            yield Found(patient=patient, images=tuple(files.get(name) for name in used), mask=files["mask"])
+            yield found
 
 
 def _known(place: str, names: list[str]) -> tuple[Path, dict[str, Path]] | None:

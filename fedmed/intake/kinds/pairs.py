@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
@@ -39,7 +40,8 @@ def pairs(source: Path) -> Iterator[Found | Unmatched]:
         if len(pictures) > 1 or len(drawn) > 1:
             yield from leftovers(source, [*pictures, *drawn], "one of several images or masks of one name")
         elif holder and not drawn:
-            yield from leftovers(source, pictures, "image without mask")
+            alone = Found(patient=name, images=(Path(pictures[0]),))
+            yield Unmatched(what="image without mask", place=os.path.relpath(pictures[0], source), found=alone)
         else:
             yield Found(patient=name, images=(Path(pictures[0]),), mask=Path(drawn[0]) if drawn else None)
     yield from leftovers(source, chain.from_iterable(masks.values()), "mask without image")
