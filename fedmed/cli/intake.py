@@ -66,7 +66,9 @@ def import_data(
             return False
         known = read_labels(table, read_label_rules(path), pseudonyms)
     filled = kind == "dicom" and is_filled(source)
-    withdrawn, rows = remembered(out / OPT_OUT) | (remembered(source / OPT_OUT) if filled else frozenset()), {}
+    withdrawn, rows = remembered(out / OPT_OUT), {}
+    if filled and (opt_out is None or opt_out.resolve() != (source / OPT_OUT).resolve()):
+        withdrawn |= remembered(source / OPT_OUT)
     if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
         rows = listed(opt_out, pseudonyms)
         withdrawn = withdrawn.union(*rows.values())
