@@ -248,6 +248,39 @@ def test_what_fedmed_deidentified_is_never_deidentified_again(tmp_path, pseudony
         imported(folder / "images", tmp_path / "fifth", pseudonyms)
 
 
+def test_a_list_that_lies_in_the_pulled_folder_can_be_named(tmp_path, pseudonyms):
+    folder = pulled(tmp_path, pseudonyms)
+    (folder / "opt-out.csv").write_text("patient_id\nMRN 6\n")
+    with pytest.raises(DataError, match="--opt-out"):
+        import_data("dicom", folder, tmp_path / "in", pseudonyms, **SETTINGS)
+    import_data("dicom", folder, tmp_path / "in", pseudonyms, **SETTINGS | {"opt_out": folder / "opt-out.csv"})
+    assert len(manifest(tmp_path / "in")) == 1
+
+
+def test_who_withdrew_is_here_though_nothing_of_them_would_be_imported(tmp_path, pseudonyms, capsys):
+    folder, listed = pulled(tmp_path, pseudonyms, done=False), tmp_path / "withdrawn.csv"  # half a series
+    listed.write_text("patient_id\nMRN 5\n")
+    with pytest.raises(DataError, match="nothing of"):
+        import_data("dicom", folder, tmp_path / "in", pseudonyms, **SETTINGS | {"opt_out": listed})
+    assert "no image of this patient" not in (tmp_path / "in" / "unmatched.csv").read_text()
+
+
+def test_half_an_import_is_no_archive_and_a_table_of_the_hospital_is_not_ours(tmp_path, pseudonyms):
+    source, out = archive(tmp_path / "export"), tmp_path / "out"
+    (source / TAKEN).write_text("accession,imported\n1,yes\n")
+    with pytest.raises(KeyboardInterrupt):
+        take_in(source, out, pseudonyms, lambda done, _: stop() if done == 3 else None)
+    with pytest.raises(DataError, match="give the same fedmed data import again"):
+        import_data("dicom", out, tmp_path / "second", pseudonyms, **SETTINGS)
+    import_data("dicom", source, out, pseudonyms, **SETTINGS)
+    import_data("dicom", out, tmp_path / "second", pseudonyms, **SETTINGS)
+    assert len(manifest(tmp_path / "second")) == 6
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
 def test_of_patients_who_withdrew_nothing_is_written(tmp_path, pseudonyms, capsys):
     listed, out = tmp_path / "withdrawn.csv", tmp_path / "out"
     listed.write_text("patient_id\nmrn 1\n")

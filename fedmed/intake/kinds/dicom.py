@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
 
-TAKEN = "imported.csv"
+TAKEN, TAKING = "imported.csv", ".importing"  # the latter is there until an import has ended
 COLUMNS = (*FACTS, "reason", "source")
 UNREADABLE = "unreadable: "  # how a reason begins
 IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
@@ -42,11 +43,11 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
     A segmentation or structure set is the mask of the one series that it refers to.
 
     Raises:
-        DataError: it is no such folder, or the pull into it has not ended.
+        DataError: it is no such folder, or the pull or the import into it has not ended.
     """
     if not is_filled(source):
         raise DataError(f"{source}: holds neither {PULLED} nor {TAKEN}")
-    tables = [source / name for name in (PULLED, TAKEN) if (source / name).is_file()]
+    tables = _tables(source)
     torn = _incomplete(source)
     masks = _masks(source, tables, torn)
     seen: set[str] = set()
@@ -64,7 +65,8 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
                     what=reason or REMOVED, place=image, found=_found(path, row) if reason and image else None
                 )
             elif row["modality"] in IN_SERIES and row["series_uid"] in torn:
-                yield Unmatched(what="slice of a series of which another slice is missing", place=image)
+                what = "slice of a series of which another slice is missing"
+                yield Unmatched(what=what, place=image, found=_found(path, row))
             elif row["modality"] in KINDS:
                 continue
             else:
@@ -78,11 +80,27 @@ def is_filled(source: Path) -> bool:
     """Whether a pull or `take_in` filled a folder: what is in it was de-identified, and is not to be once more.
 
     Raises:
-        DataError: a pull began to fill it and has not ended.
+        DataError: a pull or `take_in` began to fill it and has not ended.
     """
     if (source / JOURNAL).is_file() and not (source / PULLED).is_file():
         raise DataError("the pull into this folder has not ended: give the same fedmed data pull again, then import")
-    return any((source / name).is_file() for name in (PULLED, TAKEN))
+    if (source / TAKING).is_file():
+        raise DataError("the import into this folder has not ended: give the same fedmed data import again")
+    return bool(_tables(source))
+
+
+def _tables(source: Path) -> list[Path]:
+    """The tables of fedmed's own in a folder; a hospital may call another one so."""
+    return [source / name for name, columns in ((PULLED, FACTS), (TAKEN, COLUMNS)) if _begins(source / name, columns)]
+
+
+def _begins(path: Path, columns: tuple[str, ...]) -> bool:
+    """Whether a file names these columns in its first row."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline().decode("utf-8-sig", errors="replace")
+    return set(columns) <= {cell.strip(' \r\n"') for cell in re.split("[,;\t]", first)}
 
 
 def _masks(source: Path, tables: Iterable[Path], torn: set[str]) -> Regions:
@@ -116,7 +134,7 @@ def _incomplete(source: Path) -> set[str]:
     if (source / REASONS).is_file():
         apart = (Path(row["image"]) for _, row in table_rows(source / REASONS))
         series |= {image.parent.name for image in apart if not (source / image).exists()}
-    if (source / TAKEN).is_file():
+    if source / TAKEN in _tables(source):
         series |= {row["series_uid"] for _, row in table_rows(source / TAKEN) if row["reason"].startswith(UNREADABLE)}
     return series - {""}
 
@@ -156,6 +174,7 @@ def take_in(
     """
     table = folder / TAKEN
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / TAKING).touch(mode=0o600)
     done, met = _done(table), set()
     files = [
         Path(place, name)
@@ -183,6 +202,7 @@ def take_in(
             if progress is not None:
                 progress(number, len(files))
     write_reasons(folder)
+    (folder / TAKING).unlink(missing_ok=True)
     return met
 
 
