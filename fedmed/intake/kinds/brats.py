@@ -36,13 +36,13 @@ def brats(source: Path) -> Iterator[Found | Unmatched]:
     for folder, files in patients:
         visit = VISIT.fullmatch(folder.name)
         patient = visit[1] if visit else folder.name
-        found = Found(patient=patient, images=tuple(files.get(name) for name in used), mask=files.get("mask"))
-        if found.mask is None:
-            yield Unmatched(what="image without mask", place=os.path.relpath(folder, source), found=found)
+        one = Found(patient=patient, images=tuple(files.get(name) for name in used), mask=files.get("mask"))
+        if one.mask is None:
+            yield Unmatched(what="image without mask", place=os.path.relpath(folder, source), found=one)
         elif len(files) == 1:
             yield Unmatched(what="mask without image", place=os.path.relpath(folder, source))
         else:
-            yield found
+            yield one
 
 
 def _known(place: str, names: list[str]) -> tuple[Path, dict[str, Path]] | None:
