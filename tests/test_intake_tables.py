@@ -176,6 +176,8 @@ def test_excel_and_csv_of_one_table_are_equal(tmp_path):
 def test_a_note_beside_a_patient_who_withdrew_stops_nothing_and_hides_nobody(tmp_path, pseudonyms, header):
     path = table(tmp_path / "t.csv", header, "4711,asked by phone", "4712")
     assert {"4711", "4712"} <= opted_out(path, pseudonyms)
+    other = table(tmp_path / "semicolon.csv", "patient_id", "4713;by letter", "4714\tby phone")
+    assert {"4713", pseudonyms.patient("4713"), "4714"} <= opted_out(other, pseudonyms)
     for line in ("a,4713,b", ",4713,b") if "," in header else (",4713",):  # which cell is the patient's?
         with pytest.raises(DataError, match="row 2 has more cells"):
             opted_out(table(tmp_path / "t.csv", header, line), pseudonyms)

@@ -16,6 +16,7 @@ from fedmed.intake.tables import table_rows
 
 COLUMN = "patient_id"
 PSEUDONYM = re.compile(r"P[A-Z2-7]{16}")
+NOTE = re.compile(r"[;\t|]")  # what may part an id from a note beside it
 
 
 def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
@@ -39,7 +40,9 @@ def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
         raise DataError(f"{public}: {error}", public=public) from None
-    return {number: frozenset((patient, pseudonyms.patient(patient))) for number, patient in rows if patient}
+    # A header of one column tells no separator, so a note behind another one than the comma stands in the id's cell.
+    ids = {number: {patient, NOTE.split(patient)[0].strip()} for number, patient in rows if patient}
+    return {number: frozenset((*own, *map(pseudonyms.patient, own))) for number, own in ids.items()}
 
 
 def remembered(path: Path) -> frozenset[str]:
