@@ -78,7 +78,7 @@ def _take_name(partial: Path, path: Path) -> None:
         if error.errno not in NO_LINKS:
             raise
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        os.replace(partial, path)  # noqa: PTH105  # as above
+        os.replace(partial, path)  # noqa: PTH105  # one name for every rename, which the kill tests count
 
 
 def append(descriptor: int, content: bytes) -> None:

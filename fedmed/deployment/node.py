@@ -63,7 +63,7 @@ def keep_beating() -> None:
         except httpx.HTTPStatusError as error:
             raise HeartbeatFailure from error
 
-    HeartbeatSender._heartbeat = beat  # type: ignore[assignment]
+    HeartbeatSender._heartbeat = beat  # type: ignore[assignment]  # mypy takes the method for an attribute
 
 
 def end(failed: threading.ExceptHookArgs) -> None:
