@@ -8,9 +8,9 @@ from torch import nn
 from fedmed import config as run_file
 from fedmed.config import ModelConfig
 from fedmed.imaging.dataset import Dataset
-from fedmed.imaging.stored import Tiles
+from fedmed.imaging.stored import Slots, Tiles
 from fedmed.models import build
-from fedmed.training.evaluate import evaluation_sums, mean_loss, predictions
+from fedmed.training.evaluate import evaluation_sums, likeliest_alone, mean_loss, predictions
 from fedmed.training.loop import training_batch
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import balanced_weights
@@ -151,3 +151,33 @@ def test_large_tiles_are_predicted_one_by_one():
     tiles = Tiles.over([np.zeros((1, 130, 128, 128), np.uint8)], (128, 128, 128))
     data = Dataset(tiles, tiles, ("",) * len(tiles), rows=tiles.volume, labels=1)
     assert [len(chosen) for chosen in parts(pointwise(), data, np.arange(2), most=4)] == [1, 1]
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 4, 4), (3, 3, 2, 4, 4)])
+def test_of_exclusive_labels_only_the_likeliest_stays_above_zero(shape):
+    logits = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    above = likeliest_alone(logits) > 0
+    with_background = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+    assert torch.equal(torch.where(above.any(1), above.int().argmax(1) + 1, 0), with_background.argmax(1))
+    assert int(above.sum(1).max()) == 1
+    assert torch.equal(likeliest_alone(logits[:, :1]), logits[:, :1])
+
+
+def test_equally_likely_labels_have_no_place():
+    assert not (likeliest_alone(torch.ones(1, 2, 2, 2)) > 0).any()
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_labels_exclude_each_other_where_masks_are_class_numbers_and_may_overlap_elsewhere(numbers):
+    class Both(nn.Module):
+        """Two labels, both likelier than none everywhere, the second the likelier one."""
+
+        def forward(self, images):
+            return torch.cat([images + 1, images + 2], 1)
+
+    masks = Slots.of(np.full((2, 1, 4, 4), 2, np.uint8)) if numbers else np.ones((2, 2, 4, 4), np.float32)
+    data = Dataset(np.zeros((2, 1, 4, 4), np.float32), masks, ("p", "q"), labels=2 if numbers else 0)
+    task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a", "b"]}}).task
+    sums = evaluation_sums(FlatNetwork(Both(), torch.device("cpu")), data, np.arange(2), task)
+    assert (sums["intersection"] / 32).tolist() == ([0, 1] if numbers else [1, 1])
+    assert (sums["total"] / 32).tolist() == ([0, 2] if numbers else [2, 2])

@@ -1,6 +1,7 @@
 """Scores of each segmented case: overlap, distances of surfaces, lesions.
 
-A case is one image or volume. A voxel, or pixel, belongs to a label if its logit is above 0 (probability above ½).
+A case is one image or volume. A voxel, or pixel, belongs to a label if its logit is above 0 (probability above ½). Of
+labels that exclude each other, one logit at most must be above 0 when it comes here (`training.evaluate`).
 The Dice coefficient and the IoU of two empty masks are 1 by convention: finding nothing where nothing is, is right.
 Surfaces have a distance only where both masks hold something. A case in which both are empty counts for no distance;
 one in which exactly one is empty neither, and is counted as excluded: its distance would be infinite.

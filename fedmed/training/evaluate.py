@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmed.config import TaskConfig
 from fedmed.imaging.dataset import Dataset
@@ -44,17 +45,36 @@ def predictions(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
     """Yield (rows, logits, targets) batch by batch, in order, the network in evaluation mode.
 
-    Tiles of segmented volumes are put together: a case is then a volume, and its row that of its first tile.
+    Tiles of segmented volumes are put together: a case is then a volume, and its row that of its first tile. Where
+    masks are class numbers, so that a place has one label at most, one of its logits at most is above 0
+    (`likeliest_alone`).
     """
     network.module.eval()
+    settled = likeliest_alone if data.labels else lambda logits: logits
     with torch.inference_mode():
         if data.tiles is not None and data.labels:
-            yield from volume_predictions(network, data, rows)
+            for chosen, maps, masks in volume_predictions(network, data, rows):
+                yield chosen, settled(torch.from_numpy(maps)).numpy(), masks
             return
         for chosen in parts(network, data, rows):
             images, targets = data.batch(chosen, margin=network.margin_voxels)
-            logits = network(images.to(network.device))
-            yield chosen, logits.float().cpu().numpy(), within(targets, network.margin_voxels).numpy()
+            logits = settled(network(images.to(network.device)).float())
+            yield chosen, logits.cpu().numpy(), within(targets, network.margin_voxels).numpy()
+
+
+def likeliest_alone(logits: Tensor) -> Tensor:
+    """Logits of labels that exclude each other, each less the largest of the others and of the background's 0.
+
+    One is above 0 where its label is likelier than every other and than none: at most one in a place.
+
+    Args:
+        logits: (n, labels, …); of a single label they are returned as they are.
+    """
+    if logits.shape[1] == 1:
+        return logits
+    best, second = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).topk(2, dim=1).values.unbind(1)
+    others = torch.where(logits == best[:, None], second[:, None], best[:, None])
+    return logits - others
 
 
 def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss: Loss) -> float:

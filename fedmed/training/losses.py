@@ -79,12 +79,7 @@ def tversky(logits: Tensor, targets: Tensor, *, alpha: float) -> Tensor:
 
     With α = ½ it is the Dice loss; a smaller α forgives false positives and punishes misses.
     """
-    pixels = tuple(range(2, logits.ndim))
-    probabilities = torch.sigmoid(logits)
-    overlap = (probabilities * targets).sum(pixels)  # (N, labels)
-    invented = probabilities.sum(pixels) - overlap
-    missed = targets.sum(pixels) - overlap
-    return (1 - (overlap + 0.5) / (overlap + alpha * invented + (1 - alpha) * missed + 0.5)).mean()
+    return _tversky(torch.sigmoid(logits), targets, alpha)
 
 
 def dice_bce(logits: Tensor, targets: Tensor, *, positive_weights: Tensor | None = None) -> Tensor:
@@ -93,17 +88,19 @@ def dice_bce(logits: Tensor, targets: Tensor, *, positive_weights: Tensor | None
 
 
 def dice_ce(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Soft Dice loss plus the cross-entropy of exclusive labels, with a background whose logit is 0.
+    """Soft Dice loss plus cross-entropy of labels that exclude each other, with a background whose logit is 0.
+
+    Both are of the same probabilities, a softmax over the labels and the background.
 
     Args:
         logits: (N, labels, [D,] H, W).
         targets: the same shape, of 0 and 1, at most one label in a place.
         label_smoothing: share that the cross-entropy moves the truth towards equal shares of all classes.
     """
-    background = torch.zeros_like(logits[:, :1])
+    all_logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)  # (N, 1 + labels, …), background first
     classes = torch.cat([1 - targets.sum(1, keepdim=True), targets], dim=1).argmax(1)  # (N, [D,] H, W), 0 = background
-    exclusive = F.cross_entropy(torch.cat([background, logits], dim=1), classes, label_smoothing=label_smoothing)
-    return dice(logits, targets) + exclusive
+    exclusive = F.cross_entropy(all_logits, classes, label_smoothing=label_smoothing)
+    return _tversky(all_logits.softmax(1)[:, 1:], targets, 0.5) + exclusive
 
 
 def smoothed(loss: Loss, smoothing: float) -> Loss:
@@ -150,6 +147,14 @@ def loss_for(task: TaskConfig, train: TrainConfig, positive_weights: Tensor | No
     if train.label_smoothing and name != "dice-ce":
         return smoothed(losses[name], train.label_smoothing)
     return losses[name]
+
+
+def _tversky(probabilities: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    pixels = tuple(range(2, targets.ndim))
+    overlap = (probabilities * targets).sum(pixels)  # (N, labels)
+    invented = probabilities.sum(pixels) - overlap
+    missed = targets.sum(pixels) - overlap
+    return (1 - (overlap + 0.5) / (overlap + alpha * invented + (1 - alpha) * missed + 0.5)).mean()
 
 
 def _mean_of_known(losses: Tensor, unknown: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def _segmented(
     images = decode("item", mask="")["images"]
     logits = image_maps(kept, images, kept.network)
     original = _original(kept, decode)
-    classes, counts = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
+    classes = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
     at = _most(original.shown(classes))
     drawn = [*_masks(classes, original, place), _overlay(classes, original, at, place)]
     if heat_maps:
@@ -160,14 +160,14 @@ def _segmented(
         ]
     return replace(
         blank,
-        voxels=dict(zip(kept.labels, counts, strict=True)),
+        voxels={label: int((classes == number).sum()) for number, label in enumerate(kept.labels, start=1)},
         voxel_ml=float(np.prod(original.volume.spacing_mm)) / 1000 if isinstance(original, Stack) else None,
         drawn=tuple(drawn),
     )
 
 
-def classes_of(probabilities: Iterator[Maps], original: Original) -> tuple[NDArray[np.uint8], list[int]]:
-    """Class numbers in the image's own geometry, and how many pixels or voxels of it each label has by itself.
+def classes_of(probabilities: Iterator[Maps], original: Original) -> NDArray[np.uint8]:
+    """Class numbers in the image's own geometry.
 
     Probabilities are interpolated, and decided upon afterwards, so that borders do not follow the coarser grid.
 
@@ -176,20 +176,18 @@ def classes_of(probabilities: Iterator[Maps], original: Original) -> tuple[NDArr
         original: the image.
 
     Returns:
-        (n, H, W) or (D, H, W), 0 = no label above one half; and the counts, in which labels may overlap.
+        (n, H, W) or (D, H, W), 0 = no label above one half.
     """
     classes = np.zeros(0, np.uint8)
     best = np.zeros(0, np.float32)
-    counts = []
     for number, each in enumerate(probabilities, start=1):
         there = original.back(each)
         if number == 1:
             classes, best = np.zeros(there.shape, np.uint8), np.full(there.shape, 0.5, np.float32)
-        counts.append(int((there > 0.5).sum()))
         better = there > best
         classes[better] = number
         np.maximum(best, there, out=best)
-    return classes, counts
+    return classes
 
 
 def _original(kept: Kept, decode: Decode) -> Original:
