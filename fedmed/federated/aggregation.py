@@ -13,7 +13,7 @@ from scipy.linalg.blas import saxpy
 from fedmed.errors import UpdateRefused
 from fedmed.types import Entry, FloatVector, Layout, Scalar, Weights
 
-CHUNK = 65_536  # values; a chunk and its change stay in a core's second-level cache
+CHUNK = 8192  # values; the change of a chunk stays in a core's first-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
