@@ -129,6 +129,18 @@ def test_label_smoothing_of_exclusive_labels_is_towards_equal_shares(smoothing):
     assert float(loss_for(config.task, config.train)(logits, targets)) == pytest.approx(by_hand)
 
 
+def test_several_classes_of_masks_exclude_each_other_by_default():
+    config = run_file.validate({"task": {"kind": "segmentation", "labels": ["a", "b"]}})
+    logits, targets = masks(2, 2, 3, 3)
+    targets[:, 1] *= 1 - targets[:, 0]
+    weights = torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1)
+    chosen = loss_for(config.task, config.train, exclusive=True)
+    weighed = loss_for(config.task, config.train, weights, exclusive=True)
+    assert float(chosen(logits, targets)) == float(dice_ce(logits, targets))
+    assert float(weighed(logits, targets)) == float(dice_bce(logits, targets, positive_weights=weights))
+    assert float(loss_for(config.task, config.train)(logits, targets)) == float(dice_bce(logits, targets))
+
+
 @pytest.mark.parametrize("loss", ["dice-ce", "tversky"])
 def test_class_weights_are_refused_where_a_loss_has_none(loss):
     keys = {"loss": loss, "class-weights": "balanced"}

@@ -141,7 +141,7 @@ class TrainConfig(Section):
     ] = 0.2
     loss: Annotated[
         Literal["auto", "bce", "focal", "dice-bce", "dice-ce", "tversky"],
-        Field(description="auto = bce for classification, dice-bce for segmentation"),
+        Field(description="auto = bce for classification, dice-ce for several labels of masks, else dice-bce"),
     ] = "auto"
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
     tversky_alpha: Annotated[float, Field(gt=0, lt=1, description="weight of false positives against misses")] = 0.3

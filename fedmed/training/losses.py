@@ -128,15 +128,21 @@ def deeply_supervised(loss: Loss) -> Callable[[Tensor | tuple[Tensor, ...], Tens
     return supervised
 
 
-def loss_for(task: TaskConfig, train: TrainConfig, positive_weights: Tensor | None = None) -> Loss:
+def loss_for(
+    task: TaskConfig, train: TrainConfig, positive_weights: Tensor | None = None, *, exclusive: bool = False
+) -> Loss:
     """The training loss of a run.
 
     Args:
         task: classification or segmentation.
         train: which loss, and its settings.
         positive_weights: (labels,) what a positive of each label weighs; None = 1.
+        exclusive: whether several labels are segmented of which a place has one at most.
     """
-    name = train.loss if train.loss != "auto" else {"classification": "bce", "segmentation": "dice-bce"}[task.kind]
+    name: str = train.loss
+    if name == "auto":
+        segmentation = "dice-ce" if exclusive and positive_weights is None else "dice-bce"
+        name = "bce" if task.kind == "classification" else segmentation
     losses: dict[str, Loss] = {
         "bce": partial(masked_bce, positive_weights=positive_weights),
         "focal": partial(masked_focal, gamma=train.focal_gamma, positive_weights=positive_weights),

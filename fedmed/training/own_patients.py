@@ -21,7 +21,7 @@ from fedmed.models.low_rank import merged
 from fedmed.training.evaluate import mean_loss
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
 from fedmed.training.loop import Circumstances, Trained, train_
-from fedmed.training.losses import loss_for
+from fedmed.training.losses import Loss, loss_for
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
 from fedmed.training.site_state import write_durably
@@ -70,7 +70,7 @@ class OwnPatients:
         if account is not None:
             from fedmed.training.private import train_privately_  # heavy: opacus
 
-            loss = loss_for(task, settings)
+            loss = self._loss(settings)
             terms, source, units = account.terms, account.source, account.units
             return train_privately_(
                 self.network, self.data, units, settings, loss, terms, source=source, generator=generator, given=given
@@ -82,7 +82,7 @@ class OwnPatients:
             weights=balanced_weights(self.data, rows, task) if balanced else None,
             validation=self._validation(settings, validation),
         )
-        loss = loss_for(task, settings, self._positive_weights(settings, rows))
+        loss = self._loss(settings, self._positive_weights(settings, rows))
         return train_(self.network, self.data, rows, settings, loss, generator, given)
 
     def held_out_loss(self, *, form: Form) -> float:
@@ -102,7 +102,7 @@ class OwnPatients:
         if len(self.held_out) == 0:
             text = f'strategy.name = "{name}" needs the loss on held-out patients, and this site holds none out'
             raise DataError(text, public=text)
-        return mean_loss(self.network, self.data, self.held_out, loss_for(self.config.task, self.config.train))
+        return mean_loss(self.network, self.data, self.held_out, self._loss(self.config.train))
 
     def _parted(self, settings: TrainConfig) -> tuple[Rows, Rows]:
         """Rows that are trained on, and rows that tell when to stop; nobody's images are on both sides.
@@ -116,6 +116,10 @@ class OwnPatients:
         aside = held_out(patients, share=settings.validation_share, seed=self.config.split_seed, name=name)
         return self.rows[~aside], self.rows[aside]
 
+    def _loss(self, settings: TrainConfig, positive_weights: torch.Tensor | None = None) -> Loss:
+        """The loss of a training on these masks: class numbers exclude each other."""
+        return loss_for(self.config.task, settings, positive_weights, exclusive=self.data.labels > 1)
+
     def _positive_weights(self, settings: TrainConfig, rows: Rows) -> torch.Tensor | None:
         """What a positive of each label weighs in the loss, ready to be broadcast over pixels."""
         if settings.class_weights == "none":
@@ -128,7 +132,7 @@ class OwnPatients:
         """The loss on the patients who tell when to stop within a round."""
         if len(rows) == 0:
             return None
-        return partial(mean_loss, self.network, self.data, rows, loss_for(self.config.task, settings))
+        return partial(mean_loss, self.network, self.data, rows, self._loss(settings))
 
 
 def become_personal_(own: OwnPatients, kept: Mapping[str, FloatVector]) -> bool:
