@@ -170,21 +170,6 @@ def test_two_images_of_one_person_are_one_patient_where_the_set_says_so(tmp_path
         import_images("rsna", rsna, tmp_path / "out", Rules(pseudonyms=pseudonyms))
 
 
-def test_brats_keeps_the_place_of_a_missing_sequence(tmp_path, pseudonyms):
-    volume = Volume(values=np.ones((2, 3, 4), np.float32), affine=np.eye(4))
-    for patient, names in {"B1": ("t1ce", "flair", "seg"), "B2": ("t2", "flair", "seg"), "B3": ("flair",)}.items():
-        for name in names:
-            (tmp_path / "brats" / patient).mkdir(parents=True, exist_ok=True)
-            write_nifti(volume, tmp_path / "brats" / patient / f"{patient}_{name}.nii.gz")
-    import_images("brats", tmp_path / "brats", tmp_path / "out", Rules(pseudonyms=pseudonyms))
-    first, second = rows(tmp_path / "out")
-    assert [Path(name).name for name in first["image"].split(";")] == ["B1_flair.nii.gz", "B1_t1ce.nii.gz", ""]
-    assert [Path(name).name for name in second["image"].split(";")] == ["B2_flair.nii.gz", "", "B2_t2.nii.gz"]
-    assert missed(tmp_path / "out") == [("image without mask", "B3")]
-    task = TaskConfig(kind="segmentation", labels=("tumour",))
-    assert read_manifest(tmp_path / "out" / "manifest.csv", task).modalities == 3
-
-
 def test_pairs_finds_masks_by_name_and_refuses_a_folder_without_images(tmp_path, pseudonyms):
     for name in ("images/a.png", "images/b.png", "masks/a_mask.png", "masks/c.png"):
         picture(tmp_path / "set" / name)
@@ -362,5 +347,5 @@ def test_real_volumes_are_paired_with_their_masks(tmp_path, pseudonyms):
     brats = REAL / "vol3d" / "dev" / "brats2013_2mm"
     report = import_images("brats", brats, tmp_path / "brats", Rules(pseudonyms=pseudonyms))
     assert report.images == len(list(brats.iterdir())) and all(
-        row["image"].count(";") == 1 for row in rows(tmp_path / "brats")
+        row["image"].count(";") == 3 for row in rows(tmp_path / "brats")
     )

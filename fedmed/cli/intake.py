@@ -16,7 +16,7 @@ from fedmed.cli.display import bar, console
 from fedmed.errors import ConfigError, DataError
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
-from fedmed.intake.importing import MANIFEST, UNMATCHED, Imported, Rules, Uncertain, import_images
+from fedmed.intake.importing import MANIFEST, MASKS, UNMATCHED, Imported, Rules, Uncertain, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import is_filled, take_in
 from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
@@ -98,6 +98,8 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
     table, absent = rules.table, report.absent(rules)
     masks = f", {report.masks} masks" if report.masks else ""
     print(f"{len(report.patients)} patients, {report.images} images{masks}")
+    if report.renumbered:
+        print(f"{report.renumbered} masks written anew into {out / MASKS}: enhancing tumour is 3 there, as since 2023")
     for what, count in report.unmatched.most_common():
         print(f"left out: {count} × {what}", file=sys.stderr)
     if report.unmatched or absent:

@@ -14,12 +14,14 @@ from typing import Literal, TextIO
 from fedmed.durable import replacing
 from fedmed.errors import DataError
 from fedmed.imaging.manifest import cell_of
+from fedmed.imaging.volumes.nifti import read_nifti, write_nifti
+from fedmed.intake.keep import make_private
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.found import UNCERTAIN, Found, Unmatched
 from fedmed.intake.labels import LabelTable
 from fedmed.intake.pseudonyms import Pseudonyms
 
-MANIFEST, UNMATCHED = "manifest.csv", "unmatched.csv"
+MANIFEST, UNMATCHED, MASKS = "manifest.csv", "unmatched.csv", "masks"
 MASKED = ("brats", "pairs")  # kinds that may have masks
 Uncertain = Literal["ignore", "zeros", "ones"]
 POLICIES: dict[Uncertain, str] = {"ignore": "", "zeros": "0", "ones": "1"}  # U-Ignore, U-Zeros and U-Ones of CheXpert
@@ -42,6 +44,7 @@ class Imported:
 
     images: int = 0
     masks: int = 0
+    renumbered: int = 0  # of them, those that were written anew into `MASKS`
     patients: set[str] = field(default_factory=set, repr=False)
     withdrawn: set[str] = field(default_factory=set, repr=False)  # patients who are there and opted out
     met: set[str] = field(default_factory=set, repr=False)  # of `Rules.withdrawn`, what was met
@@ -54,6 +57,8 @@ class Imported:
 
 def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: frozenset[str] = frozenset()) -> Imported:
     """Write `out`/manifest.csv and `out`/unmatched.csv, each whole or not at all. Images stay where they are.
+
+    Masks that number their classes otherwise than other years of their set are written anew into `out`/masks.
 
     An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask. Where nothing
     can be imported, the former manifest stays, and `unmatched.csv` says what was left out and why.
@@ -80,6 +85,9 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: fr
                 report.unmatched[each.what] += 1
                 told.writerow([each.what, each.place])
                 continue
+            if each.mask is not None and each.classes:
+                each = replace(each, mask=_renumbered(each.mask, each.classes, out / MASKS, source))
+                report.renumbered += 1
             row = _row(each, out, masked=each.masked or kind in MASKED)
             if writer is None:
                 writer = csv.DictWriter(stack.enter_context(_whole(out / MANIFEST)), list(row))
@@ -163,6 +171,17 @@ def _row(found: Found, out: Path, *, masked: bool) -> dict[str, str]:
         "site": found.site,
         "study_uid": found.study if found.pseudonymous else "",
     }
+
+
+def _renumbered(path: Path, classes: Mapping[int, int], folder: Path, source: Path) -> Path:
+    """A mask written anew, under its name in the archive, with other numbers for some of its classes."""
+    mask, new = read_nifti(path, labels=True), folder / path.relative_to(source)
+    values = mask.values.copy()
+    for number, other in classes.items():
+        values[mask.values == number] = other
+    make_private(new.parent)
+    write_nifti(replace(mask, values=values), new)
+    return new
 
 
 def _relative(path: Path, out: Path) -> str:

@@ -27,6 +27,7 @@ class Found:
     images: tuple[Path | None, ...]  # one for most; several modalities in the set's order, None = this one is missing
     mask: Path | None = None
     masked: bool = False  # others of its archive have a mask
+    classes: Mapping[int, int] = field(default_factory=dict)  # of the mask, old number to new: it is written anew
     study: str = ""
     series: str = ""
     accession: str = ""
@@ -72,11 +73,21 @@ def files_by_stem(source: Path, endings: tuple[str, ...]) -> dict[str, str]:
 
 def files_below(source: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Every file below a folder with such an ending: its path there without it, and its path. Links are followed."""
-    for folder, _, names in os.walk(source, followlinks=True):
+    for folder, names in folders_below(source):
         for name in names:
             if stem := stem_of(name, endings):
-                path = Path(folder, name)
+                path = folder / name
                 yield str(path.with_name(stem).relative_to(source)), str(path)
+
+
+def folders_below(source: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and every one below it, with the names of its files, sorted. Links are followed.
+
+    What macOS packs beside files, `._NAME` and `__MACOSX`, and all else that is hidden, is passed over.
+    """
+    for folder, folders, names in os.walk(source, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__MACOSX" and not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
 
 
 def stem_of(name: str, endings: tuple[str, ...]) -> str:
