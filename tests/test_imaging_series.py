@@ -285,6 +285,15 @@ def test_one_whole_echo_is_not_taken_for_all_when_the_other_lacks_a_slice(tmp_pa
     assert isinstance(whole, Volume) and broken == Refusal(reason="one slice is missing", slices=11)
 
 
+@pytest.mark.parametrize(("broken", "reason"), [(lambda: without(5), "one slice is missing"), (tilted, "gantry tilt")])
+def test_a_small_stack_across_is_not_taken_for_the_broken_one_beside_it(tmp_path: Path, broken, reason: str):
+    coronal = replace(PLAIN, shape=(5, 24, 20), along_row=(1.0, 0.0, 0.0), along_column=(0.0, 0.0, -1.0))
+    reformat = again(slice_objects(BODY[:5], coronal), ImageType=["DERIVED", "SECONDARY", "REFORMATTED"])
+    assert read_series(save(tmp_path / "alone", reformat)).shape == coronal.shape
+    with pytest.raises(UnreadableImage, match=reason):
+        read_series(save(tmp_path / "both", [*broken(), *reformat]))
+
+
 def test_a_lone_slice_across_does_not_stand_against_the_volume(tmp_path: Path):
     across = again(slices()[:1], ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
     assert (read_series(save(tmp_path, [*slices(), *across])).values == BODY).all()

@@ -101,8 +101,9 @@ def only_volume(groups: Sequence[Group | Refusal]) -> Group:
     """
     usable = [group for group in groups if isinstance(group, Group)]
     refused = [group for group in groups if isinstance(group, Refusal)]
+    most = max((len(group.slices) for group in usable), default=0)
     for refusal in sorted(refused, key=lambda one: not one.blocks):
-        if refusal.blocks or not usable:
+        if refusal.blocks or refusal.slices >= most:  # a reformat beside a broken stack is not the whole
             raise UnreadableImage(refusal.reason)
     if not usable:
         raise UnreadableImage("no slices")
