@@ -230,6 +230,10 @@ def test_masks_of_class_numbers_must_lie_on_the_grid_of_their_image(tmp_path: Pa
     classes = LESION + 2 * ORGAN.astype(np.int64)
     write_nifti(replace(volume, values=classes), tmp_path / "m.nii.gz")
     assert (read_mask_volume(tmp_path / "m.nii.gz", volume) == classes).all()
+    turned = canonical(replace(volume, values=classes))  # as dcm2niix and others order axes
+    write_nifti(turned, tmp_path / "turned.nii.gz")
+    assert turned.affine[0, 2] * volume.affine[0, 2] < 0
+    assert (read_mask_volume(tmp_path / "turned.nii.gz", volume) == classes).all()
     shifted = volume.affine.copy()
     shifted[2, 3] += 2
     for change, reason in (

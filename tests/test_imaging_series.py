@@ -285,6 +285,15 @@ def test_one_whole_echo_is_not_taken_for_all_when_the_other_lacks_a_slice(tmp_pa
     assert isinstance(whole, Volume) and broken == Refusal(reason="one slice is missing", slices=11)
 
 
+def test_copies_of_a_slice_count_once(tmp_path: Path):
+    objects = slices()
+    save(tmp_path, [*objects, *deepcopy(objects[2:5])])
+    assert (read_series(tmp_path).values == BODY).all()
+    for ds in objects:
+        ds.SOPInstanceUID = objects[0].SOPInstanceUID  # as anonymizers do that keep no UIDs apart
+    assert (read_series(save(tmp_path / "one UID", objects)).values == BODY).all()
+
+
 @pytest.mark.parametrize(("broken", "reason"), [(lambda: without(5), "one slice is missing"), (tilted, "gantry tilt")])
 def test_a_small_stack_across_is_not_taken_for_the_broken_one_beside_it(tmp_path: Path, broken, reason: str):
     coronal = replace(PLAIN, shape=(5, 24, 20), along_row=(1.0, 0.0, 0.0), along_column=(0.0, 0.0, -1.0))

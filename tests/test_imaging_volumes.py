@@ -14,7 +14,7 @@ from nibabel.processing import resample_from_to
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.volumes.resample import cropped_or_padded, onto, recentred, resampled
-from fedmed.imaging.volumes.volume import Volume, canonical, like
+from fedmed.imaging.volumes.volume import Volume, canonical, in_order_of, like
 
 REVERSED = np.eye(4)[[2, 1, 0, 3]]
 sizes = st.tuples(*[st.integers(1, 7)] * 3)
@@ -74,6 +74,14 @@ def test_canonical_is_idempotent(volume: Volume):
     twice = canonical(once)
     assert (twice.values == once.values).all() and (twice.affine == once.affine).all()
     assert (twice.padding == once.padding).all()
+
+
+@given(volumes())
+def test_the_axes_of_another_volume_bring_every_voxel_back_to_its_place(volume: Volume):
+    other = in_order_of(canonical(volume), volume)
+    assert (other.values == volume.values).all() and like(other, volume)
+    coarser = replace(volume, affine=volume.affine @ np.diag([3.0, 1.0, 1.0, 1.0]))
+    assert in_order_of(coarser, volume) is coarser
 
 
 def test_every_orientation_becomes_head_front_right():

@@ -102,6 +102,7 @@ def classic_slice(ds: Dataset, file: Path) -> Slice | None:
     return Slice(
         file=file,
         frame=0,
+        instance=str(ds.get("SOPInstanceUID") or ""),
         kind=_kind(ds),
         frame_of_reference=str(ds.get("FrameOfReferenceUID") or ""),
         shape=(int(ds.Rows), int(ds.Columns)),
@@ -137,6 +138,7 @@ def enhanced_slices(ds: Dataset, file: Path) -> Iterator[Slice]:
         yield Slice(
             file=file,
             frame=frame,
+            instance=str(ds.get("SOPInstanceUID") or ""),
             kind=_kind(ds),
             frame_of_reference=str(ds.get("FrameOfReferenceUID") or ""),
             shape=(int(ds.Rows), int(ds.Columns)),

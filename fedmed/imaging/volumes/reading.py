@@ -16,7 +16,7 @@ from fedmed.imaging.volumes.nifti import read_nifti
 from fedmed.imaging.volumes.segmentation_objects import SEGMENTATIONS, read_segmentation
 from fedmed.imaging.volumes.series import read_series
 from fedmed.imaging.volumes.structures import STRUCTURE_SET, read_structures
-from fedmed.imaging.volumes.volume import Volume, like
+from fedmed.imaging.volumes.volume import Volume, in_order_of, like
 
 
 def read_volume(path: Path) -> Volume:
@@ -42,7 +42,7 @@ def read_mask_volume(path: Path, image: Volume, labels: tuple[str, ...] | None =
             one), or a folder or multi-frame file whose pixels are class numbers.
         image: as `read_volume` gives it.
         labels: names or numbers of the segments or ROIs that are classes 1, 2, …; None = all, by their numbers. Files
-            of class numbers are taken as they are.
+            of class numbers are taken as they are; they may have their axes in another order.
 
     Returns:
         (D, H, W) class numbers, on the grid of `image`.
@@ -58,7 +58,7 @@ def read_mask_volume(path: Path, image: Volume, labels: tuple[str, ...] | None =
                 return read_segmentation(path, image, labels)
             if kind == STRUCTURE_SET:
                 return read_structures(path, image, labels)
-        mask = read_nifti(path, labels=True) if _is_nifti(path) else read_volume(path)
+        mask = in_order_of(read_nifti(path, labels=True) if _is_nifti(path) else read_volume(path), image)
         if mask.shape != image.shape:
             raise UnreadableImage(f"the mask is {_size(mask)} voxels, its image {_size(image)}")
         if not like(mask, image):

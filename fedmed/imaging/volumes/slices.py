@@ -53,6 +53,7 @@ class Slice:
 
     file: Path
     frame: int  # of that file, from 0
+    instance: str  # SOP Instance UID (0008,0018)
     kind: tuple[str, ...]  # SOP class, modality, series: slices of different kinds are never stacked
     frame_of_reference: str
     shape: tuple[int, int]  # rows, columns
@@ -85,9 +86,13 @@ class Refusal:
 
 
 def grouped(slices: Iterable[Slice]) -> list[Group | Refusal]:
-    """Every volume that the slices make, and every group of them that makes none; the largest groups first."""
+    """Every volume that the slices make, and every group of them that makes none; the largest groups first.
+
+    Of copies of one object, such as "IM1.dcm" and "IM1 (1).dcm", one counts.
+    """
     found: list[Group | Refusal] = []
-    for same in _partition(slices, lambda one: (one.kind, one.frame_of_reference)):
+    once = [copies[0] for copies in _partition(slices, _identity)]
+    for same in _partition(once, lambda one: (one.kind, one.frame_of_reference)):
         for parallel in _parallel(same):
             found += _volumes(parallel)
     return sorted(found, key=lambda one: -(one.slices if isinstance(one, Refusal) else len(one.slices)))
@@ -172,6 +177,11 @@ def _split(slices: list[Slice], where: Places) -> tuple[list[list[Slice]], str]:
         if len(parts) == most and all(len({places[id(one)] for one in part}) == len(part) for part in parts):
             return parts, " and ".join(TELL_APART[name] for name in names)
     return [slices], ""
+
+
+def _identity(one: Slice) -> Hashable:
+    """Equal for copies. The UID alone does not say so: some anonymizers give all slices the same."""
+    return one.instance or one.file, one.frame, one.shape, one.plane, *one.facts.values()
 
 
 def _facts(names: Sequence[str], one: Slice) -> tuple[Hashable, ...]:

@@ -88,8 +88,30 @@ def canonical(volume: Volume) -> Volume:
     screen such an axial slice stands upside down, so a report has to turn it.
     """
     axes, signs = _orientation(volume.affine)
-    order = tuple(int(np.flatnonzero(axes == world)[0]) for world in (2, 1, 0))  # which old axis becomes d, h, w
-    flips = tuple(new for new, old in enumerate(order) if signs[old] < 0)
+    order = tuple(int(np.flatnonzero(axes == world)[0]) for world in (2, 1, 0))
+    return _turned(volume, order, tuple(new for new, old in enumerate(order) if signs[old] < 0))
+
+
+def in_order_of(volume: Volume, target: Volume) -> Volume:
+    """The same voxels in the order of axes of another volume, if both grids run along the same ones; else as it was.
+
+    Nothing is interpolated, and whether both are one grid afterwards is for `like` to say.
+    """
+    turn = np.rint(np.linalg.inv(volume.affine) @ target.affine)[:3, :3]  # axes of the target to the volume's
+    if (np.abs(turn) @ np.abs(turn).T != np.eye(3)).any():
+        return volume
+    order = tuple(np.abs(turn).argmax(axis=0).tolist())
+    return _turned(volume, order, tuple(new for new, old in enumerate(order) if turn[old, new] < 0))
+
+
+def _turned(volume: Volume, order: tuple[int, ...], flips: tuple[int, ...]) -> Volume:
+    """The same voxels with other axes.
+
+    Args:
+        volume: as it was.
+        order: which old axis becomes d, h, w.
+        flips: those of the new axes that are turned round.
+    """
     transform = np.zeros((4, 4))  # new index to old index
     transform[3, 3] = 1
     for new, old in enumerate(order):
