@@ -100,6 +100,18 @@ def test_chexpert_masks_what_is_blank_and_treats_uncertain_as_asked(tmp_path, ps
     assert (third["patient_id"], third["split"]) == (pseudonyms.patient("patient00002"), "validation")
 
 
+def test_the_batches_of_the_full_chexpert_are_one_set(tmp_path, pseudonyms):
+    first, second = (tmp_path / "in" / f"CheXpert-v1.0 batch {name}" for name in ("1 (validate & csv)", "2 (train 1)"))
+    shown = ("patient64541/study1/view1_frontal.jpg", "patient00001/study1/view1_frontal.jpg")
+    for name, path in zip(("valid", "train"), shown, strict=True):
+        table(first / f"{name}.csv", CHEXPERT, f"CheXpert-v1.0/{name}/{path},Female,68,Frontal,AP,1.0,0.0")
+    picture(first / "valid" / shown[0])
+    picture(second / shown[1])
+    import_images("chexpert", tmp_path / "in", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    assert [row["split"] for row in rows(tmp_path / "out")] == ["train", "validation"]
+    assert missed(tmp_path / "out") == []
+
+
 def test_mimic_joins_three_tables_by_study(tmp_path, pseudonyms):
     source = tmp_path / "mimic"
     table(
@@ -143,6 +155,9 @@ def test_rsna_groups_boxes_and_vinbig_asks_for_two_of_three_radiologists(tmp_pat
         picture(vinbig / "train" / f"{name}.png")
     import_images("vinbig", vinbig, tmp_path / "out", Rules(pseudonyms=pseudonyms))
     assert [(row["Effusion"], row["Nodule"]) for row in rows(tmp_path / "out")] == [("1", "0"), ("0", "0")]
+    (vinbig / "annotations").mkdir()
+    (vinbig / "train.csv").rename(vinbig / "annotations" / "annotations_train.csv")  # as PhysioNet has it
+    assert import_images("vinbig", vinbig, tmp_path / "out", Rules(pseudonyms=pseudonyms)).images == 2
 
 
 def test_two_images_of_one_person_are_one_patient_where_the_set_says_so(tmp_path, pseudonyms):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from import_files import missed, rows, table
@@ -76,3 +77,24 @@ def test_what_macos_packs_beside_files_is_no_patient(tmp_path, pseudonyms):
     import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms))
     assert [row["image"] for row in rows(tmp_path / "out")] == ["../set/imagesTr/h_1.nii.gz"]
     assert missed(tmp_path / "out") == []
+
+
+def test_numbered_channels_are_modalities_and_several_volumes_in_one_file_are_left_out(tmp_path, pseudonyms):
+    volume = Volume(values=np.ones((2, 3, 4), np.float32), affine=np.eye(4))
+    for name in ("a_0000", "a_0001", "sub/b_0001", "c_0003"):
+        (tmp_path / "set" / "imagesTr" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(volume, tmp_path / "set" / "imagesTr" / f"{name}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 3, 2, 4), np.float32), np.eye(4)), tmp_path / "set/imagesTr/d.nii.gz")
+    for name in ("a", "sub/b", "c_0003", "d"):
+        (tmp_path / "set" / "labelsTr" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(volume, tmp_path / "set" / "labelsTr" / f"{name}.nii.gz")
+    report = import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms))
+    images = "../set/imagesTr/"
+    assert {row["mask"].removeprefix("../set/labelsTr/"): row["image"] for row in rows(tmp_path / "out")} == {
+        "a.nii.gz": f"{images}a_0000.nii.gz;{images}a_0001.nii.gz",
+        "sub/b.nii.gz": f";{images}sub/b_0001.nii.gz",
+        "c_0003.nii.gz": f"{images}c_0003.nii.gz;",
+    }
+    ((what, where),) = missed(tmp_path / "out")
+    assert "each modality to a file of its own, CASE_0000.nii.gz" in what and where == "imagesTr/d.nii.gz"
+    assert report.patients == {pseudonyms.patient(name) for name in ("a", "sub/b", "c_0003")}

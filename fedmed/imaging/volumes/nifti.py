@@ -70,6 +70,15 @@ def read_nifti(path: Path, *, labels: bool = False) -> Volume:
         return _without_nan(values, affine)
 
 
+def several_volumes(path: Path) -> bool:
+    """Whether a NIfTI says that it holds several volumes, as of time or modalities; False where it cannot be read."""
+    try:
+        with plain_errors(), _opened(path) as file:
+            return max(_lengths(_header(file))[3:], default=1) > 1
+    except UnreadableImage:
+        return False
+
+
 def write_nifti(volume: Volume, path: Path, *, version: Literal[1, 2] = 1) -> None:
     """Write a volume as .nii or .nii.gz.
 
@@ -118,14 +127,17 @@ def _header(file: BinaryIO) -> Any:
     raise UnreadableImage("not NIfTI")
 
 
+def _lengths(header: Any) -> list[int]:
+    """Along i, j, k and on."""
+    dim = [int(length) for length in header["dim"]]
+    if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1:
+        raise UnreadableImage("impossible dimensions")
+    return dim[1 : dim[0] + 1]
+
+
 def _shape(header: Any) -> tuple[int, int, int]:
     """Lengths along i, j, k."""
-    dim = [int(length) for length in header["dim"]]
-    if not 1 <= dim[0] <= 7:
-        raise UnreadableImage("impossible dimensions")
-    lengths = dim[1 : dim[0] + 1]
-    if min(lengths) < 1:
-        raise UnreadableImage("impossible dimensions")
+    lengths = _lengths(header)
     if len(lengths) < 3:
         raise UnreadableImage("a NIfTI of two dimensions, not a volume")
     if max(lengths[3:], default=1) > 1:

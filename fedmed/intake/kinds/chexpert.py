@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from fedmed.errors import DataError
@@ -20,18 +20,22 @@ VALUES = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": UNCERTAIN, "-1.0": U
 def chexpert(source: Path) -> Iterator[Found | Unmatched]:
     """The images that `train.csv`, `valid.csv` and `test.csv` of a folder name. A blank is unknown, never negative.
 
+    The full-size set comes as four folders, "CheXpert-v1.0 batch 1 (validate & csv)" and on; they may lie side by side.
+
     Raises:
         DataError: none of the files is there, or one has other columns.
     """
-    tables = [name for name in FILES if (source / name).is_file()]
+    found = {name: [*source.glob(name), *sorted(source.glob(f"*/{name}"))] for name in FILES}
+    tables = {name: paths[0] for name, paths in found.items() if paths}
+    holders = (source, *sorted(source.glob("*batch*")))
     if not tables:
         raise DataError(f"{source}: holds no {' or '.join(FILES)}, as CheXpert does")
-    for name in tables:
-        for number, row in table_rows(source / name):
+    for name, table in tables.items():
+        for number, row in table_rows(table):
             patient = PATIENT.search(row.get("Path", ""))
             if patient is None:
                 raise DataError(f"{name}: row {number} has no Path of CheXpert's form")
-            image = _image(source, row["Path"])
+            image = _image(holders, row["Path"])
             if image is None:
                 yield Unmatched(what="row without image", place=f"row {number} of {name}")
                 continue
@@ -58,12 +62,13 @@ def observed(text: str, table: str, number: int) -> str:
     return VALUES[text]
 
 
-def _image(source: Path, path: str) -> Path | None:
-    """Paths begin with the data set's own folder, which may have been renamed."""
+def _image(holders: Sequence[Path], path: str) -> Path | None:
+    """Paths begin with the data set's own folder, which may have been renamed; batches of the full set lack `train`."""
     parts = PurePosixPath(path).parts
     if ".." in parts or path.startswith("/"):
         return None
-    return next((place for place in (source.joinpath(*parts[1:]), source / path) if place.is_file()), None)
+    places = (folder.joinpath(*parts[start:]) for folder in holders for start in (1, 0, 2))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _view(row: Cells) -> str:

@@ -15,14 +15,15 @@ MAJORITY = 2  # of the three radiologists who saw each image
 
 
 def vinbig(source: Path) -> Iterator[Found | Unmatched]:
-    """The images below a folder that holds `train.csv` too. A finding is there when two of three radiologists drew it.
+    """The images below a folder that holds `train.csv` too, or PhysioNet's `annotations/annotations_train.csv`.
 
-    The set names no patients, so that every image is one of its own.
+    A finding is there when two of three radiologists drew it. The set names no patients, so that every image is one of
+    its own.
 
     Raises:
         DataError: there is no such table, or it has other columns.
     """
-    table = the_file(source, "train.csv", "train.csv.gz")
+    table = the_file(source, "train.csv", "train.csv.gz", "annotations/annotations_train.csv", "annotations_train.csv")
     pictures = files_by_stem(source, (".dicom", ".dcm", *PICTURES))
     first: dict[str, int] = {}
     readers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # image -> finding -> who
