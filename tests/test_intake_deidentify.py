@@ -136,6 +136,15 @@ def test_a_value_that_stays_is_emptied_where_it_holds_the_patients_name_or_numbe
         ("Li^Wei", "Li Tumor", ""),
         ("Li^Wei", "Liver", "Liver"),
         ("Doe^John^L", "Lung L", "Lung L"),
+        ("Prostate-AEC-001", "Prostate", "Prostate"),
+        ("Prostate-AEC-001", "AEC Prostate", ""),
+        ("PANCREAS_0001", "Pancreas", "Pancreas"),
+        ("PANCREAS_0001", "Pancreas 0001", ""),
+        ("LUNG1-001", "GTV Lung 1", "GTV Lung 1"),
+        ("LUNG8841907", "Lung 8841907", ""),
+        ("Colon^Maria", "Colon", ""),
+        ("Colon, Maria 2", "Colon", ""),
+        ("Quisling-001", "GTV Quisling", ""),
     ],
 )
 def test_names_of_regions_name_nobody_in_any_alphabet(name: str, region: str, left: str, pseudonyms: Pseudonyms):

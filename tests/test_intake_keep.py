@@ -98,9 +98,12 @@ def test_what_a_person_moved_out_of_quarantine_stays_among_the_images(pseudonyms
     assert again.path == tmp_path / row["image"] and again.reason is None
 
 
-def test_reports_are_not_written_and_masks_are(pseudonyms: Pseudonyms, tmp_path: Path):
+def test_reports_and_localizers_are_not_written_and_masks_are(pseudonyms: Pseudonyms, tmp_path: Path):
     report = keep(named_object(SOPClassUID=BasicTextSRStorage), tmp_path, pseudonyms)
     assert (report.path, report.reason, report.set_apart) == (None, "a report, not an image", False)
+    assert content(tmp_path) == {}
+    scout = {"SOPClassUID": CTImageStorage, "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    assert keep(named_object(**scout), tmp_path, pseudonyms).reason == "a localizer, not a slice of a volume"
     assert content(tmp_path) == {}
     regions = [item_of(ROINumber=1, ROIName="Left lung"), item_of(ROINumber=2, ROIName="GTV Quisling")]
     mask = keep(

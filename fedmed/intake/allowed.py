@@ -108,3 +108,9 @@ ENUMERATED: dict[str, frozenset[str]] = {  # the standard's own words, which dec
     ),
 }  # fmt: skip
 SCHEMES = frozenset({"SRT", "SCT", "SNM3", "99SDM", "DCM", "UCUM", "FMA", "LN", "RADLEX", "NCIt", "UMLS"})  # PS3.16 8-1
+ORGANS = """
+    abdomen adrenal aorta bladder bone bowel brain breast cardiac cervix chest colon duodenum esophagus eye gallbladder
+    head heart hip kidney kidneys knee larynx liver lung lungs mandible mediastinum neck oesophagus orbit ovary pancreas
+    parotid pelvis pharynx prostate rectum rib shoulder skull spine spleen stomach thorax thymus thyroid trachea uterus
+"""
+ANATOMY = frozenset(ORGANS.split())  # collections call their patients so too, "PANCREAS_0001"

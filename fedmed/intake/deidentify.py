@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -24,7 +25,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
 from fedmed.errors import UnreadableImage
-from fedmed.intake.allowed import ALLOWED, ENUMERATED, SCHEMES
+from fedmed.intake.allowed import ALLOWED, ANATOMY, ENUMERATED, SCHEMES
 from fedmed.intake.pixels import cleaned_pixels_
 from fedmed.intake.pseudonyms import Pseudonyms, registered
 
@@ -49,6 +50,7 @@ LONG_NUMBER = 6  # digits of an integer that is no patient's number by chance, w
 SHORTEST_NAME = 2  # letters of a name that is looked for in a region's: initials would empty "Lung L"
 SHORTEST_WORD, SHORTEST_PART = 3, 4  # of one that is looked for as a word of other values, and within words
 NAMED = ("SegmentLabel", "ROIName")
+NUMBERED = re.compile(r"[A-Za-z0-9_.-]*[0-9][A-Za-z0-9_.-]*")  # a patient's code where a name would stand
 REGION = re.compile(r"[A-Za-z][A-Za-z0-9 _+.,()/-]{0,47}")
 CODE = re.compile(r"[A-Z0-9 _/-]{1,16}", re.IGNORECASE)
 TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
@@ -202,9 +204,12 @@ def _words(dataset: Dataset) -> Iterator[str]:
                 yield from _words(item)
         elif (vr == "PN" or keyword in IDENTIFIERS) and (element := _read(dataset, tag)) is not None:
             separators = r"\W+|_" if vr == "PN" else r"\\"
+            least = SHORTEST_NAME if vr == "PN" else SHORTEST_WORD
+            coded = vr == "PN" and NUMBERED.fullmatch(str(element.value))  # "PANCREAS_0001", and not "Colon^Maria"
             for part in re.split(separators, str(element.value)):
-                if len(word := _folded(part)) >= (SHORTEST_NAME if vr == "PN" else SHORTEST_WORD):
-                    yield word
+                if len(word := _folded(part)) >= least:
+                    if not coded or word.rstrip(string.digits) not in ANATOMY:
+                        yield word
                     yield from re.findall(rf"[0-9]{{{SHORTEST_PART},}}", word)  # without the letters before it
 
 

@@ -21,6 +21,7 @@ from fedmed.imaging.dicom.kinds import kind_of
 from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.plain_errors import plain_errors
+from fedmed.imaging.volumes.headers import is_localizer
 from fedmed.intake.deidentify import deidentified, is_ours
 from fedmed.intake.persons import years
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -30,6 +31,8 @@ from fedmed.intake.tables import table_rows
 IMAGES, QUARANTINE, INCOMING = "images", "quarantine", ".incoming"
 REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason", "now")
 APART, RELEASED, REMOVED = "in quarantine", "released", "removed by hand"  # where an object is now
+LOCALIZER = "a localizer, not a slice of a volume"
+VOLUMES = ("ct", "mr", "nuclear")  # kinds whose series are volumes
 BEFORE, WITHDREW = "de-identified by fedmed before", "of a patient who withdrew"  # not written, and why
 MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStorage)  # regions of other images
 
@@ -57,8 +60,9 @@ class Kept:
 def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn: frozenset[str] = frozenset()) -> Kept:
     """De-identify one object and write it to `folder/images/PATIENT/SERIES/OBJECT.dcm`, or to `folder/quarantine`.
 
-    Objects that are neither images nor masks (reports, presentation states, directories) are not written; nor are those
-    of patients who withdrew, nor what fedmed wrote itself, whose pseudonyms would get pseudonyms.
+    Localizers, and objects that are neither images nor masks (reports, presentation states, directories), are not
+    written; nor are those of patients who withdrew, nor what fedmed wrote itself, whose pseudonyms would get
+    pseudonyms.
 
     Args:
         source: a DICOM file, or an object with its pixels and its file meta information.
@@ -76,6 +80,8 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn
         is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
         if not is_mask and (kind.refusal and kind.modality != "capture"):
             return Kept(path=None, reason=kind.refusal)
+        if kind.modality in VOLUMES and is_localizer(dataset.get("ImageType")):
+            return Kept(path=None, reason=LOCALIZER)
         if is_ours(dataset):
             return Kept(path=None, reason=BEFORE)
         patient = pseudonyms.patient(str(dataset.get("PatientID") or ""))
