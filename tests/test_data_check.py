@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import volumes
 from PIL import Image
-from pydicom.uid import SecondaryCaptureImageStorage
+from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
 
 from fedmed.cli.intake import check_data
-from fedmed.errors import DataError
+from fedmed.errors import ConfigError, DataError
 from fedmed.intake.check import check, here
 from fedmed.intake.near_duplicates import near_duplicates
 from fedmed.reporting.data_check import render_check
@@ -148,6 +148,37 @@ def test_masks_of_another_size_fail_and_empty_ones_warn(tmp_path):
     rows[2]["mask"] = full[:20]
     facts = check(site(tmp_path / "good", rows))
     assert facts["state"] == "fail" and said(facts, "masks")["rows"] == [4]
+
+
+def test_numbers_of_masks_are_compared_with_the_labels_of_the_task(tmp_path):
+    numbers = np.resize(np.array([0, 1, 2, 4], np.uint8), (48, 40))
+    place = site(tmp_path, [{"patient_id": f"p{n}", "image": noise(n), "mask": numbers.copy()} for n in range(4)])
+    facts = check(place, labels=("core", "oedema", "enhancing"))
+    assert said(facts, "masks")["said"] == "4 masks: the mask holds 4, but the task has 3 labels"
+    assert facts["state"] == "fail" and states(facts)["manifest"] == "pass"
+    assert check(place, labels=("core", "oedema", "other", "enhancing"))["state"] == "pass"
+    assert check(place, labels=("tumour",))["state"] == check(place)["state"] == "pass"
+
+
+def test_images_are_read_with_the_preset_of_the_run_or_one_of_their_modality(tmp_path):
+    colours = np.stack([noise(1)] * 3, axis=-1)
+    values = cells_of(picture()) + np.arange(4)[:, None, None].astype(np.uint16)
+    mr = {"SOPClassUID": MRImageStorage, "Modality": "MR", "WindowCenter": "0.5", "WindowWidth": "0.5"}
+    objects = [
+        image_object(colours, bits=8, PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0),
+        *(image_object(np.roll(cells, 9 * number), **mr) for number, cells in enumerate(values)),
+    ]
+    rows = []
+    for number, ds in enumerate(objects):
+        written(ds, tmp_path / f"{number}.dcm")
+        rows.append({"patient_id": f"p{number}", "image": f"{number}.dcm", "a": str(number % 2)})
+    place = site(tmp_path, rows)
+    assert check(place)["unreadable"] == {}
+    assert check(place, preset="color")["state"] == "fail"  # of no use to MR whose window is so narrow
+    assert check(place, preset="mr")["unreadable"] == {"colour image": 1}
+    assert check(place, preset="ct-soft")["state"] == "fail"
+    with pytest.raises(ConfigError, match=r"data\.preset"):
+        check(place, preset="xray")
 
 
 def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_path):

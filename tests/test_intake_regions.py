@@ -22,7 +22,7 @@ from fedmed.errors import DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.volume import FLIP_XY
-from fedmed.intake.check import here
+from fedmed.intake.check import check, here
 from fedmed.intake.importing import Imported, Rules, import_images
 from fedmed.intake.kinds.dicom import take_in
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -102,6 +102,27 @@ def imported(folder: Path, objects: list[Dataset], pseudonyms: Pseudonyms) -> Im
 def rows(folder: Path) -> dict[str, dict[str, str]]:
     with (folder / "out" / "manifest.csv").open(newline="") as file:
         return {row["patient_id"]: row for row in csv.DictReader(file)}
+
+
+def test_regions_that_overlap_are_a_warning_until_the_task_says_which_it_takes(tmp_path, pseudonyms, monkeypatch):
+    monkeypatch.setattr("fedmed.intake.check.apart", here)
+    scans = [scan(number) for number in range(2)]
+    outlined = [structure_set(objects, depth=3) for objects in scans]
+    for ds in outlined:
+        body, contours = copy.deepcopy(ds.StructureSetROISequence[0]), copy.deepcopy(ds.ROIContourSequence[0])
+        body.ROINumber, body.ROIName, contours.ReferencedROINumber = 2, "BODY", 2
+        ds.StructureSetROISequence.append(body)
+        ds.ROIContourSequence.append(contours)
+    imported(tmp_path, [*chain(*scans), *outlined], pseudonyms)
+
+    def masks(*labels: str) -> list[tuple[str, str]]:
+        facts = check(tmp_path / "out" / "manifest.csv", labels=labels)
+        return [(each["state"], each["said"]) for each in facts["findings"] if each["what"] == "masks"]
+
+    assert masks() == [("warn", "2 masks whose regions overlap")]
+    assert masks("lesion") == [("pass", "each fits its image, and none is empty")]
+    assert masks("lesion", "BODY") == [("fail", "2 masks: regions overlap, and a voxel can have one class only")]
+    assert masks("heart") == [("fail", "2 masks: no region for class 1")]
 
 
 def test_a_series_has_the_mask_that_refers_to_it_and_a_training_reads_it(tmp_path, pseudonyms, monkeypatch, capsys):

@@ -172,8 +172,9 @@ def check(
     place: Folder,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="LABEL", help="a label of the task; else all columns of 0 and 1"),
+        typer.Option("--task", metavar="LABEL", help="a label or region of the task; else all columns of 0 and 1"),
     ] = None,
+    preset: Annotated[str, typer.Option(metavar="PRESET", help="data.preset of the run; else any that fits")] = "",
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="the page with pictures, too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
 ) -> None:
@@ -183,7 +184,7 @@ def check(
     """
     from fedmed.cli.intake import check_data
 
-    if not check_data(place, labels=task or (), html=html, as_json=as_json):
+    if not check_data(place, labels=task or (), preset=preset, html=html, as_json=as_json):
         raise typer.Exit(1)
 
 

@@ -115,18 +115,20 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
     print(f"wrote {out / MANIFEST}; next: fedmed data check {out}")
 
 
-def check_data(place: Path, *, labels: Sequence[str], html: Path | None, as_json: bool) -> bool:
+def check_data(place: Path, *, labels: Sequence[str], html: Path | None, as_json: bool, preset: str = "") -> bool:
     """Check a data set, show the page, and keep the facts beside the manifest; whether a training would be right.
 
     Raises:
         DataError: the manifest cannot be read, or the facts cannot be kept.
+        ConfigError: the preset is unknown.
     """
     from fedmed.intake.check import check  # heavy
     from fedmed.reporting.data_check import write_check
 
     manifest = _manifest(place)
     with bar("looking") as shown:
-        facts = check(manifest, labels=labels, progress=None if shown is None else lambda _, done, of: shown(done, of))
+        told = None if shown is None else lambda _, done, of: shown(done, of)
+        facts = check(manifest, labels=labels, preset=preset, progress=told)
     if html is not None:
         write_check(facts, html)
     del facts["pictures"]

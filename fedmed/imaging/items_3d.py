@@ -102,11 +102,20 @@ def _shown(volume: Volume, preset: str) -> Volume:
     They are put there before they are resampled: what lies beyond the window (metal, the padding around a CT's
     circle) means nothing to the preset, and would bleed into its neighbours otherwise.
     """
+    check_modality(volume, preset)
+    valid = None if volume.padding is None else ~volume.padding
+    return canonical(replace(volume, values=to_unit_range(volume.values, preset, valid=valid), padding=None))
+
+
+def check_modality(volume: Volume, preset: str) -> None:
+    """Refuse a volume of another modality than the preset is for.
+
+    Raises:
+        UnreadableImage: it is one.
+    """
     wanted = "CT" if preset.startswith("ct-") else "PT" if preset == "pet" else volume.modality
     if volume.modality not in (wanted, ""):
         raise UnreadableImage(f"not a {'PET' if wanted == 'PT' else wanted}, which the preset is for")
-    valid = None if volume.padding is None else ~volume.padding
-    return canonical(replace(volume, values=to_unit_range(volume.values, preset, valid=valid), padding=None))
 
 
 def _check_same_patient_space(other: Volume, first: Volume) -> None:

@@ -22,6 +22,8 @@ from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.manifest import ABOUT, images_of, read_columns
 from fedmed.imaging.plain_errors import plain_errors
+from fedmed.imaging.reading import presets_named
+from fedmed.imaging.recipe import BETWEEN
 from fedmed.intake import survey
 from fedmed.intake.findings import as_read, findings, verdict
 from fedmed.intake.near_duplicates import near_duplicates
@@ -34,18 +36,25 @@ AHEAD = 4  # images that each process has waiting
 PAYS = 200  # images for which it pays to start a process
 
 Look = Callable[..., Arrays]
-Job = tuple[int, str, str]
+Job = tuple[int, str, str, str]  # row, image, mask, preset
 Told = Callable[[str, int, int], None]  # what is done, how far, of how much
 
 
 def check(
-    manifest: Path, *, labels: Sequence[str] = (), processes: int = 2, progress: Told | None = None
+    manifest: Path,
+    *,
+    labels: Sequence[str] = (),
+    preset: str = "",
+    processes: int = 2,
+    progress: Told | None = None,
 ) -> dict[str, Any]:
     """Look at everything that a manifest names.
 
     Args:
         manifest: the site's CSV.
-        labels: of the task; () = every column that holds only 0, 1 and nothing.
+        labels: of the task; () = every column that holds only 0, 1 and nothing. Where rows have masks and no label is
+            a column, the regions of a segmentation.
+        preset: that the run reads images with, or one for each modality; "" = any that shows them.
         processes: that decode, at most.
         progress: told what is done and how far.
 
@@ -55,11 +64,15 @@ def check(
 
     Raises:
         DataError: the manifest cannot be read at all.
+        ConfigError: the preset is unknown.
     """
-    seen, jobs = _table(manifest, tuple(labels))
-    task = tuple(labels) or tuple(seen.labels)
+    if preset:
+        presets_named(preset)
+    seen, jobs = _table(manifest, tuple(labels), preset)
+    regions = () if seen.labels or not seen.masked else tuple(labels)
+    task = () if regions else tuple(labels) or tuple(seen.labels)
     read = as_read(manifest, task, masked=seen.masked)  # before there are thumbnails: it takes as much memory
-    _look_(seen, jobs, processes, progress)
+    _look_(seen, jobs, regions, processes, progress)
     alike = near_duplicates(
         seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
         progress=None if progress is None else lambda done, of: progress("comparing", done, of),
@@ -69,7 +82,7 @@ def check(
     return told | facts_of(seen, manifest)
 
 
-def _table(manifest: Path, labels: tuple[str, ...]) -> tuple[Seen, list[Job]]:
+def _table(manifest: Path, labels: tuple[str, ...], preset: str) -> tuple[Seen, list[Job]]:
     """What a manifest says of its rows, and its images."""
     lines, columns = read_columns(manifest)
     count = len(lines)
@@ -85,22 +98,25 @@ def _table(manifest: Path, labels: tuple[str, ...]) -> tuple[Seen, list[Job]]:
     for name in ("view", "sex"):
         seen.counts[name] = Counter(value or "not said" for value in columns.get(name, ()))
     seen.ages = [float(age) for age in columns.get("age", ()) if age.replace(".", "", 1).isdigit()]
-    return seen, list(_jobs(manifest.parent, columns["image"], masks))
+    return seen, list(_jobs(manifest.parent, columns["image"], masks, preset))
 
 
-def _jobs(folder: Path, images: Sequence[str], masks: Sequence[str]) -> Iterator[Job]:
-    """Every image: its row, its file, and the mask of a row at its first image."""
+def _jobs(folder: Path, images: Sequence[str], masks: Sequence[str], preset: str) -> Iterator[Job]:
+    """Every image: its row, its file, the mask of a row at its first image, and how it is read."""
+    presets = preset.split(BETWEEN)
     for row, (cell, mask) in enumerate(zip(images, masks, strict=True)):
-        for place, image in enumerate(image for image in images_of(cell, folder) if image):
-            yield row, str(image), str(folder / mask) if place == 0 and mask else ""
+        for place, image in enumerate(images_of(cell, folder)):
+            if image:
+                yield row, str(image), str(folder / mask) if mask else "", presets[place % len(presets)]
+                mask = ""
 
 
-def _look_(seen: Seen, jobs: Sequence[Job], processes: int, progress: Told | None) -> None:
+def _look_(seen: Seen, jobs: Sequence[Job], regions: tuple[str, ...], processes: int, progress: Told | None) -> None:
     """Look at every image, and add what is seen."""
     shown, read = (_spread(len(jobs), most) for most in (PICTURES, TEXT_SAMPLE))
     seen.images = len(jobs)
     seen.thumbnails = np.zeros((len(jobs), SIDE, SIDE), np.uint8)
-    seen.of_row = np.array([row for row, _, _ in jobs], np.int64)
+    seen.of_row = np.array([row for row, *_ in jobs], np.int64)
     seen.prints = np.zeros(len(jobs), np.uint64)
     processes = min(processes, -(-len(jobs) // PAYS))
     with ExitStack() as stack:
@@ -111,9 +127,10 @@ def _look_(seen: Seen, jobs: Sequence[Job], processes: int, progress: Told | Non
         def one(number: int) -> Arrays | UnreadableImage:
             look = idle.get()
             try:
-                _, image, mask = jobs[number]
+                _, image, mask, preset = jobs[number]
                 side = PICTURE_SIDE if number in shown else 0
-                return look(image=image, mask=mask, side=side, text=number in read)
+                text = number in read
+                return look(image=image, mask=mask, side=side, text=text, regions=regions, preset=preset)
             except UnreadableImage as error:
                 return error
             finally:

@@ -15,6 +15,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.intake.near_duplicates import Alike
 from fedmed.intake.seen import Seen
+from fedmed.intake.survey import EMPTY, OVERLAPPING
 
 State = Literal["pass", "warn", "fail"]
 UNREADABLE = 0.05  # share of images: the default of data.max-unreadable
@@ -192,16 +193,19 @@ def _labels(seen: Seen, labels: tuple[str, ...]) -> Iterator[Finding]:
 def _masks(seen: Seen) -> Iterator[Finding]:
     if not seen.masked:
         return
-    wrong = {mark: rows for mark, rows in seen.marks.items() if mark.startswith("mask: ") and mark != "mask: empty"}
-    for mark, rows in wrong.items():
-        do = "a training refuses it: write the mask anew on its image's grid"
-        yield _finding("masks", "fail", f"{_many(len(rows), 'mask')}: {mark.removeprefix('mask: ')}", do, seen, rows)
-    empty = seen.marks.get("mask: empty", [])
-    if empty:
+    found = {mark.removeprefix("mask: "): rows for mark, rows in seen.marks.items() if mark.startswith("mask: ")}
+    for what, rows in found.items():
+        if what == OVERLAPPING:
+            do = "name the regions of the run with --task: those must not overlap"
+            yield _finding("masks", "warn", f"{_many(len(rows), 'mask')} whose {what}", do, seen, rows)
+        elif what != EMPTY:
+            do = "a training refuses it: write the mask anew, on its image's grid and with the task's numbers"
+            yield _finding("masks", "fail", f"{_many(len(rows), 'mask')}: {what}", do, seen, rows)
+    if empty := found.get(EMPTY):
         every = len(empty) == len(seen.rows)
         do = "look whether it was exported: nothing can be learnt" if every else "right where nothing is to be found"
         yield _finding("masks", "fail" if every else "warn", f"{_many(len(empty), 'mask')} empty", do, seen, empty)
-    if not wrong and not empty:
+    if not found:
         yield _finding("masks", "pass", "each fits its image, and none is empty")
 
 

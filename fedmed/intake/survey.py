@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from fedmed.errors import UnreadableImage
+from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.fingerprints import fingerprints
-from fedmed.imaging.items import is_nifti
+from fedmed.imaging.items import checked, is_nifti
+from fedmed.imaging.items_3d import check_modality
 from fedmed.imaging.raster import raster
 from fedmed.imaging.reading import read_frames, read_image, read_mask
+from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.headers import ENHANCED
+from fedmed.imaging.volumes.targets import OVERLAP
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.intake.burned_in import text_in
 from fedmed.intake.deidentify import is_ours
@@ -35,6 +39,8 @@ from fedmed.intake.quarantine import header_reason, pixel_reason
 SIDE = 24  # of a thumbnail that is compared, pixels
 NAME = "PatientName"  # which de-identification may have replaced by another
 NAMES = ("PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
+EMPTY, OVERLAPPING = "empty", "regions overlap"  # of masks that need not be wrong
+SHOWN = {"mr": "mr", "nuclear": "pet"}  # the preset of a modality; "color" takes all else
 LONGEST = 64  # characters of a maker or model
 
 Grey = NDArray[np.float32]
@@ -51,7 +57,7 @@ class Looked:
     volume: Volume | None = None
 
 
-def look(image: str, mask: str, side: int, text: bool) -> Arrays:
+def look(image: str, mask: str, side: int, text: bool, regions: Sequence[str] = (), preset: str = "") -> Arrays:
     """Look at one image.
 
     Args:
@@ -59,6 +65,8 @@ def look(image: str, mask: str, side: int, text: bool) -> Arrays:
         mask: of it; "" = none.
         side: of a thumbnail to be shown, pixels; 0 = none.
         text: whether burnt-in text is looked for, which takes longer than all the rest.
+        regions: labels of a segmentation, which the mask is read with; () = not known.
+        preset: that a run reads it with; "" = one that shows most of its modality.
 
     Returns:
         `facts` (bytes of JSON), `digest` (8 bytes or none), `thumbnail` (24, 24) uint8, `picture` (side, side) uint8.
@@ -67,8 +75,10 @@ def look(image: str, mask: str, side: int, text: bool) -> Arrays:
         UnreadableImage: it cannot be read.
     """
     path = Path(image)
-    seen = _dicom(path, text=text) if path.is_dir() or is_dicom(path) else _other(path, text=text)
-    wrong = {"mask": _mask(Path(mask), seen)} if mask else {}
+    seen = _dicom(path, preset, text=text) if path.is_dir() or is_dicom(path) else _other(path, text=text)
+    if seen.volume is not None and preset:
+        check_modality(seen.volume, preset)
+    wrong = {"mask": _mask(Path(mask), seen, tuple(regions))} if mask else {}
     return {
         "facts": np.frombuffer(json.dumps(seen.facts | wrong).encode(), np.uint8),
         "digest": np.frombuffer(seen.digest, np.uint8),
@@ -101,7 +111,7 @@ def _other(path: Path, *, text: bool) -> Looked:
     return Looked(facts=facts, grey=grey, digest=hashlib.sha256(content).digest()[:8] if several else b"")
 
 
-def _dicom(path: Path, *, text: bool) -> Looked:
+def _dicom(path: Path, preset: str, *, text: bool) -> Looked:
     """A DICOM file, or the folder of a series, whose first file by name speaks for its header."""
     files = [path] if not path.is_dir() else [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
     if not files:
@@ -111,7 +121,8 @@ def _dicom(path: Path, *, text: bool) -> Looked:
     if path.is_dir() or ds.get("SOPClassUID") in ENHANCED:
         return _volume(path, facts, "DICOM series" if path.is_dir() else "DICOM")
     kind, frames = check_kind(ds, secondary_captures=True), int(ds.get("NumberOfFrames") or 1)
-    pixels = next(read_frames(path, "color")) if frames > 1 else read_image(path, preset="color")
+    preset = preset or SHOWN.get(kind.modality, "color")
+    pixels = next(read_frames(path, preset)) if frames > 1 else read_image(path, preset=preset)
     facts |= {
         "format": "DICOM",
         "size": list(pixels.shape[1:]),
@@ -153,15 +164,21 @@ def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
     }
 
 
-def _mask(path: Path, seen: Looked) -> str:
+def _mask(path: Path, seen: Looked, regions: tuple[str, ...]) -> str:
     """What is wrong with a mask, "" if nothing is."""
+    recipe = Recipe(preset="", labels=max(1, len(regions)))  # of one label, whatever is not 0 is it
     try:
-        classes = read_mask(path) if seen.volume is None else read_mask_volume(path, seen.volume)
-    except UnreadableImage as error:
-        return str(error)
-    if seen.volume is None and classes.shape != seen.grey.shape:
-        return "another size than its image"
-    return "" if classes.any() else "empty"
+        if seen.volume is None:
+            numbers = read_mask(path)
+            if numbers.shape != seen.grey.shape:
+                return "another size than its image"
+            classes = checked(numbers[None], numbers.shape, recipe, unit="pixels")
+        else:
+            numbers = read_mask_volume(path, seen.volume, regions or None)
+            classes = checked(numbers, seen.volume.shape, recipe, unit="voxels")
+    except (UnreadableImage, DataError) as error:
+        return OVERLAPPING if str(error) == OVERLAP and not regions else str(error)
+    return "" if classes.any() else EMPTY
 
 
 def _small(grey: Grey, side: int) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.volumes.volume import Volume
 
+OVERLAP = "regions overlap, and a voxel can have one class only"
 Region = NDArray[np.bool_] | tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -65,5 +66,5 @@ def put_(mask: NDArray[np.int64], region: Region, number: int) -> None:
     """
     taken = mask[region]
     if ((taken != 0) & (taken != number)).any():
-        raise UnreadableImage("regions overlap, and a voxel can have one class only")
+        raise UnreadableImage(OVERLAP)
     mask[region] = number
