@@ -38,6 +38,16 @@ def test_reads_rows_labels_and_paths(tmp_path: Path) -> None:
     assert second.split == ""
 
 
+@pytest.mark.parametrize("before", ["", "sep=;\n", '\ufeff"SEP=;"\r\n'])
+def test_reads_what_a_german_or_french_excel_saved(tmp_path: Path, before: str) -> None:
+    plain = manifest(tmp_path, f"{HEADER}\nP1,a.dcm;b.dcm,1,0\nP2,c.dcm;,0,\n")
+    expected = [(row.number, row.modalities, str(row.labels)) for row in read_manifest(plain, TWO).rows]
+    saved = manifest(tmp_path, f'{before}{HEADER.replace(",", ";")}\nP1;"a.dcm;b.dcm";1;0\nP2;"c.dcm;";0;\n')
+    assert [(row.number, row.modalities, str(row.labels)) for row in read_manifest(saved, TWO).rows] == expected
+    comma = manifest(tmp_path, "patient_id,image,mild;moderate;severe;fatal\nP1,a,1\nP2,b,0\n")
+    assert len(read_manifest(comma, TaskConfig(labels=("mild;moderate;severe;fatal",))).rows) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -172,6 +172,31 @@ def test_excel_and_csv_of_one_table_are_equal(tmp_path):
     assert list(table_rows(sheet)) == list(table_rows(plain))
 
 
+@pytest.mark.parametrize("before", [(), ("sep=;",)])
+def test_a_csv_of_a_windows_machine_is_joined_by_file_name(before, tmp_path, pseudonyms):
+    lines = ("Datei;PatNr;Geschlecht;Erguss;Erguss 2", "D:\\Bilder\\0.png;1;m;pos;", "1.png;1;m;neg;")
+    (tmp_path / "labels.toml").write_text(RULES)
+    known = read_labels(
+        table(tmp_path / "t.csv", *before, *lines), read_label_rules(tmp_path / "labels.toml"), pseudonyms
+    )
+    for stem in "01":
+        picture(tmp_path / "set" / f"{stem}.png")
+    import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
+    assert [row["effusion"] for row in rows(tmp_path / "out")] == ["1", "0"]
+    assert list(table_rows(tmp_path / "t.csv"))[1][0] == 3
+
+
+@pytest.mark.parametrize(("part", "change"), [("xl/styles.xml", "cellXfs"), ("xl/worksheets/sheet1.xml", "</sheetData>")])
+def test_a_spreadsheet_that_openpyxl_cannot_parse_is_refused_in_one_line(part, change, tmp_path):
+    whole = spreadsheet(tmp_path / "whole.xlsx", [["a", "b"], ["1", "2"], ["3", "4"]])
+    with zipfile.ZipFile(whole) as book, zipfile.ZipFile(tmp_path / "other.xlsx", "w") as other:
+        for name in book.namelist():
+            content = book.read(name).decode()
+            other.writestr(name, content.replace(change, "broken", 1) if name == part else content)
+    with pytest.raises(DataError, match=r"^other\.xlsx: .*save it anew in a spreadsheet, or as CSV UTF-8$"):
+        list(table_rows(tmp_path / "other.xlsx"))
+
+
 @pytest.mark.parametrize("header", ["patient_id", "patient_id,why"])
 def test_a_note_beside_a_patient_who_withdrew_stops_nothing_and_hides_nobody(tmp_path, pseudonyms, header):
     path = table(tmp_path / "t.csv", header, "4711,asked by phone", "4712")

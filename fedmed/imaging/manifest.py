@@ -25,6 +25,7 @@ from pathlib import Path
 from fedmed.config import TaskConfig
 from fedmed.errors import DataError
 from fedmed.imaging.recipe import BETWEEN
+from fedmed.imaging.separators import separator_of
 
 # Columns that are no labels
 ABOUT = ("patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex")
@@ -76,7 +77,7 @@ def read_manifest(path: Path, task: TaskConfig) -> Manifest:
     """Read and check a manifest. Whether images exist is found out when they are read.
 
     Args:
-        path: the CSV, UTF-8 with or without byte order mark.
+        path: the CSV, UTF-8 with or without byte order mark, with commas, semicolons or tabs.
         task: which columns are needed.
 
     Raises:
@@ -110,7 +111,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header and (line number, cells) of every row that is not blank."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=separator_of(file, "patient_id"))
             header = [name.strip() for name in next(reader, [])]
             lines = [(reader.line_num, cells) for row in reader if any(cells := [cell.strip() for cell in row])]
     except FileNotFoundError:

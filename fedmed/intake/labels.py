@@ -11,7 +11,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
@@ -269,7 +269,7 @@ def _plain_about(name: str, text: str) -> str:
 
 def _key_in_table(join: Join, text: str, pseudonyms: Pseudonyms) -> str:
     if join == "image":
-        name = Path(text).name
+        name = PureWindowsPath(text).name  # whose paths may have either slash
         return stem_of(name, ENDINGS) or name
     return _keyed(join, text, pseudonyms, known=False)
 

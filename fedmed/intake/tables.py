@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
-import zipfile
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from fedmed.errors import DataError
+from fedmed.imaging.separators import separator_of
 
 Cells = dict[str, str]  # by column
-SEPARATORS = (",", ";", "\t")  # German and French Excel write semicolons
 EXCEL = (".xlsx", ".xlsm")
 
 
@@ -67,9 +66,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with _opened(path) as file:
-            first = file.readline()
-            file.seek(0)
-            yield from enumerate(csv.reader(file, delimiter=max(SEPARATORS, key=first.count)), 1)
+            yield from enumerate(csv.reader(file, delimiter=separator_of(file)), 1)
     except UnicodeDecodeError:
         raise DataError(f"{path.name}: not in UTF-8; save it as CSV UTF-8, or as XLSX") from None
     except (csv.Error, EOFError):
@@ -89,17 +86,20 @@ def _excel(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        try:
+            sheet = book.worksheets[0]
+            sheet.reset_dimensions()  # what the file says of its size may be wrong, and would cut it
+            for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+                yield number, [_text(cell) for cell in cells]
+        finally:
+            book.close()
     except FileNotFoundError:
         raise DataError(f"{path.name}: no such file") from None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path.name}: not an XLSX that can be read ({type(error).__name__})") from None
-    try:
-        sheet = book.worksheets[0]
-        sheet.reset_dimensions()  # what the file says of its size may be wrong, and would cut it
-        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
-            yield number, [_text(cell) for cell in cells]
-    finally:
-        book.close()
+    except Exception as error:  # openpyxl raises whatever its parsers do
+        why = type(error).__name__
+        raise DataError(
+            f"{path.name}: not an XLSX that can be read ({why}); save it anew in a spreadsheet, or as CSV UTF-8"
+        ) from None
 
 
 def _text(cell: Any) -> str:
