@@ -44,8 +44,8 @@ def test_reads_what_a_german_or_french_excel_saved(tmp_path: Path, before: str) 
     expected = [(row.number, row.modalities, str(row.labels)) for row in read_manifest(plain, TWO).rows]
     saved = manifest(tmp_path, f'{before}{HEADER.replace(",", ";")}\nP1;"a.dcm;b.dcm";1;0\nP2;"c.dcm;";0;\n')
     assert [(row.number, row.modalities, str(row.labels)) for row in read_manifest(saved, TWO).rows] == expected
-    comma = manifest(tmp_path, "patient_id,image,mild;moderate;severe;fatal\nP1,a,1\nP2,b,0\n")
-    assert len(read_manifest(comma, TaskConfig(labels=("mild;moderate;severe;fatal",))).rows) == 2
+    comma = manifest(tmp_path, f"{HEADER},which of a;b;c;d;e\nP1,a,1,0,a\nP2,b,0,,e\n")
+    assert len(read_manifest(comma, TWO).rows) == 2
 
 
 @pytest.mark.parametrize(

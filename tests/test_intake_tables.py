@@ -186,7 +186,9 @@ def test_a_csv_of_a_windows_machine_is_joined_by_file_name(before, tmp_path, pse
     assert list(table_rows(tmp_path / "t.csv"))[1][0] == 3
 
 
-@pytest.mark.parametrize(("part", "change"), [("xl/styles.xml", "cellXfs"), ("xl/worksheets/sheet1.xml", "</sheetData>")])
+@pytest.mark.parametrize(
+    ("part", "change"), [("xl/styles.xml", "cellXfs"), ("xl/worksheets/sheet1.xml", "</sheetData>")]
+)
 def test_a_spreadsheet_that_openpyxl_cannot_parse_is_refused_in_one_line(part, change, tmp_path):
     whole = spreadsheet(tmp_path / "whole.xlsx", [["a", "b"], ["1", "2"], ["3", "4"]])
     with zipfile.ZipFile(whole) as book, zipfile.ZipFile(tmp_path / "other.xlsx", "w") as other:
