@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from phantom_series import Acquisition, enhanced_object, phantom_body, write_series
+from phantom_series import Acquisition, enhanced_object, phantom_body, slice_objects, write_series
 from PIL import Image
 
 from fedmed.errors import ConfigError, DataError, UnreadableImage
@@ -20,6 +21,7 @@ from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume
+from fedmed.training.predict.originals import original
 
 PICTURE = Recipe(preset="cxr", image_size=16)
 CT = Acquisition()  # 12 slices of 24 by 20, axial: rows to the back, columns to the left, so canonical turns both
@@ -52,6 +54,15 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, 
     write_series(folder / "series", values, CT)
     write_nifti(Volume(values=lesion, affine=CT.affine), folder / "mask.nii.gz")
     return folder / "series", values[:, ::-1, ::-1], folder / "mask.nii.gz"
+
+
+def changed_series(folder: Path, acquisition: Acquisition, values: np.ndarray, tags: dict[str, object]) -> None:
+    """A series with these attributes in every slice; None removes one."""
+    folder.mkdir(exist_ok=True)
+    for number, ds in enumerate(slice_objects(values, acquisition)):
+        for keyword, value in tags.items():
+            ds.pop(keyword, None) if value is None else setattr(ds, keyword, value)
+        ds.save_as(folder / f"{number}", enforce_file_format=True)
 
 
 def windowed(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -198,6 +209,38 @@ def test_a_ct_window_is_not_for_other_modalities(tmp_path: Path) -> None:
     write_series(tmp_path / "mr", np.abs(phantom_body(mr.shape)[0]), mr)
     with pytest.raises(UnreadableImage, match="not a CT"):
         read(tmp_path / "mr", Recipe(preset="ct-lung", items="patches"))
+
+
+@pytest.mark.parametrize("tags", [{"RescaleSlope": None}, {"RescaleType": "MGML"}])
+@pytest.mark.parametrize("items", ["slices", "patches"])
+def test_a_ct_window_is_not_for_what_is_not_in_hounsfield_units(tmp_path: Path, tags: dict, items: str) -> None:
+    changed_series(tmp_path, CT, phantom_body(CT.shape)[0], tags)
+    recipe = Recipe(preset="ct-soft", items=items, image_size=24)
+    with pytest.raises(UnreadableImage, match="not in Hounsfield units"):
+        read(tmp_path, recipe)
+    with pytest.raises(UnreadableImage, match="not in Hounsfield units"):
+        original(str(tmp_path), recipe.settings())
+    assert read(tmp_path, replace(recipe, preset="mr"))["images"].any()
+
+
+@pytest.mark.parametrize("modality", ["MR", "PT", "CT"])
+def test_volumes_with_low_values_white_are_turned_as_pictures_are_but_not_hounsfield_units(
+    tmp_path: Path, modality: str
+) -> None:
+    scanned = replace(CT, modality=modality)
+    values = np.random.default_rng(0).integers(1, 32000, CT.shape).astype(np.float32) / (32 if modality == "CT" else 1)
+    preset = {"MR": "mr", "PT": "pet", "CT": "ct-lung"}[modality]
+    recipe = Recipe(preset=preset, items="patches")
+    changed_series(tmp_path / "plain", scanned, values, {})
+    changed_series(tmp_path / "turned", scanned, values, {"PhotometricInterpretation": "MONOCHROME1"})
+    plain, turned = (read(tmp_path / name, recipe)["images"] / 65535 for name in ("plain", "turned"))
+    np.testing.assert_allclose(turned, plain if modality == "CT" else 1 - plain, atol=2e-5)
+    first = min((tmp_path / "turned").iterdir())
+    ds = pydicom.dcmread(first)
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.save_as(first)
+    with pytest.raises(UnreadableImage, match="some show low values as white"):
+        read(tmp_path / "turned", recipe)
 
 
 @pytest.mark.parametrize("kind", ["images", "slices", "volumes", "patches"])

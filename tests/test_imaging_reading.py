@@ -163,8 +163,8 @@ def test_ct_presets_cut_their_window_in_hu_whatever_the_file_says(
 def test_ct_presets_refuse_what_has_no_hounsfield_units(tmp_path: Path) -> None:
     for tags, reason in (
         ({"SOPClassUID": MRImageStorage}, "not an image of modality CT"),
-        ({"RescaleSlope": None}, "without rescale"),
-        ({"RescaleType": "MGML"}, "another unit"),
+        ({"RescaleSlope": None}, "not in Hounsfield units"),
+        ({"RescaleType": "MGML"}, "not in Hounsfield units"),
     ):
         with pytest.raises(UnreadableImage, match=reason):
             read_image(ct(tmp_path / "x", **tags), preset="ct-soft")

@@ -20,7 +20,7 @@ from fedmed.imaging.items import (
     quantised,
     squares,
 )
-from fedmed.imaging.reading import read_frames, to_unit_range
+from fedmed.imaging.reading import NOT_HOUNSFIELD, preset_named, read_frames, to_unit_range
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox, letterbox_mask
 from fedmed.imaging.volumes import read_mask_volume, read_volume
@@ -80,7 +80,7 @@ def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe)
     if mask is not None:
         numbers = checked(read_mask_volume(mask, first, recipe.regions), first.values.shape, recipe, unit="voxels")
         classes = canonical(replace(first, values=numbers, padding=None))
-    shown = _shown(first, recipe.preset_of(place))
+    shown = _canonical(first, recipe.preset_of(place))
     eight_bits = needs_eight_bits_only(shown.values)
     if recipe.spacing_mm:
         shown = resampled(shown, recipe.spacing_mm)
@@ -90,21 +90,35 @@ def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe)
     for place, image in others:
         other = read_volume(image)
         _check_same_patient_space(other, first)
-        unit = _shown(other, recipe.preset_of(place))
+        unit = _canonical(other, recipe.preset_of(place))
         eight_bits = eight_bits and needs_eight_bits_only(unit.values)
         values[place] = _on_grid(unit, like(other, first), shown, recipe)
     return values, None if classes is None else _bytes(classes), eight_bits
 
 
-def _shown(volume: Volume, preset: str) -> Volume:
+def unit_values(volume: Volume, preset: str) -> Unit:
+    """The values of a volume by the preset's rule, as they are stored: (D, H, W) in [0, 1].
+
+    Low values that are to be shown as white are turned, as in pictures; HU are not, which are quantities.
+
+    Raises:
+        UnreadableImage: it is of another modality than the preset's, or CT and not in HU.
+    """
+    check_modality(volume, preset)
+    in_hu = preset_named(preset).intensity == "window"
+    if in_hu and volume.modality == "CT" and volume.units != "HU":
+        raise UnreadableImage(NOT_HOUNSFIELD)
+    values = -volume.values if volume.lowest_is_white and not in_hu else volume.values
+    return to_unit_range(values, preset, valid=None if volume.padding is None else ~volume.padding)
+
+
+def _canonical(volume: Volume, preset: str) -> Volume:
     """Values in [0, 1], in canonical orientation.
 
     They are put there before they are resampled: what lies beyond the window (metal, the padding around a CT's
     circle) means nothing to the preset, and would bleed into its neighbours otherwise.
     """
-    check_modality(volume, preset)
-    valid = None if volume.padding is None else ~volume.padding
-    return canonical(replace(volume, values=to_unit_range(volume.values, preset, valid=valid), padding=None))
+    return canonical(replace(volume, values=unit_values(volume, preset), padding=None))
 
 
 def check_modality(volume: Volume, preset: str) -> None:

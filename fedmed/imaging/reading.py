@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from fedmed.errors import ConfigError, UnreadableImage
 from fedmed.imaging.dicom.colour import displayed_colours, luma
-from fedmed.imaging.dicom.frames import frame_values, transformation
+from fedmed.imaging.dicom.frames import frame_values, in_hounsfield, transformation
 from fedmed.imaging.dicom.grey import displayed_frames
 from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
@@ -29,7 +29,7 @@ Pixels = NDArray[np.float32]
 
 ROBUST_PERCENTILES = (0.5, 99.5)
 SAMPLE = 2**21  # values from which percentiles are taken: 2 million move a percentile by less than 0.02 of itself
-HOUNSFIELD = ("HU", "HU_MOD", "US", "")  # Rescale Type (0028,1054); US is "unspecified", and CT without a type has HU
+NOT_HOUNSFIELD = "CT values that are not in Hounsfield units"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,20 +263,8 @@ def _quantities(ds: Dataset, rule: Preset) -> Iterator[Pixels]:
     """Frames by the preset's own range. HU are not inverted: what MONOCHROME1 says of them is for a screen."""
     for index, frame in enumerate(frame_values(ds)):
         if rule.intensity == "window":
-            check_hounsfield(ds, index)
+            if not in_hounsfield(transformation(ds, index)):
+                raise UnreadableImage(NOT_HOUNSFIELD)
         elif frame.lowest_is_white:
             np.negative(frame.values, out=frame.values)
         yield _to_unit_range_(frame.values, rule, ~frame.padding if frame.padding.any() else None)
-
-
-def check_hounsfield(ds: Dataset, index: int) -> None:
-    """Refuse CT values that are not in Hounsfield units, so that a window in HU would mean nothing (C.11.1.1.2).
-
-    Raises:
-        UnreadableImage: there is no rescale, or its type is another one.
-    """
-    source = transformation(ds, index)
-    if source.get("RescaleSlope") is None or source.get("RescaleIntercept") is None:
-        raise UnreadableImage("CT without rescale to Hounsfield units")
-    if str(source.get("RescaleType") or "").strip().upper() not in HOUNSFIELD:
-        raise UnreadableImage("CT values in another unit than Hounsfield's")

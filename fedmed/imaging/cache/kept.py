@@ -25,7 +25,7 @@ from fedmed.imaging.manifest import Row
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.stored import Located, Stored
 
-FORMAT = 2  # to be raised when reading or resizing changes what ends up on disk
+FORMAT = 3  # to be raised when reading or resizing changes what ends up on disk
 ATTEMPTS = 4  # to map what the index names, while others remove segments or damage is found
 COMMIT_BYTES = 64 * 2**20
 COMMIT_S = 2.0  # work that a killed process loses at most, beside the row in hand

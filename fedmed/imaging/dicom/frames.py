@@ -18,6 +18,8 @@ from fedmed.imaging.dicom.modality import Plane, modality_values, padding_mask
 from fedmed.imaging.dicom.pixels import check_grey, declared
 from fedmed.imaging.plain_errors import plainly
 
+HOUNSFIELD = ("HU", "HU_MOD", "US", "")  # Rescale Type (0028,1054); US is "unspecified", and CT without a type has HU
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrameValues:
@@ -56,6 +58,16 @@ def transformation(ds: Dataset, index: int) -> Dataset:
     """Where slope and intercept of a frame stand: its Pixel Value Transformation, else the object itself."""
     found = functional_group(ds, index, "PixelValueTransformationSequence")
     return ds if found is None else found
+
+
+def in_hounsfield(source: Dataset) -> bool:
+    """Whether CT values were rescaled to Hounsfield units (C.11.1.1.2); else they are the scanner's own numbers.
+
+    Args:
+        source: where slope and intercept stand, see `transformation`.
+    """
+    rescaled = source.get("RescaleSlope") is not None and source.get("RescaleIntercept") is not None
+    return rescaled and str(source.get("RescaleType") or "").strip().upper() in HOUNSFIELD
 
 
 def values_of_interest(ds: Dataset, index: int) -> Dataset:

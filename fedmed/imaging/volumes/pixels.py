@@ -6,15 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from pydicom.dataset import Dataset
 
 from fedmed.errors import UnreadableImage
-from fedmed.imaging.dicom.frames import frame_values, transformation
+from fedmed.imaging.dicom.frames import frame_values, in_hounsfield, transformation
 from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.volumes.slices import Group
 from fedmed.imaging.volumes.volume import Volume
-
-HOUNSFIELD = ("HU", "HU_MOD", "US", "")  # Rescale Type (0028,1054); "US" is unspecified, and CT without a type has HU
 
 
 def decoded(group: Group) -> Volume:
@@ -32,20 +29,24 @@ def decoded(group: Group) -> Volume:
     for place, one in enumerate(group.slices):
         wanted[one.file][one.frame] = place
     hounsfield = first.modality == "CT"
+    turned: set[bool] = set()
     for file, places in wanted.items():
         left = dict(places)
         ds = open_dicom(file)
         for number, frame in enumerate(frame_values(ds)):
             place = left.pop(number, -1)
             if place >= 0:
-                hounsfield = hounsfield and _in_hounsfield(transformation(ds, number))
+                hounsfield = hounsfield and in_hounsfield(transformation(ds, number))
                 if frame.values.shape != first.shape or not np.isfinite(frame.values).all():
                     raise UnreadableImage("pixels that do not fit the header")
                 values[place], padding[place] = frame.values, frame.padding
+                turned.add(frame.lowest_is_white)
             if not left:
                 break
         if left:
             raise UnreadableImage("fewer frames than its header declares")
+    if len(turned) > 1:
+        raise UnreadableImage("slices of which some show low values as white, others as black")
     if padding.any():
         values[padding] = values[~padding].min() if not padding.all() else 0
     return Volume(
@@ -54,11 +55,6 @@ def decoded(group: Group) -> Volume:
         padding=padding if padding.any() else None,
         modality=first.modality,
         units="HU" if hounsfield else "",
+        lowest_is_white=turned == {True},
         frame_of_reference=first.frame_of_reference,
     )
-
-
-def _in_hounsfield(source: Dataset) -> bool:
-    """Whether a CT slice was rescaled to Hounsfield units (C.11.1.1.2): without that it holds the scanner's numbers."""
-    rescaled = source.get("RescaleSlope") is not None and source.get("RescaleIntercept") is not None
-    return rescaled and str(source.get("RescaleType") or "").strip().upper() in HOUNSFIELD

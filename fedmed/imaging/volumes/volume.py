@@ -32,6 +32,7 @@ class Volume:
         padding: (D, H, W) True outside the image; None = nowhere. Values there are the lowest of the image.
         modality: DICOM's (0008,0060), such as "CT"; "" where the file does not say.
         units: "HU" for CT whose every slice says so; "" for all else, and where the file does not say.
+        lowest_is_white: how the values are to be shown; they are not inverted.
         frame_of_reference: DICOM's (0020,0052), "" where there is none; it stays at the site.
     """
 
@@ -40,6 +41,7 @@ class Volume:
     padding: NDArray[np.bool_] | None = field(default=None, repr=False)
     modality: str = ""
     units: str = ""
+    lowest_is_white: bool = False
     frame_of_reference: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:

@@ -29,8 +29,8 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     """
     import numpy as np  # heavy, as are the others
 
-    from fedmed.imaging.items_3d import is_volume
-    from fedmed.imaging.reading import read_frames, read_image, to_unit_range
+    from fedmed.imaging.items_3d import is_volume, unit_values
+    from fedmed.imaging.reading import read_frames, read_image
     from fedmed.imaging.recipe import Recipe
     from fedmed.imaging.volumes import read_volume
     from fedmed.imaging.volumes.resample import recentred, resampled
@@ -45,8 +45,7 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     if steps.items == "slices" and not is_volume(path):
         return {"planes": np.stack([_bytes(frame) for frame in read_frames(path, preset)])}
     volume = read_volume(path)
-    valid = None if volume.padding is None else ~volume.padding
-    values = _bytes(to_unit_range(volume.values, preset, valid=valid))
+    values = _bytes(unit_values(volume, preset))
     grid = canonical(replace(volume, values=values, padding=None))
     if steps.spacing_mm:
         grid = resampled(grid, steps.spacing_mm, labels=True)
