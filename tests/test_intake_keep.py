@@ -23,6 +23,7 @@ from pydicom.uid import (
     XRay3DCraniofacialImageStorage,
 )
 
+import fedmed.intake.keep as keeping
 from fedmed.errors import UnreadableImage
 from fedmed.federated.phantoms import make_phantoms
 from fedmed.imaging.dicom.decoding import stored_frames
@@ -32,6 +33,7 @@ from fedmed.intake.burned_in import READ, SHAPED, lines_of_text, text_in
 from fedmed.intake.keep import keep
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason, quarantined
+from fedmed.intake.tables import table_rows
 
 HEAD = {"SOPClassUID": MRImageStorage, "Modality": "MR", "BodyPartExamined": "BRAIN"}
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -96,6 +98,21 @@ def test_what_a_person_moved_out_of_quarantine_stays_among_the_images(pseudonyms
     (tmp_path / row["file"]).rename(tmp_path / row["image"])
     again = keep(named_object(BurnedInAnnotation="YES"), tmp_path, pseudonyms)
     assert again.path == tmp_path / row["image"] and again.reason is None
+
+
+def test_every_object_set_apart_has_a_row_whatever_the_names_and_the_table_is_not_read_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reads, path = [], tmp_path / "quarantine.csv"
+    monkeypatch.setattr(keeping, "table_rows", lambda path: reads.append(path) or table_rows(path))
+    for file in ("quarantine/11.dcm", "quarantine/1.dcm", "1.dcm", "quarantine/1.dcm"):
+        keeping._note(path, (file, "images/1", "secondary capture", "in quarantine"))
+    rows = path.read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["file", "quarantine/11.dcm", "quarantine/1.dcm", "1.dcm"]
+    assert reads == []
+    path.write_text("\n".join([*rows, "2.dcm,images/2,secondary capture,in quarantine", ""]))  # another process
+    keeping._note(path, ("2.dcm", "images/2", "secondary capture", "in quarantine"))
+    assert len(path.read_text().splitlines()) == 5 and reads == [path]
 
 
 def test_reports_and_localizers_are_not_written_and_masks_are(pseudonyms: Pseudonyms, tmp_path: Path):

@@ -3,17 +3,27 @@
 import io
 from pathlib import Path
 
+import gdcm
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import cells_of, content_of, picture, written
+from dicom_files import cells_of, content_of, image_object, picture, written
 from hypothesis import given
 from hypothesis import strategies as st
 from intake_files import NAME, PLANTED, cleaned, named_object, pseudonyms_in
 from PIL import Image
-from pydicom.uid import UID, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from fedmed.imaging.reading import read_image
+from fedmed.intake.keep import keep
 from fedmed.intake.pixels import _without_comments
 
 TEXT = NAME.encode()
@@ -83,6 +93,48 @@ def test_text_beside_the_picture_is_blanked_wherever_it_stands(syntax, hidden, t
     clean = cleaned(ds, pseudonyms_in(tmp_path))
     assert not any(word.encode() in content_of(clean).lower() for word in (*PLANTED, "quislin"))
     assert (read_image(written(clean, tmp_path / "after")) == before).all()
+
+
+def lossless_jpeg(cells: np.ndarray, path: Path) -> bytes:
+    """Pixels in JPEG Lossless, which pydicom cannot write."""
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(written(image_object(cells, bits=8 * cells.itemsize), path)))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    return bytes(pydicom.dcmread(path).PixelData)
+
+
+@pytest.mark.parametrize(
+    "syntax", [ExplicitVRLittleEndian, RLELossless, JPEGLSLossless, JPEG2000Lossless, JPEGLosslessSV1]
+)
+@pytest.mark.parametrize(("cells", "bits"), [(cells_of(picture()), 12), (cells_of(picture(), 7).astype(np.uint8), 7)])
+def test_overlays_in_unused_bits_are_blanked_whatever_the_codec(syntax, cells, bits, tmp_path: Path):
+    hidden, whole = cells.copy(), 8 * cells.itemsize
+    hidden[10:20, 10:20] |= 1 << (whole - 1)
+    plain = syntax in (ExplicitVRLittleEndian, JPEGLosslessSV1)
+    ds = named_object(cells=hidden, bits=whole, **({} if plain else {"syntax": syntax}))
+    if syntax == JPEGLosslessSV1:
+        ds.file_meta.TransferSyntaxUID, ds.PixelData = syntax, lossless_jpeg(hidden, tmp_path / "jpeg")
+        ds["PixelData"].is_undefined_length = True
+    ds.BitsStored, ds.HighBit = bits, bits - 1
+    kept = keep(ds, tmp_path / "out", pseudonyms_in(tmp_path))
+    assert kept.reason is None
+    found = pydicom.dcmread(kept.path)
+    assert (np.frombuffer(found.PixelData, cells.dtype).reshape(cells.shape) == cells).all()
+    np.testing.assert_allclose(read_image(kept.path)[0], picture(), atol=1 / 127)
+
+
+def test_compressed_pixels_with_nothing_in_their_unused_bits_stay_compressed(tmp_path: Path):
+    pseudonyms = pseudonyms_in(tmp_path)
+    for number, syntax in enumerate((RLELossless, JPEGLSLossless)):
+        kept = keep(named_object(number, syntax=syntax), tmp_path / "out", pseudonyms)
+        assert pydicom.dcmread(kept.path).file_meta.TransferSyntaxUID == syntax
 
 
 @given(st.sampled_from([JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless]), st.binary(max_size=40), st.integers(0))

@@ -17,4 +17,11 @@ def pixels(path: str) -> dict[str, Any]:
     return {"reason": np.frombuffer((pixel_reason(open_dicom(Path(path))) or "").encode(), np.uint8)}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pixels": pixels}
+def cells(path: str) -> dict[str, Any]:
+    """Of one object: `cells`, bytes that are to take the place of its pixels, none if they may stay."""
+    from fedmed.intake.pixels import blanked_cells  # heavy
+
+    return {"cells": np.frombuffer(blanked_cells(Path(path)), np.uint8)}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pixels": pixels, "cells": cells}

@@ -24,6 +24,7 @@ from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.volumes.headers import is_localizer
 from fedmed.intake.deidentify import deidentified, is_ours
 from fedmed.intake.persons import years
+from fedmed.intake.pixels import may_hide_bits, put_cells_
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason
 from fedmed.intake.tables import table_rows
@@ -35,7 +36,9 @@ LOCALIZER = "a localizer, not a slice of a volume"
 VOLUMES = ("ct", "mr", "nuclear")  # kinds whose series are volumes
 BEFORE, WITHDREW = "de-identified by fedmed before", "of a patient who withdrew"  # not written, and why
 MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStorage)  # regions of other images
+UNSEEN = "pixels that cannot be looked at"
 
+_noted: dict[Path, tuple[int, set[str]]] = {}  # of each quarantine.csv its bytes, and the files that it names
 _pixels = DecodingProcess(jobs="fedmed.intake.judging")
 
 
@@ -95,8 +98,10 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn
         return _kept(clean, folder, image, None)
     try:
         incoming = _written(clean, folder / INCOMING / name)
+        unread = _with_hidden_bits_blanked(clean, incoming)
         if not reason and not is_mask:
             reason = _pixel_reason(incoming)
+        reason = reason or unread
         _moved(incoming, folder / (Path(QUARANTINE, name) if reason else image))
         if reason:
             _note(folder / REASONS, (f"{QUARANTINE}/{name}", image.as_posix(), reason, APART))
@@ -154,7 +159,21 @@ def _pixel_reason(path: Path) -> str | None:
     try:
         return bytes(_pixels.run("pixels", path=str(path))["reason"]).decode() or None
     except UnreadableImage:
-        return "pixels that cannot be looked at"
+        return UNSEEN
+
+
+def _with_hidden_bits_blanked(clean: Dataset, path: Path) -> str | None:
+    """Write an object anew if there is something in bits that no value uses; why it cannot be known, else None."""
+    if not may_hide_bits(clean):
+        return None
+    try:
+        cells = bytes(_pixels.run("cells", path=str(path))["cells"])
+    except UnreadableImage:
+        return UNSEEN
+    if cells:
+        put_cells_(clean, cells)
+        _written(clean, path)
+    return None
 
 
 def _written(clean: Dataset, path: Path) -> Path:
@@ -185,10 +204,16 @@ def make_private(folder: Path) -> None:
 
 def _note(path: Path, cells: tuple[str, ...]) -> None:
     """A line of quarantine.csv, once, in one write."""
-    lines = path.read_text(encoding="utf-8") if path.exists() else ""
-    if cells[0] in lines:
-        return
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([cells] if lines else [COLUMNS, cells])
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-        file.write(buffer.getvalue().encode())
+    size = path.stat().st_size if path.exists() else 0
+    known, files = _noted.get(path, (-1, set()))
+    if size != known:  # not seen yet, or written by somebody else
+        files = {row["file"] for _, row in table_rows(path)} if size else set()
+    if cells[0] not in files:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([cells] if size else [COLUMNS, cells])
+        line = buffer.getvalue().encode()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+            file.write(line)
+        files.add(cells[0])
+        size += len(line)
+    _noted[path] = (size, files)

@@ -6,12 +6,16 @@ The values that a decoder gives stay the same, and so does every byte where noth
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import RLELossless
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
+from fedmed.imaging.dicom.codestream import coded_size
+from fedmed.imaging.dicom.decoding import stored_frames
+from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.dicom.pixels import Declared, declared
 
 JPEG_START, JPEG_2000_START, JP2_START = b"\xff\xd8", b"\xff\x4f\xff\x51", b"jP  "
@@ -35,9 +39,47 @@ def cleaned_pixels_(dataset: Dataset) -> None:
         _clean_frames_(dataset, claims)
         return
     data = bytes(dataset.PixelData)[: claims.stored_bytes + claims.stored_bytes % 2]
-    if claims.allocated in (16, 32) and claims.stored < claims.allocated:
+    if claims.stored < claims.allocated:
         data = _without_unused_bits(data, claims)
     dataset.PixelData = data
+
+
+def may_hide_bits(dataset: Dataset) -> bool:
+    """Whether pixels are compressed, so that `cleaned_pixels_` left their cells, and have bits that no value uses."""
+    if "PixelData" not in dataset:
+        return False
+    claims = declared(dataset)
+    return claims.syntax.is_encapsulated and claims.stored < claims.allocated
+
+
+def blanked_cells(path: Path) -> bytes:
+    """The decoded cells of an object that `may_hide_bits`, those bits blanked; nothing if none of them was set.
+
+    A lossless codec keeps whole cells, and so what lies in their unused bits (RLE does; JPEG if its own precision says
+    so). For the process that decodes.
+
+    Raises:
+        UnreadableImage: no decoder reads them.
+    """
+    dataset = open_dicom(path)
+    claims = declared(dataset)
+    if claims.syntax != RLELossless and not any(coded_size(frame).bits > claims.stored for frame in _frames(dataset)):
+        return b""
+    dataset.BitsStored, dataset.HighBit = claims.allocated, claims.allocated - 1
+    data = b"".join(frame.tobytes() for frame in stored_frames(dataset))
+    blank = _without_unused_bits(data, claims)
+    return b"" if blank == data else blank
+
+
+def put_cells_(dataset: Dataset, cells: bytes) -> None:
+    """Give an object the cells of its `blanked_cells`, without compression; in colour they are RGB."""
+    _drop_offsets_(dataset)
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if dataset.SamplesPerPixel > 1:
+        dataset.PhotometricInterpretation, dataset.PlanarConfiguration = "RGB", 0
+    dataset.PixelData = cells + b"\0" * (len(cells) % 2)
+    dataset["PixelData"].VR = "OB" if dataset.BitsAllocated == 8 else "OW"
+    dataset["PixelData"].is_undefined_length = False
 
 
 def _without_unused_bits(data: bytes, claims: Declared) -> bytes:
@@ -57,14 +99,24 @@ def _clean_frames_(dataset: Dataset, claims: Declared) -> None:
     """Compressed frames whose headers hold text are written anew with blanks in its place."""
     if claims.syntax == RLELossless:
         return
-    offsets = None
-    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
-        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
-    frames = list(generate_frames(dataset.PixelData, number_of_frames=claims.frames, extended_offsets=offsets))
+    frames = _frames(dataset)
     clean = [_without_comments(frame) for frame in frames]
     if clean == frames:
         return
     dataset.PixelData = encapsulate(clean)
+    _drop_offsets_(dataset)
+
+
+def _frames(dataset: Dataset) -> list[bytes]:
+    """The compressed frames (PS3.5 A.4)."""
+    offsets = None
+    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
+        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+    count = declared(dataset).frames
+    return list(generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=offsets))
+
+
+def _drop_offsets_(dataset: Dataset) -> None:
     for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if keyword in dataset:
             del dataset[keyword]
