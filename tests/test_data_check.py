@@ -99,6 +99,14 @@ def test_a_resized_and_compressed_copy_in_another_split_is_seen(tmp_path):
     assert facts["state"] == "warn"
 
 
+def test_pictures_of_12_bits_in_16_are_warned_of(tmp_path):
+    rows = good()
+    for row, factor in zip(rows, (1, 16, 16, 16, 16, 0), strict=True):
+        row["image"] = row["image"].astype(np.uint16) * 16 * factor
+    facts = check(site(tmp_path, rows))
+    assert said(facts, "kinds")["rows"] == [2] and "1 picture of 16 bits" in said(facts, "kinds")["said"]
+
+
 def test_a_patient_in_two_splits_fails(tmp_path):
     facts = check(site(tmp_path, [{**row, "split": "train" if n < 3 else "test"} for n, row in enumerate(good())]))
     assert said(facts, "splits")["rows"] == [4, 5] and facts["state"] == "fail"

@@ -12,7 +12,7 @@ import torch
 from dicom_files import cells_of, image_object, item_of, picture, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, MRImageStorage
 
 from fedmed.errors import ConfigError, UnreadableImage
@@ -91,13 +91,52 @@ def test_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
         read_image(tmp_path / "a.png", preset="ct")
 
 
-def test_mask_keeps_numbers_and_refuses_colour(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("labels", [0, 1, 3])
+def test_mask_keeps_numbers_in_every_mode_that_is_grey(tmp_path: Path, mode: str, labels: int) -> None:
     numbers = np.array([[0, 1], [2, 255]], np.uint8)
-    Image.fromarray(numbers).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), numbers)
-    Image.new("RGB", (2, 2)).save(tmp_path / "b.png")
-    with pytest.raises(UnreadableImage, match="colours"):
+    image = Image.fromarray(numbers)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png", labels=labels), numbers)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "reason"), [("RGB", (0, 0, 1), "colours"), ("RGBA", (9, 9, 9, 254), "transparent")]
+)
+def test_mask_refuses_colour_and_what_is_seen_through(tmp_path: Path, mode: str, colour: tuple, reason: str) -> None:
+    Image.new(mode, (2, 2), colour).save(tmp_path / "b.png")
+    with pytest.raises(UnreadableImage, match=reason):
         read_mask(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_mask_of_one_label_is_cut_at_half_where_its_edges_are_soft(tmp_path: Path, mode: str) -> None:
+    y, x = np.mgrid[0:64, 0:64]
+    disc = (y - 30) ** 2 + (x - 34) ** 2 < 400
+    hard = Image.fromarray((disc * 255).astype(np.uint8)).convert(mode)
+    hard.save(tmp_path / "a.jpg", quality=75)
+    assert (np.asarray(Image.open(tmp_path / "a.jpg").convert("L")) > 0).sum() > disc.sum() + 20
+    hard.resize((256, 256), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BOX).save(tmp_path / "b.png")
+    for name in ("a.jpg", "b.png"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name, labels=1), disc)
+    with pytest.raises(UnreadableImage, match="JPEG blurs the numbers of several labels"):
+        read_mask(tmp_path / "a.jpg", labels=2)
+
+
+def test_photographs_are_upright_as_their_exif_data_say(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 32), np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned right by a quarter
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels).save(tmp_path / "b.jpg", exif=b"Exif\0\0damaged", quality=95)
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg")[0], np.rot90(pixels, -1) / 255, atol=0.02)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.jpg", labels=1), np.rot90(pixels, -1) > 0)
+    np.testing.assert_allclose(read_image(tmp_path / "b.jpg")[0], pixels / 255, atol=0.02)
 
 
 @settings(max_examples=50, deadline=None)

@@ -95,7 +95,7 @@ def picture(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays
     pixels = np.concatenate([np.zeros(next(iter(sizes)), np.float32) if found is None else found for found in read])
     classes = None
     if mask is not None:
-        classes = checked(read_mask(mask)[None], pixels.shape[1:], recipe, unit="pixels")
+        classes = checked(read_mask(mask, labels=recipe.labels)[None], pixels.shape[1:], recipe, unit="pixels")
     return squares(pixels[None], classes, recipe)
 
 

@@ -22,7 +22,7 @@ from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.dicom.pixels import check_single, declared
 from fedmed.imaging.plain_errors import plain_errors, plainly
-from fedmed.imaging.raster import raster, read_raster
+from fedmed.imaging.raster import read_classes, read_raster
 from fedmed.imaging.recipe import BETWEEN, IN_3D
 
 Pixels = NDArray[np.float32]
@@ -148,20 +148,21 @@ def read_frames(path: Path, preset: str = "cxr") -> Iterator[Pixels]:
     return _frames(Path(path), preset_named(preset), single=False)
 
 
-def read_mask(path: Path) -> NDArray[np.int64]:
-    """Read a mask, (H, W) of class numbers, from a PNG of one channel.
+def read_mask(path: Path, *, labels: int = 0) -> NDArray[np.int64]:
+    """Read a mask, (H, W) of class numbers, from a grey PNG, or with one label a JPEG; see `read_classes`.
+
+    Args:
+        path: of the mask.
+        labels: of the task; 0 = unknown, numbers are as stored.
 
     Raises:
-        UnreadableImage: it cannot be read, or has colours.
+        UnreadableImage: it cannot be read, or holds no class numbers.
     """
     try:
         with plain_errors():
-            mask = raster(path, indices=True)
-            if mask.ndim != 2:
-                raise UnreadableImage("it has colours")
+            return read_classes(path, labels=labels)
     except UnreadableImage as error:
         raise UnreadableImage(f"mask: {error}") from None
-    return mask.astype(np.int64)
 
 
 def to_unit_range(

@@ -244,6 +244,10 @@ def _kinds(seen: Seen) -> Iterator[Finding]:
     if rows := seen.marks.get("several frames"):
         do = 'data.items = "slices" takes their frames; "images" leaves them out'
         yield _finding("kinds", "warn", f"{_many(len(rows), 'file')} of several frames", do, seen, rows)
+    if rows := seen.marks.get("faint"):
+        do = "write them with values scaled to all 16 bits (12 bits: times 16): they are read as nearly black"
+        said = f"{_many(len(rows), 'picture')} of 16 bits with values below an eighth of their range"
+        yield _finding("kinds", "warn", said, do, seen, rows)
     formats = seen.counts.get("modality", Counter())
     if len(formats) > 1:
         named = ", ".join(f"{name} {count}" for name, count in formats.most_common())

@@ -79,6 +79,7 @@ def add_(seen: Seen, number: int, row: int, arrays: Arrays) -> None:
         ("unmarked", not facts.get("marked", True) and not facts.get("named")),
         (f"quarantine: {facts.get('quarantine')}", facts.get("quarantine")),
         ("secondary capture", facts.get("capture")),
+        ("faint", facts.get("faint")),
         ("several frames", facts.get("frames", 1) > 1),
         (f"mask: {facts.get('mask')}", facts.get("mask")),
     ):

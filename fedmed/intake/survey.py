@@ -41,6 +41,7 @@ NAME = "PatientName"  # which de-identification may have replaced by another
 NAMES = ("PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
 EMPTY, OVERLAPPING = "empty", "regions overlap"  # of masks that need not be wrong
 SHOWN = {"mr": "mr", "nuclear": "pet"}  # the preset of a modality; "color" takes all else
+FAINT = 2**13  # highest value of a picture of 16 bits that uses less than an eighth of them, as 12 bits unscaled do
 LONGEST = 64  # characters of a maker or model
 
 Grey = NDArray[np.float32]
@@ -93,7 +94,7 @@ JOBS = {"look": look}
 def _other(path: Path, *, text: bool) -> Looked:
     """A PNG or JPEG, decoded once, or a NIfTI."""
     try:
-        pixels = raster(path, indices=False)
+        pixels = raster(path)
     except OSError:  # Pillow's word for another format
         if not is_nifti(path):
             raise
@@ -106,6 +107,7 @@ def _other(path: Path, *, text: bool) -> Looked:
         "size": list(grey.shape),
         "quarantine": (text and text_in(grey)) or "",
         "searched": text,
+        "faint": pixels.dtype == np.uint16 and bool(0 < pixels.max() < FAINT),
     }
     content = f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
     return Looked(facts=facts, grey=grey, digest=hashlib.sha256(content).digest()[:8] if several else b"")
