@@ -147,6 +147,22 @@ def test_window_edges_by_hand() -> None:
     np.testing.assert_allclose(dicom.sigmoid_(values.copy(), 4, 4)[3:5], [0.5, 1 / (1 + np.exp(-1))], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("centre", "width"), [(5, 0), (5, -3), (0, [0, 4000]), (float("nan"), 4000)])
+@pytest.mark.parametrize("name", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_an_impossible_window_is_as_none(centre: float, width: float, name: str) -> None:
+    plain = dicom.displayed(image_object(cells_of(picture())))
+    ds = image_object(cells_of(picture()))
+    ds.add_new("WindowCenter", "DS", centre), ds.add_new("WindowWidth", "DS", width)
+    ds.VOILUTFunction = name
+    np.testing.assert_array_equal(dicom.displayed(ds), plain)
+
+
+def test_a_linear_window_narrower_than_one_is_exact() -> None:
+    cells = cells_of(picture())
+    shown = dicom.displayed(image_object(cells, RescaleSlope=1 / 4095, WindowCenter=0.5, WindowWidth=0.5))
+    np.testing.assert_allclose(shown, np.clip((cells / 4095 - 0.25) * 2, 0, 1), atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [None, "INVERSE", "IDENTITY"])
 def test_monochrome1_is_inverted_once(shape: str | None) -> None:
     cells = cells_of(picture())

@@ -18,11 +18,12 @@ from pydicom.uid import (
     JPEGExtended12Bit,
     JPEGLSLossless,
     RLELossless,
+    VLEndoscopicImageStorage,
 )
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.codestream import coded_size
-from fedmed.imaging.reading import read_image
+from fedmed.imaging.reading import read_frames, read_image
 
 CELLS = cells_of(picture())
 
@@ -75,6 +76,24 @@ def test_a_truncated_jpeg_is_not_filled_up(tmp_path: Path) -> None:
             ds.PixelData = encapsulate([buffer.getvalue()[: int(share * len(buffer.getvalue()))]])
             with pytest.raises(UnreadableImage, match="compressed pixels"):
                 read_image(written(ds, tmp_path / "x"))
+
+
+@pytest.mark.parametrize("adobe", [b"", b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\1"])
+@pytest.mark.parametrize("jfif", [True, False])
+def test_a_jpeg_in_colour_is_converted_once_whatever_its_markers_say(tmp_path: Path, adobe: bytes, jfif: bool) -> None:
+    rgb = np.stack([picture(), picture()[::-1], np.full(SHAPE, 0.2)], axis=-1)
+    buffer = io.BytesIO()
+    Image.fromarray((rgb * 255).astype(np.uint8)).save(buffer, "JPEG", quality=98, subsampling=0)
+    whole = buffer.getvalue()
+    assert whole[2:4] == b"\xff\xe0" and whole[4:6] == b"\0\x10"
+    frame = whole[:2] + (whole[2:20] if jfif else b"") + adobe + whole[20:]
+    ds = image_object((rgb * 255).astype(np.uint8), bits=8, SOPClassUID=VLEndoscopicImageStorage)
+    ds.PhotometricInterpretation, ds.file_meta.TransferSyntaxUID = "YBR_FULL_422", JPEGBaseline8Bit
+    ds["PixelData"].VR = "OB"
+    ds.PixelData = encapsulate([frame, frame])
+    ds.NumberOfFrames = 2
+    for shown in read_frames(written(ds, tmp_path / "x"), "color"):
+        np.testing.assert_allclose(shown, rgb.transpose(2, 0, 1), atol=0.03)
 
 
 def test_rle_that_runs_over_its_end_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ Pixels = NDArray[np.float32]
 
 ROBUST_PERCENTILES = (0.5, 99.5)
 SAMPLE = 2**21  # values from which percentiles are taken: 2 million move a percentile by less than 0.02 of itself
+SAME_GREY = 2.5 / 255  # between channels of a grey picture that went through YBR and back
 NOT_HOUNSFIELD = "CT values that are not in Hounsfield units"
 
 
@@ -41,13 +42,14 @@ class Preset:
     window_hu: tuple[float, float] = (0.0, 0.0)  # centre and width, for "window"
     modalities: frozenset[str] = frozenset()  # DICOM kinds that are let in; empty = all that are images
     secondary_captures: bool = False
-    colour: Literal["refuse", "luma", "keep"] = "refuse"  # what becomes of a DICOM object in colour
+    colour: Literal["refuse", "grey", "luma", "keep"] = "refuse"  # what becomes of a DICOM object in colour
 
 
 _CT = frozenset({"ct"})
 PRESETS = {
-    "cxr": Preset(channels=1),  # projection radiographs: as displayed, polarity undone
-    "cxr-sc": Preset(channels=1, secondary_captures=True),  # some public sets hold radiographs as secondary captures
+    "cxr": Preset(channels=1, colour="grey"),  # projection radiographs: as displayed, polarity undone
+    # some public sets hold radiographs as secondary captures, also grey ones in three channels
+    "cxr-sc": Preset(channels=1, secondary_captures=True, colour="grey"),
     # Windows in HU are convention, as on a CT workstation, centre and width; those of the file are ignored
     "ct-lung": Preset(channels=1, intensity="window", window_hu=(-600, 1500), modalities=_CT),
     "ct-soft": Preset(channels=1, intensity="window", window_hu=(40, 400), modalities=_CT),
@@ -257,7 +259,10 @@ def _read_dicom(ds: Dataset, rule: Preset, *, single: bool) -> Iterator[Pixels]:
     elif rule.colour == "refuse":
         raise UnreadableImage("colour image")
     else:
-        yield from (luma(colours) if rule.colour == "luma" else colours for colours in displayed_colours(ds))
+        for colours in displayed_colours(ds):
+            if rule.colour == "grey" and np.ptp(colours, axis=0).max() > SAME_GREY:
+                raise UnreadableImage("colour image")
+            yield colours if rule.colour == "keep" else luma(colours)
 
 
 def _quantities(ds: Dataset, rule: Preset) -> Iterator[Pixels]:

@@ -11,6 +11,7 @@ from pydicom.pixels.processing import apply_color_lut
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.decoding import stored_frames
+from fedmed.imaging.dicom.modality import look_up
 from fedmed.imaging.dicom.pixels import declared
 from fedmed.imaging.plain_errors import plainly
 
@@ -44,6 +45,34 @@ def luma(colours: Colours) -> Colours:
     return grey.reshape(1, *grey.shape)
 
 
+def _palette(ds: Dataset) -> tuple[int, Colours]:
+    """The first index that a palette maps, and its colours (3, entries) in [0, 1] (C.7.6.3.1.5, C.7.6.3.1.6).
+
+    Not by pydicom alone, which (3.0) wraps indices above 255 where entries have 8 bits, and divides 8 bits that were
+    written into cells of 16 by the range of 16. It expands segmented palettes.
+    """
+    if "RedPaletteColorLookupTableDescriptor" not in ds:
+        raise UnreadableImage("colour image without its palette")
+    entries, lowest, bits = (int(number) for number in ds.RedPaletteColorLookupTableDescriptor)
+    entries = entries or 2**16
+    indices = np.arange(lowest, lowest + entries)
+    if "RedPaletteColorLookupTableData" in ds:
+        if len(ds.RedPaletteColorLookupTableData) <= entries + 1:
+            bits = 8  # whatever the descriptor says
+        item = Dataset()
+        item.set_original_encoding(*ds.original_encoding)
+        item.LUTDescriptor = [entries % 2**16, lowest, bits]
+        tables = []
+        for colour in ("Red", "Green", "Blue"):
+            item.LUTData = ds[f"{colour}PaletteColorLookupTableData"].value
+            tables.append(look_up(item, indices))
+        colours = np.stack(tables)
+    else:
+        colours = apply_color_lut(indices, ds).T[:3]
+    highest = 2 ** (16 if colours.max() > 255 else bits) - 1
+    return lowest, colours.astype(np.float32) / np.float32(highest)
+
+
 def _displayed_colours(ds: Dataset) -> Iterator[Colours]:
     claims = declared(ds)
     palette = claims.photometric == "PALETTE COLOR"
@@ -51,11 +80,13 @@ def _displayed_colours(ds: Dataset) -> Iterator[Colours]:
         raise UnreadableImage("not a colour image")
     if claims.keyword != "PixelData" or claims.samples != (1 if palette else 3) or claims.allocated not in (8, 16):
         raise UnreadableImage("not a colour image")
+    lowest, colours = _palette(ds) if palette else (0, None)
     for _, stored in zip(range(claims.frames), stored_frames(ds), strict=False):
-        rgb = apply_color_lut(stored, ds) if palette else stored
-        bits = rgb.dtype.itemsize * 8 if palette else claims.stored
-        shown = np.empty((3, *rgb.shape[:2]), np.float32)
-        shown[...] = rgb.transpose(2, 0, 1)[:3]
-        shown /= np.float32(2**bits - 1)
+        if colours is not None:
+            yield colours[:, np.clip(stored.astype(np.int64) - lowest, 0, colours.shape[1] - 1)]
+            continue
+        shown = np.empty((3, *stored.shape[:2]), np.float32)
+        shown[...] = stored.transpose(2, 0, 1)
+        shown /= np.float32(2**claims.stored - 1)
         np.clip(shown, 0, 1, out=shown)
         yield shown

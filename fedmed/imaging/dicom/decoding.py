@@ -10,11 +10,14 @@ shifts signed JPEG 2000 by half its range. GDCM aborts the process on some damag
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
@@ -128,14 +131,27 @@ def _frames_by(ds: Dataset, claims: Declared, name: str) -> Iterator[NDArray[Any
     options: dict[str, Any] = {"view_only": True} if plain and whole else {}
     if shifted:
         options["correct_unused_bits"] = False  # pydicom's correction takes High Bit for granted
+    rgb_already = _already_rgb(ds, claims) if name == "pillow" and claims.samples == 3 else repeat(False)
     count = 0
     for frame, about in decoder.iter_array(ds, decoding_plugin=name, raw=True, **options):
         count += 1
         if shifted:
             frame = significant_bits(frame, stored=claims.stored, high=claims.high)
-        yield _rgb(frame) if about["photometric_interpretation"] in CONVERTED else frame
+        converted = next(rgb_already, False) or about["photometric_interpretation"] not in CONVERTED
+        yield frame if converted else _rgb(frame)
     if count < claims.frames:
         raise UnreadableImage("fewer frames than its header declares")
+
+
+def _already_rgb(ds: Dataset, claims: Declared) -> Iterator[bool]:
+    """Of each JPEG frame whether Pillow makes RGB of it, while pydicom (3.0) goes on to call it YBR.
+
+    It does where there is Adobe's APP14 segment (ISO 10918-6 6.5.3), unless that says that there is nothing to convert.
+    """
+    for frame in _coded_frames(ds, claims):
+        with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
+            about = image.info
+        yield about.get("adobe_transform") == 1 or ("adobe_transform" in about and "jfif" in about)
 
 
 def _rgb(frame: NDArray[Any]) -> NDArray[Any]:

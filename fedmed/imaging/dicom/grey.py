@@ -62,7 +62,8 @@ def contrast_(source: Dataset, values: Plane, *, valid: NDArray[np.bool_] | None
     """Values of interest as [0, 1]: the first VOI LUT, else the first window, else the range of valid pixels (C.11.2).
 
     A VOI LUT and a window in one object are alternatives; the LUT is preferred because it was made for the picture.
-    Of several windows the first is the default.
+    Of several windows the first is the default. One whose width nothing can be shown by is passed over: 0, below it, or
+    not a number. A linear width below 1, which the clause forbids, is taken as the exact one's, which may have it.
     """
     if source.get("VOILUTSequence"):
         item = source.VOILUTSequence[0]
@@ -74,9 +75,8 @@ def contrast_(source: Dataset, values: Plane, *, valid: NDArray[np.bool_] | None
         if name not in WINDOWS:
             raise UnreadableImage("unknown VOI LUT function")
         centre, width = first(source, "WindowCenter", 0.0), first(source, "WindowWidth", 0.0)
-        if not np.isfinite([centre, width]).all() or width < (1 if name == "LINEAR" else 0) or width == 0:
-            raise UnreadableImage("impossible window width")
-        return WINDOWS[name](values, centre, width)
+        if np.isfinite([centre, width]).all() and width > 0:
+            return WINDOWS["LINEAR_EXACT" if width < 1 and name == "LINEAR" else name](values, centre, width)
     return full_range_(values, valid=valid)
 
 
