@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import image_object, item_of, written
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -24,7 +25,8 @@ from fedmed.imaging.volumes.volume import Volume
 from fedmed.training.predict.originals import original
 
 PICTURE = Recipe(preset="cxr", image_size=16)
-CT = Acquisition()  # 12 slices of 24 by 20, axial: rows to the back, columns to the left, so canonical turns both
+# 12 slices of 24 by 20, axial: rows to the back, columns to the left, so canonical turns both
+CT = Acquisition(spacing_mm=(3.0, 1.5, 1.5))
 WINDOW = (-1000, 160)  # what the phantom's body spans
 
 
@@ -133,6 +135,56 @@ def test_an_enhanced_object_has_the_slices_of_its_series_whatever_the_order_of_f
     np.testing.assert_array_equal(read(tmp_path / "enhanced", recipe)["images"], read(folder, recipe)["images"])
 
 
+def disc(row_mm: float, column_mm: float) -> np.ndarray:
+    """A circle of 30 mm around the centre of 48 by 48 mm, in pixels of these sides."""
+    y, x = np.mgrid[row_mm / 2 : 48 : row_mm, column_mm / 2 : 48 : column_mm] - 24
+    return np.hypot(y, x) < 15
+
+
+@pytest.mark.parametrize(
+    ("row_mm", "column_mm", "tags"),
+    [
+        (1.0, 0.75, {"PixelAspectRatio": [4, 3]}),
+        (0.8, 0.4, {"PixelSpacing": [0.8, 0.4], "PixelAspectRatio": [1, 1]}),
+        (0.4, 0.8, {"ImagerPixelSpacing": [0.4, 0.8]}),
+        (0.4, 0.8, {"SharedFunctionalGroupsSequence": [item_of(PixelMeasuresSequence=[item_of(PixelSpacing=[4, 8])])]}),
+    ],
+)
+@pytest.mark.parametrize("items", ["images", "slices"])
+def test_circles_stay_round_where_pixels_are_not_square(
+    tmp_path: Path, row_mm: float, column_mm: float, tags: dict, items: str
+) -> None:
+    round_one = disc(row_mm, column_mm)
+    path = written(image_object((round_one * 4095).astype(np.uint16), **tags), tmp_path / "x")
+    recipe = replace(PICTURE, items=items, image_size=48, labels=1)
+    mask = png(tmp_path / "m.png", round_one.astype(np.uint8)) if items == "images" else ""
+    kept = read(path, recipe, mask)
+    shown = kept["images"][0, 0] > kept["images"].max() / 2
+    for plane in (shown, kept["masks"][0, 0]) if mask else (shown,):
+        height, width = (np.ptp(np.flatnonzero(plane.any(axis=axis))) + 1 for axis in (1, 0))
+        assert abs(height - 30) <= 1 and abs(width - 30) <= 1
+
+
+def test_slices_of_a_volume_keep_the_proportions_of_its_voxels(tmp_path: Path) -> None:
+    round_one = np.stack([disc(2.0, 0.8).astype(np.float32)] * 3)
+    image = nifti(tmp_path / "i.nii", round_one, (5.0, 2.0, 0.8))
+    mask = nifti(tmp_path / "m.nii", round_one.astype(np.int16), (5.0, 2.0, 0.8))
+    kept = read(image, Recipe(preset="us", items="slices", image_size=48, labels=1, regions=("a",)), mask)
+    for plane in (kept["images"][1, 0] > kept["images"].max() / 2, kept["masks"][1, 0]):
+        height, width = (np.ptp(np.flatnonzero(plane.any(axis=axis))) + 1 for axis in (1, 0))
+        assert abs(height - 30) <= 2 and abs(width - 30) <= 1
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"PixelSpacing": [0.1, 0.1009]}, {"PixelSpacing": [0, 1]}, {"PixelSpacing": 2}, {"PixelAspectRatio": [0, 0]}],
+)
+def test_nearly_square_pixels_and_impossible_ones_change_nothing(tmp_path: Path, tags: dict) -> None:
+    cells = (disc(1, 1) * 4000).astype(np.uint16)
+    plain, said = (read(written(image_object(cells, **each), tmp_path / "x"), PICTURE) for each in ({}, tags))
+    np.testing.assert_array_equal(said["images"], plain["images"])
+
+
 def test_a_single_picture_is_one_slice_and_takes_no_mask(tmp_path: Path) -> None:
     path = png(tmp_path / "a.png", np.full((20, 16), 9, np.uint8))
     recipe = replace(PICTURE, items="slices")
@@ -166,7 +218,7 @@ def test_patches_keep_the_volume_whole_at_its_spacing(series: tuple[Path, np.nda
     folder, values, mask = series
     recipe = Recipe(preset="ct-soft", items="patches", labels=1, regions=("lesion",))
     assert read(folder, recipe, mask)["images"].shape == (1, 1, 12, 24, 20)
-    finer = read(folder, replace(recipe, spacing_mm=(3.0, 3.0, 2.5)), mask)
+    finer = read(folder, replace(recipe, spacing_mm=(3.0, 3.0, 3.0)), mask)
     assert finer["images"].shape == finer["masks"].shape == (1, 1, 12, 12, 10)
     assert set(np.unique(finer["masks"])) == {0, 1}
     assert abs(finer["images"].mean() / 65535 - windowed(values, -160, 240).mean()) < 0.02

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dicom_files import image_object, written
 from hypothesis import given
 from hypothesis import strategies as st
 from kept_runs import FINDING, LUNG, affine_of, colourfulness, grey_png, kept_run, pixels, results_of
@@ -121,12 +122,22 @@ def test_a_mask_is_exactly_the_image_it_was_made_of(tmp_path, drawn):
         assert np.array_equal(colourfulness(pixels(folder / overlay.file)) > 0, values > 127)
 
 
-@given(st.integers(2, 40), st.integers(2, 40), st.integers(8, 40), st.integers(0, 3))
-def test_undoing_the_letterbox_brings_every_corner_home(height, width, size, which):
+def test_a_mask_of_pixels_that_are_not_square_lies_on_them_and_the_overlay_shows_them_as_they_are(tmp_path, drawn):
+    values = np.zeros((48, 96), np.uint16)
+    values[8:24, 16:64] = 4095
+    image = written(image_object(values, PixelSpacing=[1.0, 0.5]), tmp_path / "image.dcm")
+    (found,), folder = drawn("outline", LUNG, image, **{"image-size": 48})
+    mask, overlay = found.drawn
+    assert np.array_equal(read_mask(folder / mask.file), values > 0)
+    assert pixels(folder / overlay.file).shape == (96, 96, 3)
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(8, 40), st.integers(0, 3), st.sampled_from([0.5, 1.0, 1.6]))
+def test_undoing_the_letterbox_brings_every_corner_home(height, width, size, which, aspect):
     """Whatever the shape: a gradient that rises away from one corner has its lowest value there again."""
     rise = np.add.outer(np.arange(height) / height, np.arange(width) / width).astype(np.float32) + 1
     image = np.rot90(rise, 2 * (which // 2))[:, :: 1 - 2 * (which % 2)]
-    found = without_letterbox(letterbox(image[None].copy(), size), (height, width))[0]
+    found = without_letterbox(letterbox(image[None].copy(), size, aspect), (height, width), aspect)[0]
     assert found.shape == image.shape
     assert found.argmin() == image.argmin() or found.min() == found.flat[image.argmin()]
     assert found.min() >= 1 - 1e-5, "no padding is left"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.imaging.reading import read_image, read_mask
+from fedmed.imaging.reading import read_aspect, read_image, read_mask
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox, letterbox_mask
 
@@ -96,7 +96,7 @@ def picture(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays
     classes = None
     if mask is not None:
         classes = checked(read_mask(mask, labels=recipe.labels)[None], pixels.shape[1:], recipe, unit="pixels")
-    return squares(pixels[None], classes, recipe)
+    return squares(pixels[None], classes, recipe, read_aspect(next(image for image in modalities if image is not None)))
 
 
 def _pixels(image: Path, preset: str) -> Unit:
@@ -110,12 +110,12 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def squares(pixels: Unit, classes: Classes | None, recipe: Recipe) -> Arrays:
-    """Pictures (1, C, H, W) and classes (1, H, W) in a square."""
-    small = letterbox(pixels[0], recipe.image_size)[None]
+def squares(pixels: Unit, classes: Classes | None, recipe: Recipe, aspect: float) -> Arrays:
+    """Pictures (1, C, H, W) and classes (1, H, W), whose pixels have that aspect, in a square."""
+    small = letterbox(pixels[0], recipe.image_size, aspect)[None]
     arrays: Arrays = {"images": quantised(small, eight_bits=needs_eight_bits_only(pixels))}
     if classes is not None:
-        arrays["masks"] = letterbox_mask(classes, recipe.image_size)[None]
+        arrays["masks"] = letterbox_mask(classes, recipe.image_size, aspect)[None]
     return arrays
 
 

@@ -20,9 +20,9 @@ from fedmed.imaging.items import (
     quantised,
     squares,
 )
-from fedmed.imaging.reading import NOT_HOUNSFIELD, preset_named, read_frames, to_unit_range
+from fedmed.imaging.reading import NOT_HOUNSFIELD, preset_named, read_aspect, read_frames, to_unit_range
 from fedmed.imaging.recipe import Recipe
-from fedmed.imaging.resize import letterbox, letterbox_mask
+from fedmed.imaging.resize import aspect_of, letterbox, letterbox_mask
 from fedmed.imaging.volumes import read_mask_volume, read_volume
 from fedmed.imaging.volumes.headers import ENHANCED, kind_of
 from fedmed.imaging.volumes.resample import cropped_or_padded, onto, resampled
@@ -37,21 +37,23 @@ def slices(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
             raise UnreadableImage("several modalities of frames are not supported; they need volumes or pictures")
         if mask is not None:
             raise UnreadableImage("masks of frames are not supported; a mask needs a volume or a single picture")
-        frames = [squares(pixels[None], None, recipe)["images"] for pixels in read_frames(image, recipe.preset)]
+        aspect = read_aspect(image)
+        frames = [squares(frame[None], None, recipe, aspect)["images"] for frame in read_frames(image, recipe.preset)]
         if len({frame.dtype for frame in frames}) > 1:  # a blank frame needs fewer bits than the others
             frames = [frame.astype(np.uint16) * 257 if frame.dtype == np.uint8 else frame for frame in frames]
         return {"images": np.concatenate(frames)}
-    values, classes, eight_bits = _volumes_and_mask(modalities, mask, recipe)
-    planes = np.stack([letterbox(channel, recipe.image_size) for channel in values], axis=1)  # slices as its channels
+    values, classes, eight_bits, aspect = _volumes_and_mask(modalities, mask, recipe)
+    size = recipe.image_size
+    planes = np.stack([letterbox(channel, size, aspect) for channel in values], axis=1)  # slices as its channels
     arrays: Arrays = {"images": quantised(planes, eight_bits=eight_bits)}
     if classes is not None:
-        arrays["masks"] = letterbox_mask(classes, recipe.image_size)[:, None]
+        arrays["masks"] = letterbox_mask(classes, size, aspect)[:, None]
     return arrays
 
 
 def volume(modalities: Modalities, mask: Path | None, recipe: Recipe) -> Arrays:
     """One volume, cropped or padded at its centre if the recipe has a size, (1, C, D, H, W)."""
-    values, classes, eight_bits = _volumes_and_mask(modalities, mask, recipe)
+    values, classes, eight_bits, _ = _volumes_and_mask(modalities, mask, recipe)
     if recipe.volume_size:
         values = cropped_or_padded(values, recipe.volume_size)
         classes = None if classes is None else cropped_or_padded(classes, recipe.volume_size)
@@ -68,8 +70,10 @@ def is_volume(path: Path) -> bool:
     return is_dicom(path) and kind_of(open_dicom(path)) in ENHANCED
 
 
-def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe) -> tuple[Unit, Classes | None, bool]:
-    """Values (C, D, H, W) in canonical orientation at the recipe's spacing, classes, and whether 8 bits are enough.
+def _volumes_and_mask(
+    modalities: Modalities, mask: Path | None, recipe: Recipe
+) -> tuple[Unit, Classes | None, bool, float]:
+    """Values (C, D, H, W) in canonical orientation at the recipe's spacing, classes, whether 8 bits are enough, aspect.
 
     The first modality that is there decides the grid, and the mask lies on it as stored; others are put onto it.
     """
@@ -93,7 +97,7 @@ def _volumes_and_mask(modalities: Modalities, mask: Path | None, recipe: Recipe)
         unit = _canonical(other, recipe.preset_of(place))
         eight_bits = eight_bits and needs_eight_bits_only(unit.values)
         values[place] = _on_grid(unit, like(other, first), shown, recipe)
-    return values, None if classes is None else _bytes(classes), eight_bits
+    return values, None if classes is None else _bytes(classes), eight_bits, aspect_of(*shown.spacing_mm[1:])
 
 
 def unit_values(volume: Volume, preset: str) -> Unit:

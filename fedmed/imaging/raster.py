@@ -94,15 +94,15 @@ def read_classes(path: Path, *, labels: int) -> NDArray[np.int64]:
     if lossy and labels > 1:
         raise UnreadableImage("JPEG blurs the numbers of several labels; write it as PNG")
     if labels == 1 and (lossy or (not palette and _is_soft(numbers))):
-        return (numbers > numbers.max(initial=0) / 2).astype(np.int64)
-    return numbers.astype(np.int64)
+        numbers = numbers > numbers.max(initial=0) / 2
+    classes: NDArray[np.int64] = numbers.astype(np.int64)
+    return classes
 
 
 def _is_soft(numbers: Stored) -> bool:
     """Whether a grey picture reaches full white by more steps than masks of classes have."""
-    if numbers.dtype == np.bool_ or numbers.max(initial=0) != np.iinfo(numbers.dtype).max:
-        return False
-    return len(np.unique(numbers)) > SOFT_LEVELS + 2
+    white = numbers.dtype.kind == "u" and numbers.max(initial=0) == 2 ** (8 * numbers.dtype.itemsize) - 1
+    return white and len(np.unique(numbers)) > SOFT_LEVELS + 2
 
 
 @contextmanager

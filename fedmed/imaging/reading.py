@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from fedmed.errors import ConfigError, UnreadableImage
 from fedmed.imaging.dicom.colour import displayed_colours, luma
-from fedmed.imaging.dicom.frames import frame_values, in_hounsfield, transformation
+from fedmed.imaging.dicom.frames import frame_values, in_hounsfield, pixel_sides, transformation
 from fedmed.imaging.dicom.grey import displayed_frames
 from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
@@ -24,6 +24,7 @@ from fedmed.imaging.dicom.pixels import check_single, declared
 from fedmed.imaging.plain_errors import plain_errors, plainly
 from fedmed.imaging.raster import read_classes, read_raster
 from fedmed.imaging.recipe import BETWEEN, IN_3D
+from fedmed.imaging.resize import aspect_of
 
 Pixels = NDArray[np.float32]
 
@@ -148,6 +149,16 @@ def read_frames(path: Path, preset: str = "cxr") -> Iterator[Pixels]:
         ConfigError: the preset is unknown.
     """
     return _frames(Path(path), preset_named(preset), single=False)
+
+
+def read_aspect(path: Path) -> float:
+    """How many times as high as wide the pixels of a picture are; of PNG and JPEG they are square.
+
+    Raises:
+        UnreadableImage: its header cannot be read.
+    """
+    with plain_errors():
+        return aspect_of(*pixel_sides(open_dicom(path))) if is_dicom(path) else 1.0
 
 
 def read_mask(path: Path, *, labels: int = 0) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ C.7.6.16); the others say it once, at the top.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,22 @@ def values_of_interest(ds: Dataset, index: int) -> Dataset:
     """Where the window of a frame stands: its Frame VOI LUT (C.7.6.16.2.10), else the object itself."""
     found = functional_group(ds, index, "FrameVOILUTSequence")
     return ds if found is None else found
+
+
+def pixel_sides(ds: Dataset) -> tuple[float, float]:
+    """Distances of rows and of columns: mm, or no more than their ratio; 1 and 1 where an object does not say.
+
+    Pixel Spacing (PS3.3 10.7.1.3, in enhanced objects C.7.6.16.2.1), else what stands in its place in projections, else
+    Pixel Aspect Ratio, which is for objects without any of them (C.7.6.3.1.7).
+    """
+    measures = functional_group(ds, 0, "PixelMeasuresSequence")
+    sources = (ds,) if measures is None else (measures, ds)
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+        for source in sources:
+            with suppress(TypeError, ValueError):  # not said, or no two numbers
+                row, column = source.get(name)
+                return float(row), float(column)
+    return 1.0, 1.0
 
 
 def lowest_is_white(ds: Dataset) -> bool:

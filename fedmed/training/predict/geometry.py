@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from fedmed.imaging.resize import fitted
+from fedmed.imaging.resize import aspect_of, fitted
 from fedmed.imaging.volumes.resample import onto
 from fedmed.imaging.volumes.volume import Volume, canonical
 
@@ -20,17 +20,18 @@ Bytes = NDArray[np.uint8]
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
 
 
-def without_letterbox(maps: Maps, shape: tuple[int, int]) -> Maps:
+def without_letterbox(maps: Maps, shape: tuple[int, int], aspect: float = 1.0) -> Maps:
     """Undo `letterbox`: cut the padding off and scale back, bilinear, antialiased where that shrinks.
 
     Args:
         maps: (…, S, S) on the square that an image was fitted into.
         shape: H, W of the image.
+        aspect: of its pixels.
 
     Returns:
         (…, H, W).
     """
-    height, width = fitted(shape, maps.shape[-1])
+    height, width = fitted(shape, maps.shape[-1], aspect)
     top, left = (maps.shape[-2] - height) // 2, (maps.shape[-1] - width) // 2
     inner = torch.from_numpy(np.ascontiguousarray(maps[..., top : top + height, left : left + width]))
     flat = inner.reshape(-1, 1, height, width)
@@ -43,10 +44,11 @@ class Frames:
     """A picture, or the frames of a cine: planes without a place in the patient."""
 
     planes: Bytes = field(repr=False)  # (n, C, H, W)
+    aspect: float  # how many times as high as wide a pixel is
 
     def back(self, maps: Maps) -> Maps:
         """Maps of one label (n, S, S), on squares, as (n, H, W)."""
-        return without_letterbox(maps, (self.planes.shape[2], self.planes.shape[3]))
+        return without_letterbox(maps, (self.planes.shape[2], self.planes.shape[3]), self.aspect)
 
     def shown(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values (n, H, W) as they stand on a screen: as they are."""
@@ -63,7 +65,7 @@ class Frames:
     @property
     def pixel_mm(self) -> tuple[float, float]:
         """Distance of rows and columns on a screen; only their ratio counts."""
-        return 1.0, 1.0
+        return self.aspect, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,9 @@ class Stack:
             maps: at least 0.
         """
         if self.squares:
-            maps = without_letterbox(maps, (self.grid_shape[1], self.grid_shape[2]))
+            _, row_mm, column_mm = np.linalg.norm(self.grid[:3, :3], axis=0).tolist()
+            shape = (self.grid_shape[1], self.grid_shape[2])
+            maps = without_letterbox(maps, shape, aspect_of(row_mm, column_mm))
         there = onto(Volume(values=maps, affine=self.grid), self.volume)
         values: Maps = there.values if there.padding is None else np.where(there.padding, 0, there.values)
         return values
@@ -114,7 +118,7 @@ Original = Frames | Stack
 def original_of(arrays: Mapping[str, NDArray[Any]], *, squares: bool) -> Original:
     """What the job `original` gave; `squares` if slices of it were fitted into squares."""
     if "planes" in arrays:
-        return Frames(planes=arrays["planes"])
+        return Frames(planes=arrays["planes"], aspect=float(arrays["aspect"]))
     return Stack(
         volume=Volume(values=arrays["values"], affine=arrays["affine"]),
         grid=arrays["grid"],

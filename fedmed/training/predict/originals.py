@@ -24,13 +24,14 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
         recipe: `Recipe.settings()`.
 
     Returns:
-        Of pictures and frames "planes" (n, C, H, W). Of volumes "values" (D, H, W) as stored, its "affine" (4, 4), and
-        of the grid that the network is shown "grid" (4, 4) and "grid_shape" (3,); see `Volume` for affines.
+        Of pictures and frames "planes" (n, C, H, W) and "aspect" (), how many times as high as wide a pixel is. Of
+        volumes "values" (D, H, W) as stored, its "affine" (4, 4), and of the grid that the network is shown "grid"
+        (4, 4) and "grid_shape" (3,); see `Volume` for affines.
     """
     import numpy as np  # heavy, as are the others
 
     from fedmed.imaging.items_3d import is_volume, unit_values
-    from fedmed.imaging.reading import read_frames, read_image
+    from fedmed.imaging.reading import read_aspect, read_frames, read_image
     from fedmed.imaging.recipe import Recipe
     from fedmed.imaging.volumes import read_volume
     from fedmed.imaging.volumes.resample import recentred, resampled
@@ -41,9 +42,10 @@ def original(image: str | list[str], recipe: dict[str, Any]) -> Arrays:
     place = next(place for place, file in enumerate(files) if file)
     path, preset = Path(files[place]), steps.preset_of(place)
     if steps.items == "images":
-        return {"planes": _bytes(read_image(path, preset=preset)[None])}
+        return {"planes": _bytes(read_image(path, preset=preset)[None]), "aspect": np.array(read_aspect(path))}
     if steps.items == "slices" and not is_volume(path):
-        return {"planes": np.stack([_bytes(frame) for frame in read_frames(path, preset)])}
+        planes = np.stack([_bytes(frame) for frame in read_frames(path, preset)])
+        return {"planes": planes, "aspect": np.array(read_aspect(path))}
     volume = read_volume(path)
     values = _bytes(unit_values(volume, preset))
     grid = canonical(replace(volume, values=values, padding=None))
