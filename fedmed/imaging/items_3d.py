@@ -108,10 +108,8 @@ def unit_values(volume: Volume, preset: str) -> Unit:
     Raises:
         UnreadableImage: it is of another modality than the preset's, or CT and not in HU.
     """
-    check_modality(volume, preset)
+    check_preset(volume, preset)
     in_hu = preset_named(preset).intensity == "window"
-    if in_hu and volume.modality == "CT" and volume.units != "HU":
-        raise UnreadableImage(NOT_HOUNSFIELD)
     values = -volume.values if volume.lowest_is_white and not in_hu else volume.values
     return to_unit_range(values, preset, valid=None if volume.padding is None else ~volume.padding)
 
@@ -125,15 +123,17 @@ def _canonical(volume: Volume, preset: str) -> Volume:
     return canonical(replace(volume, values=unit_values(volume, preset), padding=None))
 
 
-def check_modality(volume: Volume, preset: str) -> None:
-    """Refuse a volume of another modality than the preset is for.
+def check_preset(volume: Volume, preset: str) -> None:
+    """Refuse a volume that a preset is not for.
 
     Raises:
-        UnreadableImage: it is one.
+        UnreadableImage: it is of another modality, or CT and not in HU.
     """
     wanted = "CT" if preset.startswith("ct-") else "PT" if preset == "pet" else volume.modality
     if volume.modality not in (wanted, ""):
         raise UnreadableImage(f"not a {'PET' if wanted == 'PT' else wanted}, which the preset is for")
+    if preset_named(preset).intensity == "window" and volume.modality == "CT" and volume.units != "HU":
+        raise UnreadableImage(NOT_HOUNSFIELD)
 
 
 def _check_same_patient_space(other: Volume, first: Volume) -> None:

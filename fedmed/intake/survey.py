@@ -24,7 +24,7 @@ from fedmed.imaging.dicom.kinds import check_kind
 from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.fingerprints import fingerprints
 from fedmed.imaging.items import checked, is_nifti
-from fedmed.imaging.items_3d import check_modality
+from fedmed.imaging.items_3d import check_preset
 from fedmed.imaging.raster import raster
 from fedmed.imaging.reading import read_frames, read_image, read_mask
 from fedmed.imaging.recipe import Recipe
@@ -78,7 +78,7 @@ def look(image: str, mask: str, side: int, text: bool, regions: Sequence[str] = 
     path = Path(image)
     seen = _dicom(path, preset, text=text) if path.is_dir() or is_dicom(path) else _other(path, text=text)
     if seen.volume is not None and preset:
-        check_modality(seen.volume, preset)
+        check_preset(seen.volume, preset)
     wrong = {"mask": _mask(Path(mask), seen, tuple(regions))} if mask else {}
     return {
         "facts": np.frombuffer(json.dumps(seen.facts | wrong).encode(), np.uint8),
