@@ -78,7 +78,7 @@ def test_ditto_reports_both_networks_and_sends_the_shared_one_alone(toy_config, 
         assert metrics["personal/auroc"]["n"] == metrics["auroc"]["n"] > 0
         own = as_weights(personal(folder, site["site"]), flat(run.config).layout)
         kept = load_file(run.kept(site["site"], 3))
-        np.testing.assert_array_equal(own.parameters, kept["parameters"])
+        np.testing.assert_array_equal(own.parameters, kept["own-parameters"])
 
 
 def test_fedbn_has_no_metric_of_the_server_and_says_why(toy_config, simulate, tmp_path):

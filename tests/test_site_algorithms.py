@@ -337,8 +337,8 @@ def test_ditto_is_fedavg_and_a_second_loop_with_the_penalty(visits, rate):
             penalty = squared_distance(run.config, weights, 0.5)
             own[site] = plain_steps(run.config, site, round, own[site], penalty=penalty, rate=rate or 0.1)
             kept = load_file(run.kept(site, round))
-            np.testing.assert_allclose(kept["parameters"], own[site].parameters, rtol=0, atol=1e-6)
-            np.testing.assert_allclose(kept["buffers"], own[site].buffers, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(kept["own-parameters"], own[site].parameters, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(kept["own-buffers"], own[site].buffers, rtol=1e-5, atol=1e-6)
         weights = mean_of(updates)
 
 
@@ -349,7 +349,7 @@ def test_ditto_without_a_penalty_trains_alone(visits):
         run.train("a-40", round, weights)
         alone = plain_steps(run.config, "a-40", round, alone)
         weights = Weights(parameters=weights.parameters * np.float32(0.5), buffers=weights.buffers)
-    np.testing.assert_allclose(load_file(run.kept("a-40", 2))["parameters"], alone.parameters, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(load_file(run.kept("a-40", 2))["own-parameters"], alone.parameters, rtol=0, atol=1e-6)
 
 
 # FedDG-GA.

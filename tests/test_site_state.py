@@ -1,5 +1,6 @@
 """What a site keeps from round to round: versions, tearing, kills, and where the folder is."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from visits import Visits, flat
 
 from fedmed import config as run_file
-from fedmed.errors import ConfigError, DataError
+from fedmed.errors import ConfigError, DataError, ModelError
 from fedmed.federated.sites import SIMULATION, site_of
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.types import Task, Weights
@@ -155,6 +157,23 @@ def test_a_folder_that_cannot_be_written_is_one_public_line_without_its_name(tmp
     assert str(tmp_path) not in f"{refusal.value} {refusal.value.public}"
 
 
+def test_what_ditto_keeps_enters_no_run_of_fedbn_even_in_its_folder(toy_config, tmp_path):
+    def visits(name: str) -> Visits:
+        return Visits(
+            toy_config("a-40", model={"norm": "group"}, strategy={"name": name, "min_sites": 1}), tmp_path / name
+        )
+
+    ditto, fedbn = visits("ditto"), visits("fedbn")
+    weights = flat(fedbn.config).weights()
+    ditto.train("a-40", 1, weights)
+    fedbn.train("a-40", 1, weights)
+    names, values = load_file(ditto.kept("a-40", 1)), load_file(fedbn.kept("a-40", 1))
+    kept = {name: values["buffers" if "buffers" in name else "parameters"] for name in names}  # of sizes that fit
+    SiteState(folder=fedbn.kept("a-40", 1).parent).keep(1, kept, reach=2)
+    with pytest.raises(ModelError, match="norm layers that this site kept"):
+        fedbn.train("a-40", 2, weights)
+
+
 def test_other_runs_and_other_networks_have_other_folders(tmp_path):
     empty = np.zeros(0, np.float32)
     task = Task(kind="train", round=1, settings="{}", layout="a", weights=Weights(parameters=empty, buffers=empty))
@@ -165,7 +184,7 @@ def test_other_runs_and_other_networks_have_other_folders(tmp_path):
     assert folder() == folder()
     others = {folder(settings='{"seed": 1}'), folder(layout="b"), folder(run="another"), folder("second")}
     assert len({folder(), *others}) == 5
-    assert folder().name.startswith("first-")
+    assert re.fullmatch(r"first-[0-9a-f]{64}", folder().name), "what the server chooses is not to collide"
     with pytest.raises(ConfigError, match="needs a folder at the site"):
         SiteState.of(None, name="first", task=task)
 

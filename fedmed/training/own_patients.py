@@ -19,13 +19,14 @@ from fedmed.imaging.split import held_out
 from fedmed.metrics import Form
 from fedmed.models.low_rank import merged
 from fedmed.training.evaluate import mean_loss
+from fedmed.training.local_algorithms.ditto import own_weights
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
 from fedmed.training.loop import Circumstances, Trained, train_
 from fedmed.training.losses import Loss, loss_for
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
 from fedmed.training.site_state import write_durably
-from fedmed.types import FloatVector, Weights
+from fedmed.types import FloatVector
 
 if TYPE_CHECKING:
     from fedmed.training.account import Account
@@ -146,7 +147,7 @@ def become_personal_(own: OwnPatients, kept: Mapping[str, FloatVector]) -> bool:
         own.train_(fine_tuning(own.config), Circumstances(round=0))  # no round of the run draws from 0
         return True
     if own.config.strategy.name == "ditto" and kept:
-        own.network.load_(Weights(parameters=kept["parameters"], buffers=kept["buffers"]))
+        own.network.load_(own_weights(kept))
         return True
     return False
 

@@ -33,6 +33,9 @@ class SiteState:
     def of(cls, state_dir: Path | None, *, name: str, task: Task) -> SiteState:
         """The state of a run, known again by its number and by the settings that a resumed run keeps.
 
+        The folder bears the whole digest: the server chooses what is digested, and two runs whose digests only begin
+        alike are soon found.
+
         Args:
             state_dir: the site's folder for what it keeps.
             name: the run's, for people who look into that folder.
@@ -48,7 +51,7 @@ class SiteState:
             )
             raise ConfigError(text, public=text)
         digest = hashlib.sha256(f"{run_identity(task.settings)}/{task.layout}/{task.run}".encode()).hexdigest()
-        return cls(folder=state_dir / f"{name}-{digest[:12]}")
+        return cls(folder=state_dir / f"{name}-{digest}")
 
     def before(self, round: int | None = None) -> dict[str, FloatVector]:
         """The newest vectors kept for a round before the given one, or the newest of all; none in the first round.

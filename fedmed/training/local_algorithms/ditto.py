@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fedmed.training.gradients import proximal
 from fedmed.training.local_algorithms.visit import Outcome, Visit
-from fedmed.types import Weights
+from fedmed.types import FloatVector, Weights
+
+OWN = ("own-parameters", "own-buffers")  # v on the site's disk: un-noised, so no other algorithm knows these names
 
 
 def ditto(visit: Visit) -> Outcome:
@@ -17,7 +21,7 @@ def ditto(visit: Visit) -> Outcome:
     trained = visit.train_()
     weights = visit.network.weights()
     if visit.kept:
-        visit.network.load_(Weights(parameters=visit.kept["parameters"], buffers=visit.kept["buffers"]))
+        visit.network.load_(own_weights(visit.kept))
     else:
         visit.network.load_(visit.received)
     strength = visit.config.strategy.personal_penalty
@@ -25,4 +29,11 @@ def ditto(visit: Visit) -> Outcome:
         correction=proximal(visit.network, visit.received.parameters, strength) if strength else None, personal=True
     )
     own = visit.network.weights()
-    return Outcome(trained=trained, weights=weights, kept={"parameters": own.parameters, "buffers": own.buffers})
+    kept = dict(zip(OWN, (own.parameters, own.buffers), strict=True))
+    return Outcome(trained=trained, weights=weights, kept=kept)
+
+
+def own_weights(kept: Mapping[str, FloatVector]) -> Weights:
+    """The site's own network as it was kept of a round."""
+    parameters, buffers = (kept[name] for name in OWN)
+    return Weights(parameters=parameters, buffers=buffers)

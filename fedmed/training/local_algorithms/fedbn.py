@@ -64,7 +64,7 @@ def with_own_norms(network: FlatNetwork, received: Weights, kept: Mapping[str, F
         return received
     whole = Weights(parameters=received.parameters.copy(), buffers=received.buffers.copy())
     for vector, mask, name in ((whole.parameters, masks[0], "parameters"), (whole.buffers, masks[1], "buffers")):
-        if kept[name].size != mask.sum():
+        if name not in kept or kept[name].size != mask.sum():
             raise ModelError("the norm layers that this site kept are not those of the network")
         vector[mask] = kept[name]
     return whole
