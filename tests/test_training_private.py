@@ -284,6 +284,24 @@ def test_p07_refuses_settings_that_let_private_data_past_the_noise(section, key,
         run_file.validate(values)
 
 
+@pytest.mark.parametrize(
+    ("keys", "fits"),
+    [
+        ({"images-per-patient": 33}, False),
+        ({"images-per-patient": 33, "physical-batch-size": 33}, True),
+        ({"images-per-patient": 33, "unit": "image"}, True),
+        ({"images-per-patient": 8, "augmentations": 5}, False),
+    ],
+)
+def test_a_patient_never_takes_more_memory_than_a_physical_batch(keys, fits):
+    values = {"privacy": {"mode": "dp-sgd", **keys}, "train": {"augment": ["flip"]}}
+    if fits:
+        run_file.validate(values)
+    else:
+        with pytest.raises(ConfigError, match=r"privacy\.physical-batch-size = 32 must hold them"):
+            run_file.validate(values)
+
+
 @pytest.mark.parametrize("mode", ["dp-sgd", "central"])
 @pytest.mark.parametrize(
     ("model", "allowed"),

@@ -86,20 +86,26 @@ class RunConfig(Section):
 
     def _touches_patients_only_under_noise(self) -> None:
         """Refuse what would let private data past the noise: docs/privacy-model.md, claim 7."""
-        train = self.train
+        train, privacy = self.train, self.privacy
         refused = {
             'model.norm = "batch"': (self._batch_norm_trains, f"couples the images of a batch; {WAY_OUT}"),
             'train.class-weights = "balanced"': (train.class_weights != "none", "come from the site's own counts"),
             'train.sampling = "balanced"': (train.sampling != "shuffle", "voids the Poisson sampling of patients"),
             "train.patience": (bool(train.patience), "stops by what private patients show; use evaluate.patience"),
-            f"privacy.augmentations = {self.privacy.augmentations}": (
-                self.privacy.augmentations > 1 and not train.augment,
+            f"privacy.augmentations = {privacy.augmentations}": (
+                privacy.augmentations > 1 and not train.augment,
                 "takes the mean over equal copies; name changes in train.augment",
             ),
         }
         for key, (present, reason) in refused.items():
             if present:
                 raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "dp-sgd"')
+        together = (privacy.images_per_patient if privacy.unit == "patient" else 1) * privacy.augmentations
+        if together > privacy.physical_batch_size:  # else one patient's memory could fail the task
+            raise ValueError(
+                f"privacy.images-per-patient x privacy.augmentations = {together} images of a patient go through the "
+                f"network together; privacy.physical-batch-size = {privacy.physical_batch_size} must hold them"
+            )
 
     def _sites_meet_only_in_the_noised_sum(self) -> None:
         """Refuse what would use a site's change other than clipped, in a sum with noise: claim 9."""
