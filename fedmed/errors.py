@@ -5,7 +5,8 @@
     FedmedError                 one clear line for the user, exit status 1
     ├── ConfigError             a run file, a --set option or a site.toml says something impossible
     ├── DataError               a manifest or a data set cannot be used
-    │   └── UnreadableImage     one image cannot be decoded; a data set counts these
+    │   ├── UnreadableImage     one image cannot be decoded; a data set counts these
+    │   └── UnfitRow            one row does not fit the task: its mask, or what stands in a column
     ├── ModelError              a network cannot be built, or its weights do not fit
     ├── UpdateRefused           what a site sent is not a valid update
     ├── PolicyRefused           a hospital's policy does not allow what a run asks for
@@ -56,6 +57,10 @@ class DataError(FedmedError):
 
 class UnreadableImage(DataError):
     """One image cannot be decoded. The message names the reason and never the file, the patient or a UID."""
+
+
+class UnfitRow(DataError):
+    """One row of a manifest does not fit the task: no set is made with it, but for a private run without it."""
 
 
 class ModelError(FedmedError):

@@ -4,15 +4,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from private_sites import site_in, task_of
-from small_hospitals import hospital
+from small_hospitals import hospital, lungs
 
-from fedmed.errors import ConfigError, DataError, ModelError, UpdateRefused
+from fedmed.errors import ConfigError, DataError, ModelError, UnfitRow, UpdateRefused
+from fedmed.federated.admission import privacy_in
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.wire import decode_task, encode_task
+from fedmed.training import site_round
+from fedmed.training.discretion import UNFORESEEN
+from fedmed.training.own_patients import OwnPatients
 from fedmed.training.site import settings_from, site_data
-from fedmed.training.site_round import evaluate_round, train_round
+from fedmed.training.site_round import evaluate_round, site_card, train_round
+from fedmed.types import Update
 
 PRIVATE = {"mode": "dp-sgd", "epsilon": 3.0, "noise-multiplier": 1.66}
 
@@ -69,6 +76,81 @@ def test_p01_under_privacy_a_server_is_not_told_which_images_are_wrong(toy_confi
         with pytest.raises(DataError, match="row") as raised:
             site_data(site, settings)
         assert public_reason(raised.value) == "the site's data cannot be used for this task"
+
+
+@pytest.mark.parametrize("metrics", [0.0, 1.0])
+def test_p01_a_private_run_counts_the_patients_of_the_manifest_whatever_its_settings_can_read(
+    metrics, toy_config, tmp_path
+):
+    manifest = hospital(tmp_path / "data", 40, seed=1)
+    manifest.write_text(manifest.read_text().replace(",20\n", ",1\n"))
+    rules = "[policy.privacy]\nepsilon = 900.0\n"
+    site = site_in(tmp_path / "site", rules, manifest=manifest, dataset="", virtual=False)
+    found = {}
+    for labels in (("a", "b"), ("a", "age"), ("sex", "age")):  # all rows fit the task, one by its age, and none
+        privacy = {**PRIVATE, "epsilon": 8.0, "metrics-epsilon": metrics}
+        config = toy_config("a-400", privacy=privacy, data={"image-size": 8}, task={"labels": labels})
+        data = site_data(site, task_of(config, "card", 0).settings)
+        card = site_card(task_of(config, "card", 0), site)
+        trained = train_round(task_of(config, "train", 1), site)
+        judged = evaluate_round(task_of(config, "evaluate", 1), site)
+        found[len(data)] = [card, _public(trained), _public(judged)]
+    assert sorted(found) == [0, 1, 80]
+    assert found[0] == found[1] == found[80]
+    card, trained, judged = found[80]
+    assert card["patients"] == card["images"] == 40 == trained["examples"] + judged["examples"]
+
+
+def test_p01_one_row_makes_no_private_run_fail(toy_config, tmp_path):
+    manifest = lungs(tmp_path / "data", 8, seed=1)
+    text = manifest.read_text()
+    masks = sorted((tmp_path / "data").glob("*-mask.png"))
+    for place, mask in enumerate(masks):  # the first of three classes, the others of one
+        Image.fromarray(np.full((16, 16), 1 if place else 3, np.uint8)).save(mask)
+    manifest.write_text(text.replace(f",{masks[1].name}", ","))
+    keys = {"data": {"image-size": 16}, "task": {"kind": "segmentation", "labels": ("x", "y")}}
+    for cache in (None, tmp_path / "cache"):
+        for mode in ("dp-sgd", "none"):
+            config = toy_config("a-400", privacy={"mode": mode}, **keys)
+            site = site_in(tmp_path / mode, "[policy]\n", manifest=manifest, dataset="", virtual=False, cache_dir=cache)
+            settings = task_of(config, "train", 1).settings
+            if mode == "none":
+                with pytest.raises(UnfitRow, match="row 3 has no mask"):
+                    site_data(site, settings)
+                continue
+            data = site_data(site, settings)
+            assert data.unreadable == (2, 3) and "the row has no mask" in data.reasons
+            assert (len(data), sum(data.people(named=False)), sum(data.people(named=True))) == (6, 6, 8)
+    manifest.write_text(text)
+    with pytest.raises(UnfitRow, match="the mask holds 3"):  # nothing of the private run's leniency was kept
+        site_data(replace(site, cache_dir=tmp_path / "cache"), settings)
+
+
+def test_p01_a_private_run_gives_one_reason_for_memory_and_for_defects(config, toy_config, tmp_path, monkeypatch):
+    def fails(error: Exception):
+        def raises(*arguments: object, **keys: object) -> None:
+            raise error
+
+        return raises
+
+    site, said = site_in(tmp_path, "[policy]\n"), set()
+    for error in (MemoryError(), RuntimeError("can't allocate memory"), ZeroDivisionError()):
+        monkeypatch.setattr(OwnPatients, "train_", fails(error))
+        with pytest.raises(DataError) as raised:
+            train_round(task_of(config, "train", 1), site)
+        said.add(public_reason(raised.value))
+        with pytest.raises(type(error)):
+            train_round(task_of(toy_config("a-400"), "train", 1), site)
+    assert said == {UNFORESEEN}
+    monkeypatch.setattr(site_round, "write_findings", fails(MemoryError()))  # un-noised, and for the hospital alone
+    assert evaluate_round(task_of(config, "evaluate", 1), site).num_examples == 40
+
+
+def _public(answer: Update) -> dict:
+    """What a server sees, but for noise, times, what others spent before, and the records' head."""
+    sums = {name: values.size for name, values in answer.metrics.items()}
+    facts = {key: answer.facts.get(key) for key in ("patients", "steps")}
+    return {"examples": answer.num_examples, "metrics": sums, **facts, "events": privacy_in(answer.facts)["events"]}
 
 
 def test_p01_who_is_held_out_at_a_real_site_follows_from_nothing_that_a_server_knows(toy_config, tmp_path):

@@ -20,9 +20,9 @@ from fedmed.imaging.cache.kept import Progress, kept
 from fedmed.imaging.manifest import Manifest, read_manifest, without_patients
 from fedmed.imaging.memory import in_memory
 from fedmed.imaging.reading import require_channels
-from fedmed.imaging.recipe import Recipe
+from fedmed.imaging.recipe import IN_3D, Recipe
 from fedmed.imaging.split import evaluation_rows
-from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles
+from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles, check_unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Dataset:
     rows: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) manifest row that an item is of
     labels: int = 0  # of masks kept as class numbers
     reasons: Mapping[str, int] = field(default_factory=dict)  # why rows were left out, and how many for each reason
+    # Every patient of the manifest, with an item or without, and whether held out; empty = nobody but those with one
+    named: Mapping[str, bool] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Without `evaluation` no item is held out; without `order` the items are as stored, each its own row."""
@@ -103,8 +105,20 @@ class Dataset:
         """Of one item, as stored: (C, …)."""
         return self._images.shape
 
+    def people(self, *, named: bool) -> tuple[int, int]:
+        """How many patients there are to train on, and how many are held out.
+
+        Args:
+            named: count all whom the manifest names, also those of whom a run's settings let no image be read.
+        """
+        if named and self.named:
+            held = sum(self.named.values())
+            return len(self.named) - held, held
+        trained, judged = ({self.patients[row] for row in np.flatnonzero(self.evaluation == side)} for side in (0, 1))
+        return len(trained), len(judged)
+
     def select(self, keep: NDArray[np.bool_]) -> Dataset:
-        """The items where `keep` (N,) is true; pixels are shared."""
+        """The items where `keep` (N,) is true, and their patients; pixels are shared."""
         rows = np.flatnonzero(keep)
         return replace(
             self,
@@ -113,6 +127,7 @@ class Dataset:
             evaluation=self.evaluation[rows],
             order=self._order[rows],
             rows=self.rows[rows],
+            named=MappingProxyType({}),
         )
 
     @property
@@ -170,6 +185,7 @@ def load_dataset(
     processes: int = 1,
     progress: Progress | None = None,
     withdrawn: frozenset[str] = frozenset(),
+    lenient: bool = False,
 ) -> Dataset:
     """Everything a manifest names, decoded, resized and split.
 
@@ -191,23 +207,31 @@ def load_dataset(
         processes: decoding processes, for what is not in the cache.
         progress: told (done, all) while images are decoded into the cache.
         withdrawn: patients who opted out; it is as if the manifest did not name them.
+        lenient: no single row decides whether there is a data set: those that do not fit count as unreadable, and all
+            may be. For private runs.
 
     Raises:
-        DataError: the manifest is wrong, too many images cannot be read, or a mask does not fit.
+        DataError: the manifest is wrong, too many images cannot be read, or a row does not fit the task.
         ConfigError: the preset is unknown or does not fit the network.
     """
     recipe = Recipe.of(
         preset=preset, items=items, image_size=image_size, spacing_mm=spacing_mm, volume_size=volume_size,
         labels=task.labels if task.kind == "segmentation" else (),
     )  # fmt: skip
-    manifest = without_patients(read_manifest(manifest_path, task), withdrawn)
+    manifest = without_patients(read_manifest(manifest_path, task, lenient=lenient), withdrawn)
     require_channels(manifest.modalities, preset, items, in_channels)
     held = evaluation_rows(manifest, site_share, seed, name)
+    fitting = [row for row in manifest.rows if not row.fault]
     if cache_dir is None:
-        pixels = in_memory(manifest.rows, recipe, processes=processes)
+        pixels = in_memory(fitting, recipe, processes=processes, lenient=lenient)
     else:
-        pixels = kept(manifest.rows, recipe, cache_dir, limit_gib=cache_gib, processes=processes, progress=progress)
-    _check_unreadable(pixels.unreadable, len(manifest.rows), max_unreadable)
+        pixels = kept(
+            fitting, recipe, cache_dir, limit_gib=cache_gib, processes=processes, progress=progress, lenient=lenient
+        )
+    faults = {row.number: f"the row{row.fault}" for row in manifest.rows if row.fault}
+    pixels = replace(pixels, unreadable={**faults, **pixels.unreadable})
+    if not lenient:
+        check_unreadable(pixels.unreadable, len(manifest.rows), max_unreadable)
     return _assembled(manifest, held, pixels, recipe, volume_size, in_channels)
 
 
@@ -221,6 +245,13 @@ def _assembled(
 ) -> Dataset:
     """One data set of items; what a row says holds for all items of it."""
     readable = [index for index, row in enumerate(manifest.rows) if row.number not in stored.unreadable]
+    facts: dict[str, Any] = {
+        "unreadable": tuple(sorted(stored.unreadable)),
+        "reasons": MappingProxyType(dict(Counter(stored.unreadable.values()).most_common())),
+        "named": MappingProxyType(dict(zip(manifest.patients, held.tolist(), strict=True))),
+    }
+    if not readable:
+        return replace(_nothing(recipe, volume_size, in_channels, len(manifest.rows[0].labels)), **facts)
     tiles = recipe.items == "patches"
     images = _items(stored.images, volume_size if tiles else ())
     if isinstance(images, Tiles):
@@ -233,13 +264,22 @@ def _assembled(
         images=images,
         targets=np.array([row.labels for row in rows], np.float32)[of_row] if masks is None else masks,
         patients=tuple(rows[index].patient for index in of_row),
-        unreadable=tuple(sorted(stored.unreadable)),
         evaluation=held[readable][of_row],
         channels=in_channels,
         rows=np.array([row.number for row in rows], np.int64)[of_row],
         labels=recipe.labels,
-        reasons=MappingProxyType(dict(Counter(stored.unreadable.values()).most_common())),
+        **facts,
     )
+
+
+def _nothing(recipe: Recipe, volume_size: tuple[int, ...], channels: int, labels: int) -> Dataset:
+    """No item at all, of the shape that items would have."""
+    sides = volume_size if recipe.items in IN_3D else (recipe.image_size, recipe.image_size)
+    targets = (1, *sides) if recipe.labels else (labels,)
+    return Dataset(
+        images=np.zeros((0, channels, *sides), np.float32), targets=np.zeros((0, *targets), np.float32),
+        patients=(), channels=channels, labels=recipe.labels,
+    )  # fmt: skip
 
 
 def _items(places: Sequence[Located], box: tuple[int, ...]) -> Slots | Tiles:
@@ -258,15 +298,3 @@ def _gathered(
 def _padded(items: torch.Tensor, margin: int) -> torch.Tensor:
     """Items (n, C, …) with zeros around; labels (n, labels) as they are."""
     return torch.nn.functional.pad(items, [margin] * 2 * (items.ndim - 2))
-
-
-def _check_unreadable(unreadable: Mapping[int, str], total: int, most: float) -> None:
-    """Refuse a set of which too much, or everything, cannot be read."""
-    count = len(unreadable)
-    if not count or (count < total and count <= most * total):
-        return
-    first = ", ".join(f"row {number} ({reason})" for number, reason in sorted(unreadable.items())[:5])
-    more = ", …" if count > 5 else ""
-    rule = "" if count == total else f", above data.max-unreadable = {100 * most:g} %"
-    text = f"{count} of {total} images ({100 * count / total:.1f} %) cannot be read{rule}: {first}{more}"
-    raise DataError(text, public=text)  # numbers of rows, and what was wrong with the bytes

@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedmed.errors import DataError, UnreadableImage
+from fedmed.errors import UnfitRow, UnreadableImage
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.items import item
 from fedmed.imaging.manifest import Row
@@ -20,7 +20,7 @@ from fedmed.imaging.recipe import Recipe
 
 Arrays = dict[str, NDArray[Any]]
 Decode = Callable[[Row], Arrays]
-Outcome = Arrays | UnreadableImage
+Outcome = Arrays | UnreadableImage | UnfitRow
 # For a row of volumes: a series of a thousand slices on a slow disk, and 2 GiB of float32 with its mask and what
 # resampling needs beside them. A picture has the process's own limits.
 VOLUME_TIMEOUT_S = 300.0
@@ -50,7 +50,7 @@ def here(recipe: Recipe) -> Iterator[Decode]:
 
 
 def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Generator[Outcome, None, None]:
-    """The arrays of every row in order, or why it has none.
+    """The arrays of every row in order, or why it has none; of a row that does not fit the task the error names it.
 
     Args:
         rows: of a manifest.
@@ -58,7 +58,7 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
         processes: decoding processes; each takes a row at a time.
 
     Raises:
-        DataError: a mask does not fit its image or the task; it names the row.
+        DataError: the decoding process does not start.
     """
     if not rows:
         return
@@ -73,9 +73,9 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
                 return decode(row)
             except UnreadableImage as error:
                 return error
-            except DataError as error:
+            except UnfitRow as error:
                 text = f"row {row.number}: {error}"
-                raise DataError(text, public=text) from None
+                return UnfitRow(text, public=text)
             finally:
                 idle.put(decode)
 

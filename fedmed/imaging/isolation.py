@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
+from fedmed.errors import ConfigError, DataError, FedmedError, UnfitRow, UnreadableImage
 
 SIZE = 8  # bytes of the number in front of a reply
 START_S = 60.0  # until a new child answers; it needs a third of a second where the disk is warm
 MAX_REPLY_BYTES = 16 * 2**30
-ERRORS: dict[str, type[FedmedError]] = {error.__name__: error for error in (UnreadableImage, DataError, ConfigError)}
+RAISED: tuple[type[FedmedError], ...] = (UnreadableImage, UnfitRow, DataError, ConfigError)
+ERRORS = {error.__name__: error for error in RAISED}
 
 _open: weakref.WeakSet[DecodingProcess] = weakref.WeakSet()
 

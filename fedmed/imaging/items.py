@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.errors import DataError, UnreadableImage
+from fedmed.errors import UnfitRow, UnreadableImage
 from fedmed.imaging.reading import read_aspect, read_image, read_mask
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.resize import letterbox, letterbox_mask
@@ -49,7 +49,7 @@ def item(*, image: str | Sequence[str], mask: str, recipe: Mapping[str, Any]) ->
 
     Raises:
         UnreadableImage: this row cannot be read.
-        DataError: the mask does not fit its image or the task.
+        UnfitRow: the mask does not fit its image or the task.
     """
     steps = Recipe.from_settings(recipe)
     modalities = tuple(Path(name) if name else None for name in ((image,) if isinstance(image, str) else image))
@@ -124,13 +124,13 @@ def checked(numbers: NDArray[Any], shape: tuple[int, ...], recipe: Recipe, *, un
     found = numbers.shape[1:] if unit == "pixels" else numbers.shape
     if found != tuple(shape):
         text = f"the mask is {_size(found)} {unit}, its image {_size(shape)} {unit}"
-        raise DataError(text, public=text)
+        raise UnfitRow(text, public=text)
     if recipe.labels == 1:
         numbers = numbers != 0
     highest = int(numbers.max(initial=0))
     if highest > recipe.labels or numbers.min(initial=0) < 0:
         text = f"the mask holds {highest}, but the task has {recipe.labels} labels"
-        raise DataError(text, public=text)
+        raise UnfitRow(text, public=text)
     classes: Classes = numbers.astype(np.uint8)
     return classes
 

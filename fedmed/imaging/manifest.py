@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmed.config import TaskConfig
-from fedmed.errors import DataError
+from fedmed.errors import DataError, UnfitRow
 from fedmed.imaging.recipe import BETWEEN
 from fedmed.imaging.separators import separator_of
 
@@ -43,6 +43,7 @@ class Row:
     mask: Path | None
     labels: tuple[float, ...]  # in the task's order; NaN = unknown; empty for segmentation
     split: str  # "" | "train" | "validation" | "test"
+    fault: str = ""  # why it does not fit the task
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -73,21 +74,26 @@ class Manifest:
         return len(self.rows[0].modalities)
 
 
-def read_manifest(path: Path, task: TaskConfig) -> Manifest:
+def read_manifest(path: Path, task: TaskConfig, *, lenient: bool = False) -> Manifest:
     """Read and check a manifest. Whether images exist is found out when they are read.
 
     Args:
         path: the CSV, UTF-8 with or without byte order mark, with commas, semicolons or tabs.
         task: which columns are needed.
+        lenient: whether rows that do not fit the task stay, with their `fault`.
 
     Raises:
         DataError: one line: the file, the column or the rows that are wrong.
+        UnfitRow: a row has no mask, or a label that is none.
     """
     header, lines = _read_csv(path)
     _check_columns(path, header, task)
     rows = tuple(_row(path, number, dict(zip(header, cells, strict=True)), task) for number, cells in lines)
     if not rows:
         raise DataError(f"{path}: the manifest has no rows")
+    unfit = next((row for row in rows if row.fault), None)
+    if unfit is not None and not lenient:
+        raise UnfitRow(f"{path}: row {unfit.number}{unfit.fault}")
     _check_modalities(path, rows)
     _check_images_differ(path, rows)
     _check_splits(path, rows)
@@ -146,7 +152,7 @@ def _nearest(column: str, header: Iterable[str]) -> str:
 
 def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -> Row:
     segmentation = task.kind == "segmentation"
-    for column in ("patient_id", "image", *(("mask",) if segmentation else ())):
+    for column in ("patient_id", "image"):
         if not record[column]:
             raise DataError(f"{path}: row {number} has no {column}")
     modalities = images_of(record["image"], path.parent)
@@ -160,20 +166,26 @@ def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -
         patient=record["patient_id"],
         modalities=modalities,
         mask=path.parent / record["mask"] if segmentation else None,
-        labels=() if segmentation else tuple(_label(path, number, record, label) for label in task.labels),
+        labels=() if segmentation else tuple(map(_label, (record[label] for label in task.labels))),
         split=SPLITS.get(split, ""),
+        fault=_fault(record, task),
     )
 
 
-def _label(path: Path, number: int, record: Mapping[str, str], label: str) -> float:
-    text = record[label]
+def _fault(record: Mapping[str, str], task: TaskConfig) -> str:
+    """Why a row does not fit the task, to be read after its number."""
+    if task.kind == "segmentation":
+        return "" if record["mask"] else " has no mask"
+    wrong = [label for label in task.labels if record[label] and math.isnan(_label(record[label]))]
+    return f': "{wrong[0]}" is neither 0, 1 nor empty' if wrong else ""
+
+
+def _label(text: str) -> float:
+    """0 or 1; NaN for what is neither."""
     try:
-        value = float(text) if text else math.nan
+        return LABEL_VALUES.get(float(text), math.nan)
     except ValueError:
-        value = math.inf
-    if text and value not in LABEL_VALUES:
-        raise DataError(f'{path}: row {number}: "{label}" is neither 0, 1 nor empty')
-    return LABEL_VALUES.get(value, math.nan)
+        return math.nan
 
 
 def images_of(cell: str, folder: Path) -> tuple[Path | None, ...]:

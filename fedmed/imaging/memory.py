@@ -9,22 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.errors import UnreadableImage
+from fedmed.errors import DataError, UnfitRow
 from fedmed.imaging.decoding import decoded
 from fedmed.imaging.manifest import Row
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.stored import Located, Stored
 
 
-def in_memory(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Stored:
+def in_memory(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1, lenient: bool = False) -> Stored:
     """Decode every row.
 
+    Args:
+        rows: of a manifest.
+        recipe: how they are read.
+        processes: decoding processes.
+        lenient: whether a row that does not fit the task is as good as unreadable.
+
     Raises:
-        DataError: a mask does not fit its image or the task.
+        UnfitRow: a mask does not fit its image or the task.
     """
     found, unreadable = [], {}
     for row, arrays in zip(rows, decoded(rows, recipe, processes=processes), strict=True):
-        if isinstance(arrays, UnreadableImage):
+        if isinstance(arrays, UnfitRow) and not lenient:
+            raise arrays
+        if isinstance(arrays, DataError):
             unreadable[row.number] = str(arrays)
         else:
             found.append(arrays)

@@ -196,3 +196,24 @@ def _floats(values: Array, *, scaled: bool) -> Floats:
     if scaled and levels is not None:
         return np.multiply(values, np.float32(1 / levels), dtype=np.float32)
     return values.astype(np.float32, copy=False)
+
+
+def check_unreadable(unreadable: Mapping[int, str], total: int, most: float) -> None:
+    """Refuse a set of which too much, or everything, cannot be read.
+
+    Args:
+        unreadable: reasons by number of the row.
+        total: rows.
+        most: share of them that may be unreadable.
+
+    Raises:
+        DataError: as said.
+    """
+    count = len(unreadable)
+    if not count or (count < total and count <= most * total):
+        return
+    first = ", ".join(f"row {number} ({reason})" for number, reason in sorted(unreadable.items())[:5])
+    more = ", …" if count > 5 else ""
+    rule = "" if count == total else f", above data.max-unreadable = {100 * most:g} %"
+    text = f"{count} of {total} images ({100 * count / total:.1f} %) cannot be read{rule}: {first}{more}"
+    raise DataError(text, public=text)  # numbers of rows, and what was wrong with the bytes

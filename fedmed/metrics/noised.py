@@ -82,7 +82,7 @@ def patient_histograms(
         images = np.bincount(place[known], minlength=len(who))  # (P,)
         owner, negative = place[known], (target[known] == 0).astype(np.int64)
         np.add.at(vectors, (owner, negative, label, np.searchsorted(inner, column[known])), 1 / images[owner])
-    return vectors.reshape(len(who), -1)
+    return vectors.reshape(len(who), 2 * labels * COARSE)
 
 
 def patient_overlaps(cases: Cases, patients: Sequence[str]) -> Array:

@@ -140,9 +140,10 @@ def opened_account(
     """
     privacy, train = config.privacy, config.train
     units = units_of(data, rows, privacy)
-    if kept is not None and not units:
+    count = data.people(named=True)[0] if privacy.unit == "patient" else len(units)  # of nobody's the gradient is 0
+    if kept is not None and not count:
         raise DataError("no image is left to train on", public="no image is left to train on")
-    public = terms_for(privacy, train, units=max(len(units), 1), noise_multiplier=1.0)
+    public = terms_for(privacy, train, units=max(count, 1), noise_multiplier=1.0)
     run = run_of(config.name, settings)
     sigma = (
         privacy.noise_multiplier

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +44,8 @@ def require_uncoupled(network: FlatNetwork, data: Dataset) -> None:
     Raises:
         ModelError: what the network says of the picture depends on its neighbour.
     """
-    shape = data.batch(np.zeros(1, np.int64), margin=network.margin_voxels)[0].shape[1:]
+    channels, *sides = data.shape
+    shape = (max(channels, data.channels), *(side + 2 * network.margin_voxels for side in sides))
     module = deepcopy(network.module).train()
     with seeded(SEED, torch.device("cpu")):
         for parameter in module.parameters():

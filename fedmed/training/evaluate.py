@@ -145,23 +145,26 @@ def patient_vectors(
     Args:
         network: the network to be judged.
         data: the site's images.
-        rows: of the held-out patients, one at least.
+        rows: of the held-out patients; there may be none.
         task: classification or segmentation.
         centres: logits around which histograms are finest, one for each label; empty = 0.
     """
+
+    def vectors_of(logits: NDArray[np.float32], targets: NDArray[np.float32], names: list[str]) -> NDArray[np.float64]:
+        if task.kind == "segmentation":
+            return patient_overlaps(scored_cases(logits, targets), names)
+        return patient_histograms(logits, targets, names, centres or None)
+
     of_patient: dict[str, list[int]] = {}
     for row in rows.tolist():
         of_patient.setdefault(data.patients[row], []).append(row)
-    vectors = []
+    nobody = np.zeros((0, len(task.labels), *([1, 1] if task.kind == "segmentation" else [])), np.float32)
+    vectors = [vectors_of(nobody, nobody, [])]
     for patient, own in of_patient.items():
         batches = list(predictions(network, data, np.array(own)))
         logits = np.nan_to_num(np.concatenate([batch[1] for batch in batches]))
         targets = np.concatenate([batch[2] for batch in batches])
-        names = [patient] * len(logits)
-        if task.kind == "segmentation":
-            vectors.append(patient_overlaps(scored_cases(logits, targets), names))
-        else:
-            vectors.append(patient_histograms(logits, targets, names, centres or None))
+        vectors.append(vectors_of(logits, targets, [patient] * len(logits)))
     return np.concatenate(vectors)
 
 

@@ -59,7 +59,9 @@ def findings(
     machines: Counter[str] = Counter()
     if manifest is not None:
         used = set(data.rows.tolist())
-        machines = scanners([row for row in read_manifest(manifest, config.task).rows if row.number in used])
+        machines = scanners(
+            [row for row in read_manifest(manifest, config.task, lenient=True).rows if row.number in used]
+        )
     return {
         "schema": SCHEMA,
         "site": name,

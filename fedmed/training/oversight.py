@@ -17,9 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, LedgerUnusable, PolicyRefused
 from fedmed.imaging.dataset import Dataset
@@ -135,6 +132,7 @@ def _answer(
     """What the policy and the ledger of this moment say; without data only what does not depend on them."""
     policy = read_policy(oversight.policy) if oversight.policy else _no_policy(config)
     ledger = open_ledger(oversight, policy)
+    trained, judged = (None, None) if data is None else data.people(named=config.privacy.mode != "none")
     request = Request(
         run=config.name,
         kind=asked,
@@ -142,17 +140,13 @@ def _answer(
         algorithm=config.strategy.name,
         min_sites=config.strategy.min_sites,
         privacy=config.privacy,
-        patients=None if data is None else _patients(data, ~data.evaluation),
-        held_out_patients=None if data is None else _patients(data, data.evaluation),
+        patients=trained,
+        held_out_patients=judged,
         moment=datetime.now().astimezone(),
     )
     bound = ledger.epsilon_rdp
     quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
     return policy, ledger, decide(policy, request, quick if bound <= policy.privacy.epsilon else ledger.spent())
-
-
-def _patients(data: Dataset, chosen: NDArray[np.bool_]) -> int:
-    return len({data.patients[row] for row in np.flatnonzero(chosen)})
 
 
 def _no_policy(config: RunConfig) -> SitePolicy:

@@ -57,6 +57,15 @@ class OwnPatients:
         """Rows of the patients that the site holds out."""
         return np.flatnonzero(self.data.evaluation)
 
+    @property
+    def people(self) -> tuple[int, int]:
+        """How many patients are trained on, and how many held out, as the site declares it.
+
+        In a private run these are all of the manifest: the number of those whose images a run can read would answer
+        any question that its settings ask.
+        """
+        return self.data.people(named=self.config.privacy.mode != "none")
+
     def train_(self, settings: TrainConfig, given: Circumstances, account: Account | None = None) -> Trained:
         """Train the network in place from the weights that it holds; the order of images follows from the round.
 

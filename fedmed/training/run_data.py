@@ -24,6 +24,7 @@ def run_data(
     cache_dir: Path | None,
     cache_gib: float,
     withdrawn: frozenset[str] = frozenset(),
+    lenient: bool = False,
 ) -> Dataset:
     """The data set that a run asks for, of one manifest.
 
@@ -37,6 +38,7 @@ def run_data(
         cache_dir: where decoded images are kept; None = memory.
         cache_gib: size above which the sets that were used longest ago leave the cache.
         withdrawn: patients who opted out.
+        lenient: whether no single row may decide that there is no data set.
 
     Raises:
         DataError: the manifest is wrong, or too many images cannot be read.
@@ -61,6 +63,7 @@ def run_data(
         volume_size=config.data.volume_size,
         cache_gib=cache_gib,
         withdrawn=withdrawn,
+        lenient=lenient,
     )
 
 

@@ -63,20 +63,20 @@ def site_data(site: Site, settings: str) -> Dataset:
     """The site's data set, kept by this process between tasks.
 
     Raises:
-        DataError: it cannot be used. Under differential privacy a server is not told why, and images that cannot be
-            read are left out however many they are: both tell of single images. `fedmed site check` says so beforehand.
+        DataError: it cannot be used. Under differential privacy a server is not told why, and rows that cannot be
+            read, or do not fit the task, are left out however many they are: both tell of single images.
+            `fedmed site check` says so beforehand.
     """
     config = settings_from(settings)
     if config.privacy.mode == "none" or site.virtual:
         return _site_data(site, config)
-    lenient = config.data.model_copy(update={"max_unreadable": 1.0})
     try:
-        return _site_data(site, config.model_copy(update={"data": lenient}))
+        return _site_data(site, config, lenient=True)
     except DataError as error:
         raise DataError(str(error)) from None
 
 
-def _site_data(site: Site, config: RunConfig) -> Dataset:
+def _site_data(site: Site, config: RunConfig, *, lenient: bool = False) -> Dataset:
     return run_data(
         site.manifest,
         config,
@@ -87,6 +87,7 @@ def _site_data(site: Site, config: RunConfig) -> Dataset:
         cache_dir=site.cache_dir,
         cache_gib=site.cache_gib,
         withdrawn=site.withdrawn,
+        lenient=lenient,
     )
 
 

@@ -29,11 +29,15 @@ from fedmed.training.oversight import Permit
 KEPT = 8  # cohorts on disk
 
 
-def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: TaskConfig, permit: Permit) -> Cohort:
+def cohort_of_patients(
+    patients: Iterable[str], manifest: Path | None, task: TaskConfig, permit: Permit, *, idle: Iterable[str] = ()
+) -> Cohort:
     """The cohort of some of a site's patients.
 
     Args:
         patients: their ids.
+        idle: of more patients, no image of whom this run can read. They are charged as well, so that nothing that is
+            said of the charges tells who they are; but not if they have no picture by which to know them again.
         manifest: the site's CSV; None for data that are no images, whose patients are known by id at best.
         task: which columns the manifest has.
         permit: of the task that touches them.
@@ -43,12 +47,12 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
         LedgerUnusable: what was found cannot be kept.
     """
     stable = permit.ledger.policy.privacy.stable_ids
-    wanted = sorted(set(patients))
+    touched = set(patients)
     if manifest is None:
-        return cohort_of({patient: [] for patient in wanted}, permit.keys, stable_ids=stable)
-    chosen = set(wanted)
+        return cohort_of({patient: [] for patient in touched}, permit.keys, stable_ids=stable)
+    chosen = {*touched, *idle}
     try:
-        rows = [row for row in read_manifest(manifest, task).rows if row.patient in chosen]
+        rows = [row for row in read_manifest(manifest, task, lenient=True).rows if row.patient in chosen]
     except DataError as error:  # it was changed since it was loaded; a server is not told how
         raise DataError(str(error)) from None
     kept = permit.oversight.folder / "cohorts" / f"{_state_of(rows, permit, stable=stable)}.bin"
@@ -56,16 +60,17 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
     with suppress(OSError):
         members = kept.read_bytes()
         os.utime(kept)
-    if members:
-        return Cohort.of_members(members)
-    pictures: dict[str, list[bytes]] = {patient: [] for patient in wanted}
+    if members and _holds(cohort := Cohort.of_members(members), touched, permit):
+        return cohort
+    pictures: dict[str, list[bytes]] = {patient: [] for patient in sorted(chosen)}
     with DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES) as process:
         for row in rows:
             for image in row.images:
                 with suppress(UnreadableImage):  # such a row is trained on by nobody
                     found = process.run("fingerprints", path=str(image))["fingerprints"]
                     pictures[row.patient] += [bytes(fingerprint) for fingerprint in found]
-    cohort = cohort_of(pictures, permit.keys, stable_ids=stable)
+    known = {patient: found for patient, found in pictures.items() if found or patient in touched}
+    cohort = cohort_of(known, permit.keys, stable_ids=stable)
     _keep(kept, cohort)
     return cohort
 
@@ -73,6 +78,12 @@ def cohort_of_patients(patients: Iterable[str], manifest: Path | None, task: Tas
 def patients_of(data: Dataset, rows: NDArray[np.int64]) -> set[str]:
     """The ids of the patients of some rows of a data set."""
     return {data.patients[row] for row in rows}
+
+
+def _holds(cohort: Cohort, patients: Iterable[str], permit: Permit) -> bool:
+    """Whether all of these patients are in a cohort."""
+    digests = {bytes(digest) for digest in cohort.digests}
+    return all(permit.keys.link("patient", patient.encode()) in digests for patient in patients)
 
 
 def _state_of(rows: Iterable[Row], permit: Permit, *, stable: bool) -> str:

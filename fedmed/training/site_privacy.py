@@ -19,7 +19,6 @@ from fedmed.training.noised_metrics import NoisedSums
 from fedmed.training.oversight import Permit, require_ledger
 from fedmed.training.own_patients import OwnPatients, site_generator
 from fedmed.training.reserving import SCHEDULE, charges_of, reserve_round, run_of
-from fedmed.training.sampling import Rows
 from fedmed.training.site_cohort import cohort_of_patients, patients_of
 from fedmed.types import FloatVector, PrivacyEvent, Sums, Task
 
@@ -43,7 +42,7 @@ def account_of(
     if kept is not None:
         require_fixed_statistics(own.network.module)
     permit = require_ledger(own.config, given, virtual=site.virtual)
-    cohort = _cohort(site, permit, own, own.rows)
+    cohort = _cohort(site, permit, own, held_out=False)
     seed = int(site_generator(own.config.seed, site.name, task.round).integers(2**62))
     account = opened_account(
         own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed, kept=kept
@@ -66,11 +65,11 @@ def noised_sums(task: Task, site: Site, given: Permit | None, own: OwnPatients) 
         config=own.config,
         permit=permit,
         form=site.metrics,
-        cohort=_cohort(site, permit, own, own.held_out),
+        cohort=_cohort(site, permit, own, held_out=True),
         source=noise_generator(own.config.privacy.noise, seed=seed),
     )
     vectors = partial(patient_vectors, own.network, own.data, own.held_out, own.config.task, centres=task.centres)
-    return sums.of(vectors, len(patients_of(own.data, own.held_out)))
+    return sums.of(vectors, own.people[1])
 
 
 def charge_central(task: Task, site: Site, permit: Permit, own: OwnPatients) -> None:
@@ -85,7 +84,7 @@ def charge_central(task: Task, site: Site, permit: Permit, own: OwnPatients) -> 
     """
     config = own.config
     require_fixed_statistics(own.network.module)
-    cohort, run = _cohort(site, permit, own, own.rows), run_of(config.name, task.settings)
+    cohort, run = _cohort(site, permit, own, held_out=False), run_of(config.name, task.settings)
     charges = charges_of(permit.ledger, run).values()
     planned = next((each.events for each in charges if (each.round, each.cohort) == (SCHEDULE, cohort.name)), ())
     releases = [replace(event, steps=1) for event in planned] or promised_releases(config.privacy, config.train.rounds)
@@ -103,6 +102,8 @@ def promised_releases(privacy: PrivacyConfig, rounds: int) -> tuple[PrivacyEvent
     return central_events(noise_multiplier=sigma, rounds=1, adaptive=adaptive)
 
 
-def _cohort(site: Site, permit: Permit, own: OwnPatients, rows: Rows) -> Cohort:
+def _cohort(site: Site, permit: Permit, own: OwnPatients, *, held_out: bool) -> Cohort:
     manifest = None if site.dataset else site.manifest
-    return cohort_of_patients(patients_of(own.data, rows), manifest, own.config.task, permit)
+    touched = patients_of(own.data, own.held_out if held_out else own.rows)
+    idle = {patient for patient, out in own.data.named.items() if out == held_out} - touched
+    return cohort_of_patients(touched, manifest, own.config.task, permit, idle=idle)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Literal
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, FedmedError, ModelError
+from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
+from fedmed.training.discretion import for_the_site_alone, one_reason
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
 from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
@@ -38,13 +38,13 @@ from fedmed.training.oversight import (
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.sampling import Rows
 from fedmed.training.site import Site, settings_from, site_data
-from fedmed.training.site_cohort import patients_of
 from fedmed.training.site_privacy import account_of, charge_central, noised_sums
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import unfinished
 from fedmed.types import FloatVector, Scalar, Sums, Task, Update
 
 
+@one_reason
 def train_round(task: Task, site: Site) -> Update:
     """Train the received network on the site's own images.
 
@@ -70,7 +70,7 @@ def train_round(task: Task, site: Site) -> Update:
     if config.privacy.mode == "central" and permit is not None:
         charge_central(task, site, permit, own)
     if task.round == 1 and site.state_dir is not None and not site.virtual:
-        with suppress(OSError, FedmedError):  # a full disk costs the site its comparison
+        with for_the_site_alone(site):
             keep_network(site.state_dir, "first", task, task.weights)
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
@@ -103,7 +103,7 @@ def train_round(task: Task, site: Site) -> Update:
     for saved in saves.values():
         if saved is not None:
             saved.clear()
-    patients = len({data.patients[row] for row in own.rows})
+    patients, _ = own.people
     mode = config.privacy.mode  # how many images its patients have is not for others to know, if it is not "none"
     facts: dict[str, Scalar] = {
         "patients": patients,
@@ -116,6 +116,7 @@ def train_round(task: Task, site: Site) -> Update:
     return released(_update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome), permit)
 
 
+@one_reason
 def evaluate_round(task: Task, site: Site) -> Update:
     """Evaluate the received network on the patients that the site holds out; its weights do not come back.
 
@@ -140,12 +141,11 @@ def evaluate_round(task: Task, site: Site) -> Update:
     if config.privacy.metrics_epsilon:
         metrics = noised_sums(task, site, permit, own)
     if site.state_dir is not None:
-        # A full disk or a network that gives NaN for a patient costs the site its page; the server is told neither
-        with suppress(OSError, FedmedError):
+        with for_the_site_alone(site):
             manifest = None if site.dataset else site.manifest
             write_findings(site.state_dir, site.name, manifest, config, data, network, task.round)
         if not site.virtual:
-            with suppress(OSError, FedmedError):
+            with for_the_site_alone(site):
                 keep_network(site.state_dir, "final", task, network.weights())
     if state is not None and has_personal_network(config.strategy):
         if become_personal_(own, kept) and config.privacy.mode == "none":  # un-noised, it and its metrics stay
@@ -153,24 +153,27 @@ def evaluate_round(task: Task, site: Site) -> Update:
         write_personal(network, state.personal)
     said = account_of(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
     facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
-    count = len(own.held_out) if config.privacy.mode == "none" else len(patients_of(data, own.held_out))
+    count = len(own.held_out) if config.privacy.mode == "none" else own.people[1]
     return released(_update(network, count, metrics, facts), permit)
 
 
+@one_reason
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, load = settings_from(task.settings), partial(site_data, site, task.settings)
     permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, load, kind="card")
     data = load()
-    patients, private = len(set(data.patients)), config.privacy.mode != "none"
+    private = config.privacy.mode != "none"
+    trained, judged = data.people(named=private)
+    patients = trained + judged if private else len(set(data.patients))
     return {
         "site": site.name,
         "patients": patients,
         "images": patients if private else len(data),  # under DP the number of patients alone is public
         "unreadable": 0 if private else len(data.unreadable),
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
-        "holds-out": bool(data.evaluation.any()),
+        "holds-out": judged > 0,
     }
 
 

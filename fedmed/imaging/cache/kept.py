@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fedmed import __version__
-from fedmed.errors import DataError, UnreadableImage
+from fedmed.errors import DataError, UnfitRow, UnreadableImage
 from fedmed.imaging.cache.digests import Digests
 from fedmed.imaging.cache.index import DAMAGED, Entry, Index, Place
 from fedmed.imaging.cache.joining import joined
@@ -50,6 +50,7 @@ def kept(
     limit_gib: float,
     processes: int = 1,
     progress: Progress | None = None,
+    lenient: bool = False,
 ) -> Stored:
     """Map the rows that are kept; decode and keep the others.
 
@@ -60,16 +61,18 @@ def kept(
         limit_gib: size above which the sets used longest ago are removed.
         processes: decoding processes.
         progress: told of the rows that are decoded.
+        lenient: whether a row that does not fit the task is as good as unreadable.
 
     Raises:
-        DataError: the cache cannot be written, its size does not suffice, or a mask does not fit its image.
+        DataError: the cache cannot be written, or its size does not suffice.
+        UnfitRow: a mask does not fit its image or the task.
     """
     try:
         folder = opened_folder(cache_dir)
         for _ in range(ATTEMPTS):
             try:
                 with closing(Index(folder)) as index:
-                    return _kept(index, folder, rows, recipe, limit_gib, processes, progress)
+                    return _kept(index, folder, rows, recipe, limit_gib, processes, progress, lenient=lenient)
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", 0) not in DAMAGED:
                     raise
@@ -95,6 +98,8 @@ def _kept(
     limit_gib: float,
     processes: int,
     progress: Progress | None,
+    *,
+    lenient: bool,
 ) -> Stored:
     keys, unreadable = _keys(index, rows, recipe)
     wanted = list(keys.values())
@@ -102,7 +107,7 @@ def _kept(
     missing = {keys[row.number]: row for row in reversed(rows) if row.number in keys}
     missing = {key: row for key, row in reversed(missing.items()) if key not in entries and key not in failures}
     if missing:
-        passing = _Builder(index, folder, recipe, limit_gib).build(missing, processes, progress)
+        passing = _Builder(index, folder, recipe, limit_gib, lenient=lenient).build(missing, processes, progress)
         entries, failures = index.entries(wanted), {**index.failures(wanted, _decoders()), **passing}
     if joined(index, folder, json.dumps(recipe.settings(), sort_keys=True), entries):
         keep_within(folder, index, limit_gib * GIB)  # removes what was left behind
@@ -161,7 +166,8 @@ def _decoders() -> str:
 class _Builder:
     """Decodes rows into one new segment and commits them again and again."""
 
-    def __init__(self, index: Index, folder: Path, recipe: Recipe, limit_gib: float) -> None:
+    def __init__(self, index: Index, folder: Path, recipe: Recipe, limit_gib: float, *, lenient: bool) -> None:
+        self._lenient = lenient
         self._index, self._folder, self._recipe, self._limit_gib = index, folder, recipe, limit_gib
         self._entries: dict[bytes, Entry] = {}
         self._failures: dict[bytes, str] = {}
@@ -174,12 +180,14 @@ class _Builder:
             results = decoded(list(missing.values()), self._recipe, processes=processes)
             with closing(results):
                 for done, (key, arrays) in enumerate(zip(missing, results, strict=True), start=1):
-                    if not isinstance(arrays, UnreadableImage):
+                    if isinstance(arrays, UnfitRow) and not self._lenient:
+                        raise arrays
+                    if not isinstance(arrays, DataError):
                         image = writer.append("images", arrays["images"])
                         mask = writer.append("masks", arrays["masks"]) if "masks" in arrays else None
                         self._entries[key] = Entry(segment=writer.name, image=image, mask=mask)
                         self._bytes += sum(array.nbytes for array in arrays.values())
-                    elif str(arrays).startswith(PASSING):
+                    elif isinstance(arrays, UnfitRow) or str(arrays).startswith(PASSING):
                         passing[key] = str(arrays)
                     else:
                         self._failures[key] = str(arrays)
