@@ -18,6 +18,7 @@ from fedmed.privacy.keys import make_keys, read_keys, read_public, signed_by
 from fedmed.privacy.ledger import Ledger
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.privacy.rdp_filter import Filter, curve_of, orders_for
+from fedmed.privacy.refusals import Offer
 from fedmed.training.account import Account
 from fedmed.training.terms import Terms
 
@@ -185,9 +186,16 @@ def test_a_refusal_names_the_rule_and_offers_plans_that_fit(tmp_path, keys):
     with pytest.raises(BudgetExhausted) as refused:
         ledger.reserve(RUN, 2, [step(1.0, steps=2000)], cohort(keys))
     text = str(refused.value)
-    assert refused.value.rule == "policy.privacy.epsilon" and refused.value.public == text
-    steps = int(text.split(" of its ")[0].split()[-1])
-    noise = float(text.rsplit(maxsplit=1)[-1])
+    assert refused.value.rule == "policy.privacy.epsilon"
+
+    def plans(said: str) -> tuple[int, float]:
+        return int(said.split(" of its ")[0].split()[-1]), float(said.rsplit(maxsplit=1)[-1])
+
+    steps, noise = plans(text)
+    said, (fewer, louder) = refused.value.public, plans(refused.value.public)
+    assert "ε" not in said and "3.0" not in said and "(policy.privacy.epsilon)" in said
+    assert (fewer, louder) == (steps, pytest.approx(np.ceil(noise * 10) / 10))
+    assert Offer(steps=2345, wanted=9000, noise=1.234).rounded() == Offer(steps=2300, wanted=9000, noise=1.3)
     for plan in (step(1.0, steps=steps + 1), step(noise * 0.95, steps=2000)):
         with pytest.raises(BudgetExhausted):
             ledger.reserve(RUN, 2, [plan], cohort(keys))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import ceil, floor, log10
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +76,11 @@ def over_budget(
             return None
     epsilon = max(gate.epsilon_of(curve) for curve in _after(events, totals, times))
     rule = "policy.privacy.epsilon"
-    text = (
-        f"{what} would raise ε to {epsilon:.2f} at δ = {gate.delta:g}; this site allows {gate.epsilon:.2f} "
-        f"({rule}{' as it was when the run began' if pinned else ''}). {offer(events, totals, times, gate)}"
-    )
-    return BudgetExhausted(text, rule=rule)
+    named = f"{rule} as it was when the run began" if pinned else rule
+    found = offer(events, totals, times, gate)
+    text = f"{what} would raise ε to {epsilon:.2f} at δ = {gate.delta:g}; this site allows {gate.epsilon:.2f} ({named})"
+    public = f"{what} would exceed the budget of this site's patients ({named})"
+    return BudgetExhausted(f"{text}. {found}", rule=rule, public=f"{public}. {found.rounded()}")
 
 
 def passes(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64], gate: Filter) -> bool:
@@ -95,8 +96,33 @@ def _after(
     return [total + asked[often] for total, often in zip(totals, times.tolist(), strict=True)]
 
 
-def offer(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64], gate: Filter) -> str:
-    """The largest plans that fit, in words.
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """The largest plans that fit in place of one that does not. They tell what the patients have spent."""
+
+    steps: int  # of those that were asked for, with the noise as it was
+    wanted: int
+    noise: float | None  # with which all of them fit; None = no noise that is looked for is enough
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        fewer = f"{self.steps} of its {self.wanted} steps fit" if self.steps else "not one step of it fits"
+        return f"{fewer}; all of them fit with a noise multiplier of {self.noise:.3g}" if self.noise else fewer
+
+    def rounded(self) -> Offer:
+        """As it leaves the site: two figures, which fit as well."""
+        unit = 10 ** max(len(str(self.steps)) - 2, 0)
+        return replace(self, steps=self.steps // unit * unit, noise=self.noise and _rounded_up(self.noise))
+
+
+def _rounded_up(value: float) -> float:
+    """To two figures."""
+    unit = 10.0 ** (floor(log10(value)) - 1)
+    return ceil(value / unit) * unit
+
+
+def offer(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: NDArray[np.int64], gate: Filter) -> Offer:
+    """The largest plans that fit.
 
     Args:
         events: the plan.
@@ -109,10 +135,7 @@ def offer(events: Sequence[PrivacyEvent], totals: NDArray[np.float64], times: ND
         return passes(plan, totals, times, gate)
 
     wanted = sum(event.steps for event in events)
-    steps = most_steps(events, fits)
-    fewer = f"{steps} of its {wanted} steps fit" if steps else "not one step of it fits"
-    noise = least_noise(events, fits)
-    return f"{fewer}; all of them fit with a noise multiplier of {noise:.3g}" if noise else fewer
+    return Offer(steps=most_steps(events, fits), wanted=wanted, noise=least_noise(events, fits))
 
 
 def most_steps(events: Sequence[PrivacyEvent], fits: Fits) -> int:

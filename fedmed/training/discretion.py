@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 
-from fedmed.errors import DataError, FedmedError
+from fedmed.errors import BudgetExhausted, DataError, FedmedError
 from fedmed.training.site import Site, settings_from
 from fedmed.types import Task
 
@@ -21,14 +21,16 @@ def one_reason(act: Callable[[Task, Site], Answer]) -> Callable[[Task, Site], An
     """Have a task of a private run give one and the same reason for every failure that fedmed did not foresee.
 
     The task then raises `DataError` in place of what was no `FedmedError`, but for the operating system's errors, which
-    tell of the disk.
+    tell of the disk. What a refusal says of the budget beyond its public part goes to the site's own log.
     """
 
     @wraps(act)
     def told(task: Task, site: Site) -> Answer:
         try:
             return act(task, site)
-        except (FedmedError, OSError):
+        except (FedmedError, OSError) as error:
+            if isinstance(error, BudgetExhausted) and not site.virtual:
+                print(f"refused: {error}", file=sys.stderr, flush=True)
             raise
         except Exception as error:
             if settings_from(task.settings).privacy.mode == "none":
