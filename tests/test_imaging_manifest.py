@@ -130,6 +130,19 @@ def test_split_is_by_patient_and_order_does_not_matter(patients: list[str], shar
         assert not held.all()
 
 
+@given(patients=patients, share=st.floats(0, 0.99), seed=st.integers(0, 2**62))
+def test_p07_without_forced_sides_nobody_moves_when_a_patient_leaves(
+    patients: list[str], share: float, seed: int
+) -> None:
+    def sides(some: list[str]) -> dict[str, bool]:
+        return dict(zip(some, held_out(some, share=share, seed=seed, name="a", both=False), strict=True))
+
+    whole = sides(patients)
+    for gone in whole:
+        left = sides([patient for patient in patients if patient != gone])
+        assert left == {patient: side for patient, side in whole.items() if patient != gone}
+
+
 def test_split_has_about_the_share_and_depends_on_seed_and_name() -> None:
     patients = [f"P{i}" for i in range(4000)]
     one = held_out(patients, share=0.2, seed=1, name="a")

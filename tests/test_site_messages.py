@@ -166,3 +166,16 @@ def test_p01_who_is_held_out_at_a_real_site_follows_from_nothing_that_a_server_k
     assert held("a", virtual=False) != held("b", virtual=False), "their keys differ"
     assert held("a", virtual=False) == held("a", virtual=False)
     assert held("a", virtual=True) == held("b", virtual=True), "a simulation repeats itself"
+
+
+def test_p07_at_a_real_site_nobody_is_put_on_a_side_to_fill_it(toy_config, tmp_path):
+    manifest = hospital(tmp_path / "data", 6, seed=1)
+    for mode, empty in (("dp-sgd", True), ("none", False)):
+        config = toy_config(
+            "a-400", privacy={"mode": mode}, data={"image-size": 8}, evaluate={"site-share": 1 - 2**-40}
+        )
+        site = site_in(tmp_path / mode, "[policy]\n", manifest=manifest, dataset="", virtual=False)
+        assert bool(site_data(site, task_of(config, "train", 1).settings).evaluation.all()) == empty
+        if empty:
+            with pytest.raises(DataError, match="no image is left to train on"):
+                train_round(task_of(config, "train", 1), site)

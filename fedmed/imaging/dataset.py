@@ -106,7 +106,7 @@ class Dataset:
         return self._images.shape
 
     def people(self, *, named: bool) -> tuple[int, int]:
-        """How many patients there are to train on, and how many are held out.
+        """How many patients are trained on, and how many held out.
 
         Args:
             named: count all whom the manifest names, also those of whom a run's settings let no image be read.
@@ -207,8 +207,8 @@ def load_dataset(
         processes: decoding processes, for what is not in the cache.
         progress: told (done, all) while images are decoded into the cache.
         withdrawn: patients who opted out; it is as if the manifest did not name them.
-        lenient: no single row decides whether there is a data set: those that do not fit count as unreadable, and all
-            may be. For private runs.
+        lenient: no single row decides whether there is a data set, nor on which side another one is: those that do
+            not fit count as unreadable, all may be, and a side may be empty. For private runs.
 
     Raises:
         DataError: the manifest is wrong, too many images cannot be read, or a row does not fit the task.
@@ -220,7 +220,7 @@ def load_dataset(
     )  # fmt: skip
     manifest = without_patients(read_manifest(manifest_path, task, lenient=lenient), withdrawn)
     require_channels(manifest.modalities, preset, items, in_channels)
-    held = evaluation_rows(manifest, site_share, seed, name)
+    held = evaluation_rows(manifest, site_share, seed, name, both=not lenient)
     fitting = [row for row in manifest.rows if not row.fault]
     if cache_dir is None:
         pixels = in_memory(fitting, recipe, processes=processes, lenient=lenient)
