@@ -131,6 +131,25 @@ def test_who_is_in_a_cohort_twice_is_charged_for_a_group_of_two(tmp_path, keys):
     assert ledger.spent().epsilon == pytest.approx(expected.epsilon, rel=1e-6)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_p14_who_is_in_a_cohort_twice_is_charged_so_without_its_members_and_in_the_whole_site(lost, tmp_path, keys):
+    ledger, plan = opened(tmp_path, epsilon=50.0), step(8.0, 1.0, 1)
+    twice = cohort_of({"a": [b"one"], "b": [b"one", b"two"], "c": [b"three"]}, keys)
+    ledger.reserve(RUN, 1, [plan], twice)
+    before = ledger.spent().epsilon
+    if lost:  # and made anew from the witness, which holds no members
+        ledger.close()
+        for path in (tmp_path / "ledger").glob("ledger.sqlite*"):
+            path.unlink()
+        ledger = opened(tmp_path, epsilon=50.0)
+        assert ledger.spent().epsilon == before and ledger.most_often(twice.name) == 2
+    else:
+        ledger.reserve(RUN, 2, [plan], everyone())
+        expected = spent([step(4.0, 1.0, 2)], delta=1e-6).epsilon  # twice for a group of two
+        assert ledger.spent().epsilon == pytest.approx(expected, rel=1e-6)
+    assert ledger.most_often("everyone") == 2
+
+
 def test_p03_what_a_run_says_counts_such_a_person_as_the_ledger_does(tmp_path, keys):
     ledger = opened(tmp_path, epsilon=50.0)
     twice = cohort_of({"a": [b"one"], "b": [b"one", b"two"], "c": [b"three"]}, keys)

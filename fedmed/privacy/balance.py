@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import LedgerUnusable
-from fedmed.privacy.cohort import Cohort, persons
+from fedmed.privacy.cohort import EVERYONE, Cohort, persons
 from fedmed.privacy.rdp_filter import Filter, charged, curve_of
 from fedmed.types import PrivacyEvent
 
@@ -43,6 +43,7 @@ class Balance:
         self.caps: dict[str, float] = {}  # the lowest ε that applied to a run since it began
         self.cohorts: dict[str, Cohort] = {}  # those whose members are known
         self._steps: dict[str, Counter[PrivacyEvent]] = defaultdict(Counter)  # by cohort: single events, how many
+        self._most: Counter[str] = Counter()  # by cohort: under how many ids somebody was in it then
         self._table: tuple[tuple[str, ...], Table] | None = None
 
     def know(self, cohorts: Iterable[Cohort]) -> None:
@@ -72,6 +73,7 @@ class Balance:
                         whole=bool(body["whole"]),
                     )
                     self.charges[sequence] = charge
+                    self._most[charge.cohort] = max(int(body.get("most", 1)), self._most[charge.cohort])
                     self.caps[charge.run] = min(float(body["cap"]), self.caps.get(charge.run, np.inf))
                     self._add(charge, 1)
                 case "settled":
@@ -102,7 +104,7 @@ class Balance:
         """What persons of a known cohort have spent, and how often each is in it: (kinds, orders), (kinds,)."""
         names, table = self.table()
         if cohort.is_everyone:
-            return self._of(names, table), np.ones(len(table), np.int64)
+            return self._of(names, table), self._times(EVERYONE, names, table)
         times = table[:, names.index(cohort.name)]
         return self._of(names, table[times > 0]), times[times > 0]
 
@@ -128,7 +130,7 @@ class Balance:
         return not (in_some & in_others).any()
 
     def most_often(self, cohort: str) -> int:
-        """How often the person who is in a cohort most often is in it; 1 for members who are not known."""
+        """How often the person who is in a cohort most often is in it; of unknown members, as recorded."""
         names, table = self.table()
         return max(1, int(self._times(cohort, names, table).max()))
 
@@ -149,10 +151,19 @@ class Balance:
                 total[times == often] += curve_of(events, times=often)
         return total
 
-    @staticmethod
-    def _times(name: str, names: tuple[str, ...], rows: Table) -> Table:
-        """(kinds,) how often each is in a cohort. One whose members are not known may be anybody."""
-        return rows[:, names.index(name)] if name in names else np.ones(len(rows), np.int64)
+    def _times(self, name: str, names: tuple[str, ...], rows: Table) -> Table:
+        """(kinds,) how often each is in a cohort.
+
+        One whose members are not known may be anybody, as often as somebody was when it was charged; in the whole site
+        somebody may be as often as in any cohort.
+        """
+        if name in names:
+            return rows[:, names.index(name)]
+        if name == EVERYONE:
+            most = max([int(self.table()[1].max(initial=1)), *self._most.values()])
+        else:
+            most = max(self._most[name], 1)
+        return np.full(len(rows), most, np.int64)
 
     def _add(self, charge: Charge, sign: int) -> None:
         for event in charge.events:

@@ -116,6 +116,7 @@ class Ledger:
             if refusal is None:
                 facts = {"run": run, "round": round, "cohort": cohort.name, "cap": cap, "token": _digest(token)}
                 facts["whole"] = not passes(events, totals, times, gate)
+                facts["most"] = int(times.max(initial=1))  # ids of one person, for when the members are lost
                 bodies += [{"kind": "reserved", "time": now(), **facts, "events": written_events(events)}]
             head = self._append(rows, witness, bodies)  # who belongs together is kept even if the plan is refused
         self._refresh_from_disk()
