@@ -35,6 +35,7 @@ from fedmed.reporting import write_model_card
 from fedmed.training.site_round import evaluate_round, train_round
 
 ROOT = Path(__file__).parent.parent
+POLICY = "[policy.privacy]\nstable-ids = true\nepsilon = 1000.0\n"
 NOTHING = Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
 ASKED = Request(
     run="study",
@@ -93,6 +94,18 @@ def test_every_rule_refuses_and_is_named(rule):
     assert not decision.allowed and decision.allowance is None
     assert decision.rule == rule and decision.reason.endswith(f"({rule})")
     assert str(ASKED.patients) not in decision.reason
+
+
+@pytest.mark.parametrize("mode", ["none", "central"])
+def test_after_a_private_run_others_need_a_word_of_the_hospital(mode, toy_config, tmp_path):
+    keys, uniform = {"mode": "dp-sgd", "noise-multiplier": 2.0}, {"weight-by": "uniform", "min-sites": 1}
+    other = toy_config("a-40", strategy=uniform, privacy={"mode": mode, "sites": 3})
+    train_round(task_of(other, "train", 1), site_in(tmp_path, POLICY))
+    train_round(task_of(toy_config("a-40", privacy=keys), "train", 1), site_in(tmp_path, POLICY))
+    with pytest.raises(PolicyRefused, match="required has to be written") as refused:
+        train_round(task_of(other, "train", 2), site_in(tmp_path, POLICY))
+    assert refused.value.rule == "policy.privacy.required"
+    train_round(task_of(other, "train", 2), site_in(tmp_path, f"{POLICY}required = false\n"))
 
 
 def test_without_a_readable_ledger_nothing_is_allowed():

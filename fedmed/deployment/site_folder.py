@@ -22,6 +22,7 @@ from fedmed.privacy import keys as site_keys
 from fedmed.privacy.policy import SitePolicy
 
 FILE, CARD = "site.toml", "card.json"
+LEFT_OUT = ("required",)  # of policy.privacy: not to write it has a meaning of its own
 HEAD = """\
 # This hospital, as fedmed reads it. The file never leaves this machine, and no server can override it.
 # Every key is here; the values that are not yours to fill in are the defaults. Paths are relative to this file.
@@ -190,7 +191,8 @@ def _entries(section: type[BaseModel], given: Mapping[str, str]) -> Iterator[str
     for key, info in section.model_fields.items():
         if _table(info) is None:
             value = given.get(key, list(info.default) if isinstance(info.default, tuple) else info.default)
-            yield f"{_comment(info)}\n{info.alias or key} = {json.dumps(value)}"
+            unsaid = "# " if key in LEFT_OUT else ""
+            yield f"{_comment(info)}\n{unsaid}{info.alias or key} = {json.dumps(value)}"
 
 
 def _comment(info: FieldInfo) -> str:

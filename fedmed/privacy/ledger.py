@@ -179,6 +179,11 @@ class Ledger:
         """All reservations by their record's number, as they count now."""
         return self._balance.charges
 
+    @property
+    def has_noised_gradients(self) -> bool:
+        """Whether some run has trained here with noise of the site's own."""
+        return any(event.release == "gradients" for charge in self.charges.values() for event in charge.events)
+
     def spent(self) -> Spent:
         """What the patient who has spent most has spent, by the accountants, at the site's δ."""
         if not self._balance.charges:

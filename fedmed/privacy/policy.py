@@ -66,7 +66,14 @@ class MetricRules(Section):
 class PrivacyRules(Section):
     """The patients' budget, and what a run must do to spend it."""
 
-    required: Annotated[bool, Field(description="whether a run without differential privacy is refused")] = False
+    required: Annotated[
+        bool,
+        Field(
+            description="whether a run without differential privacy is refused. Write true where the hospital agreed "
+            "to private runs: a coordinator may ask for the same run without noise. Not written = from the first "
+            "private run on"
+        ),
+    ] = False
     unit: Annotated[
         Literal["patient", "image"],
         Field(description="least that a run must protect; `image` also allows runs that protect single images"),
@@ -124,6 +131,7 @@ class Request:
     patients: int | None  # to train on; None = nobody has counted yet, and what needs the number is not judged
     held_out_patients: int | None
     moment: datetime  # the site's own time
+    noised_before: bool = False  # whether the site's ledger holds noised gradients of its patients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +205,13 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
     private = task.privacy.mode != "none"
     if privacy.required and task.privacy.mode != "dp-sgd":  # under central the server would have to be trusted
         yield "policy.privacy.required", "the site takes part with differential privacy of its own only"
+    unsaid = "required" not in privacy.model_fields_set
+    if unsaid and task.noised_before and task.privacy.mode != "dp-sgd":
+        yield (
+            "policy.privacy.required",
+            "the site has trained with differential privacy of its own; for a run without it, required has to be "
+            "written in its site.toml",
+        )
     if privacy.required and task.privacy.noise == "insecure-test":
         yield "policy.privacy.required", 'the site refuses privacy.noise = "insecure-test"'
     if private and privacy.unit == "patient" and task.privacy.unit == "image":

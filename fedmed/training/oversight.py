@@ -143,6 +143,7 @@ def _answer(
         patients=trained,
         held_out_patients=judged,
         moment=datetime.now().astimezone(),
+        noised_before=ledger.has_noised_gradients,
     )
     bound = ledger.epsilon_rdp
     quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
@@ -150,7 +151,7 @@ def _answer(
 
 
 def _no_policy(config: RunConfig) -> SitePolicy:
-    rules = PrivacyRules(unit="image", epsilon=UNLIMITED, delta=config.privacy.delta, stable_ids=True)
+    rules = PrivacyRules(required=False, unit="image", epsilon=UNLIMITED, delta=config.privacy.delta, stable_ids=True)
     return SitePolicy(privacy=rules, metrics=MetricRules(min_patients=0))
 
 
