@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import SECRET, cells_of, content_of, image_object, picture, written
+from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import convert_color_space
 from pydicom.uid import (
@@ -38,7 +39,7 @@ from pydicom.uid import (
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.decoding import decoders_of
 from fedmed.imaging.dicom.kinds import FAMILIES, KINDS, check_kind
-from fedmed.imaging.dicom.opening import open_dicom
+from fedmed.imaging.dicom.opening import is_dicom, open_dicom
 from fedmed.imaging.reading import read_frames, read_image
 
 CELLS = cells_of(picture())
@@ -96,6 +97,19 @@ def test_an_object_without_a_kind_is_refused() -> None:
         check_kind(ds)
     ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
     assert check_kind(ds).modality == "ct"
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_an_object_that_was_stored_without_file_meta_information_is_read(tmp_path: Path, implicit: bool) -> None:
+    ds = image_object(CELLS)
+    expected = read_image(written(ds, tmp_path / "whole"))
+    ds.file_meta, ds.preamble = FileMetaDataset(), None
+    ds.save_as(tmp_path / "bare", implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+    assert (tmp_path / "bare").read_bytes()[:2] == b"\x08\x00"
+    assert is_dicom(tmp_path / "bare") and (read_image(tmp_path / "bare") == expected).all()
+    for other in (b"\x08\x00" * 80, b"\x08\x00\x05\x00\x04\x00\x00\x00text\x10\x00", b"\x08\x00", b""):
+        (tmp_path / "other").write_bytes(other)
+        assert not is_dicom(tmp_path / "other")
 
 
 def test_secondary_captures_are_let_in_by_presets_that_say_so(tmp_path: Path) -> None:

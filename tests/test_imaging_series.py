@@ -14,7 +14,7 @@ from phantom_series import (
     slice_objects,
     write_series,
 )
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import SecondaryCaptureImageStorage
 from volumes_of import volumes_in
 
@@ -283,6 +283,16 @@ def test_one_whole_echo_is_not_taken_for_all_when_the_other_lacks_a_slice(tmp_pa
         read_series(tmp_path)
     whole, broken = volumes_in(tmp_path)
     assert isinstance(whole, Volume) and broken == Refusal(reason="one slice is missing", slices=11)
+
+
+def test_slices_without_file_meta_information_are_not_passed_over(tmp_path: Path):
+    for number, ds in enumerate(slices()):
+        if number < 5:
+            ds.file_meta, ds.preamble = FileMetaDataset(), None
+            ds.save_as(tmp_path / f"{number}", implicit_vr=True, little_endian=True, enforce_file_format=False)
+        else:
+            ds.save_as(tmp_path / f"{number}", enforce_file_format=True)
+    assert (read_series(tmp_path).values == BODY).all()
 
 
 def test_copies_of_a_slice_count_once(tmp_path: Path):

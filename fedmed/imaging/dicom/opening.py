@@ -13,7 +13,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.pixels import FLOATS, LONGEST_VALUE, UNDEFINED, Declared, claims_of, declared
@@ -25,7 +25,9 @@ PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7F
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file has DICOM's preamble (PS3.10 7.1), or begins with file meta information as if it had.
+    """Whether the file has DICOM's preamble (PS3.10 7.1), or begins with what would follow it.
+
+    That is file meta information, or where this is missing too, the object itself.
 
     Raises:
         OSError: it cannot be read.
@@ -56,6 +58,9 @@ def open_dicom(path: Path) -> Dataset:
             file.seek(end)
             return _inflated(file.read(), syntax)
     ds = pydicom.dcmread(path, defer_size=LONGEST_VALUE, force=start == 0)
+    if start == 0 and not ds.file_meta:
+        implicit, _ = ds.original_encoding
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     keywords = [keyword for keyword in ("PixelData", *FLOATS) if keyword in ds]
     if keywords:
         _check_room(ds, declared(ds), path.stat().st_size)
@@ -63,12 +68,25 @@ def open_dicom(path: Path) -> Dataset:
 
 
 def _header_start(file: BinaryIO) -> int | None:
-    """Where file meta information begins; None if the file is no DICOM."""
+    """Where file meta information begins, or the object if there is none; None if the file is no DICOM."""
     beginning = file.read(PREAMBLE + 4)
     if beginning[PREAMBLE:] == b"DICM":
         return PREAMBLE + 4
     headless = beginning[:2] == b"\x02\x00" and beginning[2:4] in (b"\x00\x00", b"\x10\x00")
-    return 0 if headless and beginning[4:6] in (b"UL", b"UI") else None
+    return 0 if (headless and beginning[4:6] in (b"UL", b"UI")) or _is_bare(beginning) else None
+
+
+def _is_bare(beginning: bytes) -> bool:
+    """Whether two elements of group 0008 stand there in order, as in an object that was stored alone (PS3.5 7.1)."""
+    place, elements = 0, []
+    for _ in range(2):
+        head = beginning[place : place + 8]
+        if len(head) < 8 or head[:2] != b"\x08\x00":
+            return False
+        explicit = head[4:6].isalpha() and head[4:6].isupper()
+        elements.append(int.from_bytes(head[2:4], "little"))
+        place += 8 + int.from_bytes(head[6:8] if explicit else head[4:8], "little")
+    return elements[0] < elements[1]
 
 
 def _transfer_syntax(file: BinaryIO, start: int) -> tuple[str, int]:
