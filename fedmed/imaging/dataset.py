@@ -106,11 +106,7 @@ class Dataset:
         return self._images.shape
 
     def people(self, *, named: bool) -> tuple[int, int]:
-        """How many patients are trained on, and how many held out.
-
-        Args:
-            named: count all whom the manifest names, also those of whom a run's settings let no image be read.
-        """
+        """How many patients are trained on, and held out; `named` counts also those without a readable image."""
         if named and self.named:
             held = sum(self.named.values())
             return len(self.named) - held, held
