@@ -236,6 +236,7 @@ def test_turns_ask_one_site_a_round():
         ({"patients": -1}, "malformed"),
         ({"images": "many"}, "malformed"),
         ({"code": "other"}, "with other code than the server's"),
+        ({"code": "other", "problem": "the server's message is of another version"}, "with other code than"),
         ({"problem": "no\ndisk" + "x" * 9000}, "no disk"),
     ],
 )

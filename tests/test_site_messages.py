@@ -1,16 +1,22 @@
 """What a server can make a real site do or say: nothing but what its message is for, and no more than it may know."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 from private_sites import site_in, task_of
+from real_consortium import make_site
 from small_hospitals import hospital, lungs
+from toy import PLANTED
 
-from fedmed.errors import ConfigError, DataError, ModelError, UnfitRow, UpdateRefused
+from fedmed.errors import ConfigError, DataError, ModelError, UnfitRow
+from fedmed.federated import client_app
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.wire import decode_task, encode_task
@@ -34,8 +40,41 @@ def test_a_task_is_done_only_by_the_function_that_its_policy_is_asked_about(conf
     for kind, act in (("evaluate", train_round), ("train", evaluate_round)):
         with pytest.raises(ConfigError, match="by a task of the kind"):
             act(task_of(config, kind, 1), site)
-    with pytest.raises(UpdateRefused, match="no task"):
+    with pytest.raises(ConfigError, match="no task") as raised:
         decode_task(encode_task(task_of(config, "card", 1)))
+    assert public_reason(raised.value) == "the server's message is of another fedmed version"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A function: what the app at a folder's site.toml answers."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+    def ask(kind: str, folder: Path, content: RecordDict) -> Message:
+        message = Message(deepcopy(content), 2, "query.hello" if kind == "hello" else kind, group_id="1")
+        context = Context(1, 2, {"site": str(folder / "site.toml")}, RecordDict(), {})
+        return getattr(client_app, kind)(message, context)
+
+    return ask
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "hello"])
+def test_what_a_server_is_not_told_stands_in_the_site_s_own_log(kind, asked, toy_config, tmp_path, capsys):
+    content = encode_task(task_of(toy_config("a-40"), "train" if kind == "hello" else kind, 1))
+    for name in ("broken-40", "bug-40"):
+        reply = asked(kind, make_site(tmp_path, name), content)
+        reason = reply.content["card"]["problem"] if kind == "hello" else reply.error.reason
+        log = capsys.readouterr().err
+        assert PLANTED not in reason and log.startswith("the task failed: "), reason
+        assert f"{PLANTED}: cannot be read" in log if name == "broken-40" else "ZeroDivisionError" in log
+        assert log.count("\n") == 1 and (name == "broken-40" or PLANTED not in log)
+
+
+def test_a_site_says_its_version_even_if_it_cannot_read_the_question(asked, tmp_path):
+    reply = asked("hello", make_site(tmp_path, "a-40"), RecordDict({"task": ConfigRecord({"json": "{}"})}))
+    card = reply.content["card"]
+    assert card["code"] and card["problem"] == "the server's message is of another fedmed version"
 
 
 def test_a_site_says_that_networks_differ_only_where_they_do(toy_config, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +41,12 @@ def evaluate(message: Message, context: Context) -> Message:
 def hello(message: Message, context: Context) -> Message:
     """Say who this site is, what code it runs and how much data it brings."""
 
-    def card(task: Task, site: Site) -> RecordDict:
+    def card(content: RecordDict, site: Site) -> RecordDict:
         code: dict[str, Scalar] = {"site": site.name, "version": fedmed.__version__, "code": package_hash()}
         try:
-            facts = {**site_card(task, site), "problem": ""}
+            facts = {**site_card(decode_task(content), site), "problem": ""}
         except Exception as error:  # said by name, so that the server can tell whose data need mending
-            facts = {"problem": public_reason(error)}
+            facts = {"problem": _reason(error, context)}
         return RecordDict({"card": ConfigRecord({**code, **facts})})
 
     return _answer(message, context, card)
@@ -65,14 +66,22 @@ def public_reason(error: Exception) -> str:
     return f"{type(error).__name__}{place}"
 
 
-def _update_from(run: Callable[[Task, Site], Update], context: Context) -> Callable[[Task, Site], RecordDict]:
+def _reason(error: Exception, context: Context) -> str:
+    """The public reason. At a hospital its own log gets all that fedmed says, on one line; no library's text."""
+    public = public_reason(error)
+    if context.node_config.get("site"):
+        said = " ".join(str(error).split()) if isinstance(error, FedmedError) else public
+        print(f"the task failed: {said}", file=sys.stderr, flush=True)
+    return public
+
+
+def _update_from(run: Callable[[Task, Site], Update], context: Context) -> Callable[[RecordDict, Site], RecordDict]:
     copy = not context.node_config.get("virtual")  # fedmed's workers write the reply to shared memory themselves
-    return lambda task, site: encode_update(run(task, site), copy=copy)
+    return lambda content, site: encode_update(run(decode_task(content), site), copy=copy)
 
 
-def _answer(message: Message, context: Context, act: Callable[[Task, Site], RecordDict]) -> Message:
+def _answer(message: Message, context: Context, act: Callable[[RecordDict, Site], RecordDict]) -> Message:
     try:
-        site = site_of(context.node_config, context.run_config)
-        return Message(act(decode_task(message.content), site), reply_to=message)
+        return Message(act(message.content, site_of(context.node_config, context.run_config)), reply_to=message)
     except Exception as error:  # whatever happens here, its text stays here
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(error)), reply_to=message)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _reason(error, context)), reply_to=message)

@@ -62,12 +62,12 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
         if registered and name != registered:
             text = "calls itself by another name than its key is registered for (site.toml: name)"
             raise CannotJoin(text, site=registered)
-        if problem:
-            raise CannotJoin(problem, site=name)
         if (version, code) != (fedmed.__version__, package_hash()):
             raise CannotJoin(
                 f"runs fedmed {version[:40]} with other code than the server's {fedmed.__version__}", site=name
             )
+        if problem:  # of the same code: another would have others
+            raise CannotJoin(problem, site=name)
         counts = {key: int(card[key]) for key in ("patients", "images", "unreadable")}
         if min(counts.values()) < 0:
             raise ValueError

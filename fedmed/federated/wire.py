@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedmed.errors import UpdateRefused
+from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.types import Task, Update, Weights
 
 STYPE = "fedmed.raw"  # Array.stype: raw little-endian bytes, no header
@@ -60,7 +60,7 @@ def decode_task(content: RecordDict) -> Task:
     """The inverse of `encode_task`.
 
     Raises:
-        UpdateRefused: the message is no task.
+        ConfigError: the message is no task.
     """
     try:
         facts = _read_facts(content, "task")
@@ -78,8 +78,9 @@ def decode_task(content: RecordDict) -> Task:
             vectors=_read_vectors(content),
             weights=_weights(content),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UpdateRefused(f"the message is no task: {type(error).__name__} on {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, UpdateRefused) as error:
+        text = f"the message is no task: {type(error).__name__} on {error}"
+        raise ConfigError(text, public="the server's message is of another fedmed version") from None
 
 
 def encode_update(update: Update, *, copy: bool = True) -> RecordDict:
