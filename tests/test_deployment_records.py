@@ -6,8 +6,12 @@ import pytest
 from real_consortium import command, make_site
 from records import RUN, cohort, step
 
+from fedmed.deployment.checks import check_site
+from fedmed.deployment.health import site_facts
 from fedmed.deployment.records import records_at
+from fedmed.deployment.site_folder import read_site_folder
 from fedmed.errors import FedmedError
+from fedmed.privacy.audit_log import audit_log
 from fedmed.privacy.keys import read_keys
 from fedmed.privacy.ledger import Ledger
 from fedmed.privacy.policy import read_policy
@@ -61,3 +65,21 @@ def test_a_folder_without_records_is_named_and_no_key_is_asked_for(tmp_path):
     for place in (tmp_path / "nowhere", site):
         with pytest.raises(FedmedError, match=f"{place.name}: no ledger was opened there"):
             command("ledger", "show", place)
+
+
+def test_the_check_subtracts_what_the_ledger_decides_by_and_a_clock_does_not_fail_it(north, capsys):
+    ledger = opened(north)
+    ledger.reserve(RUN, 1, [step(1.0, 0.02, 200)], cohort(ledger.keys, range(20)))
+    spent = ledger.spent()
+    ledger.close()
+    for time in ("2026-05-02", "2001-01-01"):
+        body = {"kind": "decision", "time": time, "allowed": True, "task": "evaluate", "round": 1}
+        audit_log(north / "state").append(body, ledger.keys)
+    left = 8.0 - spent.epsilon_rdp
+    assert f"{left:.3f}" != f"{8.0 - spent.epsilon:.3f}"
+    (found,) = (each for each in check_site(north, dry_round=False) if each.what == "ledger")
+    assert found.ok and f"{left:.3f} is left" in found.said and "warning" in found.said
+    facts = site_facts(read_site_folder(north), up_since="", connected=True)
+    assert facts["epsilon_left"] == pytest.approx(left) and facts["problem"] is None
+    command("ledger", "verify", north)
+    assert "warning: audit.jsonl: the clock went back before record 2" in capsys.readouterr().out

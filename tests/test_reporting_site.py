@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from real_consortium import command
 from report_files import PICTURE, Json, Page, estimate
 from test_reporting_cases import write_findings
 
@@ -31,6 +32,14 @@ def test_a_site_reads_exact_counts_reasons_and_its_own_cases(tmp_path: Path) -> 
     assert "effusion 4 196 2.0 % (4)" in page.words
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["src"] == PICTURE and "nodule: present, predicted 0.10" in str(image["alt"])
+
+
+def test_the_command_writes_a_sites_page_and_no_model_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_findings(tmp_path, "site-1")
+    folder = tmp_path / "sites" / "site-1"
+    command("report", folder)
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    assert not (folder / "MODEL_CARD.md").exists()
 
 
 def test_the_page_is_for_its_owner_alone_and_holds_no_script(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def show(site: Folder, public: Public = None, as_json: AsJson = False) -> None:
     found, key = _examined(site, public, [], [])
     if as_json:
         facts = exported(found, key)
-        print(json.dumps({name: facts[name] for name in ("delta", "spent", "worst_patient", "anchor", "faults")}))
+        print(json.dumps({name: facts[name] for name in ("delta", "spent", "worst_patient", "anchor", "faults", "warnings")}))
         return
     _show(found)
 
@@ -75,12 +75,15 @@ def verify(
     found, _ = _examined(site, public, anchors, witnesses, heads)
     count = {"ledger": len(found.records), "audit": len(found.audit), "egress": len(found.egress)}
     if as_json:
-        print(json.dumps({"records": count, "spent": vars(found.spent), "faults": list(found.faults)}))
+        told = {"faults": list(found.faults), "warnings": list(found.warnings)}
+        print(json.dumps({"records": count, "spent": vars(found.spent), **told}))
     else:
         print(", ".join(f"{name}: {number} records" for name, number in count.items()))
         print(_spent(found))
         for fault in found.faults:
             print(f"FAULT  {fault}")
+        for warning in found.warnings:
+            print(f"warning: {warning}")
     if found.faults:
         raise LedgerUnusable(
             f"{len(found.faults)} faults; do not train here until they are explained", rule="ledger.faults"

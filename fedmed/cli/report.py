@@ -16,7 +16,7 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="of the local page; 0 = any that is free")] = 0,
     log: Annotated[list[str], typer.Option(metavar="NAME", help="write the events for tensorboard or mlflow")] = [],  # noqa: B006  # typer copies it
 ) -> None:
-    """Write RUN/report.html, one page that opens offline, and RUN/MODEL_CARD.md; or follow a run while it works.
+    """Write RUN/report.html, one page that opens offline, and a run's MODEL_CARD.md; or follow a run while it works.
 
     Example: fedmed report runs/20260102T150000-quickstart
 
@@ -37,7 +37,8 @@ def report(
             for event in _events(run):
                 write(event)
     print(write_report(run))
-    write_model_card(run)
+    if (run / "result.json").exists():  # a site's own folder has none
+        write_model_card(run)
 
 
 def _events(run: Path) -> list[dict[str, object]]:

@@ -185,9 +185,10 @@ def ledger(site: SiteFolder) -> str:
     found = records.examine(records.key())
     if found.faults:
         raise ConfigError(f"{len(found.faults)} faults; fedmed ledger verify names them. Do not train until then")
-    limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon
+    limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon_rdp
     left = f"{limit - spent:.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
-    return f"whole; ε = {spent:.3f} of {limit:g} is spent, {left}"
+    odd = "; warnings, which fedmed ledger verify names" if found.warnings else ""
+    return f"whole; ε = {spent:.3f} of {limit:g} is spent by the bound that decides (rdp), {left}{odd}"
 
 
 def disk(site: SiteFolder) -> str:

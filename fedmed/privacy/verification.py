@@ -33,6 +33,7 @@ class Findings:
     balance: Balance
     spent: Spent  # of the patient who has spent most
     faults: tuple[str, ...]  # empty = whole, as far as the anchors reach
+    warnings: tuple[str, ...]  # what is odd and harmless
 
     @property
     def head(self) -> Anchor | None:
@@ -86,6 +87,7 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
         balance=balance,
         spent=total,
         faults=tuple(dict.fromkeys(found)),
+        warnings=(*_clock("ledger", records), *(each for name, log in logs.items() for each in _clock(f"{name}.jsonl", log))),
     )
 
 
@@ -126,6 +128,7 @@ def exported(findings: Findings, public: bytes) -> dict[str, Any]:
         "spent": asdict(findings.spent),
         "worst_patient": written_events(findings.balance.worst()) if findings.balance.charges else [],
         "faults": list(findings.faults),
+        "warnings": list(findings.warnings),
         "ledger": [_plain(record) for record in findings.records],
         "audit": [_plain(record) for record in findings.audit],
         "egress": [_plain(record) for record in findings.egress],
@@ -157,11 +160,12 @@ def _log(log: ChainFile, public: bytes, found: list[str]) -> list[Record]:
 def _chain_faults(chain: str, records: Sequence[Record], public: bytes, *, name: str = "ledger") -> list[str]:
     found = [f"{name}: record {place} {fault}" for place, fault in faults(chain, records)]
     unsigned = [record.anchor.sequence for record in records if not is_signed(chain, record.anchor, public)]
-    found += [f"{name}: record {place} is not signed with this site's key" for place in unsigned[:5]]
+    return found + [f"{name}: record {place} is not signed with this site's key" for place in unsigned[:5]]
+
+
+def _clock(name: str, records: Sequence[Record]) -> list[str]:
     back = [late.anchor.sequence for early, late in pairwise(records) if _time(late) < _time(early)]
-    return found + [
-        f"{name}: the clock went back before record {place} (nothing is spent by time)" for place in back[:5]
-    ]
+    return [f"{name}: the clock went back before record {place} (nothing is spent by time)" for place in back[:5]]
 
 
 def _time(record: Record) -> str:
