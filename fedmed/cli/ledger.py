@@ -43,7 +43,11 @@ def show(site: Folder, public: Public = None, as_json: AsJson = False) -> None:
     found, key = _examined(site, public, [], [])
     if as_json:
         facts = exported(found, key)
-        print(json.dumps({name: facts[name] for name in ("delta", "spent", "worst_patient", "anchor", "faults", "warnings")}))
+        print(
+            json.dumps(
+                {name: facts[name] for name in ("delta", "spent", "worst_patient", "anchor", "faults", "warnings")}
+            )
+        )
         return
     _show(found)
 

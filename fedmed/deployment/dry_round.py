@@ -11,7 +11,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.deployment.task import confine_task, scratch
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
-from fedmed.imaging.manifest import ABOUT, read_columns
+from fedmed.imaging.items import is_nifti
+from fedmed.imaging.manifest import ABOUT, cell_of, images_of, read_columns
 from fedmed.imaging.reading import PRESETS, read_image
 from fedmed.training.network import resident_network
-from fedmed.training.site import Site, settings_for_sites
+from fedmed.training.site import Site, settings_for_sites, site_data
 from fedmed.training.site_round import train_round
 from fedmed.types import Task
 
 PATIENTS = 10
-VOLUMES = (".nii", ".nii.gz")
+MOST_UNREADABLE = 0.5  # of ten patients' images, above which something is wrong with all; data.max-unreadable is of all
 
 
 def dry_round(site: SiteFolder) -> str:
@@ -46,17 +47,18 @@ def dry_round(site: SiteFolder) -> str:
         path = Path(folder) / "manifest.csv"
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([header, *([row[name] for name in header] for row in rows)])
-        return _trained(site, path, _run(rows[0], header, preset_for(Path(rows[0]["image"].split(";")[0]))))
+        return _trained(site, path, _run(rows, header))
 
 
-def preset_for(image: Path) -> str:
-    """A preset that reads this image. Which one a run takes is the run's to say, and there is none."""
-    if _is_volume(image):
-        return "mr"  # any values
-    for name in PRESETS:
-        with suppress(FedmedError):
-            read_image(image, preset=name)
-            return name
+def preset_for(images: Sequence[Path]) -> str:
+    """A preset that reads the first of these that any reads. Which one a run takes is the run's to say."""
+    for image in images:
+        if _is_volume(image):
+            return "mr"  # any values
+        for name in PRESETS:
+            with suppress(FedmedError):
+                read_image(image, preset=name)
+                return name
     return next(iter(PRESETS))  # the round says what is wrong
 
 
@@ -77,26 +79,31 @@ def _trained(site: SiteFolder, manifest: Path, config: RunConfig) -> str:
         resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     what = f"{update.facts['patients']} patients, {update.num_examples} images as {config.data.preset}"
-    return f"{what}, {seconds:.1f} s on {here.device}; {own:.1f} GiB of memory, {children:.1f} GiB to decode"
+    data = site_data(here, task.settings)  # as the round read them
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in data.reasons.items())
+    left_out = f"; left out, as they cannot be read: {reasons} (fedmed data check names the rows)" if reasons else ""
+    return f"{what}, {seconds:.1f} s on {here.device}; {own:.1f} GiB of memory, {children:.1f} GiB to decode{left_out}"
 
 
-def _run(row: dict[str, str], header: list[str], preset: str) -> RunConfig:
+def _run(rows: Sequence[dict[str, str]], header: list[str]) -> RunConfig:
     """The smallest run that fits a manifest's columns."""
+    row = rows[0]
     labels = [name for name in header if name not in ABOUT and row[name] in ("", "0", "1")][:1]
     segmentation = not labels and "mask" in header
     if not labels and not segmentation:
         raise DataError("the manifest has neither a mask nor a column of 0 and 1 to learn")
-    images = row["image"].split(";")
-    volume = _is_volume(Path(images[0]))
+    modalities = images_of(row["image"], Path())
+    images = [image for each in rows for image in images_of(each["image"], Path()) if image is not None]
+    volume, preset = any(map(_is_volume, images[:1])), preset_for(images)
     values = {
         "name": "dry-round",
         "model": {
             "name": "unet" if segmentation else "small-cnn",
             "width": 4 if segmentation else 0,
-            "in-channels": len(images) * (1 if volume else PRESETS[preset].channels),
+            "in-channels": len(modalities) * (1 if volume else PRESETS[preset].channels),
         },
         "task": {"kind": "segmentation" if segmentation else "classification", "labels": labels or ["mask"]},
-        "data": {"preset": preset, "items": "slices" if volume else "images", "max-unreadable": 0.0},
+        "data": {"preset": preset, "items": "slices" if volume else "images", "max-unreadable": MOST_UNREADABLE},
         "train": {"rounds": 1, "batch-size": 4},
         "evaluate": {"site-share": 0.0},
     }
@@ -104,7 +111,7 @@ def _run(row: dict[str, str], header: list[str], preset: str) -> RunConfig:
 
 
 def _is_volume(image: Path) -> bool:
-    return image.is_dir() or image.name.endswith(VOLUMES)
+    return image.is_dir() or is_nifti(image)
 
 
 def _first_rows(path: Path, withdrawn: frozenset[str]) -> tuple[list[dict[str, str]], list[str]]:
@@ -119,9 +126,9 @@ def _first_rows(path: Path, withdrawn: frozenset[str]) -> tuple[list[dict[str, s
         patients.add(row["patient_id"])
         if len(patients) > PATIENTS:
             break
-        for name in ("image", "mask"):
-            if row.get(name):
-                row[name] = ";".join(str(path.parent / part) if part else "" for part in row[name].split(";"))
+        row["image"] = cell_of(images_of(row["image"], path.parent))
+        if row.get("mask"):
+            row["mask"] = str(path.parent / row["mask"])
         rows.append(row)
     if not rows:
         raise DataError("the manifest has no rows of patients who have not withdrawn")

@@ -87,7 +87,10 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
         balance=balance,
         spent=total,
         faults=tuple(dict.fromkeys(found)),
-        warnings=(*_clock("ledger", records), *(each for name, log in logs.items() for each in _clock(f"{name}.jsonl", log))),
+        warnings=(
+            *_clock("ledger", records),
+            *(each for name, log in logs.items() for each in _clock(f"{name}.jsonl", log)),
+        ),
     )
 
 
