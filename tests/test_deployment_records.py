@@ -60,6 +60,16 @@ def test_a_witness_that_cannot_be_reached_is_a_fault_and_not_silence(north):
         command("ledger", "verify", north)
 
 
+def test_the_check_says_whether_the_witness_can_be_written(north):
+    def found():
+        return {each.what: each for each in check_site(north, dry_round=False)}["witness"]
+
+    assert found().ok
+    shutil.rmtree(north.parent / "far")
+    assert not found().ok and "make it" in found().said and str(north.parent) not in found().said
+    assert not (north.parent / "far").exists()
+
+
 def test_a_folder_without_records_is_named_and_no_key_is_asked_for(tmp_path):
     site = make_site(tmp_path, "b-20")
     for place in (tmp_path / "nowhere", site):

@@ -1,6 +1,7 @@
 """The units and the container that start a site: restarts, hardening, where they may write."""
 
 import configparser
+import itertools
 import json
 import re
 import shutil
@@ -43,6 +44,26 @@ def test_the_container_publishes_no_port_and_writes_to_the_site_alone():
     assert "ports" not in site and site["read_only"] and site["cap_drop"] == ["ALL"]
     assert site["security_opt"] == ["no-new-privileges:true"] and site["user"] != "0"
     assert [volume for volume in site["volumes"] if not volume.endswith(":ro")] == ["./site:/site"]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("client/compose.yaml", "docker compose run --rm --entrypoint fedmed site site check /site"),
+        ("server/compose.yaml", "docker compose run --rm --entrypoint fedmed server server provision /server"),
+        ("client/compose.yaml", "docker compose up"),
+        ("server/compose.yaml", "docker compose up"),
+        ("client/Dockerfile", "docker build"),
+        ("server/Dockerfile", "docker build"),
+        ("client/fedmed-site.service", "systemctl enable"),
+        ("client/fedmed-site.user.service", "systemctl --user"),
+        ("server/fedmed-server.service", "systemctl enable"),
+    ],
+)
+def test_each_file_says_in_its_first_lines_how_it_is_installed(path, command):
+    lines = (ROOT / path).read_text().splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    assert any(line.startswith("#   ") and command in line for line in head)
 
 
 def test_the_image_is_built_from_the_wheelhouse_alone_and_runs_as_no_root():

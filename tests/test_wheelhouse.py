@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedmed.deployment import wheelhouse
 from fedmed.errors import ConfigError
@@ -64,6 +65,12 @@ def test_the_key_is_its_owners_and_is_kept(tmp_path):
     assert (tmp_path / "wheelhouse.key").stat().st_mode & 0o077 == 0
     again = wheelhouse.signing_key(tmp_path / "wheelhouse.key")
     assert again.private_bytes_raw() == key.private_bytes_raw()
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "signer.pem").write_bytes(pem)
+    page = (ROOT / "docs" / "offline-install.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("openssl pkey "))
+    if shutil.which("openssl"):  # what is said by telephone is what the hospital computes
+        assert run("sh", "-c", line, cwd=tmp_path).stdout.split()[0] == wheelhouse.fingerprint(key)
 
 
 @pytest.fixture(scope="module")

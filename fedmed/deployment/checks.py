@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -57,6 +58,9 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
     data = _look("manifest", lambda: manifest(site))
     yield data
     yield _look("ledger", lambda: ledger(site))
+    if site.config.policy is not None and site.config.policy.privacy.witness:
+        folder = site.root / site.config.policy.privacy.witness
+        yield _look("witness", lambda: witness(folder))
     yield _look("disk", lambda: disk(site))
     if dry_round and data.ok:
         yield from tried(site)
@@ -189,6 +193,23 @@ def ledger(site: SiteFolder) -> str:
     left = f"{limit - spent:.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
     odd = "; warnings, which fedmed ledger verify names" if found.warnings else ""
     return f"whole; ε = {spent:.3f} of {limit:g} is spent by the bound that decides (rdp), {left}{odd}"
+
+
+def witness(folder: Path) -> str:
+    """Whether the ledger's second copy can be written: a task may not make its folder.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            "there is no such folder; make it for the user that the site runs as (policy.privacy.witness)"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return "its folder can be written"
+    except OSError as error:
+        raise ConfigError(f"its folder cannot be written ({error.strerror}; policy.privacy.witness)") from None
 
 
 def disk(site: SiteFolder) -> str:

@@ -46,7 +46,7 @@ def make_wheelhouse(source: Path, folder: Path, key: Ed25519PrivateKey, *, only:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise ConfigError(f"{folder} exists; choose a new name, so that nothing is overwritten") from None
+        raise ConfigError(f"{folder} exists; remove the old folder first, or choose another name") from None
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         shutil.copy(source / "pyproject.toml", scratch)
@@ -81,6 +81,12 @@ def signing_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{path}: this is no Ed25519 key")
     return key
+
+
+def fingerprint(key: Ed25519PrivateKey) -> str:
+    """Of the public key, as openssl and sha256sum make it from `signer.pem` at the hospital."""
+    form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(key.public_key().public_bytes(*form)).hexdigest()
 
 
 def bill_of(bill: dict[str, Any], wheels: Sequence[Path]) -> dict[str, Any]:
@@ -164,5 +170,7 @@ def _run(*command: str | os.PathLike[str]) -> str:
 
 if __name__ == "__main__":
     place, secret = Path(sys.argv[1]), Path(sys.argv[2])
-    count = make_wheelhouse(Path(), place, signing_key(secret), only=sys.argv[3:])
+    signer = signing_key(secret)
+    count = make_wheelhouse(Path(), place, signer, only=sys.argv[3:])
     print(f"{count} wheels in {place}, signed with {secret}; see docs/offline-install.md")
+    print(f"fingerprint of the signer's key, to say by telephone: {fingerprint(signer)}")
