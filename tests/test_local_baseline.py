@@ -98,8 +98,10 @@ def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_a
 
 def test_a_site_that_was_not_there_has_nothing_to_compare(ended):
     visits, _ = ended
-    with pytest.raises(DataError, match="took part in at its end"):
+    with pytest.raises(DataError, match="wait for its end"):
         train_baseline(visits.site("b-60"), print)
+    with pytest.raises(DataError, match="not in the first round of any run"):
+        train_baseline(visits.site("c-60"), print)
     with pytest.raises(DataError, match="state-dir"):
         train_baseline(replace(visits.site("a-200"), state_dir=None), print)
 

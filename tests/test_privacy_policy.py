@@ -148,7 +148,7 @@ def test_the_stricter_of_run_and_site_wins(site, run, delta, few, unit, theirs):
         ("[policy]\npausd = true", "policy.pausd"),
         ("[policy.training]\nmin-sites = 0", "policy.training.min-sites"),
         ('[policy]\nhours = ["25:00-26:00"]', "expected hours"),
-        ("[policy", "TOMLDecodeError"),
+        ("[policy", "not valid TOML"),
         ("policy = 3", "policy"),
     ],
 )

@@ -8,7 +8,6 @@ from fedmed.config.files import (
     resolve_paths,
     said,
     to_toml,
-    tuples,
     unflatten,
     validate,
 )
@@ -26,6 +25,7 @@ from fedmed.config.sections import (
     TaskConfig,
     TrainConfig,
 )
+from fedmed.config.toml_files import checked, read_toml
 
 __all__ = [
     "ROUNDS",
@@ -40,16 +40,17 @@ __all__ = [
     "StrategyConfig",
     "TaskConfig",
     "TrainConfig",
+    "checked",
     "flatten",
     "load",
     "may_change",
     "nested",
     "override",
+    "read_toml",
     "resolve_paths",
     "run_identity",
     "said",
     "to_toml",
-    "tuples",
     "unflatten",
     "validate",
 ]

@@ -5,18 +5,16 @@ A run file is TOML with kebab-case keys. Every mistake in one is a `ConfigError`
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel
 
 from fedmed.config.run import RunConfig
-from fedmed.config.sections import Section
+from fedmed.config.toml_files import checked, known_keys, read_toml
 from fedmed.errors import ConfigError
 
 
@@ -27,14 +25,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is no TOML, or holds a value that cannot work. The message names the key,
             and for an unknown key the nearest known one.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such run file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    values = read_toml(path, missing="no such run file")
     return resolve_paths(validate(override(values, overrides), source=str(path)), path.absolute().parent)
 
 
@@ -64,12 +55,7 @@ def validate(values: Mapping[str, Any], *, source: str = "run configuration") ->
     Raises:
         ConfigError: one line for the first thing that is wrong.
     """
-    try:
-        return RunConfig.model_validate(tuples(values))
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {_explain(problems[0])}{more}") from None
+    return checked(RunConfig, values, source=source)
 
 
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
@@ -131,17 +117,8 @@ def unflatten(flat: Mapping[str, str | int | float | bool], *, source: str = "ru
     return validate(values, source=source)
 
 
-def _known_keys() -> Iterator[tuple[str, FieldInfo]]:
-    for name, info in RunConfig.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            for key, entry in info.annotation.model_fields.items():
-                yield f"{name}.{entry.alias or key}", entry
-        else:
-            yield name, info
-
-
 def _is_list(dotted: str) -> bool:
-    return any(key == dotted and isinstance(info.default, tuple) for key, info in _known_keys())
+    return any(".".join(key) == dotted and isinstance(info.default, tuple) for key, info, _ in known_keys(RunConfig))
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -153,26 +130,3 @@ def _parse(text: str, *, listed: bool) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return _split(text) if listed else text
-
-
-def tuples(value: Any) -> Any:
-    """Lists as tuples, all the way down: frozen sections hold no lists."""
-    if isinstance(value, Mapping):
-        return {key: tuples(entry) for key, entry in value.items()}
-    return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key, kind = ".".join(location), problem["type"]
-    if kind == "extra_forbidden":
-        known = [name for name, _ in _known_keys()] + list(RunConfig.model_fields)
-        known = list(RunConfig.model_fields) if isinstance(problem["input"], Mapping) else known
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        near = near or [name for name in known if name.rpartition(".")[2] == location[-1]][:1]
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return message
-    message = message[0].lower() + message[1:]
-    return f"{key}: {message.replace('input should', 'should')}, got {problem['input']!r}"

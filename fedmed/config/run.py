@@ -121,9 +121,12 @@ class RunConfig(Section):
                 'gives a site more than its clip; use "uniform"',
             ),
             'model.norm = "batch"': (self._batch_norm_trains, f"keeps statistics that no noised sum holds; {WAY_OUT}"),
-            "strategy.fraction": (strategy.fraction < 1, "earns nothing while it is seen who takes part; use 1"),
+            "strategy.fraction": (
+                strategy.fraction < 1,
+                "gives no amplification, because the server sees who takes part; use 1",
+            ),
             "strategy.clip-norm": (strategy.clip_norm > 0, "clips twice; use privacy.max-grad-norm"),
-            "strategy.max-update-norm": (strategy.max_update_norm > 0, "would tell the norm of a site's change"),
+            "strategy.max-update-norm": (strategy.max_update_norm > 0, "would reveal the norm of a site's change"),
             'privacy.clipping = "per-layer"': (self.privacy.clipping == "per-layer", "is for dp-sgd"),
         }
         for key, (present, reason) in refused.items():

@@ -65,8 +65,9 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> TaskConfig:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must be distinct")
+        twice = [label for number, label in enumerate(self.labels) if label in self.labels[:number]]
+        if twice:
+            raise ValueError(f'task.labels names "{twice[0]}" twice; give every label once')
         return self
 
 
@@ -137,7 +138,7 @@ class TrainConfig(Section):
     ] = 0
     validation_share: Annotated[
         float,
-        Field(gt=0, lt=1, description="of each site's training patients, who tell `patience` and are not trained on"),
+        Field(gt=0, lt=1, description="of each site's training patients, by whom `patience` is judged; not trained on"),
     ] = 0.2
     loss: Annotated[
         Literal["auto", "bce", "focal", "dice-bce", "dice-ce", "tversky"],

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from fedmed import config as run_file
-from fedmed.config import Name, Section
+from fedmed.config import Name, Section, checked, read_toml
 from fedmed.deployment.files import make_folder, write_new
 from fedmed.errors import ConfigError
 
@@ -157,15 +155,8 @@ def read_consortium(path: Path) -> ServerFolder:
         ConfigError: it is missing or wrong.
     """
     path = (path / FILE if path.is_dir() else path).absolute()
-    try:
-        values = Consortium.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}); fedmed server init makes one") from None
-    except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        place, text = ".".join(map(str, found["loc"])), str(found["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {place}: {text}") from None
-    return ServerFolder(root=path.parent, consortium=values)
+    values = read_toml(path, missing="no such file; fedmed server init makes one")
+    return ServerFolder(root=path.parent, consortium=checked(Consortium, values, source=str(path)))
 
 
 def init_consortium(folder: Path, *, name: str, address: str, port: int, loopback_port: int = 0) -> Path:

@@ -98,7 +98,9 @@ class Membership:
         self._look()
         if len(self._present) < self._strategy.min_sites:
             least = self._strategy.min_sites
-            raise RunFailed(f"{len(self._present)} sites are connected; strategy.min-sites = {least}")
+            raise RunFailed(
+                f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
+            )
         self._at_start = len(self._present)
         self._greet(self._present)
         return self._collect(self._strategy.round_timeout_s + GRACE_S, seen, round=0)

@@ -57,7 +57,8 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
     source = "data.sites names" if names is None else f'simulation.partition = "{config.simulation.partition}" makes'
     names = site_names(config) if names is None else names
     if len(names) < config.strategy.min_sites:
-        raise ConfigError(f"{source} {len(names)} sites, but strategy.min-sites = {config.strategy.min_sites}")
+        least = config.strategy.min_sites
+        raise ConfigError(f"{source} {len(names)} sites, but strategy.min-sites = {least}; lower it or add sites")
     unknown = sorted(set(config.strategy.required_sites) - set(names))
     if unknown:
         raise ConfigError(f'strategy.required-sites: there is no site "{unknown[0]}" among {", ".join(names)}')

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fedmed import config as run_file
-from fedmed.config import Section
-from fedmed.errors import ConfigError
+from fedmed.config import Name, Section, checked, read_toml
 from fedmed.intake.opt_out import opted_out
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.privacy.keys import read_keys
@@ -20,7 +17,7 @@ from fedmed.privacy.policy import SitePolicy
 class SiteConfig(Section):
     """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""
 
-    name: Annotated[run_file.Name, Field(description="the site's name in the federation")]
+    name: Annotated[Name, Field(description="the site's name in the federation")]
     manifest: Annotated[
         str, Field(description="the CSV of images: patient_id, image, and mask or one column per label")
     ]
@@ -93,13 +90,8 @@ def read_site_config(path: Path) -> SiteConfig:
     Raises:
         ConfigError: the file is missing or wrong.
     """
-    try:
-        return SiteConfig.model_validate(run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    values = read_toml(path, missing="no such file; fedmed site init makes one")
+    return checked(SiteConfig, values, source=str(path))
 
 
 def withdrawn_of(path: Path) -> frozenset[str]:

@@ -7,17 +7,15 @@ which of their values mean 1 and 0. Whatever is in neither list is unknown: it b
 from __future__ import annotations
 
 import json
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fedmed import config as run_file
-from fedmed.config import Section
+from fedmed.config import Section, checked, read_toml
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import SPLITS
 from fedmed.intake.kinds.found import ENDINGS, Found, stem_of
@@ -127,14 +125,7 @@ def read_label_rules(path: Path) -> LabelRules:
     Raises:
         ConfigError: it is missing or wrong.
     """
-    try:
-        values = run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8")))
-        rules = LabelRules.model_validate(values)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    rules = checked(LabelRules, read_toml(path), source=str(path))
     unknown = sorted(set(rules.columns) - set(ABOUT))
     if unknown:
         raise ConfigError(f"{path}: columns.{unknown[0]}: there are {', '.join(ABOUT)}")

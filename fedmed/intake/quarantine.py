@@ -1,7 +1,7 @@
 """Which objects a person must look at before a network may: those whose pixels may show who somebody is.
 
 Rules on the header, then a look for burnt-in text in the pixels (`burned_in`). Whoever calls `quarantined` decodes the
-pixels, so it belongs into a process of its own, as `judging` is.
+pixels, so it belongs in a process of its own, as `judging` is.
 """
 
 from __future__ import annotations

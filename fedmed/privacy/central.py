@@ -90,7 +90,7 @@ def noised_mean(
         clipped_sum: over the hospitals that answered, (parameters,); it is only read.
         clip: C, also the sensitivity: a hospital more or less moves the sum by at most C.
         count: of the hospitals that the run names, public and fixed. Never the number that answered: that depends on
-            who is there, and then the divisor would tell it.
+            who is there, and then the divisor would reveal it.
         noise_multiplier: σ.
         generator: where the noise comes from.
 

@@ -91,7 +91,7 @@ class Ledger:
         Args:
             run: name of the run. The lowest cap on ε that applied since its first round is the run's.
             round: of it. Asking for a round again charges again: its noise would be new.
-            events: the plan. What was decided beforehand belongs into one reservation.
+            events: the plan. What was decided beforehand belongs in one reservation.
             cohort: whom it may touch.
 
         Raises:

@@ -115,7 +115,7 @@ def check_population(delta: float, count: int, what: str = "patients") -> tuple[
         raise ConfigError(f"a plan needs at least 1 of the {what}; got {count}")
     if delta >= 1 / count:
         raise ConfigError(
-            f"delta {delta:g} is at least 1/{count}: it would allow to publish one of the {what} whole. "
+            f"delta {delta:g} is at least 1/{count}: it would allow publishing the data of one of the {what} in full. "
             f"Use {default_delta(count):.1g} or less"
         )
     if delta > 1 / (10 * count):

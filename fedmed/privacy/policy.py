@@ -6,18 +6,15 @@ The hospital writes it, no server ever sees or overrides it, and where run and s
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from fedmed import config as run_file
-from fedmed.config import PrivacyConfig, Section
-from fedmed.errors import ConfigError
+from fedmed.config import PrivacyConfig, Section, checked, read_toml
 from fedmed.privacy.accounting import Spent
 
 Form = Literal["histogram", "none"]
@@ -198,13 +195,13 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
     if task.min_sites < training.min_sites:
         yield (
             "policy.training.min-sites",
-            f"the run adds up {task.min_sites} sites at least, this site asks for {training.min_sites}",
+            f"the run adds up at least {task.min_sites} sites; this site asks for {training.min_sites}",
         )
     if task.patients is not None and task.patients < training.min_patients:
         yield "policy.training.min-patients", "the site has too few patients for its own policy"
     private = task.privacy.mode != "none"
     if privacy.required and task.privacy.mode != "dp-sgd":  # under central the server would have to be trusted
-        yield "policy.privacy.required", "the site takes part with differential privacy of its own only"
+        yield "policy.privacy.required", "the site takes part only in runs with differential privacy of its own"
     unsaid = "required" not in privacy.model_fields_set
     if unsaid and task.noised_before and task.privacy.mode != "dp-sgd":
         yield (
@@ -218,7 +215,7 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
         yield "policy.privacy.unit", "the run protects images, the site asks for patients"
     if ledger is None:
         yield "policy.ledger", "the site's ledger cannot be read"
-    elif private and ledger.epsilon > privacy.epsilon:  # lowered since; what is left decides the ledger
+    elif private and ledger.epsilon > privacy.epsilon:  # lowered since; else the ledger decides what is left
         yield "policy.privacy.epsilon", "the site's patients have spent more than its policy now allows"
 
 
@@ -234,15 +231,8 @@ def read_policy(path: Path) -> SitePolicy:
     Raises:
         ConfigError: the file cannot be read, or a key of the table is wrong.
     """
-    try:
-        values = run_file.tuples(tomllib.loads(path.read_text(encoding="utf-8"))).get("policy", {})
-        policy = SitePolicy.model_validate(values)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("policy", *problem["loc"])))
-        raise ConfigError(f"{path}: {place}: {str(problem['msg']).removeprefix('Value error, ')}") from None
+    values = read_toml(path).get("policy", {})
+    policy = checked(SitePolicy, values, source=str(path), table=("policy",))
     if not policy.privacy.witness:
         return policy
     witness = str((path.parent / policy.privacy.witness).absolute())

@@ -163,5 +163,8 @@ def _kept(state_dir: Path, which: Which) -> Kept:
             weights = Weights(parameters=file.get_tensor("parameters"), buffers=file.get_tensor("buffers"))
         return Kept(weights=weights, settings=facts["settings"], run=facts["run"])
     except (OSError, SafetensorError, KeyError):
-        when = "in its first round" if which == "first" else "at its end"
-        raise DataError(f"nothing is kept of a run that this site took part in {when}") from None
+        missing = {
+            "first": "this site was not in the first round of any run",
+            "final": "no run has ended yet with this site in its last round; wait for its end",
+        }
+        raise DataError(missing[which]) from None
