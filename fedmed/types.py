@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 FloatVector = NDArray[np.float32]
 Sums = Mapping[str, NDArray[np.float64]]  # named sums that add up over sites: counts, histograms, losses
 Scalar = str | int | float | bool
+SMALL = 10  # patients below whom no count is told, as it comes close to single ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from toy import PLANTED
 
 from fedmed.config import PrivacyConfig
 from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
-from fedmed.federated.sites import SiteConfig, read_site
+from fedmed.federated.site_config import SiteConfig
+from fedmed.federated.sites import read_site
 from fedmed.privacy.accounting import Spent
 from fedmed.privacy.egress import contents, keep_departure
 from fedmed.privacy.keys import make_keys, read_public

@@ -15,8 +15,6 @@ from fedmed.intake.pull import pull
 from fedmed.intake.query import parse_query
 from fedmed.privacy.keys import make_keys, read_keys
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 
 def pull_images(
     out: Path,
@@ -72,6 +70,7 @@ def site_pseudonyms(site: Path | None, keys: Path | None) -> Pseudonyms:
 
 
 def _web(url: str, ca: Path | None, certificate: Path | None) -> Archive:
+    from fedmed.deployment.processes import LOOPBACK
     from fedmed.intake.dicomweb import DicomWeb  # heavy
 
     parts = urlsplit(url)

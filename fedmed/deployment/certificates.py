@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmed.deployment.files import OPEN, SECRET, write_new
+from fedmed.deployment.processes import LOOPBACK
 from fedmed.durable import replacing, write_all
 from fedmed.errors import ConfigError
 
 AUTHORITY_DAYS = 3650
 BACKDATE = timedelta(hours=1)  # for sites whose clocks are late
 SOON = timedelta(days=30)  # before its end a certificate is renewed, and a site's check warns
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the server's own tasks come this way
 
 
 def make_authority(folder: Path, name: str) -> None:
@@ -180,7 +180,7 @@ def ends_soon(certificate: x509.Certificate, moment: datetime) -> bool:
 
 def _alternatives(names: Sequence[str]) -> list[x509.GeneralName]:
     found: list[x509.GeneralName] = []
-    for name in dict.fromkeys((*names, *LOOPBACK)):
+    for name in dict.fromkeys((*names, *LOOPBACK)):  # the server's own tasks come from there
         try:
             found.append(x509.IPAddress(ipaddress.ip_address(name)))
         except ValueError:

@@ -30,7 +30,7 @@ from fedmed.errors import ConfigError
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 SYSLOG = "/dev/log"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
 NAP_S = 0.1
 KILLS = 3  # a process that is being killed may just have started another

@@ -13,7 +13,6 @@ from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, arms_of, budget_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import (
-    SMALL,
     Bench,
     Drawn,
     check_paired,
@@ -28,6 +27,7 @@ from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of, untold
 from fedmed.metrics import ENOUGH_SEEDS, holm
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
+from fedmed.types import SMALL
 
 RESULT = "comparison.json"
 UNTOLD: dict[str, Any] = {"value": None, "low": None, "high": None, "n": None}

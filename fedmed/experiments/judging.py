@@ -17,8 +17,8 @@ from fedmed.config import RunConfig
 from fedmed.errors import DataError
 from fedmed.experiments.predictions import SERVER, Judged
 from fedmed.metrics import MINIMUM, Difference, over_seeds, paired_difference, percentiles, replicate, seed_moves
+from fedmed.types import SMALL
 
-SMALL = 10  # patients below which a count is suppressed
 Array = NDArray[np.float64]
 Estimate = dict[str, float | int | None]
 

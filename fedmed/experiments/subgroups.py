@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.experiments.judging import SMALL
+from fedmed.types import SMALL
 
 COLUMNS = {"sex": ("sex",), "age": ("age",), "view": ("view",), "scanner": ("scanner", "manufacturer", "device")}
 BANDS = ((18, "under 18"), (40, "18 to 39"), (60, "40 to 59"), (80, "60 to 79"), (200, "80 and over"))  # years, below

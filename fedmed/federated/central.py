@@ -164,9 +164,7 @@ class ServerNoise:
         self._sigma = self.noise_multiplier = sigma
         if self.config.privacy.clipping == "adaptive":
             self.noise_multiplier, self.adaptive = shared_noise(sigma, self.config.privacy.clip_quantile)
-        self._planned = central_events(
-            noise_multiplier=self.noise_multiplier, rounds=1, adaptive=self.adaptive, cohort=""
-        )
+        self._planned = central_events(noise_multiplier=self.noise_multiplier, rounds=1, adaptive=self.adaptive)
 
     def _least_noise(self, rounds: int) -> float:
         """σ with which so many more rounds stay within the budget: that of the rounds before, if it serves."""

@@ -127,7 +127,7 @@ class RunFolder:
 
     def prune(self, *, keep: int) -> None:
         """Remove all checkpoints but the last ones, and all networks that were best but those that they name."""
-        last = self._numbered("round")[-keep:]
+        last = self._checkpoints()[-keep:]
         kept = {path.stem for path in last} | {f"best-{_best_round(path):04d}" for path in last}
         for kind in ("round-*.safetensors", "round-*.json", "best-*.safetensors"):
             for path in (self.path / "checkpoints").glob(kind):
@@ -155,7 +155,7 @@ class RunFolder:
         Raises:
             RunFailed: there are checkpoints, but none can be read.
         """
-        candidates = self._numbered("round")
+        candidates = self._checkpoints()
         for path in reversed(candidates):
             try:
                 facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -180,9 +180,9 @@ class RunFolder:
             file.truncate(end)
         return entries
 
-    def _numbered(self, kind: str) -> list[Path]:
-        """The files of one kind in `checkpoints/`, by round."""
-        return sorted((self.path / "checkpoints").glob(f"{kind}-*.safetensors"), key=number_of)
+    def _checkpoints(self) -> list[Path]:
+        """The files in `checkpoints/`, by round."""
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"), key=number_of)
 
     def save_model(self, weights: Weights, layout: Layout, facts: Mapping[str, Any]) -> None:
         """Write the global network tensor by tensor, and how to build it."""

@@ -16,13 +16,13 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
-from fedmed.federated.site_config import SiteConfig, read_site_config, withdrawn_of
+from fedmed.federated.site_config import read_site_config, withdrawn_of
 from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site import Site
 
-__all__ = ["SIMULATION", "SiteConfig", "read_site", "site_name", "site_names", "site_of", "virtual_sites"]
+__all__ = ["SIMULATION", "read_site", "site_name", "site_names", "site_of", "virtual_sites"]
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmed.errors import DataError
+from fedmed.types import SMALL
 
-SMALL = 10  # patients below whom nothing is said
 PERCENTILES = (10, 50, 90)
 SMALLEST_SAMPLE = 20  # patients: so that two at least lie beyond the 10th and the 90th percentile
 ENOUGH = 100  # patients from whom a prevalence has two decimals

@@ -24,8 +24,9 @@ from fedmed.privacy.chain_file import Witness, forked, witness_path
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.keys import SiteKeys
 from fedmed.privacy.policy import SitePolicy
-from fedmed.privacy.rdp_filter import grid, orders_for
+from fedmed.privacy.rdp_filter import orders_for
 from fedmed.privacy.refusals import check_plan, over_budget, passes
+from fedmed.privacy.renyi import ORDERS
 from fedmed.privacy.storage import Rows, Storage
 from fedmed.types import PrivacyEvent
 
@@ -79,7 +80,7 @@ class Ledger:
                 orders = list(orders_for(privacy.epsilon, privacy.delta))
                 body = {"kind": "opened", "time": now(), "delta": privacy.delta, "orders": orders}
                 ledger._append(rows, witness, [{**body, "public": keys.public.hex()}])
-        ledger._refresh_from_disk()
+        ledger.refresh()
         if ledger._balance.delta != policy.privacy.delta:
             text = f"this ledger has δ = {ledger._balance.delta:g} for ever; the policy says {policy.privacy.delta:g}"
             raise PolicyRefused(text, rule="policy.privacy.delta")
@@ -119,7 +120,7 @@ class Ledger:
                 facts["most"] = int(times.max(initial=1))  # ids of one person, for when the members are lost
                 bodies += [{"kind": "reserved", "time": now(), **facts, "events": written_events(events)}]
             head = self._append(rows, witness, bodies)  # who belongs together is kept even if the plan is refused
-        self._refresh_from_disk()
+        self.refresh()
         if refusal is not None:
             raise refusal
         return Reservation(sequence=head.sequence, run=run, round=round, events=events, warning=warning, token=token)
@@ -147,15 +148,16 @@ class Ledger:
             done = charge.events if charge.whole else done
             body = {"kind": "settled", "time": now(), "reservation": reservation.sequence}
             self._append(rows, witness, [{**body, "events": written_events(done)}])
-        self._refresh_from_disk()
+        self.refresh()
 
     def refresh(self) -> None:
-        """Take up what other processes have written.
+        """Take up what this or another process has committed.
 
         Raises:
             LedgerUnusable: the ledger cannot be read, or is no longer the one that this process knows.
         """
-        self._refresh_from_disk()
+        with self._storage.reading() as rows:
+            self._follow(rows)
 
     @property
     def head(self) -> Anchor:
@@ -172,7 +174,7 @@ class Ledger:
         """ε of the patient who has spent most, by Rényi differential privacy: quick, for every round."""
         delta = self._balance.delta
         curves = [curve for curve in self._balance.totals() if curve.any()]
-        return max((rdp_epsilon(np.array(grid()), curve, delta=delta) for curve in curves), default=0.0)
+        return max((rdp_epsilon(np.array(ORDERS), curve, delta=delta) for curve in curves), default=0.0)
 
     @property
     def charges(self) -> Mapping[int, Charge]:
@@ -223,11 +225,6 @@ class Ledger:
             self._witness.extend(witness, records)
             rows.append(records[0].anchor.sequence, [record.line for record in records])
         return records[-1].anchor if records else self._head
-
-    def _refresh_from_disk(self) -> None:
-        """Take up what this or another process has committed."""
-        with self._storage.reading() as rows:
-            self._follow(rows)
 
     def _refresh(self, rows: Rows, witness: int) -> None:
         """Take up what other processes wrote, and make ledger and witness equal.

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.privacy.accounting import rdp_curve
+from fedmed.privacy.renyi import ORDERS
 from fedmed.types import PrivacyEvent
 
 Curve = NDArray[np.float64]  # (orders,) RDP at each order of the accountant
@@ -64,7 +65,7 @@ def orders_for(epsilon: float, delta: float) -> tuple[float, ...]:
     """
     log = math.log(1 / delta)
     best = 1 + math.sqrt(log) / (math.sqrt(log + epsilon) - math.sqrt(log))
-    return tuple(sorted({grid()[int(np.abs(np.array(grid()) - share * best).argmin())] for share in SHARES}))
+    return tuple(sorted({ORDERS[int(np.abs(np.array(ORDERS) - share * best).argmin())] for share in SHARES}))
 
 
 def curve_of(events: Sequence[PrivacyEvent], *, times: int = 1) -> Curve:
@@ -73,7 +74,7 @@ def curve_of(events: Sequence[PrivacyEvent], *, times: int = 1) -> Curve:
     Raises:
         FedmedError: the accountant does not take an event.
     """
-    total = np.zeros(len(grid()))
+    total = np.zeros(len(ORDERS))
     for event in events:
         if event.steps:
             total = total + event.steps * _step(charged(event, times))
@@ -99,13 +100,6 @@ def _step(event: PrivacyEvent) -> Curve:
     return np.array(rdp_curve([event])[1], np.float64)
 
 
-@lru_cache(maxsize=1)
-def grid() -> tuple[float, ...]:
-    """The accountant's orders."""
-    event = PrivacyEvent(mechanism="gaussian", noise_multiplier=1.0)
-    return tuple(float(order) for order in rdp_curve([event])[0])
-
-
 @lru_cache(maxsize=64)
 def _places(orders: tuple[float, ...]) -> tuple[int, ...]:
-    return tuple(int(np.abs(np.array(grid()) - order).argmin()) for order in orders)
+    return tuple(int(np.abs(np.array(ORDERS) - order).argmin()) for order in orders)

@@ -34,10 +34,6 @@ class Rows:
 
     _connection: sqlite3.Connection
 
-    def head(self) -> int:
-        """The number of the last record; 0 = none."""
-        return int(self._connection.execute("SELECT COALESCE(MAX(sequence), 0) FROM records").fetchone()[0])
-
     def line(self, sequence: int) -> str | None:
         """One record."""
         row = self._connection.execute("SELECT line FROM records WHERE sequence = ?", (sequence,)).fetchone()

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmed.reporting.facts import Estimate
-from fedmed.reporting.words import SMALL, interval, number, plural
+from fedmed.reporting.words import interval, number, plural
+from fedmed.types import SMALL
 
 Json = dict[str, object]
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedmed.errors import DataError
 from fedmed.reporting import words
 from fedmed.reporting.comparison_figures import differences, endpoint, matrix, sweep_lines
 from fedmed.reporting.facts import Estimate
-from fedmed.reporting.pages import write_page
+from fedmed.reporting.pages import fill, write_page
 
 SCHEMA = 1
 
@@ -60,19 +58,10 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, Any]) -> Path:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.globals.update(
-        title=words.title, number=words.number, count=words.count, interval=words.interval, plural=words.plural,
+    page = fill(
+        template, found=found, plots=plots, plotly_js=get_plotlyjs(),
         estimate=estimate, signed=signed, p=p_value, epsilon=words.epsilon,
     )  # fmt: skip
-    files = resources.files("fedmed.reporting")
-    environment.globals["frame"] = environment.from_string(
-        files.joinpath("experiment.html.j2").read_text(encoding="utf-8")
-    )
-    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8")).render(
-        found=found, plots=plots, plotly_js=get_plotlyjs()
-    )
     return write_page(page, target)
 
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 
 from fedmed.reporting.facts import Counts, Estimate, Findings, Privacy, RunFacts
+from fedmed.types import SMALL
 
 UNDEFINED = "–"
 MOST_SCANNERS = 8  # of one site
-SMALL = 10  # counts below are not told of a site: they come close to single patients
 NAMES = {
     "f1": "F1",
     "accuracy": "Accuracy",
