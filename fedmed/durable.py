@@ -1,12 +1,16 @@
-"""Files that are whole after a crash: written under another name, made durable, then renamed."""
+"""Files that are whole after a crash: written under another name, made durable, then renamed. Digests and modes too."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what a file system without hard links says
 
@@ -15,6 +19,11 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, shared: b
     """Replace a file by new content, durably; arguments as of `replacing`."""
     with replacing(path, mode=mode, shared=shared) as descriptor:
         write_all(descriptor, content)
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, mode: int = 0o644) -> None:
+    """Replace a file by a value as JSON that people read; NaN is an error."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n", mode=mode)
 
 
 @contextmanager
@@ -81,13 +90,13 @@ def _take_name(partial: Path, path: Path) -> None:
         os.replace(partial, path)  # noqa: PTH105  # one name for every rename, which the kill tests count
 
 
-def append(descriptor: int, content: bytes) -> None:
+def append(descriptor: int, content: bytes | memoryview) -> None:
     """Write at the end of a file and wait until it is on the disk."""
     write_all(descriptor, content)
     os.fsync(descriptor)
 
 
-def write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
     """Write all of `content`; the system may take less at a time."""
     rest = memoryview(content)
     while rest:
@@ -101,3 +110,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, hexadecimal; the file is not read into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether others than its owner may read or write a file, or run it."""
+    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)

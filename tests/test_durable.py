@@ -1,6 +1,7 @@
 """Files that are replaced whole or not at all: full disks, modes, kills' leftovers, two writers at once."""
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -128,3 +129,16 @@ def test_processes_that_write_one_file_at_once_leave_one_of_their_versions_whole
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert path.read_bytes() in (b"a" * 100_000, b"b" * 100_000)
     assert names_in(tmp_path) == ["file"]
+
+
+def test_a_digest_is_of_the_whole_file_and_a_secret_is_its_owner_s_alone(tmp_path):
+    path = tmp_path / "file"
+    durable.write_json(path, {"b": 1, "a": [2.5]}, mode=0o600)
+    assert path.read_bytes() == b'{\n  "b": 1,\n  "a": [\n    2.5\n  ]\n}\n'
+    assert durable.sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert not durable.open_to_others(path)
+    for mode in (0o640, 0o604, 0o620):
+        path.chmod(mode)
+        assert durable.open_to_others(path)
+    with pytest.raises(ValueError):
+        durable.write_json(path, {"a": float("nan")})

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedmed.deployment import wheelhouse
+from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def test_the_bill_names_exactly_the_wheels_and_no_place(tmp_path):
     }
     found = wheelhouse.bill_of(bill, [wheel])
     (component,) = found["components"]
-    assert component["hashes"] == [{"alg": "SHA-256", "content": wheelhouse.sha256(wheel)}]
+    assert component["hashes"] == [{"alg": "SHA-256", "content": sha256_of(wheel)}]
     assert found["dependencies"] == [{"ref": "root", "dependsOn": ["m"]}]
     assert "http" not in json.dumps(found)
 

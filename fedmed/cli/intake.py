@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmed.cli.display import bar, console
+from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError, DataError
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
@@ -177,7 +177,7 @@ def write_card(place: Path, out: Path) -> None:
         DataError: it was not checked, or has changed since.
     """
     manifest = _manifest(place)
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    digest = sha256_of(manifest)
     card = card_of(read_facts(manifest.with_name(CHECKED), digest))
     out.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     print(f"wrote {out}; read it: it is all that leaves, and holds nothing of fewer than 10 patients")

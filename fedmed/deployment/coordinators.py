@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from fedmed.deployment.certificates import make_coordinator_certificate, read_ce
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
 from fedmed.deployment.files import SECRET, make_folder, read_json, write_json
 from fedmed.deployment.kits import ADDRESS
-from fedmed.durable import write_atomically
+from fedmed.durable import open_to_others, write_atomically
 from fedmed.errors import ConfigError
 
 KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
@@ -45,7 +44,7 @@ class Entrance:
             context = ssl.create_default_context(cafile=str(self.authority))
             if self.certificate is not None:
                 key = self.certificate.with_name(KEY)
-                if stat.S_IMODE(key.stat().st_mode) & 0o077:
+                if open_to_others(key):
                     raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
                 context.load_cert_chain(self.certificate, key)
         except OSError as error:  # ssl.SSLError is one

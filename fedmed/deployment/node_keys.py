@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmed.deployment.files import OPEN, SECRET, write_new
+from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError
 
 PRIVATE, PUBLIC = "node.key", "node.pub"
@@ -45,7 +44,7 @@ def read_node_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     """
     path = folder / PRIVATE
     try:
-        if stat.S_IMODE(os.stat(path).st_mode) & 0o077:  # noqa: PTH116  # one call that names no other file
+        if open_to_others(path):
             raise ConfigError("node.key can be read by others on this machine; chmod 600 it")
         key = load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:

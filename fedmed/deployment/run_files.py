@@ -6,7 +6,6 @@ Flower's own way to fetch results needs its enterprise edition. `GET /fedmed/run
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedmed.deployment.coordinators import Entrance
+from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError, RunFailed
 
 PLACE = "/fedmed"
@@ -47,8 +47,7 @@ def run_files(folder: Path) -> list[RunFile]:
         place = path.relative_to(folder)
         if path.is_symlink() or not path.is_file() or place.parts[0] == "spool" or path.name.endswith(".partial"):
             continue
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         found.append(RunFile(path=place.as_posix(), bytes=path.stat().st_size, sha256=digest))
     return found
 
@@ -132,7 +131,7 @@ def _checked(values: dict[str, Any]) -> RunFile:
 
 def _fetch(client: httpx.Client, place: str, file: RunFile, out: Path) -> None:
     path = out / file.path
-    if path.exists() and _digest(path) == file.sha256:
+    if path.exists() and sha256_of(path) == file.sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -144,12 +143,7 @@ def _fetch(client: httpx.Client, place: str, file: RunFile, out: Path) -> None:
             with partial.open("ab" if answer.status_code == httpx.codes.PARTIAL_CONTENT else "wb") as target:
                 for piece in answer.iter_bytes(PIECE):
                     target.write(piece)
-    if _digest(partial) != file.sha256:
+    if sha256_of(partial) != file.sha256:
         partial.unlink()
         raise RunFailed(f"{file.path} is not what the server listed: it changed meanwhile; fetch again")
     partial.replace(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -34,6 +33,7 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.proxy import Proxy
+from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
@@ -76,7 +76,7 @@ def require_usable(folder: ServerFolder) -> None:
     if not certificates.belong_together(certificate, folder.tls / "server.key"):
         raise ConfigError("server.key and server.crt do not belong together; fedmed server provision makes both anew")
     for key in (folder.tls / "server.key", folder.tls / "ca.key", folder.coordinator / "signing.key"):
-        if key.exists() and stat.S_IMODE(key.stat().st_mode) & 0o077:
+        if key.exists() and open_to_others(key):
             raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
 
 

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from fedmed.deployment.files import SECRET, write_new
+from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError
 
 SUMS, SIGNATURE, PUBLIC = "SHA256SUMS", "SHA256SUMS.sig", "signer.pem"
@@ -66,7 +67,7 @@ def make_wheelhouse(source: Path, folder: Path, key: Ed25519PrivateKey, *, only:
     public = key.public_key()
     text = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     write_new(folder / PUBLIC, text)
-    sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())).encode()
+    sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())).encode()
     write_new(folder / SUMS, sums)
     write_new(folder / SIGNATURE, key.sign(sums))
     return len(wheels)
@@ -91,7 +92,7 @@ def fingerprint(key: Ed25519PrivateKey) -> str:
 
 def bill_of(bill: dict[str, Any], wheels: Sequence[Path]) -> dict[str, Any]:
     """A CycloneDX bill of exactly these wheels, with their hashes and without addresses."""
-    hashes = {_identity(path): sha256(path) for path in wheels}
+    hashes = {_identity(path): sha256_of(path) for path in wheels}
     components = []
     for component in bill["components"]:
         name = (canonicalize_name(component["name"]), component["version"])
@@ -105,12 +106,6 @@ def bill_of(bill: dict[str, Any], wheels: Sequence[Path]) -> dict[str, Any]:
         if entry["ref"] in known
     ]
     return {**bill, "components": components, "dependencies": depends}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _exported(project: Path, form: str) -> str:
@@ -140,7 +135,7 @@ def _requirements(text: str, only: Sequence[str]) -> list[str]:
 
 def _pinned(wheel: Path) -> str:
     name, version = _identity(wheel)
-    return f"{name}=={version} --hash=sha256:{sha256(wheel)}\n"
+    return f"{name}=={version} --hash=sha256:{sha256_of(wheel)}\n"
 
 
 def _identity(wheel: Path) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import write_json
 from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, arms_of, budget_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.dealing import dealt
@@ -258,4 +258,4 @@ def _notes_on_algorithms(trials: Sequence[Trial]) -> list[str]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+    write_json(path, value)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import sha256_of
 from fedmed.federated.virtual_hospitals import with_hospitals
 
 FOLDER = "hospitals"
@@ -32,7 +33,7 @@ def dealt(config: RunConfig, folder: Path) -> RunConfig:
     values = run_file.nested(config)
     scheme = {key: value for key, value in values["simulation"].items() if key.startswith("partition")}
     manifests = [Path(path) for path in config.data.sites if Path(path).is_file()]  # a missing one is refused below
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in manifests]
+    contents = [sha256_of(path) for path in manifests]
     facts = json.dumps([scheme, config.seed, values["task"], config.data.sites, contents], sort_keys=True)
     home = folder.absolute() / FOLDER / hashlib.sha256(facts.encode()).hexdigest()[:12]
     home.mkdir(parents=True, exist_ok=True)

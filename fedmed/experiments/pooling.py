@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import sha256_of, write_atomically
 from fedmed.errors import DataError
 from fedmed.federated.sites import site_names
 from fedmed.imaging.dataset import Dataset
@@ -87,7 +87,7 @@ def _merged(config: RunConfig) -> str:
 
 
 def _sources(config: RunConfig, sites: tuple[str, ...], folder: Path) -> str:
-    files = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sites if Path(path).is_file()}
+    files = {path: sha256_of(Path(path)) for path in sites if Path(path).is_file()}
     content = json.dumps({"dataset": config.data.dataset, "sites": list(sites), "files": files}).encode()
     path = _place(folder, content) / (SITE if sites == config.data.sites else "server")
     path.mkdir(parents=True, exist_ok=True)

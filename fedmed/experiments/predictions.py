@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import sha256_of, write_atomically
 from fedmed.errors import ConfigError
 from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
@@ -170,9 +170,7 @@ def _mark(config: RunConfig, own: bool) -> str:
     values = run_file.nested(config)
     facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
     facts += [config.evaluate.selection_share, *(["own networks"] if own else [])]
-    facts += [
-        hashlib.sha256(Path(p.path).read_bytes()).hexdigest() for p in places_of(config) if Path(p.path).is_file()
-    ]
+    facts += [sha256_of(Path(p.path)) for p in places_of(config) if Path(p.path).is_file()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

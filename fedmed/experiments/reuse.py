@@ -10,6 +10,7 @@ from typing import Any
 import fedmed
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import sha256_of
 from fedmed.experiments.arms import Trial
 
 DONE = ("completed", "degraded")
@@ -24,9 +25,7 @@ def digest(config: RunConfig) -> str:
     values = run_file.nested(config)
     del values["name"], values["simulation"]["workers"]
     paths = [*config.data.sites, config.data.server, config.model.weights, config.simulation.policy]
-    files = {
-        path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path and Path(path).is_file()
-    }
+    files = {path: sha256_of(Path(path)) for path in paths if path and Path(path).is_file()}
     facts = json.dumps([fedmed.__version__, values, files], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import write_atomically, write_json
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
@@ -131,7 +130,7 @@ def sweep(
         "points": summary,
         "rows": rows,
     }
-    write_atomically(folder / RESULT, json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    write_json(folder / RESULT, report)
     write_atomically(folder / TABLE, _csv(rows).encode())
     return report
 

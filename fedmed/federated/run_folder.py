@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedmed.config import RunConfig, to_toml
-from fedmed.durable import append, write_all, write_atomically
+from fedmed.durable import append, write_all, write_atomically, write_json
 from fedmed.errors import RunFailed
 from fedmed.models.low_rank import merged
 from fedmed.privacy.chain import now
@@ -196,7 +196,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file atomically; NaN is an error, undefined values are null."""
-        write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+        write_json(self.path / name, value)
 
     def close(self) -> None:
         """Remove the messages of the run and close its logs; a further event opens them again."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
-from fedmed.durable import replacing
+from fedmed.durable import append, replacing
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.kinds import kind_of
 from fedmed.imaging.dicom.opening import open_dicom
@@ -182,10 +182,11 @@ def _written(clean: Dataset, path: Path) -> Path:
     buffer = io.BytesIO()
     with plain_errors():
         clean.save_as(buffer, enforce_file_format=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        append(descriptor, buffer.getbuffer())
+    finally:
+        os.close(descriptor)
     return path
 
 

@@ -7,7 +7,6 @@ kilobyte an image, whatever its size.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections import Counter
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fedmed
+from fedmed.durable import sha256_of
 from fedmed.intake.survey import SIDE
 
 SCHEMA = 1
@@ -97,7 +97,7 @@ def facts_of(seen: Seen, manifest: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "fedmed": fedmed.__version__,
-        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "manifest": sha256_of(manifest),
         "patients": len(images_of_patient),
         "rows": len(seen.rows),
         "images": seen.images,

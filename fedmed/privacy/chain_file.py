@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmed.durable import append
 from fedmed.errors import LedgerUnusable
 from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, read
 from fedmed.privacy.keys import SiteKeys
@@ -169,7 +170,4 @@ def _before(record: Record) -> Anchor:
 
 
 def _write(file: int, lines: Sequence[str]) -> None:
-    content = "".join(f"{line}\n" for line in lines).encode()
-    while content:
-        content = content[os.write(file, content) :]
-    os.fsync(file)
+    append(file, "".join(f"{line}\n" for line in lines).encode())

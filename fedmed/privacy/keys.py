@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import secrets
 import shutil
-import stat
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedmed.durable import sync_folder, write_new
+from fedmed.durable import open_to_others, sync_folder, write_new
 from fedmed.errors import LedgerUnusable
 
 SIGNING, LINKING, PUBLIC = "signing.key", "linking.key", "site.pub"
@@ -111,7 +110,7 @@ def read_public(path: Path) -> bytes:
 
 def _secret(path: Path) -> bytes:
     content = _bytes(path)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if open_to_others(path):
         raise LedgerUnusable(f"{path.name} can be read by others on this machine; chmod 600 it", rule="keys.mode")
     return content
 

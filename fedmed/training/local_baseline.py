@@ -8,7 +8,6 @@ at the patients whom it holds out. Nothing of it leaves, so it is trained withou
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import write_json
 from fedmed.errors import DataError
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import (
@@ -107,7 +106,7 @@ def train_baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
     networks = {"local": network.weights(), "federated": final.weights}
     result = {"schema": 1, "name": config.name, "site": site.name, "primary": config.primary, "seeds": [config.seed]}
     result |= {"images": len(set(data.rows[rows].tolist())), "arms": _judged(networks, network, data, rows, config)}
-    write_atomically(state_dir / RESULT, json.dumps(result, indent=2, allow_nan=False).encode() + b"\n", mode=0o600)
+    write_json(state_dir / RESULT, result, mode=0o600)
     return state_dir / RESULT
 
 
