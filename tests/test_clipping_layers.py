@@ -1,5 +1,7 @@
 """Every layer that the clipping engine knows, and any other, equals a loop over single images."""
 
+from functools import partial
+
 import pytest
 import torch
 from clipping_reference import assert_clipped, per_sample_reference, squares_of
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from fedmed.training.clipping import GradientClipper, correlation
-from fedmed.training.clipping.convolutions import cheaper
+from fedmed.training.clipping.convolutions import convolution, most_by_gram
 from fedmed.training.clipping.correlation import Window
+from fedmed.training.clipping.linear import linear
 from fedmed.training.clipping.patients import patients_of
+from fedmed.training.clipping.recording import Recording
 
 CONVOLUTIONS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -95,10 +99,12 @@ def test_every_form_of_a_weight_gradient_agrees_with_the_plain_one_of_each_patie
     patients = patients_of(unit)
     one = torch.stack([correlation.weight_gradient(maps[rows], points[rows], window) for rows in patients.each()])
     squares = one.flatten(1).square().sum(1)
-    torch.testing.assert_close(correlation.gradients(maps, points, window, patients), one, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(
+        correlation.gradients(maps, points, window, patients.blocks), one, rtol=1e-12, atol=1e-11
+    )
     by_products = torch.cat([correlation._by_products(maps, points, window, block) for block in patients.blocks])
     torch.testing.assert_close(by_products, one, rtol=1e-12, atol=1e-11)
-    by_gram = correlation.squares_by_gram(maps, points, window, patients)
+    by_gram = correlation.squares_by_gram(maps, points, window, patients.blocks)
     torch.testing.assert_close(by_gram, squares, rtol=1e-10, atol=1e-9)
     factors = torch.linspace(0, 1, 6, dtype=torch.float64)
     expected = correlation.weight_gradient(maps, points * factors.view(-1, *[1] * (points.dim() - 1)), window)
@@ -107,16 +113,40 @@ def test_every_form_of_a_weight_gradient_agrees_with_the_plain_one_of_each_patie
 
 
 def test_form_follows_the_size_of_the_map() -> None:
-    image, patients = torch.arange(16), patients_of(torch.arange(16) // 8)
     window = Window(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
 
-    def form(channels: int, side: int, of=patients_of(image)) -> str:
-        return cheaper((16, channels, side, side), (16, channels, side, side), window, of)
+    def form(channels: int, side: int, images: int = 1) -> str:
+        return "gram" if images <= most_by_gram((channels, side, side), (channels, side, side), window) else "kept"
 
     assert form(512, 2) == form(256, 4) == form(256, 14) == "gram"
     assert form(64, 16) == form(64, 56) == form(16, 512) == form(64, 512) == "kept"
-    assert form(256, 14, patients) == "kept"  # positions of eight images would be paired, and only two are kept
-    assert form(2048, 32) == "gram"  # 16 gradients of 38 million numbers would not fit
+    assert form(256, 14, images=8) == "kept"  # positions of eight images would be paired
+    assert form(2048, 32) == "gram"  # a gradient of 38 million numbers for each image would not fit
+
+
+def rows_by_gram(layer: str, images: list[int]) -> int:
+    """Of patients with so many images each, the images whose gradient of a layer is not kept."""
+    patients = patients_of(torch.repeat_interleave(torch.arange(len(images)), torch.tensor(images)))
+    module = nn.Conv2d(64, 64, 3, padding=1, bias=False) if layer == "convolution" else nn.Linear(40, 40, bias=False)
+    recording = Recording(patients, {module.weight: 0})
+    rows = torch.ones(sum(images), 64, 5, 5) if layer == "convolution" else torch.ones(sum(images), 10, 40)
+    forward = convolution("", module) if layer == "convolution" else partial(linear, "", module)
+    forward(recording, rows).sum().backward()
+    for products, uses in recording.products.values():
+        products(uses)
+    count = recording.later[module.weight][0] if module.weight in recording.later else 0
+    kept = recording.kept.get(module.weight, ())
+    assert len(recording.squares[0]) == len(images) and sum(sorted(images)[: len(images) - len(kept)]) == count
+    return count
+
+
+@pytest.mark.parametrize("layer", ["convolution", "linear"])
+@given(images=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_p07_the_form_of_a_norm_follows_from_the_patients_own_images(layer, images) -> None:
+    alone = {count: rows_by_gram(layer, [count]) for count in range(1, 6)}
+    assert alone[1] == 1 and alone[5] == 0, "both forms"
+    assert rows_by_gram(layer, images) == sum(alone[count] for count in images)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from fedmed.training.clipping import GradientClipper
 from fedmed.training.clipping.rounding import scaled, squares_above
 
 
-def convolved(mean: float) -> nn.Module:
+def convolved(mean: float, *, width: int = 128) -> nn.Module:
     """Activations with a large mean before a convolution whose output gradients add up to nothing."""
     network = nn.Sequential(
-        nn.Conv2d(1, 128, 3, padding=1), nn.Conv2d(128, 128, 3), nn.InstanceNorm2d(128, affine=True), nn.ReLU(),
-        nn.Flatten(), nn.Linear(128 * 36, 1),
+        nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width, affine=True), nn.ReLU(),
+        nn.Flatten(), nn.Linear(width * 36, 1),
     )  # fmt: skip
     with torch.no_grad():
         network[0].bias.fill_(mean)
@@ -105,6 +105,22 @@ def test_p06_rows_of_a_patient_that_cancel_move_nobody_elses_gradient() -> None:
         GradientClipper(network, max_norm=1.0).accumulate_(loss, images[:count], targets[:count], patients[:count])
         found.append(torch.cat([each.grad.double().flatten() for each in network.parameters()]))
     assert float((found[0] - found[1]).norm()) <= 1.01
+
+
+def test_p07_a_patient_with_many_images_moves_nobody_elses_norm() -> None:
+    torch.manual_seed(0)
+    network, images = convolved(1e4, width=32), torch.rand(40, 1, 8, 8)
+    weights = torch.cat([torch.ones(32), torch.full((8,), 1 / 8)])
+    patients = torch.cat([torch.arange(32), torch.full((8,), 32)])
+    norms, sums = [], []
+    for count in (32, 40):
+        network.zero_grad()
+        clipper = GradientClipper(network, max_norm=1.0)
+        given = (images[:count], images[:count], patients[:count], weights[:count])
+        norms.append(clipper.accumulate_(loss_of, *given).norms[:32])
+        sums.append(torch.cat([each.grad.double().flatten() for each in network.parameters()]))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=0)
+    assert float((sums[0] - sums[1]).norm()) <= 1.01
 
 
 def test_a_square_is_rounded_up_by_little_where_nothing_cancels() -> None:

@@ -91,7 +91,7 @@ class Killed(Exception):
 def test_a_round_that_was_cut_off_ends_with_the_same_bits_and_the_same_bound(clipping, tmp_path):
     data = patients(1, 2, 3)
     given, units = (
-        terms(data, clipping=clipping, steps=6, max_grad_norm=0.5),
+        terms(data, clipping=clipping, steps=6, max_grad_norm=0.5, physical_batch=6),
         units_of(data, np.arange(6), PrivacyConfig()),
     )
     calls = 0

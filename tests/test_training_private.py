@@ -10,6 +10,7 @@ from fedmed.config import PrivacyConfig, TrainConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
+from fedmed.training.clipping import GradientClipper
 from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
@@ -137,6 +138,22 @@ def test_p07_no_other_patients_clipped_gradient_depends_on_one_who_is_taken_away
         alone = step(whole, Chosen(sampled=[position]), settings, **changes)
         again = step(apart, Chosen(sampled=[without]), settings, **changes)
         assert torch.equal(alone, again)
+
+
+def test_p07_how_many_others_came_moves_no_bit_of_a_patients_norm(monkeypatch):
+    norms, whole = [], GradientClipper.accumulate_
+
+    def told(self, *given):
+        norms.append(whole(self, *given))
+        return norms[-1]
+
+    monkeypatch.setattr(GradientClipper, "accumulate_", told)
+    for physical in (4, 20):
+        norms.clear()
+        for count in (20, 19, 15, 9, 3):
+            step(patients(*[1] * 20), Chosen(sampled=range(count)), physical_batch=physical)
+        assert len(norms) == (5 + 5 + 4 + 3 + 1 if physical == 4 else 5)
+        assert torch.equal(norms[0].norms[:3], norms[-1].norms[:3])
 
 
 def test_p05_the_sum_is_divided_by_the_expected_batch_and_not_by_who_came():

@@ -31,6 +31,7 @@ from fedmed.privacy.central import following_clip
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.coupling import require_uncoupled
+from fedmed.training.filling import FEWEST, filled, numbered
 from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork, channels_innermost
@@ -174,18 +175,21 @@ class PrivateGradient:
             parameter.grad = torch.zeros_like(parameter)  # of nobody, if nobody was drawn
         losses = [torch.zeros(0, device=device)]
         balance = 0.0  # Σ ±½ over the sampled units: + for a gradient that came through as it was
-        for part, images, targets in group:
+        rows = min(FEWEST, self.terms.physical_batch)
+        for part, *batch in group:
+            images, targets, weights = filled((*batch, torch.from_numpy(part.weights)), rows)
             images = images.to(device)
             clipped = self.clipper.accumulate_(
                 self.loss,
                 channels_innermost(images) if self.channels_last else images,
                 targets.to(device),
-                torch.from_numpy(part.units).to(device),
-                torch.from_numpy(part.weights).to(device),
+                numbered(torch.from_numpy(part.units), rows).to(device),
+                weights.to(device),
             )
-            losses.append(clipped.losses.detach())
+            losses.append(clipped.losses[: len(part.rows)].detach())
             if self.terms.adaptive:
-                balance += float((clipped.norms <= self.clip).sum()) - len(clipped.norms) / 2
+                norms = clipped.norms[: part.units[-1] + 1]
+                balance += float((norms <= self.clip).sum()) - len(norms) / 2
         self.noised.pre_step()
         self._follow(balance)
         return torch.cat(losses).sum() / max(sum(map(len, losses)), 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any, Literal
+from math import prod, sqrt
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,10 +14,8 @@ from torch.nn import functional as F
 from fedmed.errors import ModelError
 from fedmed.training.clipping import correlation
 from fedmed.training.clipping.correlation import Window
-from fedmed.training.clipping.patients import Patients
 from fedmed.training.clipping.recording import Recording, full
 
-Form = Literal["gram", "kept"]
 CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
@@ -33,35 +31,36 @@ APART = 1.15  # a multiply-add of the patients' own weight gradients
 ROOM = 3.0  # kept gradients may take so many times the memory of what the layer was given and got back
 
 
-def cheaper(maps: tuple[int, ...], points: tuple[int, ...], window: Window, patients: Patients) -> Form:
-    """The form of a layer's per-patient gradients that takes less time.
+def most_by_gram(maps: tuple[int, ...], points: tuple[int, ...], window: Window) -> float:
+    """How many images a patient may have whose norm takes less time in the form `gram`; with more it is `kept`.
 
     * `gram`: norms from products of positions with positions, and one weighted sum later. Cheap for small maps.
     * `kept`: every patient's gradient is computed and kept, unless that takes much memory. Cheap for few weights.
+
+    The forms are rounded differently, so nothing but the layer's shapes and a patient's own images may choose: else
+    who else is in the batch would move the norm (docs/privacy-model.md, claim 7).
 
     Where memory forbids `kept`, 3 k T (C + O) < C O K for k images of T positions and K taps, the products over
     positions, (k T)² (C + O), are under a third of those of the plain weight gradient: `gram` is never dear there.
 
     Args:
-        maps: (n, C, *sides).
-        points: (n, O, *sides).
+        maps: (C, *sides).
+        points: (O, *sides).
         window: Of the convolution.
-        patients: Of the rows.
     """
-    (rows, channels, *sides), (_, outputs, *ends) = maps, points
+    (channels, *sides), (outputs, *ends) = maps, points
     few, many, taps = prod(ends), prod(sides), prod(window.kernel)
     weights = outputs * channels * taps // window.groups
-    product, all_weights = rows * few * weights, len(patients.names) * weights
     pairs = few**2 * window.groups * PAIR
     if window.pointwise:
-        each = few**2 * (channels + outputs) + 2 * pairs
+        square = few**2 * (channels + outputs) + 2 * pairs
     elif window.steps_by_one:
-        each = many**2 * channels + few**2 * outputs + (2 + sum(window.kernel)) * pairs * max(1, many // few)
+        square = many**2 * channels + few**2 * outputs + (2 + sum(window.kernel)) * pairs * max(1, many // few)
     else:
-        each = few**2 * (channels * taps + outputs) + 2 * pairs
-    gram = product + sum(block.patients * block.images**2 * each for block in patients.blocks)
-    fits = all_weights <= ROOM * rows * (channels * many + outputs * few)
-    return "kept" if fits and APART * product + KEPT * all_weights < gram else "gram"
+        square = few**2 * (channels * taps + outputs) + 2 * pairs
+    more = (APART - 1) * few * weights  # of each image; k² square = k more + KEPT weights where both forms take as long
+    equal = (more + sqrt(more**2 + 4 * square * KEPT * weights)) / (2 * square)
+    return max(equal, (weights - 1) // (ROOM * (channels * many + outputs * few)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +109,15 @@ class _Layer:
         if not isinstance(self.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             maps, points = points, maps
         window, patients = self.window, recording.patients
-        form = cheaper(tuple(maps.shape), tuple(points.shape), window, patients)
-        if form == "kept" or not recording.single(weight):
-            recording.keep(weight, correlation.gradients(maps, points, window, patients))
-            return
-        squares = correlation.squares_by_gram(maps, points, window, patients)
-        recording.postpone(weight, squares, partial(correlation.weighted, maps, points, window))
+        most = most_by_gram(tuple(maps.shape[1:]), tuple(points.shape[1:]), window) if recording.single(weight) else 0
+        few, many = patients.parted(most)
+        if many:
+            recording.keep(weight, correlation.gradients(maps, points, window, many))
+        if few:
+            squares = correlation.squares_by_gram(maps, points, window, few)
+            rows = few[-1].rows.stop
+            weighted = partial(correlation.weighted, maps[:rows], points[:rows], window)
+            recording.postpone(weight, squares, weighted, rows=rows)
 
 
 def convolution(name: str, module: nn.Module) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ arXiv:2110.05679, section 4), which is cheap where there are few positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmed.training.clipping.patients import Block, Patients
+from fedmed.training.clipping.patients import Block, counted, each
 from fedmed.training.clipping.recording import full, quiet
 from fedmed.training.clipping.rounding import scaled, squares_above
 
@@ -48,8 +49,8 @@ class Window:
         return max(self.stride) == 1
 
 
-def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:
-    """(Q, O, C / groups, *kernel) the weight gradient of every patient.
+def gradients(maps: Tensor, points: Tensor, window: Window, blocks: Sequence[Block]) -> Tensor:
+    """(patients, O, C / groups, *kernel) the weight gradient of every patient of some blocks.
 
     On a CPU as the weight gradient of one convolution whose groups are the patients, which costs no more than the plain
     one where the library has a fast path for it: channels in multiples of 16, weights that fit its cache.
@@ -58,27 +59,27 @@ def gradients(maps: Tensor, points: Tensor, window: Window, patients: Patients) 
         maps: (n, C, *sides).
         points: (n, O, *sides).
         window: Of the convolution.
-        patients: Of the rows.
+        blocks: Of the rows.
     """
     maps, points = full(maps), full(points)
     if window.pointwise or maps.is_cuda:
-        return _joined([_by_products(maps, points, window, block) for block in patients.blocks])
+        return _joined([_by_products(maps, points, window, block) for block in blocks])
     volumes, weights = len(window.kernel) > 2, prod(_shape(maps, points, window))
     small, large = min(maps.shape[1], points.shape[1]), prod(points.shape[2:]) >= LARGE
     even = maps.shape[1] % LANES == points.shape[1] % LANES == 0 and window.groups == 1
     if volumes or (even and weights < HEAVY and not large):
         lanes = LANES if not even and window.groups == 1 and small > LANES // 2 else 1
-        return _joined([_by_groups(maps, points, window, block, lanes) for block in patients.blocks])
-    found = maps.new_empty(len(patients.names), *_shape(maps, points, window))
-    for number, rows in enumerate(patients.each()):
+        return _joined([_by_groups(maps, points, window, block, lanes) for block in blocks])
+    found = maps.new_empty(counted(blocks), *_shape(maps, points, window))
+    for number, rows in enumerate(each(blocks)):
         found[number] = weight_gradient(maps[rows], points[rows], window)
     return found
 
 
-def squares_by_gram(maps: Tensor, points: Tensor, window: Window, patients: Patients) -> Tensor:
-    """(Q,) squared norms of the weight gradients, rounded up, without these."""
+def squares_by_gram(maps: Tensor, points: Tensor, window: Window, blocks: Sequence[Block]) -> Tensor:
+    """(patients,) squared norms of the weight gradients of some blocks, rounded up, without these."""
     found = []
-    for block in patients.blocks:
+    for block in blocks:
         positions = block.images * max(prod(points.shape[2:]), prod(maps.shape[2:]))
         for part in block.parts(max(1, TRANSIENT // (positions**2 * window.groups))):
             found.append(_gram(full(maps[part.rows]), full(points[part.rows]), window, part.images))

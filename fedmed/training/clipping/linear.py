@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from math import sqrt
 from typing import cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmed.errors import ModelError
-from fedmed.training.clipping.patients import Patients
+from fedmed.training.clipping.patients import Block
 from fedmed.training.clipping.recording import Recording, full, quiet
 from fedmed.training.clipping.rounding import scaled, squares_above
 
@@ -53,29 +55,37 @@ def _received(
 def reckon(recording: Recording, weight: nn.Parameter, uses: list[tuple[Tensor, Tensor]]) -> None:
     """Hand in the per-patient gradients of a weight that linear layers read, given all uses of a batch."""
     inputs, gradient = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*uses, strict=True))
-    patients, size, steps = recording.patients, weight.numel(), inputs.shape[1]
-    gram = sum(block.patients * (block.images * steps) ** 2 for block in patients.blocks) * sum(weight.shape)
-    gram += len(inputs) * steps * size  # the weighted sum
-    kept = len(inputs) * steps * size + 3 * MOVE * len(patients.names) * size
-    if recording.uses[weight] > len(uses) or kept < gram:  # read by something else as well, or many steps
-        recording.keep(weight, gradients(inputs, gradient, patients))
-    else:
-        recording.postpone(weight, squares(inputs, gradient, patients), partial(weighted, inputs, gradient))
+    shared = recording.uses[weight] > len(uses)  # something else reads the weight as well
+    few, many = recording.patients.parted(0 if shared else most_by_gram(inputs.shape[1], *weight.shape))
+    if many:
+        recording.keep(weight, gradients(inputs, gradient, many))
+    if few:
+        rows = few[-1].rows.stop
+        postponed = partial(weighted, inputs[:rows], gradient[:rows])
+        recording.postpone(weight, squares(inputs, gradient, few), postponed, rows=rows)
 
 
-def gradients(inputs: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
-    """(Q, outputs, features) the weight gradient of every patient, for (n, T, features) and (n, T, outputs)."""
+def most_by_gram(steps: int, outputs: int, features: int) -> float:
+    """How many images a patient may have whose norm takes less time by `squares`, as in `convolutions`.
+
+    (k T)² (outputs + features) = 3 MOVE · outputs · features for k images where the gradient itself takes as long.
+    """
+    return sqrt(3 * MOVE * outputs * features / (outputs + features)) / steps
+
+
+def gradients(inputs: Tensor, gradient: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """(patients, outputs, features) the weight gradient of each, for (n, T, features) and (n, T, outputs)."""
     found = []
-    for block in patients.blocks:
+    for block in blocks:
         x, g = (full(rows[block.rows]).reshape(block.patients, -1, rows.shape[2]) for rows in (inputs, gradient))
         found.append(torch.bmm(g.transpose(1, 2), x))
     return torch.cat(found)
 
 
-def squares(inputs: Tensor, gradient: Tensor, patients: Patients) -> Tensor:
-    """(Q,) squared norms of the weight gradients, rounded up: ⟨X Xᵀ, G Gᵀ⟩ (one step: Goodfellow 2015, 1510.01799)."""
+def squares(inputs: Tensor, gradient: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """(patients,) squared norms of the same, rounded up: ⟨X Xᵀ, G Gᵀ⟩ (one step: Goodfellow 2015, 1510.01799)."""
     found = []
-    for block in patients.blocks:
+    for block in blocks:
         x, g = (full(rows[block.rows]).reshape(block.patients, -1, rows.shape[2]) for rows in (inputs, gradient))
         (x, size_of_x), (g, size_of_g) = scaled(x), scaled(g)
         pairs = torch.bmm(x, x.transpose(1, 2)), torch.bmm(g, g.transpose(1, 2))

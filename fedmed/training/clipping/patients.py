@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,18 @@ class Block:
             )
 
 
+def counted(blocks: Sequence[Block]) -> int:
+    """How many patients some blocks hold."""
+    return sum(block.patients for block in blocks)
+
+
+def each(blocks: Sequence[Block]) -> Iterator[slice]:
+    """The rows of every patient of some blocks."""
+    for block in blocks:
+        for part in block.parts(1):
+            yield part.rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patients:
     """The rows of a batch in the order of their patients, patients with few images first.
@@ -52,9 +64,12 @@ class Patients:
 
     def each(self) -> Iterator[slice]:
         """The rows of every patient."""
-        for block in self.blocks:
-            for part in block.parts(1):
-                yield part.rows
+        return each(self.blocks)
+
+    def parted(self, images: float) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+        """The blocks of patients with at most so many images, whose rows come first, and those of the others."""
+        few = tuple(block for block in self.blocks if block.images <= images)
+        return few, self.blocks[len(few) :]
 
     def sums(self, rows: Tensor) -> Tensor:
         """(Q, …) sums over each patient's rows of a tensor (n, …)."""

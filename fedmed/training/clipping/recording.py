@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedmed.errors import ModelError
 from fedmed.training.clipping.patients import Patients
@@ -30,8 +31,8 @@ class Recording:
         self.uses: Counter[nn.Parameter] = Counter()
         self.squares: dict[int, Tensor] = {}  # per group (Q,) squared norms so far
         self.rows: dict[nn.Parameter, Tensor] = {}  # (n, size)
-        self.kept: dict[nn.Parameter, Tensor] = {}  # (Q, *shape)
-        self.later: dict[nn.Parameter, Weighted] = {}
+        self.kept: dict[nn.Parameter, Tensor] = {}  # (Q, *shape), or of the last patients alone
+        self.later: dict[nn.Parameter, tuple[int, Weighted]] = {}  # how many of the first rows it is of
         self.leaves: dict[nn.Parameter, Tensor] = {}  # (n * size,) an own copy of the parameter for every image
         self.products: dict[nn.Parameter, tuple[Products, list[tuple[Tensor, Tensor]]]] = {}
         self.ends: list[Callable[[], None]] = []  # called after the backward pass
@@ -81,23 +82,31 @@ class Recording:
         self.rows[parameter] = self.rows[parameter] + rows if parameter in self.rows else rows
 
     def keep(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """Add per-patient gradients (Q, *shape)."""
+        """Add per-patient gradients (Q, *shape); or fewer, of the last patients, where others' are postponed."""
         if self.single(parameter):  # while they are in the processor's cache
-            self.add_squares(self.groups[parameter], square_norms(gradients))
+            self._add_squares_of_kept(parameter, gradients)
             self.kept[parameter] = gradients
         else:
             self.kept[parameter] = self.kept[parameter] + gradients if parameter in self.kept else gradients
 
-    def postpone(self, parameter: nn.Parameter, squares: Tensor, weighted: Weighted) -> None:
-        """Add squared norms (Q,) of a parameter that is read once; `weighted` makes the sum when the factors are known.
+    def postpone(self, parameter: nn.Parameter, squares: Tensor, weighted: Weighted, *, rows: int) -> None:
+        """Add squared norms of a parameter that is read once; `weighted` makes the sum when the factors are known.
 
         `weighted` is given a factor for every row and the rows that must not count, which may hold NaN.
+
+        Args:
+            parameter: Whose gradients they are of.
+            squares: (Q,), or of the first patients alone.
+            weighted: Makes their sum.
+            rows: Of these patients.
         """
         self.add_squares(self.groups[parameter], squares)
-        self.later[parameter] = weighted
+        self.later[parameter] = rows, weighted
 
-    def add_squares(self, group: int, squares: Tensor) -> None:
-        """Add squared norms (Q,) to a group."""
+    def add_squares(self, group: int, squares: Tensor, *, first: int = 0) -> None:
+        """Add squared norms to a group, of the patients from `first` on."""
+        missing = len(self.patients.names) - first - len(squares)
+        squares = F.pad(squares, (first, missing)) if first or missing else squares
         self.squares[group] = self.squares[group] + squares if group in self.squares else squares
 
     def add_product(self, parameter: nn.Parameter, inputs: Tensor, gradient: Tensor, products: Products) -> None:
@@ -140,12 +149,18 @@ class Recording:
         while self.kept:
             parameter, gradients = self.kept.popitem()
             if silent is not None:
-                gradients = gradients.masked_fill(~finite.view(-1, *[1] * (gradients.dim() - 1)), 0)
-            _add_(parameter, torch.mv(gradients.flatten(1).t(), factors[:, self.groups[parameter]]))
+                lost = ~finite[-len(gradients) :]
+                gradients = gradients.masked_fill(lost.view(-1, *[1] * (gradients.dim() - 1)), 0)
+            _add_(parameter, torch.mv(gradients.flatten(1).t(), factors[-len(gradients) :, self.groups[parameter]]))
         while self.later:
-            parameter, weighted = self.later.popitem()
-            _add_(parameter, weighted(of_rows[:, self.groups[parameter]], silent))
+            parameter, (rows, weighted) = self.later.popitem()
+            unheard = None if silent is None else silent[silent < rows]
+            _add_(parameter, weighted(of_rows[:rows, self.groups[parameter]], unheard))
         return norms
+
+    def _add_squares_of_kept(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        first = len(self.patients.names) - len(gradients)
+        self.add_squares(self.groups[parameter], square_norms(gradients), first=first)
 
     def _small_parameters(self) -> dict[int, tuple[list[nn.Parameter], Tensor]]:
         """Per group, the parameters with per-image rows, and (Q, sizes) the patients' sums of these; norms are added.
@@ -162,7 +177,7 @@ class Recording:
                 self.kept[parameter]
             )
         for parameter in several:
-            self.add_squares(self.groups[parameter], square_norms(self.kept[parameter]))
+            self._add_squares_of_kept(parameter, self.kept[parameter])
         parameters: dict[int, list[nn.Parameter]] = {}
         for parameter in self.rows:
             parameters.setdefault(self.groups[parameter], []).append(parameter)
