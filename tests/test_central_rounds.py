@@ -132,6 +132,9 @@ class Silent(InsecureGenerator):
     def normal(self, size):
         return np.zeros(size, np.float32)
 
+    def fine_normal(self, size):
+        return np.zeros(size)
+
 
 def noise_of(folder: Path, rounds: int = 5, **privacy) -> ServerNoise:
     config = run_file.validate(

@@ -17,6 +17,7 @@ from fedmed.metrics import (
     longest,
 )
 from fedmed.privacy.cohort import cohort_of
+from fedmed.privacy.grid import grid_of
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.reporting import write_model_card, write_report
 from fedmed.training.evaluate import patient_vectors
@@ -61,6 +62,7 @@ def test_p08_what_leaves_is_the_clipped_sum_with_noise_of_the_size_that_it_says(
     assert event.noise_multiplier == pytest.approx(4.26, rel=0.01), "of ε = 1 at δ = 1e-6"
     data = site_data(site, settings_for_sites(config))
     exact = patient_vectors(network_of(config), data, np.flatnonzero(data.evaluation), config.task).sum(axis=0)
+    assert (update.metrics["noised"] % grid_of(noise) == 0).all(), "nothing below the noise's grid leaves"
     drawn = (update.metrics["noised"] - exact) / noise  # (2 classes · 2 labels · 16 bins,)
     assert drawn.size == 64
     assert 0.6 < np.std(drawn) < 1.5 and abs(np.mean(drawn)) < 0.6

@@ -21,7 +21,7 @@ from fedmed.metrics import (
 from fedmed.metrics.histograms import bin_edges
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.training.evaluate import patient_vectors
-from fedmed.training.noised_metrics import clipped_sum
+from fedmed.training.noised_metrics import clipped
 from fedmed.training.site import Site, settings_for_sites, site_data
 
 ONE = ("finding",)
@@ -63,7 +63,7 @@ def test_p08_the_bound_is_reached_so_a_smaller_one_would_understate_a_patient():
 
 def test_p08_a_vector_beyond_the_bound_is_clipped_and_one_within_it_is_not():
     vectors = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert clipped_sum(vectors, 1.0) == pytest.approx([0.6 + 0.3, 0.8 + 0.4])
+    assert clipped(vectors, 1.0).sum(axis=0) == pytest.approx([0.6 + 0.3, 0.8 + 0.4])
 
 
 def test_p07_p08_taking_a_patient_away_leaves_all_others_bit_identical(toy_config):

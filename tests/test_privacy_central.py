@@ -13,7 +13,15 @@ from hypothesis.extra import numpy as arrays
 
 from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.privacy.accounting import spent
-from fedmed.privacy.central import AdaptiveClip, central_events, clip_change, next_clip, noised_mean
+from fedmed.privacy.central import (
+    AdaptiveClip,
+    central_events,
+    clip_change,
+    following_clip,
+    next_clip,
+    noised_mean,
+)
+from fedmed.privacy.grid import grid_of
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
 
 CHANGES = [np.array(values, np.float32) for values in itertools.product((-3.0, -0.4, 0.0, 0.7, 5.0), repeat=2)]
@@ -24,6 +32,9 @@ class Silent(InsecureGenerator):
 
     def normal(self, size):
         return np.zeros(size, np.float32)
+
+    def fine_normal(self, size):
+        return np.zeros(size)
 
 
 def exact_norm(vector) -> float:
@@ -112,6 +123,15 @@ def test_p09_one_hospital_moves_the_count_of_unclipped_changes_by_half():
         for more in (0, 1)
     ]
     assert max(moves) == pytest.approx(0.5 / count) == min(moves)
+
+
+def test_p09_a_clip_tells_no_more_of_the_count_than_its_noise_leaves():
+    noise, expected = 3.7, 5.0
+    grid, adaptive = grid_of(noise), AdaptiveClip(quantile=0.5, rate=1.0, count_noise=noise)
+    for balance in (-1.0, 0.5, 2.0):
+        clip = following_clip(1.0, balance=balance, expected=expected, adaptive=adaptive, generator=SecureGenerator())
+        found = -math.log(clip) * expected / grid
+        assert found == pytest.approx(round(found), abs=1e-3), "a multiple of the grid, whatever the count"
 
 
 def test_p09_the_clip_finds_the_quantile_of_norms():

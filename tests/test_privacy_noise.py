@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from fedmed.errors import ConfigError
+from fedmed.privacy.grid import grid_of, noised, whole
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator, noise_generator
 
 KINDS = [SecureGenerator, lambda: InsecureGenerator(7)]
@@ -23,6 +24,34 @@ def test_p05_noise_is_normal(make):
     assert abs(float(noise.mean(dtype=np.float64))) < 0.006
     assert float(noise.var(dtype=np.float64)) == pytest.approx(1, abs=0.01)
     assert float((noise.astype(np.float64) ** 4).mean()) == pytest.approx(3, abs=0.06)
+
+
+@both
+def test_p05_fine_noise_is_normal_and_has_all_bits_of_float64(make):
+    noise = make().fine_normal(1_000_001)
+    assert noise.dtype == np.float64 and noise.shape == (1_000_001,)
+    assert stats.kstest(noise, "norm").pvalue > 1e-5
+    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 6 / np.sqrt(noise.size)
+    low = np.mod(noise * 2.0**40, 1)  # below a millionth of a grid of 2⁻²⁰
+    assert stats.kstest(low, "uniform").pvalue > 1e-5
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 0.7, 1.0, 4.26, 1e6])
+def test_p08_noise_on_a_grid_leaves_nothing_of_the_data_below_it(deviation):
+    grid = grid_of(deviation)
+    assert deviation * 2.0**-27 < grid <= deviation * 2.0**-26
+    patients = deviation * np.random.default_rng(0).normal(size=(50, 40))
+    near = patients * (1 - 2.0**-50)
+    vectors = [whole(each, grid) for each in (patients, near)]
+    assert (np.linalg.norm(vectors[0] * grid, axis=1) <= np.linalg.norm(patients, axis=1)).all()
+    same = (vectors[0] == vectors[1]).all(axis=0)  # but for those between which a multiple of the grid lies
+    found = [noised(each.sum(axis=0), deviation, grid, InsecureGenerator(1)) for each in vectors]
+    assert same.mean() > 0.9 and np.array_equal(found[0][same], found[1][same])
+    released = noised(vectors[0].sum(axis=0), deviation, grid, SecureGenerator())
+    assert (released % grid == 0).all()
+    assert np.abs(released - patients.sum(axis=0)).max() < 6 * deviation
+    noise = noised(np.zeros(100_000, np.int64), deviation, grid, SecureGenerator()) / deviation
+    assert stats.kstest(noise, "norm").pvalue > 1e-5
 
 
 def test_p05_tails_reach_beyond_five_sigma():

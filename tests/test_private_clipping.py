@@ -161,8 +161,8 @@ def test_p13_sum_and_count_of_one_sample_cost_what_the_event_says_and_two_events
 
 def test_one_unit_moves_the_balance_by_half_and_the_clip_accordingly():
     class Silent(InsecureGenerator):
-        def normal(self, size):
-            return np.zeros(size, np.float32)
+        def fine_normal(self, size):
+            return np.zeros(size)
 
     adaptive = AdaptiveClip(quantile=0.5, rate=1.0)
     moved = [

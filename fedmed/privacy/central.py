@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError, UpdateRefused
+from fedmed.privacy.grid import grid_of, noised
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.types import FloatVector, PrivacyEvent
 
@@ -110,7 +111,7 @@ def noised_mean(
         raise UpdateRefused("the sum of the updates is not finite")
     mean = generator.normal(clipped_sum.size)
     mean *= np.float32(noise_multiplier * clip / count)
-    mean += clipped_sum / count
+    mean += (clipped_sum / count).astype(np.float32, copy=False)  # of the noise's own precision, and no finer
     return mean
 
 
@@ -159,8 +160,9 @@ def following_clip(
         ConfigError: the clip is not positive.
     """
     _check_clip(clip)
-    noise = float(generator.normal(1)[0]) * adaptive.count_noise
-    share = 0.5 + (balance + noise) / expected
+    grid = min(grid_of(adaptive.count_noise), 0.5)  # a balance is a whole number of halves
+    total = np.array([round(balance / grid)], np.int64)
+    share = 0.5 + float(noised(total, adaptive.count_noise, grid, generator)[0]) / expected
     return clip * math.exp(-adaptive.rate * (share - adaptive.quantile))
 
 

@@ -45,6 +45,10 @@ class NoiseGenerator(Protocol):
         """Standard normals, (size,)."""
         ...
 
+    def fine_normal(self, size: int) -> NDArray[np.float64]:
+        """Standard normals with all bits of float64, for noise that is rounded to a grid, (size,)."""
+        ...
+
     def sample(self, count: int, rate: float) -> NDArray[np.bool_]:
         """Poisson sampling: who takes part, each of `count` on its own with probability `rate`, (count,)."""
         ...
@@ -104,6 +108,13 @@ class SecureGenerator:
             rest = len(part) - pairs
             np.multiply(radius[:rest], np.sin(angle[:rest]), out=part[pairs:])
         return out
+
+    def fine_normal(self, size: int) -> NDArray[np.float64]:
+        """The same in float64 from 106 bits for u and 53 for v, out to 12σ, (size,)."""
+        high, low, angle = (self._words(size, np.uint64) >> np.uint64(11) for _ in range(3))
+        radius = (high + (low + 0.5) * TINY) * TINY
+        normals: NDArray[np.float64] = np.sqrt(-2 * np.log(radius)) * np.cos(angle * (2 * math.pi * TINY))
+        return normals
 
     def sample(self, count: int, rate: float) -> NDArray[np.bool_]:
         """Poisson sampling, (count,). The rate is met from below to 2⁻⁶⁴, so no one is drawn more often than charged.
@@ -175,6 +186,10 @@ class InsecureGenerator:
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals, (size,)."""
         return self._source.standard_normal(size, np.float32)
+
+    def fine_normal(self, size: int) -> NDArray[np.float64]:
+        """The same with all bits of float64, (size,)."""
+        return self._source.standard_normal(size)
 
     def sample(self, count: int, rate: float) -> NDArray[np.bool_]:
         """Poisson sampling, (count,)."""

@@ -23,6 +23,7 @@ from fedmed.errors import DataError, LedgerUnusable, PolicyRefused
 from fedmed.metrics import NOISE, PATIENTS, SUMS, Form, longest
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
+from fedmed.privacy.grid import grid_of, noised, whole
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.training.oversight import Permit, keep_withheld
 from fedmed.training.reserving import run_of
@@ -100,9 +101,11 @@ class NoisedSums:
         run = run_of(self.config.name, self.task.settings)
         reservation = self.permit.ledger.reserve(run, self.task.round, [event], self.cohort)
         bound = longest(self.config.task.kind, len(self.config.task.labels))
-        total, noise = clipped_sum(vectors(), bound), event.noise_multiplier * bound
+        noise = event.noise_multiplier * bound
+        grid = grid_of(noise)
+        total = whole(clipped(vectors(), bound), grid).sum(axis=0)
         drawn = {
-            SUMS: total + noise * self.source.normal(total.size),
+            SUMS: noised(total, noise, grid, self.source),
             NOISE: np.array([noise]),
             PATIENTS: np.array([float(patients)]),
         }
@@ -138,13 +141,12 @@ class NoisedSums:
         return digest.hexdigest()
 
 
-def clipped_sum(vectors: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
-    """(values,) Σ v · min(1, bound / ‖v‖) over patients: taking one away moves it by the bound at most.
+def clipped(vectors: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
+    """(patients, values) v · min(1, bound / ‖v‖) of each patient.
 
     Args:
         vectors: (patients, values).
         bound: of the L2 norm, fixed before any patient is looked at.
     """
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    total: NDArray[np.float64] = (vectors * (bound / np.maximum(norms, bound))).sum(axis=0)
-    return total
+    return vectors * (bound / np.maximum(norms, bound))
