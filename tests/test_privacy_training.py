@@ -199,6 +199,14 @@ def test_p02_the_stricter_of_run_and_site_wins(toy_config, tmp_path):
     assert strict["epsilon_total"] <= 1.0
 
 
+def test_p02_both_epsilons_are_at_the_delta_that_is_said(toy_config, tmp_path):
+    site = site_in(tmp_path, "[policy.privacy]\nepsilon = 6.0\nstable-ids = true\n")
+    said = privacy_in(train(run_of(toy_config, privacy={**PRIVATE, "delta": 1e-9}), site).facts)
+    assert said["delta"] == 1e-9
+    reserved = [{**event, "steps": 15} for event in said["events"]]
+    assert said["epsilon_total"] == pytest.approx(pld(reserved, 1e-9), abs=0.015)
+
+
 def test_p02_by_images_the_budget_is_the_patients_and_the_noise_is_the_plans(toy_config, tmp_path):
     rules = '[policy.privacy]\nepsilon = 3.0\nunit = "image"\nstable-ids = true\n'
     given = {**PRIVATE, "unit": "image", "images-per-patient": 2}

@@ -55,7 +55,7 @@ class Ledger:
         self._witness = Witness(path=witness_path(folder, keys.public, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
-        self._spent: tuple[tuple[PrivacyEvent, ...], Spent] | None = None
+        self._spent: tuple[tuple[tuple[PrivacyEvent, ...], float], Spent] | None = None
 
     @classmethod
     def open(cls, folder: Path, *, keys: SiteKeys, policy: SitePolicy) -> Ledger:
@@ -186,13 +186,14 @@ class Ledger:
         """Whether some run has trained here with noise of the site's own."""
         return any(event.release == "gradients" for charge in self.charges.values() for event in charge.events)
 
-    def spent(self) -> Spent:
-        """What the patient who has spent most has spent, by the accountants, at the site's δ."""
+    def spent(self, *, delta: float | None = None) -> Spent:
+        """What the patient who has spent most has spent, by the accountants, at the site's δ or a smaller one."""
         if not self._balance.charges:
             return Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
         events = tuple(self._balance.worst())
-        if self._spent is None or self._spent[0] != events:  # the mark of a round changes nothing
-            self._spent = events, spent(events, delta=self._balance.delta)
+        asked = events, delta or self._balance.delta
+        if self._spent is None or self._spent[0] != asked:  # the mark of a round changes nothing
+            self._spent = asked, spent(events, delta=asked[1])
         return self._spent[1]
 
     def apart(self, some: Collection[str], others: Collection[str]) -> bool:

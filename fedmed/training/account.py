@@ -54,7 +54,7 @@ class Account:
         apart = bool(judged) and self.ledger.apart({each.cohort for each in judged}, {each.cohort for each in trained})
         sides = [trained, judged] if apart else [[*trained, *judged]]
         own = max((spent(side, delta=self.delta) for side in sides), key=lambda cost: cost.epsilon)
-        total = self.ledger.spent()
+        total = self.ledger.spent(delta=self.delta)
         values: dict[str, object] = {
             "unit": self.terms.unit,
             "adjacency": ADJACENCY,
