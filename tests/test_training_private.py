@@ -11,7 +11,7 @@ from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
 from fedmed.training.clipping import GradientClipper
-from fedmed.training.loop import Circumstances
+from fedmed.training.loop import Circumstances, Training
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import drawn, train_privately_, units_of
@@ -33,6 +33,9 @@ class Chosen:
 
     def normal(self, size):
         return np.full(size, self.noise, np.float32)
+
+    def fine_normal(self, size):
+        return np.full(size, self.noise)
 
     def sample(self, count, rate):
         self.rates.append(rate)
@@ -203,6 +206,27 @@ def test_p05_noise_has_the_variance_that_it_is_said_to_have():
     noise = (before - model.vector).double().numpy()
     assert noise.var() == pytest.approx((2.0 * 0.5) ** 2, rel=0.01)
     assert abs(noise.mean()) < 5 / len(noise) ** 0.5
+
+
+@pytest.mark.parametrize("make", [SecureGenerator, lambda: InsecureGenerator(3)])
+def test_p05_what_masks_of_dropout_are_drawn_from_is_saved_only_where_noise_protects_nobody(make, tmp_path):
+    data, source = patients(1, 2), make()
+    saved = Unfinished(path=tmp_path / "round.safetensors", identify=lambda: "this", every_s=0.0)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 2))
+    train_privately_(
+        FlatNetwork(layers, torch.device("cpu")), data, units_of(data, np.arange(3), PrivacyConfig()), PLAIN,
+        masked_bce, terms(data, steps=2), source=source, generator=np.random.default_rng(0),
+        given=Circumstances(unfinished=saved),
+    )  # fmt: skip
+    found = saved.load()
+    assert found is not None and ("random" in found[1]) is not source.secret
+    training = Training(
+        FlatNetwork(layers, torch.device("cpu")), PLAIN, Circumstances(unfinished=saved), 2, secret=True
+    )
+    before = torch.default_generator.get_state()
+    training.take_up()
+    assert training.step == 1 and torch.equal(torch.default_generator.get_state(), before)
 
 
 @pytest.mark.parametrize(("noise", "same"), [(lambda: InsecureGenerator(3), True), (SecureGenerator, False)])

@@ -170,9 +170,19 @@ def _ends_a_pass(step: int, batches_in_a_pass: int, config: TrainConfig) -> bool
 class Training:
     """The state of one round's training: the network, its optimizer, and what has been seen so far."""
 
-    def __init__(self, network: FlatNetwork, config: TrainConfig, given: Circumstances, steps: int) -> None:
-        """Begin with a fresh optimizer; `steps` are what the schedule is laid over."""
-        self.network, self.config, self.given, self.steps = network, config, given, steps
+    def __init__(
+        self, network: FlatNetwork, config: TrainConfig, given: Circumstances, steps: int, *, secret: bool = False
+    ) -> None:
+        """Begin with a fresh optimizer.
+
+        Args:
+            network: to be trained.
+            config: of the run.
+            given: the round's circumstances.
+            steps: what the schedule is laid over.
+            secret: what the network draws from, for dropout, is neither saved nor restored.
+        """
+        self.network, self.config, self.given, self.steps, self.secret = network, config, given, steps, secret
         self.optimizer = optimizer_for(config, network)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.total, self.step = torch.zeros((), device=network.device), 0
@@ -239,6 +249,8 @@ class Training:
                 key, _, index = rest.rpartition("/")
                 moments.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.secret:
+            return
         torch.default_generator.set_state(tensors["random"])
         if self.network.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random-device"], self.network.device)
@@ -250,9 +262,11 @@ class Training:
             for key, value in values.items()
             if isinstance(value, Tensor)
         }
-        tensors = {**self.network.state(), **moments, "random": torch.default_generator.get_state()}
-        if self.network.device.type == "cuda":
-            tensors["random-device"] = torch.cuda.get_rng_state(self.network.device)
+        tensors = {**self.network.state(), **moments}
+        if not self.secret:
+            tensors["random"] = torch.default_generator.get_state()
+            if self.network.device.type == "cuda":
+                tensors["random-device"] = torch.cuda.get_rng_state(self.network.device)
         if self.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.items()}
         numbers = {"step": self.step, "stale": self.stale, "total": float(self.total), "clip": self.clip}

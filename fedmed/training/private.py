@@ -237,7 +237,7 @@ def train_privately_(
     seed = int(generator.integers(2**63))
     buffers = [buffer.clone() for buffer in network.module.buffers()]
     with seeded(int(source.integers(2**62, 1)[0]), network.device):
-        training = Training(network, config, given, terms.steps)
+        training = Training(network, config, given, terms.steps, secret=source.secret)
         training.take_up()
         network.module.train()
         terms = replace(terms, max_grad_norm=training.clip or terms.max_grad_norm)
