@@ -42,4 +42,5 @@ def noised(total: NDArray[np.int64], deviation: float, grid: float, source: Nois
         source: of the noise.
     """
     noise = np.rint(source.fine_normal(total.size) * (deviation / grid)).astype(np.int64)
-    return (total + noise) * grid
+    released: NDArray[np.float64] = (total + noise).astype(np.float64) * grid
+    return released

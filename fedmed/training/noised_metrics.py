@@ -149,4 +149,5 @@ def clipped(vectors: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
         bound: of the L2 norm, fixed before any patient is looked at.
     """
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors * (bound / np.maximum(norms, bound))
+    shortened: NDArray[np.float64] = vectors * (bound / np.maximum(norms, bound))
+    return shortened
