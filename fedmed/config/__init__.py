@@ -1,5 +1,6 @@
 """The run configuration: one frozen, validated value behind every command and every Flower app."""
 
+from fedmed.config.federation import EvaluateConfig, PrivacyConfig, SimulationConfig, StrategyConfig
 from fedmed.config.files import (
     flatten,
     load,
@@ -15,13 +16,9 @@ from fedmed.config.identity import ROUNDS, may_change, run_identity
 from fedmed.config.run import RunConfig
 from fedmed.config.sections import (
     DataConfig,
-    EvaluateConfig,
     ModelConfig,
     Name,
-    PrivacyConfig,
     Section,
-    SimulationConfig,
-    StrategyConfig,
     TaskConfig,
     TrainConfig,
 )

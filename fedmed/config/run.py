@@ -6,15 +6,12 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from fedmed.config.federation import EvaluateConfig, PrivacyConfig, SimulationConfig, StrategyConfig
 from fedmed.config.sections import (
     DataConfig,
-    EvaluateConfig,
     ModelConfig,
     Name,
-    PrivacyConfig,
     Section,
-    SimulationConfig,
-    StrategyConfig,
     TaskConfig,
     TrainConfig,
 )

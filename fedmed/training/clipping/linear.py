@@ -16,7 +16,7 @@ from fedmed.training.clipping.patients import Block
 from fedmed.training.clipping.recording import Recording, full, quiet
 from fedmed.training.clipping.rounding import scaled, squares_above
 
-MOVE = 12.0  # as in `convolutions`
+MOVE = 12.0  # multiply-adds of a matrix product in the time that one number of a kept gradient is written or read
 
 
 def linear(name: str, module: nn.Linear, recording: Recording, inputs: Tensor) -> Tensor:
