@@ -84,6 +84,7 @@ def test_says_what_was_done_to_it(pseudonyms: Pseudonyms):
 )
 @example(planted=[("SH", KEYWORDS["SH"].index("ConvolutionKernel"), NUMBER[3:], 0)], blob=NAME.encode())
 @example(planted=[("IS", KEYWORDS["IS"].index("ReferencedFrameNumber"), NUMBER[3:], 0)], blob=NAME.encode())
+@example(planted=[("DS", KEYWORDS["DS"].index("FocalSpots"), NUMBER[3:], 0)], blob=NAME.encode())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_identifier_survives_in_any_text_element_at_any_depth(pseudonyms: Pseudonyms, planted, blob):
     ds = named_object()

@@ -137,7 +137,7 @@ def test_a_guess_for_pictures_goes_by_their_names_and_takes_no_strange_split(tmp
         (('positive = ["pos"]', 'positive = ["pos", "NEG"]'), "is positive and negative"),
         (('join = "image"', 'join = "name"'), "join"),
         (('sex = "Geschlecht"', 'gender = "Geschlecht"'), "columns.gender"),
-        (("[labels.effusion]", "[labels.effusion"), "cannot be read"),
+        (("[labels.effusion]", "[labels.effusion"), "not valid TOML"),
     ],
 )
 def test_a_wrong_labels_toml_is_refused(tmp_path, change, said):

@@ -78,7 +78,7 @@ def test_other_formats_and_pictures_of_one_value(tmp_path):
 @pytest.fixture
 def asked(tmp_path):
     """A function: the permit of a task at a site whose records are in one place, whatever its manifest."""
-    (tmp_path / "site.toml").write_text("[policy.privacy]\nepsilon = 4.0\n")
+    (tmp_path / "site.toml").write_text("[policy.privacy]\nrequired = false\nepsilon = 4.0\n")
     oversight = Oversight(policy=tmp_path / "site.toml", folder=tmp_path / "records", keys=tmp_path / "keys")
     settings = settings_for_sites(run_file.validate({"task": {"labels": ["a", "b"]}}))
     empty = np.zeros(0, np.float32)

@@ -46,7 +46,7 @@ EMPTY = (
     "StudyID",
 )  # Type 2: there, and empty
 NUMBERS = ("SeriesNumber", "InstanceNumber", "AcquisitionNumber", "ContourNumber")  # that somebody may have typed
-LONG_NUMBER = 6  # digits of an integer that is no patient's number by chance, wherever it stands
+LONG_NUMBER = 6  # digits of a whole number that is no patient's number by chance, wherever it stands
 SHORTEST_NAME = 2  # letters of a name that is looked for in a region's: initials would empty "Lung L"
 SHORTEST_WORD, SHORTEST_PART = 3, 4  # of one that is looked for as a word of other values, and within words
 NAMED = ("SegmentLabel", "ROIName")
@@ -161,7 +161,7 @@ def _value(element: DataElement, value: Any, rules: _Rules) -> Any:
         case "AS":
             return _capped(text)
         case "DS" | "IS":
-            typed = element.keyword in NUMBERS or (element.VR == "IS" and len(text) >= LONG_NUMBER)
+            typed = element.keyword in NUMBERS or (len(text) >= LONG_NUMBER and text.lstrip("+-").isdecimal())
             return value if _is_number(text) and not (typed and _folded(text) in rules.words) else None
         case "CS" | "LO" | "SH":
             return _word(element.keyword, text, rules.words)
