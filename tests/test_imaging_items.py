@@ -291,6 +291,9 @@ def test_volumes_with_low_values_white_are_turned_as_pictures_are_but_not_hounsf
     ds = pydicom.dcmread(first)
     ds.PhotometricInterpretation = "MONOCHROME2"
     ds.save_as(first)
+    if modality == "CT":  # a window in HU does not ask
+        assert np.array_equal(read(tmp_path / "turned", recipe)["images"], read(tmp_path / "plain", recipe)["images"])
+        return
     with pytest.raises(UnreadableImage, match="some show low values as white"):
         read(tmp_path / "turned", recipe)
 

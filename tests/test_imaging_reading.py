@@ -123,6 +123,9 @@ def test_mask_of_one_label_is_cut_at_half_where_its_edges_are_soft(tmp_path: Pat
     hard.resize((256, 256), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BOX).save(tmp_path / "b.png")
     for name in ("a.jpg", "b.png"):
         np.testing.assert_array_equal(read_mask(tmp_path / name, labels=1), disc)
+    numbered = np.arange(256, dtype=np.uint8).reshape(16, 16)  # of single cells, up to 255: no soft edges
+    Image.fromarray(numbered).convert(mode).save(tmp_path / "c.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "c.png", labels=1), numbered)
     with pytest.raises(UnreadableImage, match="JPEG blurs the numbers of several labels"):
         read_mask(tmp_path / "a.jpg", labels=2)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_files import SHAPE, cells_of, image_object, picture, written
 from image_sets import LABELS, REAL, load, site, volumes
-from PIL import Image
+from PIL import ExifTags, Image
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from records import step
 
@@ -58,6 +58,14 @@ def test_a_series_has_a_fingerprint_for_each_slice_so_that_a_part_of_it_is_known
     assert len(whole) == 4
     assert np.array_equal(fingerprints(dicom(tmp_path / "frames.dcm", slices)), whole)
     assert {bytes(row) for row in fingerprints(dicom(tmp_path / "one.dcm", slices[2]))} < {bytes(row) for row in whole}
+
+
+def test_p12_a_photograph_has_its_fingerprint_without_its_exif_data_too(tmp_path):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for name, exif in (("a", turned), ("b", Image.Exif())):
+        Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10)).save(tmp_path / f"{name}.jpg", exif=exif)
+    assert np.array_equal(fingerprints(tmp_path / "a.jpg"), fingerprints(tmp_path / "b.jpg"))
 
 
 def test_other_formats_and_pictures_of_one_value(tmp_path):

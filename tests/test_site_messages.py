@@ -172,7 +172,7 @@ def test_p01_a_private_run_gives_one_reason_for_memory_and_for_defects(config, t
 
         return raises
 
-    site, said = site_in(tmp_path, "[policy.privacy]\nrequired = false\n"), set()
+    site, said = site_in(tmp_path, "[policy.privacy]\nrequired = false\n", virtual=False), set()
     for error in (MemoryError(), RuntimeError("can't allocate memory"), ZeroDivisionError()):
         monkeypatch.setattr(OwnPatients, "train_", fails(error))
         with pytest.raises(DataError) as raised:

@@ -135,7 +135,7 @@ def test_several_classes_of_masks_exclude_each_other_by_default():
     targets[:, 1] *= 1 - targets[:, 0]
     weights = torch.tensor([2.0, 3.0], dtype=torch.float64).view(2, 1, 1)
     chosen = loss_for(config.task, config.train, exclusive=True)
-    weighed = loss_for(config.task, config.train, weights, exclusive=True)
+    weighed = loss_for(config.task, config.train, weights)
     assert float(chosen(logits, targets)) == float(dice_ce(logits, targets))
     assert float(weighed(logits, targets)) == float(dice_bce(logits, targets, positive_weights=weights))
     assert float(loss_for(config.task, config.train)(logits, targets)) == float(dice_bce(logits, targets))

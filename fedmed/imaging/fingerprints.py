@@ -54,7 +54,7 @@ def _frames(path: Path) -> Iterator[NDArray[Any]]:
         yield from stored_frames(open_dicom(path))
     else:
         try:
-            yield raster(path)
+            yield raster(path, upright=False)  # a copy without EXIF data is the same picture
         except (OSError, SyntaxError):  # Pillow's word for another format
             from fedmed.imaging.volumes.nifti import read_nifti  # heavy: nibabel
 

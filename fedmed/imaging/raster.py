@@ -47,11 +47,12 @@ def read_raster(path: Path, channels: int) -> Pixels:
     return scaled.transpose(2, 0, 1) if scaled.ndim == 3 else np.broadcast_to(scaled, (channels, *scaled.shape))
 
 
-def raster(path: Path) -> Stored:
-    """A picture as stored, upright if its EXIF data say how it was held.
+def raster(path: Path, *, upright: bool = True) -> Stored:
+    """A picture as stored.
 
     Args:
         path: PNG or JPEG.
+        upright: turned, if its EXIF data say how it was held.
 
     Returns:
         (H, W) or (H, W, 3).
@@ -60,7 +61,7 @@ def raster(path: Path) -> Stored:
         UnreadableImage: it is larger than any picture.
         Exception: whatever Pillow raises; see `plain_errors`.
     """
-    with _opened(path) as image:
+    with _opened(path, upright=upright) as image:
         return _stored(image, indices=False)
 
 
@@ -100,19 +101,23 @@ def read_classes(path: Path, *, labels: int) -> NDArray[np.int64]:
 
 
 def _is_soft(numbers: Stored) -> bool:
-    """Whether a grey picture reaches full white by more steps than masks of classes have."""
-    white = numbers.dtype.kind == "u" and numbers.max(initial=0) == 2 ** (8 * numbers.dtype.itemsize) - 1
-    return white and len(np.unique(numbers)) > SOFT_LEVELS + 2
+    """Whether a grey picture is mostly full white, and reaches it by more steps than masks of classes have."""
+    if numbers.dtype.kind != "u":
+        return False
+    white = numbers == 2 ** (8 * numbers.dtype.itemsize) - 1
+    mostly = 2 * np.count_nonzero(white) > np.count_nonzero(numbers)
+    return bool(mostly) and len(np.unique(numbers)) > SOFT_LEVELS + 2
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, *, upright: bool = True) -> Iterator[Image.Image]:
     with Image.open(path, formats=("PNG", "JPEG")) as image:
         if image.width * image.height * 4 > MAX_FRAME_BYTES:
             raise UnreadableImage(f"larger than {MAX_FRAME_BYTES >> 20} MiB")
         image.load()
-        with suppress(Exception):  # damaged EXIF data say nothing, and the picture is whole
-            ImageOps.exif_transpose(image, in_place=True)
+        if upright:
+            with suppress(Exception):  # damaged EXIF data say nothing, and the picture is whole
+                ImageOps.exif_transpose(image, in_place=True)
         yield image
 
 

@@ -66,9 +66,12 @@ def blanked_cells(path: Path) -> bytes:
     if claims.syntax != RLELossless and not any(coded_size(frame).bits > claims.stored for frame in _frames(dataset)):
         return b""
     dataset.BitsStored, dataset.HighBit = claims.allocated, claims.allocated - 1
-    data = b"".join(frame.tobytes() for frame in stored_frames(dataset))
-    blank = _without_unused_bits(data, claims)
-    return b"" if blank == data else blank
+    cells, hidden = [], False
+    for frame in stored_frames(dataset):  # one at a time: the whole may be large
+        data = frame.tobytes()
+        cells.append(_without_unused_bits(data, claims))
+        hidden = hidden or cells[-1] != data
+    return b"".join(cells) if hidden else b""
 
 
 def put_cells_(dataset: Dataset, cells: bytes) -> None:

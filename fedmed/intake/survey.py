@@ -171,7 +171,7 @@ def _mask(path: Path, seen: Looked, regions: tuple[str, ...]) -> str:
     recipe = Recipe(preset="", labels=max(1, len(regions)))  # of one label, whatever is not 0 is it
     try:
         if seen.volume is None:
-            numbers = read_mask(path)
+            numbers = read_mask(path, labels=len(regions))
             if numbers.shape != seen.grey.shape:
                 return "another size than its image"
             classes = checked(numbers[None], numbers.shape, recipe, unit="pixels")

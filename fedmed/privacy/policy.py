@@ -105,7 +105,9 @@ class Approval(Section):
 class SitePolicy(Section):
     """All rules of a hospital; the defaults allow what fedmed allows."""
 
-    paused: Annotated[bool, Field(description="refuse everything until this is false again")] = False
+    paused: Annotated[
+        bool, Field(description="refuse training and evaluation; runs still learn that the site is there")
+    ] = False
     hours: Annotated[
         tuple[Hours, ...], Field(description='when the site trains, such as "22:00-06:00"; empty = always')
     ] = ()

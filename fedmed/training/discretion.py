@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 
-from fedmed.errors import BudgetExhausted, DataError, FedmedError
+from fedmed.errors import DataError, FedmedError
 from fedmed.training.site import Site, settings_from
 from fedmed.types import Task
 
@@ -20,35 +20,38 @@ UNFORESEEN = "the task failed at the site; its own log says where"
 def one_reason(act: Callable[[Task, Site], Answer]) -> Callable[[Task, Site], Answer]:
     """Have a task of a private run give one and the same reason for every failure that fedmed did not foresee.
 
-    The task then raises `DataError` in place of what was no `FedmedError`, but for the operating system's errors, which
-    tell of the disk. What a refusal says of the budget beyond its public part goes to the site's own log.
+    At a real site the task then raises `DataError` in place of what was no `FedmedError`, but for the errors of the
+    operating system, which tell of the disk.
     """
 
     @wraps(act)
     def told(task: Task, site: Site) -> Answer:
         try:
             return act(task, site)
-        except (FedmedError, OSError) as error:
-            if isinstance(error, BudgetExhausted) and not site.virtual:
-                print(f"refused: {error}", file=sys.stderr, flush=True)
+        except (FedmedError, OSError):
             raise
         except Exception as error:
-            if settings_from(task.settings).privacy.mode == "none":
+            if site.virtual or settings_from(task.settings).privacy.mode == "none":
                 raise
             _say(error)
-            raise DataError(UNFORESEEN, public=UNFORESEEN) from error
+            raise DataError(f"{type(error).__name__}; its place stands above", public=UNFORESEEN) from error
 
     return told
 
 
 @contextmanager
 def for_the_site_alone(site: Site) -> Iterator[None]:
-    """Let what is written for the hospital alone fail, with a line in its own log and no word to the server."""
+    """Let what is written for the hospital alone fail, with a line in its own log and no word to the server.
+
+    In a simulation only a full disk and what fedmed itself says may: anything else is a defect to be seen.
+    """
     try:
         yield
     except Exception as error:  # a full disk, no memory, a network that gives NaN for some patient
         if not site.virtual:
             _say(error)
+        elif not isinstance(error, OSError | FedmedError):
+            raise
 
 
 def _say(error: Exception) -> None:

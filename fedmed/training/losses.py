@@ -137,12 +137,11 @@ def loss_for(
         task: classification or segmentation.
         train: which loss, and its settings.
         positive_weights: (labels,) what a positive of each label weighs; None = 1.
-        exclusive: whether several labels are segmented of which a place has one at most.
+        exclusive: whether `auto` may take a softmax: a place has one label at most, and nothing weighs positives.
     """
     name: str = train.loss
     if name == "auto":
-        segmentation = "dice-ce" if exclusive and positive_weights is None else "dice-bce"
-        name = "bce" if task.kind == "classification" else segmentation
+        name = "bce" if task.kind == "classification" else "dice-ce" if exclusive else "dice-bce"
     losses: dict[str, Loss] = {
         "bce": partial(masked_bce, positive_weights=positive_weights),
         "focal": partial(masked_focal, gamma=train.focal_gamma, positive_weights=positive_weights),

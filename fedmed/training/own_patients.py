@@ -127,8 +127,9 @@ class OwnPatients:
         return self.rows[~aside], self.rows[aside]
 
     def _loss(self, settings: TrainConfig, positive_weights: torch.Tensor | None = None) -> Loss:
-        """The loss of a training on these masks: class numbers exclude each other."""
-        return loss_for(self.config.task, settings, positive_weights, exclusive=self.data.labels > 1)
+        """The loss of a training, and of judging it, on these masks: class numbers exclude each other."""
+        exclusive = self.data.labels > 1 and settings.class_weights == "none"  # softmax knows no weights of positives
+        return loss_for(self.config.task, settings, positive_weights, exclusive=exclusive)
 
     def _positive_weights(self, settings: TrainConfig, rows: Rows) -> torch.Tensor | None:
         """What a positive of each label weighs in the loss, ready to be broadcast over pixels."""

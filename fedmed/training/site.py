@@ -65,7 +65,7 @@ def site_data(site: Site, settings: str) -> Dataset:
     Raises:
         DataError: it cannot be used. Under differential privacy a server is not told why, and rows that cannot be
             read, or do not fit the task, are left out however many they are: both tell of single images.
-            `fedmed site check` says so beforehand.
+            `fedmed data check` says so beforehand.
     """
     config = settings_from(settings)
     if config.privacy.mode == "none" or site.virtual:

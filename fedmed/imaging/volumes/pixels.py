@@ -45,7 +45,7 @@ def decoded(group: Group) -> Volume:
                 break
         if left:
             raise UnreadableImage("fewer frames than its header declares")
-    if len(turned) > 1:
+    if len(turned) > 1 and not hounsfield:
         raise UnreadableImage("slices of which some show low values as white, others as black")
     if padding.any():
         values[padding] = values[~padding].min() if not padding.all() else 0
