@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from fedmed.config import StrategyConfig
 from fedmed.errors import UpdateRefused
 from fedmed.federated import membership as membership_module
 from fedmed.federated.admission import decoded_update, validated_counts, validated_weights
-from fedmed.federated.exchange import ask
+from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.identity import package_hash
 from fedmed.federated.member import member_of
 from fedmed.federated.membership import Membership
@@ -70,9 +71,15 @@ class Hospitals:
     def __init__(self, *nodes: int) -> None:
         self.present, self.deaf, self.cards, self.greeted = set(nodes), set(), {}, []
         self.registered: dict[int, str] = {}  # names of sites, by node
+        self.killed: dict[int, int] = {}  # nodes that a message finds dead, and how often one looks until they are back
         self._sent: dict[str, Message] = {}
 
     def get_nodes(self):
+        for node in self.killed.keys() - self.present:
+            self.killed[node] -= 1
+            if self.killed[node] == 0:
+                self.present.add(node)
+                del self.killed[node]
         return [NodeInfo(node_id=node, name=self.registered.get(node, "")) for node in sorted(self.present)]
 
     def push_messages(self, messages):
@@ -86,7 +93,10 @@ class Hospitals:
     def pull_messages(self, numbers):
         for number in numbers:
             node = self._sent[number].metadata.dst_node_id
-            if node in self.present and node not in self.deaf:
+            if node in self.killed:
+                self.present.discard(node)
+                yield Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=self._sent[number])
+            elif node in self.present and node not in self.deaf:
                 answer = {**card(f"h{node}"), **self.cards.get(node, {})}
                 yield Message(RecordDict({"card": ConfigRecord(answer)}), reply_to=self._sent[number])
 
@@ -198,6 +208,55 @@ def test_a_round_waits_for_a_quorum_of_nodes_until_the_deadline_and_no_longer():
     assert (
         sites.missing(list(sites.asked(2))) == "1 of 2 sites took part; 2 are needed (strategy.min-sites, min-fraction)"
     )
+
+
+def test_a_quorum_waits_for_a_node_that_dies_before_its_card_and_comes_back():
+    grid = Hospitals(1, 2)
+    grid.killed[2] = 3
+    sites = roster(grid, min_sites=2, round_timeout_s=30.0)
+    assert list(sites.asked(1)) == ["h1", "h2"]
+    assert sites.failures == []
+    assert grid.greeted == [1, 2, 2]
+
+
+def test_nobody_waits_for_a_node_that_dies_before_its_card_if_the_others_are_enough():
+    grid = Hospitals(1, 2)
+    grid.registered, grid.killed = {1: "h1", 2: "h2"}, {2: 3}
+    sites = roster(grid, round_timeout_s=30.0)
+    assert [(each.site, each.reason) for each in sites.failures] == [("h2", "no heartbeat")]
+    assert list(sites.asked(1)) == ["h1"]
+    while 2 not in grid.present:
+        sites.welcome(2)
+    assert sites.welcome(3).joined == [] and list(sites.asked(3)) == ["h1", "h2"]
+
+
+def test_a_node_that_stays_away_ends_the_wait_at_the_deadline():
+    grid = Hospitals(1, 2)
+    grid.killed[2] = 1_000_000
+    started = time.monotonic()
+    sites = roster(grid, min_sites=2, round_timeout_s=1.0)
+    assert 0.9 <= time.monotonic() - started < 5
+    assert sites.missing([each.name for each in sites.members]) is not None
+
+
+def test_a_round_that_would_have_too_few_waits_for_a_node_that_died_and_asks_it_again():
+    grid = Hospitals(1, 2, 3)
+    sites = roster(grid, min_sites=2)
+    grid.killed = {1: 1_000_000, 3: 2}
+    grid.greeted.clear()
+    failed: list[Failure] = []
+
+    def needed(site: str) -> bool:
+        return sites.needs(["h1", "h2", "h3"], failed, site)
+
+    nodes, answered = {"h1": 1, "h2": 2, "h3": 3}, []
+    for site, answer in ask(grid, RecordDict(), "train", nodes, group="4", timeout_s=30.0, needed=needed):
+        if isinstance(answer, str):
+            failed.append(Failure(site=site, reason=answer))
+        else:
+            answered.append(site)
+    assert answered == ["h2", "h3"] and [each.site for each in failed] == ["h1"]
+    assert grid.greeted == [1, 2, 3, 3], "h1 was not needed, h3 was"
 
 
 def test_a_sampled_round_needs_its_share_of_the_sample_and_a_required_site_is_in_it():

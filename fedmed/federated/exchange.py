@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
@@ -32,13 +32,15 @@ def ask(
     group: str,
     timeout_s: float,
     retries: int = 0,
+    needed: Callable[[str], bool] = lambda site: False,
 ) -> Iterator[tuple[str, RecordDict | str]]:
     """Send one content to many sites and yield (site, answer or reason for none), in the order of the sites' names.
 
     Answers are pulled one by one in that order, so that sums do not depend on who is fast, and one answer is in memory
     at a time; others wait where they are: in the local spool, or in the SuperLink's database. An answer's arrays are
-    valid until the next one is asked for. A site whose process died is asked again, `retries` times at most. An answer
-    to an earlier question is never pulled: it has another number, and its group tells.
+    valid until the next one is asked for. A site whose process died is asked again, `retries` times at most. One whose
+    node is gone is waited for if it is `needed`, until the deadline, and asked again when it is back. An answer to an
+    earlier question is never pulled: it has another number, and its group tells.
     """
     names = sorted(nodes)
     deadline = time.monotonic() + timeout_s + GRACE_S
@@ -50,10 +52,36 @@ def ask(
     for name, number in zip(names, push(names), strict=True):
         reply = await_reply(grid, number, deadline)
         left = retries
-        while left and reply is not None and reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED:
-            left -= 1
+        while reply is not None and reply.has_error():
+            if left and reply.error.code == ErrorCode.CLIENT_APP_CRASHED:
+                left -= 1
+            elif not (is_gone(reply) and needed(name) and await_nodes(grid, [nodes[name]], deadline - GRACE_S)):
+                break
             reply = await_reply(grid, push([name])[0], deadline)
         yield name, answer_in(reply, nodes[name], group)
+
+
+def is_gone(reply: Message | None) -> bool:
+    """Whether the server answers for a node, whose heartbeat has stopped."""
+    return reply is not None and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
+def await_nodes(grid: Grid, nodes: Collection[int], deadline: float) -> set[int]:
+    """Wait until one of these nodes is connected.
+
+    Args:
+        grid: that knows who is.
+        nodes: by number.
+        deadline: on the monotonic clock.
+
+    Returns:
+        Those of them that are connected; none if it is too late.
+    """
+    while time.monotonic() < deadline:
+        if back := set(nodes) & {node.node_id for node in grid.get_nodes()}:
+            return back
+        time.sleep(0.5)
+    return set()
 
 
 def answer_in(reply: Message | None, node: int, group: str) -> RecordDict | str:

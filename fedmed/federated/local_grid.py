@@ -263,7 +263,7 @@ class LocalGrid(Grid):
     def _expire(self) -> None:
         """Answer for messages whose time to live is over, and end the workers that hang on them."""
         now = time.monotonic()
-        late = Error(ErrorCode.NODE_UNAVAILABLE, "no answer before the round's deadline")
+        late = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "no answer before the round's deadline")
         for worker in list(self._pool):
             if worker.given and self._sent[worker.given[0].number].deadline <= now:
                 self._replace(worker, late)

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmed.config import StrategyConfig
 from fedmed.errors import RunFailed
-from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_reply
+from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_nodes, await_reply, is_gone
 from fedmed.federated.member import CannotJoin, Member, member_of
 from fedmed.federated.progress import Progress
 from fedmed.federated.selection import in_turn, sample_size, sampled, share_of
@@ -84,7 +84,7 @@ class Membership:
     # Who is there.
 
     def gather(self, seen: Callable[[str, int, int], None]) -> list[Failure]:
-        """Wait for enough nodes, greet them, and wait for their cards.
+        """Wait for enough nodes, greet them, and wait for their cards; if a card is missed, for its node to be back.
 
         Args:
             seen: told (site or node, done, all) as cards come.
@@ -102,8 +102,15 @@ class Membership:
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
             )
         self._at_start = len(self._present)
-        self._greet(self._present)
-        return self._collect(self._strategy.round_timeout_s + GRACE_S, seen, round=0)
+        here, failures = set(self._present), dict[int, Failure]()
+        deadline = time.monotonic() + self._strategy.round_timeout_s
+        while here:
+            self._greet(here)
+            failures |= self._collect(deadline + GRACE_S - time.monotonic(), seen, round=0)
+            lost = self._present - self._met
+            here = await_nodes(self._grid, lost, deadline) if lost and self.missing(list(self._members)) else set()
+            failures = {node: failure for node, failure in failures.items() if node not in here}
+        return list(failures.values())
 
     def welcome(self, round: int) -> Arrivals:
         """At the start of a round: greet nodes that came, or came back, since the last one, and see who is gone."""
@@ -115,7 +122,7 @@ class Membership:
         refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, round=round)
         return Arrivals(
             joined=sorted(set(self._staying()) - before),
-            refused=refused,
+            refused=list(refused.values()),
             unreachable=[self.missed(name, "not connected", round) for name in self._unreachable()],
         )
 
@@ -169,6 +176,10 @@ class Membership:
             return f"{len(sites)} of {wanted} sites took part; {needed} are needed (strategy.min-sites, min-fraction)"
         return None
 
+    def needs(self, asked: Collection[str], failed: Collection[Failure], site: str) -> bool:
+        """Whether a round, of whose sites these have failed already, would have too few without this one."""
+        return self.missing(set(asked) - {failure.site for failure in failed} - {site}) is not None
+
     @property
     def _wanted(self) -> int:
         """How many sites a round should ask, whether they are connected or not."""
@@ -207,7 +218,7 @@ class Membership:
             self._open[node] = Greeting(number, expires)
             self._met.add(node)
 
-    def _collect(self, wait_s: float, seen: Callable[[str, int, int], None], *, round: int) -> list[Failure]:
+    def _collect(self, wait_s: float, seen: Callable[[str, int, int], None], *, round: int) -> dict[int, Failure]:
         """Read the cards that are there in time, in the order of the nodes; the others stay open.
 
         A site that left before a run was resumed stays away until its time comes, as it had in the unbroken run. One
@@ -217,8 +228,11 @@ class Membership:
             wait_s: for all of them together.
             seen: told (site or node, done, all) as cards come.
             round: that is about to begin; 0 = the run itself.
+
+        Returns:
+            By node, who cannot take part and why.
         """
-        failures: list[Failure] = []
+        failures: dict[int, Failure] = {}
         names = {member.node: name for name, member in self._members.items()}
         deadline, total = time.monotonic() + wait_s, len(self._open)
         for place, (node, greeting) in enumerate(sorted(self._open.items()), start=1):
@@ -226,9 +240,9 @@ class Membership:
             if reply is None and time.monotonic() < greeting.expires:
                 continue  # still open: it may come in a later round
             del self._open[node]
-            label = names.get(node, f"node-{place}")
+            label = names.get(node) or self._registered.get(node) or f"node-{place}"
             left = names.get(node) in self._progress.away
-            if reply is None and not left:
+            if (reply is None or is_gone(reply)) and not left:
                 self._met.discard(node)  # to be greeted once more
             try:
                 member = member_of(answer_in(reply, node, GROUP), node, registered=self._registered.get(node, ""))
@@ -239,7 +253,7 @@ class Membership:
             except CannotJoin as problem:
                 again, label = left and problem.site in ("", label), problem.site or label
                 reason = str(problem)
-                failures.append(self.missed(label, reason, round) if again else Failure(site=label, reason=reason))
+                failures[node] = self.missed(label, reason, round) if again else Failure(site=label, reason=reason)
             seen(label, place, total)
         return failures
 

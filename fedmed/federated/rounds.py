@@ -88,7 +88,7 @@ class Federation:
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))
             missing = sites.missing(list(nodes))
-            for site, answer in () if missing else self._ask(task, nodes):
+            for site, answer in () if missing else self._ask(task, nodes, partial(sites.needs, nodes, failed)):
                 try:
                     update, trained = self._admitted(answer, sites[site], weights)
                     combined.add(site, update, trained)
@@ -206,7 +206,7 @@ class Federation:
             run=self.progress.run,
         )
 
-    def _ask(self, task: Task, nodes: Mapping[str, int]) -> Any:
+    def _ask(self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False) -> Any:
         return ask(
             self.grid,
             encode_task(task, copy=not isinstance(self.grid, LocalGrid)),
@@ -215,6 +215,7 @@ class Federation:
             group=str(task.round),
             timeout_s=self.config.strategy.round_timeout_s,
             retries=self.config.strategy.retries,
+            needed=needed,
         )
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
