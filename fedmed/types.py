@@ -77,10 +77,19 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Who hides in one secure sum."""
+
+    attempt: int  # later ones have larger numbers; masks are for one attempt
+    keys: Mapping[str, tuple[str, str]]  # by site: its public key for the run and its signature of it, hexadecimal
+    joined: tuple[str, ...] = ()  # in a task to open the sum: whose updates are in it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What the server asks of a site in one round. It never names a file at the site."""
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "unmask"]
     round: int  # 1-based; 0 asks about the initial network
     settings: str  # the run configuration without its `data` section, as JSON
     layout: str  # Layout.hash of the server's network
@@ -90,6 +99,7 @@ class Task:
     vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))  # e.g. SCAFFOLD's control
     evaluate: bool = True  # whether a train reply also evaluates the received network at the site
     run: str = ""  # tells runs with equal settings apart; a resumed run keeps it
+    masking: Masking | None = None  # with strategy.secure-sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +120,15 @@ class PrivacyEvent:
 class Update:
     """The one thing that leaves a site."""
 
-    weights: Weights | None  # None in the reply to an evaluation
+    weights: Weights | None  # None in the reply to an evaluation, and under masks
     layout: str
     num_examples: int
     metrics: Sums = field(default_factory=lambda: MappingProxyType({}))
     vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))
-    encoding: Literal["float32"] = "float32"
+    masked: NDArray[np.uint64] | None = None  # in a secure sum, in place of weights: parameters, then buffers
     facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def encoding(self) -> Literal["float32", "ring64"]:
+        """What stands for the network: its float32 values, or whole numbers modulo 2⁶⁴ under masks."""
+        return "float32" if self.masked is None else "ring64"

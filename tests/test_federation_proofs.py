@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from toy import dataset
 
-from fedmed.federated.aggregation import WeightedMean, second_moments, variances
+from fedmed.federated.aggregation import WeightedMean
 from fedmed.models import build
 from fedmed.training.losses import masked_bce
+from fedmed.training.moments import second_moments, variances
 from fedmed.training.network import FlatNetwork, layout_of
 from fedmed.training.site import Site, settings_for_sites
 from fedmed.training.site_round import train_round

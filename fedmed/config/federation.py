@@ -43,6 +43,10 @@ class StrategyConfig(Section):
     ] = 0.0
     checkpoint_every: Annotated[Positive, Field(description="rounds between checkpoints")] = 1
     keep_checkpoints: Annotated[Positive, Field(description="how many of the last checkpoints stay")] = 2
+    secure_sum: Annotated[
+        bool,
+        Field(description="whether the server learns the sum of the sites' changes alone, and no single site's"),
+    ] = False
     combine: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median"] = "mean"
     dishonest_sites: Annotated[Count, Field(description="f: how many sites a rule other than mean must withstand")] = 1
     clip_norm: Annotated[float, Field(ge=0, description="norm to which every site's change is clipped; 0 = none")] = 0.0

@@ -63,6 +63,8 @@ class RunConfig(Section):
             raise ValueError("simulation.partition deals manifests of images; with data.dataset leave it as-given")
         if self.privacy.metrics_epsilon and self.privacy.mode != "dp-sgd":
             raise ValueError('privacy.metrics-epsilon is for privacy.mode = "dp-sgd": other metrics bear no noise')
+        if self.strategy.secure_sum:
+            self._sites_show_a_sum_alone()
         if self.privacy.mode == "dp-sgd":
             self._touches_patients_only_under_noise()
         elif self.privacy.mode == "central":
@@ -129,6 +131,32 @@ class RunConfig(Section):
         for key, (present, reason) in refused.items():
             if present:
                 raise ValueError(f'{key} {reason}; it cannot be used with privacy.mode = "central"')
+
+    def _sites_show_a_sum_alone(self) -> None:
+        """Refuse what would need a single site's change."""
+        strategy = self.strategy
+        known = POST_PROCESSING | {"fedbn"}
+        capped = strategy.weight_by != "uniform" and strategy.max_weight_share < 1
+        refused = {
+            f'strategy.name = "{strategy.name}"': (
+                strategy.name not in known and ":" not in strategy.name,
+                f"uses more of a site than a sum; use one of {', '.join(sorted(known))}",
+            ),
+            f'strategy.combine = "{strategy.combine}"': (strategy.combine != "mean", "compares single changes"),
+            "strategy.max-update-norm": (
+                strategy.max_update_norm > 0,
+                "looks at single changes; use strategy.clip-norm, which the sites apply themselves",
+            ),
+            f"strategy.max-weight-share = {strategy.max_weight_share}": (
+                capped,
+                'is for weights that the server can lower; use 1, or strategy.weight-by = "uniform"',
+            ),
+            f"strategy.min-sites = {strategy.min_sites}": (strategy.min_sites < 3, "hides nobody; use 3 or more"),
+            'privacy.mode = "central"': (self.privacy.mode == "central", "clips single changes at the server"),
+        }
+        for key, (present, reason) in refused.items():
+            if present:
+                raise ValueError(f"{key} {reason}; it cannot be used with strategy.secure-sum")
 
     @property
     def _batch_norm_trains(self) -> bool:

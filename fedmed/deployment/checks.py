@@ -70,6 +70,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
         yield Finding(what="kit", ok=False, said=str(error))
         return
     yield Finding(what="kit", ok=True, said=f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}")
+    yield _look("sums", lambda: others(site, kit))
     yield _look("authority", lambda: authority(kit))
     reached = _look("proxy", lambda: reach.proxy(kit))
     yield reached
@@ -116,6 +117,17 @@ def keys(site: SiteFolder) -> str:
     node_keys.read_node_key(site.keys)
     site_keys.read_keys(site.keys)
     return "there, and read by their owner only"
+
+
+def others(site: SiteFolder, kit: Kit) -> str:
+    """With whom the site would hide in a secure sum, and by which keys, to be compared by telephone.
+
+    Raises:
+        LedgerUnusable: the site's own keys cannot be read.
+    """
+    own = node_keys.fingerprint(site_keys.read_keys(site.keys).public)
+    known = [f"{name} {node_keys.fingerprint(bytes.fromhex(key))}" for name, key in kit.sites.items()]
+    return f"secure sums are with {', '.join(known)}; this site's key is {own}"
 
 
 def approval(site: SiteFolder) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -24,7 +25,7 @@ from fedmed.errors import ConfigError
 from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
 
-KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "authority", "fedmed", "made"}
+KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "authority", "fedmed", "made", "sites"}
 KIND = "fedmed site kit"
 CERTIFICATE, CONTENT = "ca.crt", "kit.json"
 ADDRESS = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9.-]+):\d{1,5}")
@@ -42,6 +43,7 @@ class Kit:
     apps: tuple[str, ...]  # SHA-256 of the apps that runs may bring
     coordinator: bytes  # public key
     certificate: bytes  # of the authority, PEM
+    sites: Mapping[str, str]  # name and public signing key of every site of the consortium, hexadecimal
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +77,7 @@ def write_kit(
     address: str,
     apps: Sequence[str],
     ca: bytes,
+    sites: Mapping[str, str],
 ) -> Kit:
     """Write a site's kit in the place of an older one.
 
@@ -86,6 +89,7 @@ def write_kit(
         address: HOST:PORT of the server.
         apps: SHA-256 of the apps that runs may bring.
         ca: the authority's certificate, PEM.
+        sites: name and public signing key of every site, hexadecimal.
     """
     make_folder(folder)
     values: dict[str, Any] = {
@@ -96,6 +100,7 @@ def write_kit(
         "node-key": card.node_text,
         "address": address,
         "apps": list(apps),
+        "sites": dict(sorted(sites.items())),
         "authority": hashlib.sha256(ca).hexdigest(),
         "fedmed": fedmed.__version__,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,7 +126,9 @@ def read_kit(folder: Path) -> Kit:
         public, signature = bytes.fromhex(values["coordinator"]), bytes.fromhex(values["signature"])
         names = [TypeAdapter(Name).validate_python(values[key], strict=True) for key in ("consortium", "site")]
         sound = bool(ADDRESS.fullmatch(values["address"])) and all(map(DIGEST.fullmatch, values["apps"]))
-    except (OSError, ValidationError, ValueError, TypeError):
+        others = {str(name): str(key) for name, key in values["sites"].items()}
+        sound = sound and all(map(DIGEST.fullmatch, others.values()))
+    except (OSError, ValidationError, ValueError, TypeError, AttributeError):
         raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
     signed = {key: values[key] for key in KEYS}
     same = hashlib.sha256(certificate).hexdigest() == values["authority"]
@@ -136,4 +143,5 @@ def read_kit(folder: Path) -> Kit:
         apps=tuple(values["apps"]),
         coordinator=public,
         certificate=certificate,
+        sites=MappingProxyType(others),
     )

@@ -82,6 +82,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
             address=folder.consortium.address,
             apps=[app],
             ca=authority,
+            sites={each.name: each.signing_key.hex() for each in everybody},
         )
         for card in everybody
     )

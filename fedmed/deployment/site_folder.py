@@ -17,7 +17,7 @@ from fedmed.deployment.files import make_folder, write_json, write_new
 from fedmed.deployment.kits import CERTIFICATE, CONTENT, Kit, read_kit
 from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError
-from fedmed.federated.site_config import SiteConfig, read_site_config
+from fedmed.federated.site_config import PEERS, SiteConfig, read_site_config
 from fedmed.privacy import keys as site_keys
 from fedmed.privacy.policy import SitePolicy
 
@@ -142,6 +142,7 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
     content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
     write_atomically(site.kit / CERTIFICATE, kit.certificate)
     write_json(site.kit / CONTENT, content)
+    write_json(site.root / PEERS, dict(kit.sites))
     return read_kit(site.kit)
 
 

@@ -149,6 +149,19 @@ def validated_weights(update: Update, layout: Layout, *, sent: Weights | None = 
     return update.weights
 
 
+def validated_masked(update: Update, layout: Layout) -> None:
+    """Refuse a masked update that no sum can take. What it holds nobody can see.
+
+    Raises:
+        UpdateRefused: with the reason.
+    """
+    if update.layout != layout.hash:
+        raise UpdateRefused("the update has another layout than the global network")
+    got, expected = 0 if update.masked is None else update.masked.size, layout.num_parameters + layout.num_buffers
+    if update.weights is not None or got != expected:
+        raise UpdateRefused(f"the update has {got} masked values, the network {expected}")
+
+
 def number_in(facts: Any, name: str) -> float | None:
     """A finite number among the facts of an update; None if there is none of that name, or it is no number."""
     value = facts.get(name)

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.linalg.blas import saxpy
 
 from fedmed.errors import UpdateRefused
-from fedmed.types import Entry, FloatVector, Layout, Scalar, Weights
+from fedmed.training.moments import second_moments, variances
+from fedmed.types import FloatVector, Layout, Scalar, Weights
 
 CHUNK = 8192  # values; the change of a chunk stays in a core's first-level cache
 
@@ -80,31 +81,6 @@ class WeightedMean:
             if entry.integer:
                 buffers[entry.span] = self._largest[entry.span]
         return Aggregate(change=self._change, buffers=buffers)
-
-
-def second_moments(buffers: FloatVector, layout: Layout) -> FloatVector:
-    """Replace every running variance by variance + mean², which averages where a variance does not."""
-    moments = buffers.copy() if layout.buffers else buffers
-    for mean, variance in _normalisations(layout):
-        moments[variance.span] += buffers[mean.span] ** 2
-    return moments
-
-
-def variances(moments: FloatVector, layout: Layout) -> FloatVector:
-    """The inverse of `second_moments`."""
-    buffers = moments.copy()
-    for mean, variance in _normalisations(layout):
-        buffers[variance.span] = np.maximum(moments[variance.span] - moments[mean.span] ** 2, 0)
-    return buffers
-
-
-def _normalisations(layout: Layout) -> Iterator[tuple[Entry, Entry]]:
-    """(running_mean, running_var) of every BatchNorm in the layout."""
-    by_name = {entry.name: entry for entry in layout.buffers}
-    for name, entry in by_name.items():
-        prefix, found, _ = name.rpartition("running_mean")
-        if found and f"{prefix}running_var" in by_name:
-            yield entry, by_name[f"{prefix}running_var"]
 
 
 def chunks(size: int) -> Iterator[slice]:

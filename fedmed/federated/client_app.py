@@ -18,7 +18,7 @@ from fedmed.federated.identity import package_hash
 from fedmed.federated.sites import site_of
 from fedmed.federated.wire import decode_task, encode_update
 from fedmed.training.site import Site
-from fedmed.training.site_round import evaluate_round, site_card, train_round
+from fedmed.training.site_round import evaluate_round, site_card, train_round, unmask_round
 from fedmed.types import Scalar, Task, Update
 
 app = ClientApp()
@@ -35,6 +35,12 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received network on the patients that this site holds out."""
     return _answer(message, context, _update_from(evaluate_round, context))
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Help to open a secure sum that this site's update is in."""
+    return _answer(message, context, _update_from(unmask_round, context))
 
 
 @app.query("hello")

@@ -29,6 +29,7 @@ class Member:
     holds_out: bool  # patients whom it does not train on
     unreadable: int  # images that were left out
     reasons: str  # why, and how many for each reason
+    masking: tuple[str, str] = ("", "")  # its key for secure sums and its signature of it, which other sites check
 
 
 class CannotJoin(UpdateRefused):
@@ -79,6 +80,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             holds_out=bool(card["holds-out"]),
             unreadable=counts["unreadable"],
             reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
+            masking=(str(card.get("masking-key", ""))[:64], str(card.get("masking-signature", ""))[:128]),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CannotJoin("its answer to the greeting is malformed") from None

@@ -17,9 +17,17 @@ from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
 from fedmed.errors import RunFailed, UpdateRefused
-from fedmed.federated.admission import decoded_update, privacy_in, public_facts, validated_counts, validated_weights
+from fedmed.federated.admission import (
+    decoded_update,
+    privacy_in,
+    public_facts,
+    validated_counts,
+    validated_masked,
+    validated_weights,
+)
 from fedmed.federated.central import ServerNoise
-from fedmed.federated.combiners import RoundTerms, combiner
+from fedmed.federated.combiners import Combiner, RoundTerms, combiner
+from fedmed.federated.combiners.masked_sum import MaskedSum
 from fedmed.federated.exchange import Failure, ask
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.member import Member
@@ -30,13 +38,14 @@ from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_evaluation import Judgement, ServerEvaluation, server_device
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
+from fedmed.federated.unmasking import masking_of, open_sum
 from fedmed.federated.wire import encode_task
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site import settings_for_sites
-from fedmed.types import Task, Update, Weights
+from fedmed.types import Masking, Task, Update, Weights
 
 Event = Mapping[str, Any]
 Watch = Callable[[Event], None]
@@ -80,7 +89,8 @@ class Federation:
             self._absent(arrivals.refused, round)
             nodes = sites.asked(round)
             self._tell("round_started", round, sites=sorted(nodes), **self._preamble(sites, round, arrivals.joined))
-            task = self._task("train", round, weights, self.step.outgoing(state))
+            hidden = masking_of(map(sites.__getitem__, nodes)) if self.config.strategy.secure_sum else None
+            task = self._task("train", round, weights, self.step.outgoing(state), hidden)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
             combined = combiner(terms(sent=weights, state=state, known=len(sites.members), round=round))
@@ -103,7 +113,7 @@ class Federation:
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = missing or sites.missing(joined) or combined.too_few()
+            missing = missing or sites.missing(joined) or combined.too_few() or self._closed(combined, task, nodes)
             if missing:
                 self.progress.pause(self._entry(round, joined, failed, seconds, {}))
                 self._save(weights, state, saved)
@@ -191,7 +201,14 @@ class Federation:
         facts |= {"server_metrics": f"null: {unjudged}"} if unjudged else {}
         return {**facts, **({"unreadable": left_out} if left_out else {})}
 
-    def _task(self, kind: str, round: int, weights: Weights, vectors: State = MappingProxyType({})) -> Task:
+    def _task(
+        self,
+        kind: str,
+        round: int,
+        weights: Weights,
+        vectors: State = MappingProxyType({}),
+        masking: Masking | None = None,
+    ) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
         return Task(
             kind="train" if kind == "train" else "evaluate",
@@ -204,13 +221,14 @@ class Federation:
             vectors=vectors,
             evaluate=every,
             run=self.progress.run,
+            masking=masking,
         )
 
     def _ask(self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False) -> Any:
         return ask(
             self.grid,
             encode_task(task, copy=not isinstance(self.grid, LocalGrid)),
-            task.kind,
+            "query.unmask" if task.kind == "unmask" else task.kind,
             nodes,
             group=str(task.round),
             timeout_s=self.config.strategy.round_timeout_s,
@@ -222,7 +240,17 @@ class Federation:
         update = decoded_update(answer, self.config.task)
         self.progress.spent(member.name, privacy_in(update.facts))  # it left the site, whether it is used or not
         validated_counts(update, images=member.images, patients=member.patients)
+        if self.config.strategy.secure_sum:
+            validated_masked(update, self.layout)
+            return update, sent
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
+
+    def _closed(self, combined: Combiner, task: Task, nodes: Mapping[str, int]) -> str | None:
+        """Have the sites open a secure sum. Why it stays closed, or None."""
+        if not isinstance(combined, MaskedSum):
+            return None
+        inside = {site: nodes[site] for site in combined.sites}
+        return open_sum(combined, task, lambda question: self._ask(question, inside, lambda site: True))
 
     def _judge(self, round: int, weights: Weights) -> Judgement | None:
         due = round % self.config.evaluate.every == 0 or round == self.config.train.rounds

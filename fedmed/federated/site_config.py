@@ -13,6 +13,8 @@ from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.privacy.keys import read_keys
 from fedmed.privacy.policy import SitePolicy
 
+PEERS = Path("consortium/sites.json")  # beside a site.toml: the sites that the joined kit names, with their public keys
+
 
 class SiteConfig(Section):
     """`site.toml`: what a hospital says of itself. Never sent, and never overridden by a server."""

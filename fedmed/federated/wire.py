@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -15,12 +16,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError, UpdateRefused
-from fedmed.types import Task, Update, Weights
+from fedmed.types import Masking, Task, Update, Weights
 
 STYPE = "fedmed.raw"  # Array.stype: raw little-endian bytes, no header
 
 
-def encode_vector(vector: NDArray[np.float32] | NDArray[np.float64], *, copy: bool = True) -> Array:
+def encode_vector(
+    vector: NDArray[np.float32] | NDArray[np.float64] | NDArray[np.uint64], *, copy: bool = True
+) -> Array:
     """One flat vector as a Flower array.
 
     Flower's own transports want bytes, a copy. Where the message is written into shared memory at once (`LocalGrid`),
@@ -32,7 +35,7 @@ def encode_vector(vector: NDArray[np.float32] | NDArray[np.float64], *, copy: bo
     return array
 
 
-def decode_vector(array: Array, dtype: Literal["float32", "float64"] = "float32") -> NDArray[np.float32]:
+def decode_vector(array: Array, dtype: Literal["float32", "float64", "uint64"] = "float32") -> NDArray[Any]:
     """The vector in a Flower array: a read-only view of its bytes.
 
     Raises:
@@ -50,6 +53,8 @@ def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
     """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
     names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings", "run")
     facts = {name: getattr(task, name) for name in names}
+    if task.masking is not None:
+        facts["masking"] = asdict(task.masking)
     content = RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
     if task.vectors:
         content["vectors"] = _vectors(task.vectors, copy)
@@ -64,10 +69,10 @@ def decode_task(content: RecordDict) -> Task:
     """
     try:
         facts = _read_facts(content, "task")
-        if facts["kind"] not in ("train", "evaluate"):
+        if facts["kind"] not in ("train", "evaluate", "unmask"):
             raise ValueError(f"a kind that is none: {facts['kind']!r}")
         return Task(
-            kind=cast(Literal["train", "evaluate"], facts["kind"]),
+            kind=cast(Literal["train", "evaluate", "unmask"], facts["kind"]),
             round=int(facts["round"]),
             settings=str(facts["settings"]),
             run=str(facts["run"]),
@@ -77,6 +82,7 @@ def decode_task(content: RecordDict) -> Task:
             centres=tuple(float(centre) for centre in facts["centres"]),
             vectors=_read_vectors(content),
             weights=_weights(content),
+            masking=_masking(facts["masking"]) if "masking" in facts else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, UpdateRefused) as error:
         text = f"the message is no task: {type(error).__name__} on {error}"
@@ -100,6 +106,8 @@ def encode_update(update: Update, *, copy: bool = True) -> RecordDict:
         content["vectors"] = _vectors(update.vectors, copy)
     if update.weights is not None:
         content["network"] = _network(update.weights, copy)
+    if update.masked is not None:
+        content["masked"] = _record({"sum": encode_vector(update.masked, copy=copy)})
     return content
 
 
@@ -121,10 +129,11 @@ def decode_update(content: RecordDict) -> Update:
             for name, size in names.items():
                 metrics[name] = flat[start : start + size]
                 start += size
-        if facts["encoding"] != "float32":
+        if facts["encoding"] != ("ring64" if "masked" in content else "float32"):
             raise UpdateRefused(f"unknown encoding {str(facts['encoding'])[:40]!r}")
         return Update(
             weights=_weights(content) if "network" in content else None,
+            masked=_masked(content) if "masked" in content else None,
             layout=str(facts["layout"]),
             num_examples=int(facts["num-examples"]),
             metrics=metrics,
@@ -153,6 +162,15 @@ def _weights(content: RecordDict) -> Weights:
     network, empty = cast(ArrayRecord, content["network"]), np.zeros(0, np.float32)
     vectors = {name: decode_vector(network[name]) if name in network else empty for name in ("parameters", "buffers")}
     return Weights(**vectors)
+
+
+def _masking(values: Mapping[str, Any]) -> Masking:
+    keys = {str(name): (str(key), str(signature)) for name, (key, signature) in values["keys"].items()}
+    return Masking(attempt=int(values["attempt"]), keys=keys, joined=tuple(map(str, values["joined"])))
+
+
+def _masked(content: RecordDict) -> NDArray[np.uint64]:
+    return decode_vector(cast(ArrayRecord, content["masked"])["sum"], "uint64")
 
 
 def _vectors(vectors: Mapping[str, NDArray[np.float32]], copy: bool) -> ArrayRecord:

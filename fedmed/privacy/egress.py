@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from fedmed.privacy.chain import Anchor, Record, now
 from fedmed.privacy.chain_file import ChainFile
@@ -52,9 +55,11 @@ def keep_departure(folder: Path, keys: SiteKeys, update: Update, departure: Depa
 
 def contents(update: Update) -> list[dict[str, Scalar]]:
     """Everything that an update holds, by name: how many values and how many bytes."""
-    vectors = dict(update.vectors)
+    vectors: dict[str, NDArray[Any]] = dict(update.vectors)
     if update.weights is not None:
         vectors |= {"parameters": update.weights.parameters, "buffers": update.weights.buffers}
+    if update.masked is not None:
+        vectors["masked"] = update.masked
     rows: list[dict[str, Scalar]] = [
         {"kind": "vector", "name": name, "values": int(vector.size), "bytes": int(vector.nbytes)}
         for name, vector in sorted(vectors.items())

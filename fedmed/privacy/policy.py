@@ -30,6 +30,9 @@ def _hours(value: str) -> str:
 Hours = Annotated[str, AfterValidator(_hours)]
 
 
+Asked = Literal["card", "train", "evaluate", "unmask"]  # `card`: who the site is, and how many patients it has
+
+
 class TrainingRules(Section):
     """Which runs may train here."""
 
@@ -39,8 +42,16 @@ class TrainingRules(Section):
     ] = ()
     min_patients: Annotated[int, Field(ge=0, description="patients to train on, below which the site stays out")] = 0
     min_sites: Annotated[
-        int, Field(ge=1, description="hospitals whose updates a run must add up, by its `strategy.min-sites`")
+        int,
+        Field(
+            ge=1,
+            description="hospitals whose updates a run must add up, by its `strategy.min-sites`; in a secure sum the "
+            "site sees to it itself",
+        ),
     ] = 1
+    secure_sum: Annotated[
+        bool, Field(description="whether the server may see nothing of the trained network but a sum of several sites'")
+    ] = False
 
 
 class MetricRules(Section):
@@ -122,7 +133,7 @@ class Request:
     """What a run asks of a site, as far as a policy looks at it. It holds nothing of a single patient."""
 
     run: str  # its name
-    kind: Literal["card", "train", "evaluate"]  # `card`: may the site say who it is and how many patients it has?
+    kind: Asked
     network: str
     algorithm: str
     min_sites: int
@@ -130,6 +141,7 @@ class Request:
     patients: int | None  # to train on; None = nobody has counted yet, and what needs the number is not judged
     held_out_patients: int | None
     moment: datetime  # the site's own time
+    secure_sum: bool = False
     noised_before: bool = False  # whether the site's ledger holds noised gradients of its patients
 
 
@@ -143,6 +155,7 @@ class Allowance:
     epsilon: float  # of this run at this site, at most
     delta: float
     min_noise_multiplier: float
+    min_sites: int = 1  # in a secure sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +186,7 @@ def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
         epsilon=min(policy.privacy.epsilon, task.privacy.epsilon),
         delta=min(policy.privacy.delta, task.privacy.delta),
         min_noise_multiplier=policy.privacy.min_noise_multiplier,
+        min_sites=policy.training.min_sites,
     )
     return Decision(allowed=True, rule="policy", reason="allowed", allowance=allowance)
 
@@ -180,7 +194,7 @@ def decide(policy: SitePolicy, task: Request, ledger: Spent | None) -> Decision:
 def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterator[tuple[str, str]]:
     """(rule, reason) of every rule that refuses, the plainest first."""
     training, privacy = policy.training, policy.privacy
-    if task.kind != "card":  # a site says who it is at any hour
+    if task.kind in ("train", "evaluate"):  # at any hour a site says who it is, and lets the others' sum be opened
         if policy.paused:
             yield "policy.paused", "the site is paused"
         if policy.hours and not any(_within(task.moment.time(), span) for span in policy.hours):
@@ -199,6 +213,8 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
             "policy.training.min-sites",
             f"the run adds up at least {task.min_sites} sites; this site asks for {training.min_sites}",
         )
+    if training.secure_sum and not task.secure_sum:
+        yield "policy.training.secure-sum", "the site's network leaves in a secure sum alone (strategy.secure-sum)"
     if task.patients is not None and task.patients < training.min_patients:
         yield "policy.training.min-patients", "the site has too few patients for its own policy"
     private = task.privacy.mode != "none"

@@ -27,6 +27,7 @@ from fedmed.privacy.keys import SiteKeys, make_keys, read_keys
 from fedmed.privacy.ledger import DATABASE, Ledger
 from fedmed.privacy.policy import (
     Allowance,
+    Asked,
     Decision,
     Form,
     MetricRules,
@@ -80,7 +81,7 @@ def permitted(
     config: RunConfig,
     data: Callable[[], Dataset],
     *,
-    kind: Literal["card", "train", "evaluate"] | None = None,
+    kind: Asked | None = None,
 ) -> Permit | None:
     """Ask the hospital's policy whether a task may be done; None where the site has none.
 
@@ -103,7 +104,7 @@ def permitted(
         return None
     asked, keys = kind or task.kind, site_keys(oversight)
     policy, ledger, decision = _answer(oversight, config, asked)
-    if decision.allowed:
+    if decision.allowed and asked != "unmask":  # no patient is touched again
         policy, ledger, decision = _answer(oversight, config, asked, data())
     digest, bound = _digest(policy.model_dump_json()), ledger.epsilon_rdp
     keep_decision(
@@ -127,7 +128,7 @@ def permitted(
 
 
 def _answer(
-    oversight: Oversight, config: RunConfig, asked: Literal["card", "train", "evaluate"], data: Dataset | None = None
+    oversight: Oversight, config: RunConfig, asked: Asked, data: Dataset | None = None
 ) -> tuple[SitePolicy, Ledger, Decision]:
     """What the policy and the ledger of this moment say; without data only what does not depend on them."""
     policy = read_policy(oversight.policy) if oversight.policy else _no_policy(config)
@@ -139,6 +140,7 @@ def _answer(
         network=config.model.name,
         algorithm=config.strategy.name,
         min_sites=config.strategy.min_sites,
+        secure_sum=config.strategy.secure_sum,
         privacy=config.privacy,
         patients=trained,
         held_out_patients=judged,
@@ -199,6 +201,11 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
 def fewest_of(permit: Permit | None) -> int:
     """How many patients must have a label, and how many must not, for anything of that label to leave."""
     return 0 if permit is None else permit.allowance.fewest
+
+
+def sites_in_a_sum(permit: Permit | None) -> int:
+    """How many sites the hospital wants in a secure sum, at least."""
+    return 1 if permit is None else permit.allowance.min_sites
 
 
 def released(update: Update, permit: Permit | None) -> Update:
@@ -278,6 +285,7 @@ def _controls(permit: Permit, update: Update) -> Sequence[str]:
     form = "clipped and noised (differential privacy)" if noised else f"as {allowance.metrics}s"
     said = [f"metrics {form}" if update.metrics else "no metrics"]
     said += [] if allowance.training_loss else ["training loss withheld"]
+    said += [] if update.masked is None else ["under masks: the server learns a sum of several sites alone"]
     return [*said, NOISE[permit.private]]
 
 

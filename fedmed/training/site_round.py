@@ -26,6 +26,7 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_baseline import keep_network
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
+from fedmed.training.masking import key_of_site, masked, seeds_for
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import (
     Permit,
@@ -34,6 +35,7 @@ from fedmed.training.oversight import (
     permitted,
     released,
     require_ledger,
+    sites_in_a_sum,
 )
 from fedmed.training.own_patients import OwnPatients, become_personal_, write_personal
 from fedmed.training.sampling import Rows
@@ -113,7 +115,24 @@ def train_round(task: Task, site: Site) -> Update:
         **outcome.facts,
         "seconds": time.perf_counter() - started,
     }
-    return released(_update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome), permit)
+    update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
+    if config.strategy.secure_sum:
+        update = masked(update, task, site, config, network.layout, fewest=sites_in_a_sum(permit))
+    return released(update, permit)
+
+
+@one_reason
+def unmask_round(task: Task, site: Site) -> Update:
+    """Help to open a secure sum that this site's update is in. Nothing of its data is touched.
+
+    Raises:
+        PolicyRefused, LedgerUnusable: the site is in no such sum, or its records cannot be used.
+    """
+    _require_kind(task, "unmask")
+    config = settings_from(task.settings)
+    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    facts = seeds_for(task, site, config, fewest=sites_in_a_sum(permit))
+    return released(Update(weights=None, layout=task.layout, num_examples=0, facts=MappingProxyType(facts)), permit)
 
 
 @one_reason
@@ -174,10 +193,11 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "unreadable": 0 if private else len(data.unreadable),
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "holds-out": judged > 0,
+        **key_of_site(task, site, config),
     }
 
 
-def _require_kind(task: Task, kind: Literal["train", "evaluate"]) -> None:
+def _require_kind(task: Task, kind: Literal["train", "evaluate", "unmask"]) -> None:
     """What is done is what the policy is asked about, whatever function a message was addressed to."""
     if task.kind != kind:
         raise ConfigError(f"asked to {kind}, by a task of the kind {task.kind}")

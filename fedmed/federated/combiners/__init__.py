@@ -8,6 +8,7 @@ from fedmed.federated.combiners.bulyan import BULYAN
 from fedmed.federated.combiners.gathered import Gathered
 from fedmed.federated.combiners.geometric_median import GEOMETRIC_MEDIAN
 from fedmed.federated.combiners.krum import KRUM, MULTI_KRUM
+from fedmed.federated.combiners.masked_sum import MaskedSum
 from fedmed.federated.combiners.mean import Mean
 from fedmed.federated.combiners.median import MEDIAN
 from fedmed.federated.combiners.noised_sum import NoisedSum
@@ -31,6 +32,8 @@ def combiner(terms: RoundTerms) -> Combiner:
     """What combines the updates of one round."""
     if terms.noise is not None:
         return NoisedSum(terms)
+    if terms.strategy.secure_sum:
+        return MaskedSum(terms)
     rule = RULES[terms.strategy.combine]
     return Mean(terms) if rule is None and not terms.step.weighs else Gathered(terms, rule)
 

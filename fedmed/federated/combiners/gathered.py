@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from fedmed.errors import UpdateRefused
-from fedmed.federated.aggregation import Aggregate, Contribution, second_moments, variances
+from fedmed.federated.aggregation import Aggregate, Contribution
 from fedmed.federated.combiners.base import RoundTerms, contribution_of
 from fedmed.federated.combiners.mean import weight_limit
 from fedmed.federated.combiners.median import median
 from fedmed.federated.combiners.rows import Matrix, Rows
 from fedmed.federated.combiners.rule import Rule, Shares, too_few
+from fedmed.training.moments import second_moments, variances
 from fedmed.types import FloatVector, Update, Weights
 
 

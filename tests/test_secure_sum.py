@@ -1,0 +1,419 @@
+"""Secure sums: masks cancel and hide, whoever goes; and no server gets from a site what would unmask it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from private_sites import network_of, task_of
+from rounds_by_hand import terms_of
+from safetensors.numpy import load_file
+
+from fedmed.errors import ConfigError, ModelError, PolicyRefused, UpdateRefused
+from fedmed.federated.combiners.masked_sum import MaskedSum, seeds_in
+from fedmed.federated.unmasking import open_sum
+from fedmed.federated.wire import decode_task, decode_update, encode_task, encode_update
+from fedmed.privacy import secure_sum as rings
+from fedmed.privacy.egress import contents
+from fedmed.privacy.keys import make_keys, read_keys
+from fedmed.training.masking import RECORD, Part, masked
+from fedmed.training.oversight import Oversight
+from fedmed.training.site import Site
+from fedmed.training.site_round import site_card, train_round, unmask_round
+from fedmed.types import Masking, Task, Update
+
+SITES = ("a-40", "b-20", "c-30", "d-10")
+SECURE = {"secure_sum": True, "min_sites": 3}
+
+
+def secrets_of(names: list[str]) -> dict[str, dict[str, bytes]]:
+    """What every one has in common with every other."""
+    keys = {name: rings.masking_key(name.encode().ljust(32, b"\1")) for name in names}
+    public = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    return {
+        name: {other: rings.pair_secret(keys[name], public[other], "run") for other in names if other != name}
+        for name in names
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), count=st.integers(3, 7), size=st.integers(0, 200))
+def test_masks_cancel_to_the_bit_whoever_is_gone(data, count, size):
+    names = [f"site {number}" for number in range(count)]
+    came = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    rng = np.random.default_rng(count)
+    values = {name: rng.integers(0, 2**64, size, np.uint64) for name in names}
+    pairs = secrets_of(names)
+    total = np.zeros(size, np.uint64)
+    for name in came:
+        masked = values[name].copy()
+        for seed, sign in rings.masks_of(name, pairs[name], "1/7"):
+            rings.add_mask_(masked, seed, sign)
+        total += masked
+    for name in came:
+        pieces = {other: rings.own_piece(pairs[other][name], "1/7", name) for other in names if other != name}
+        rings.add_mask_(total, rings.own_seed(pieces), -1)
+        for other in set(names) - set(came):
+            rings.add_mask_(total, rings.mask_seed(pairs[name][other], "1/7"), -rings.sign_of(name, other))
+    expected = np.zeros(size, np.uint64)
+    for name in came:
+        expected += values[name]
+    np.testing.assert_array_equal(total, expected)
+
+
+def test_a_mask_is_the_key_stream_of_aes_and_every_seed_has_its_own():
+    total = np.zeros(200_000, np.uint64)
+    rings.add_mask_(total, bytes(32), 1)
+    assert total[0].tobytes() == bytes.fromhex("dc95c078a2408989")  # AES-256 of zeros under a key of zeros (NIST)
+    ones = np.unpackbits(total.view(np.uint8)).mean()
+    assert abs(ones - 0.5) < 5 * 0.5 / np.sqrt(total.size * 64)
+    a, b = secrets_of(["a", "b"]).values()
+    pair = a["b"]
+    assert pair == b["a"]
+    seeds = {rings.mask_seed(pair, "1/1"), rings.mask_seed(pair, "2/1"), rings.mask_seed(pair, "1/2")}
+    assert len(seeds | {rings.own_piece(pair, "1/1", "a"), rings.own_piece(pair, "1/1", "b")}) == 5
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight=st.floats(1, 1e4), values=st.lists(st.floats(-100, 100, width=32), max_size=20))
+def test_the_ring_keeps_what_float32_holds_and_refuses_what_would_wrap(weight, values):
+    vector = np.array(values, np.float32)
+    back = rings.from_ring(rings.to_ring(vector, weight, rings.PARAMETER_STEP, sites=9), weight, rings.PARAMETER_STEP)
+    np.testing.assert_allclose(back, vector, rtol=2e-7, atol=2.0**-32)
+    for wrong in (np.nan, np.inf, 1e30):
+        with pytest.raises(UpdateRefused, match="not finite, or too far"):
+            rings.to_ring(np.array([wrong], np.float32), 1.0, rings.PARAMETER_STEP, sites=3)
+
+
+def test_a_key_of_low_order_is_refused():
+    with pytest.raises(UpdateRefused, match="is none"):
+        rings.pair_secret(rings.masking_key(bytes(31) + b"\1"), bytes(32), "run")
+
+
+# A run.
+
+
+def parameters(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(max((folder / "checkpoints").glob("round-*.safetensors")))
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("weight_by", ["uniform", "images", "patients"])
+def test_a_secure_sum_gives_the_network_of_the_plain_mean(toy_config, simulate, norm, weight_by):
+    given_ = {"model": {"norm": norm}, "strategy": {"min_sites": 3, "weight_by": weight_by}}
+    plain = simulate(toy_config(*SITES, **given_))[1].path
+    given_["strategy"] |= SECURE
+    result, folder = simulate(toy_config(*SITES, **given_))
+    assert result["status"] == "completed"
+    for name, vector in parameters(plain).items():
+        np.testing.assert_allclose(parameters(folder.path)[name], vector, rtol=0, atol=1e-6)
+
+
+@pytest.mark.simulation
+def test_a_site_that_goes_in_a_round_is_left_out_of_the_sum(toy_config, simulate):
+    given_ = {"strategy": {**SECURE, "name": "fedavgm"}}
+    plain = simulate(toy_config(*SITES, strategy={"min_sites": 3, "name": "fedavgm"}))[1].path
+    result, folder = simulate(toy_config(*SITES, "nan-20", **given_))
+    assert result["status"] == "degraded"
+    assert "not finite" in result["reason"]
+    expected = parameters(plain)["parameters"]
+    np.testing.assert_allclose(parameters(folder.path)["parameters"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.simulation
+def test_sites_clip_their_own_changes(toy_config, simulate):
+    clipped = {"clip_norm": 0.02, "min_sites": 3}
+    plain = simulate(toy_config(*SITES, strategy=clipped))[1].path
+    ours = simulate(toy_config(*SITES, strategy={**clipped, **SECURE}))[1].path
+    np.testing.assert_allclose(parameters(ours)["parameters"], parameters(plain)["parameters"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.simulation
+def test_p10_under_privacy_what_is_masked_is_noised_and_charged_as_without_masks(toy_config, simulate):
+    private = {"mode": "dp-sgd", "noise_multiplier": 1.0, "noise": "insecure-test", "images_per_patient": 2}
+    given_ = {"privacy": private, "train": {"local_steps": 2, "batch_size": 8}}
+    weighed = {"min_sites": 3, "weight_by": "uniform"}
+    sites = ("a-400", "b-400", "c-400")
+    plain, clear = simulate(toy_config(*sites, strategy=weighed, **given_))
+    ours, hidden = simulate(toy_config(*sites, strategy={**weighed, **SECURE}, **given_))
+    expected = parameters(clear.path)["parameters"]
+    np.testing.assert_allclose(parameters(hidden.path)["parameters"], expected, rtol=0, atol=1e-6)
+    charged = [[site["privacy"]["events"] for site in result["sites"]] for result in (plain, ours)]
+    assert charged[0] == charged[1] and all(charged[0])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ({"combine": "median"}, "compares single changes"),
+        ({"max_update_norm": 1.0}, "clip-norm, which the sites apply"),
+        ({"name": "scaffold"}, "uses more of a site than a sum"),
+        ({"name": "feddg-ga"}, "uses more of a site than a sum"),
+        ({"max_weight_share": 0.5}, "weights that the server can lower"),
+        ({"min_sites": 2}, "hides nobody"),
+    ],
+)
+def test_p10_what_needs_a_single_change_is_refused(toy_config, strategy, reason):
+    with pytest.raises(ConfigError, match=reason):
+        toy_config(*SITES, strategy={**SECURE, **strategy})
+
+
+def test_p10_central_privacy_at_the_server_is_refused(toy_config):
+    with pytest.raises(ConfigError, match="clips single changes at the server"):
+        toy_config(*SITES, strategy={**SECURE, "weight_by": "uniform"}, privacy={"mode": "central", "sites": 4})
+
+
+# What a site gives, and to whom.
+
+
+class Consortium:
+    """Three real sites that know each other by their kits, and a server that may ask anything."""
+
+    def __init__(self, folder: Path, config, names=SITES[:3]) -> None:
+        self.config, self.folder, self.names = config, folder, names
+        keys = {name: make_keys(folder / name / "keys") for name in names}
+        peers = tuple((name, each.public.hex()) for name, each in keys.items())
+        self.sites = {
+            name: Site(
+                name=name, manifest=Path(name), dataset="toy:dataset", state_dir=folder / name / "state",
+                keys=folder / name / "keys", peers=peers,
+            )
+            for name in names
+        }  # fmt: skip
+        hello = task_of(config, "evaluate", 0)
+        cards = {name: site_card(hello, site) for name, site in self.sites.items()}
+        self.keys = {name: (card["masking-key"], card["masking-signature"]) for name, card in cards.items()}
+
+    def task(self, attempt: int = 1, **changes) -> Task:
+        keys = changes.pop("keys", self.keys)
+        return task_of(self.config, "train", 1, masking=Masking(attempt=attempt, keys=keys), **changes)
+
+    def train(self, name: str, attempt: int = 1, **changes) -> Update:
+        """Over the wire and back, as a server gets it."""
+        task = decode_task(encode_task(self.task(attempt, **changes)))
+        return decode_update(encode_update(train_round(task, self.sites[name])))
+
+    def open(self, name: str, *joined: str, attempt: int = 1) -> dict:
+        task = self.task(attempt)
+        masking = replace(task.masking, joined=joined)
+        update = unmask_round(replace(task, kind="unmask", masking=masking), self.sites[name])
+        return json.loads(update.facts["seeds"])
+
+
+@pytest.fixture
+def hospitals(tmp_path, toy_config):
+    return Consortium(tmp_path, toy_config(*SITES[:3], strategy=SECURE))
+
+
+def test_a_masked_update_says_nothing_and_the_sum_of_all_is_that_of_the_changes(hospitals):
+    config = hospitals.config
+    updates = {name: hospitals.train(name) for name in hospitals.names}
+    clear = {
+        name: train_round(
+            task_of(config.model_copy(update={"strategy": config.strategy.model_copy(update={"secure_sum": False})}),
+                    "train", 1),
+            hospitals.sites[name],
+        )
+        for name in hospitals.names
+    }  # fmt: skip
+    sent = network_of(config).weights()
+    for name, update in updates.items():
+        assert update.weights is None and update.encoding == "ring64"
+        assert {row["name"] for row in contents(update) if row["kind"] == "vector"} == {"masked"}
+        words = update.masked
+        assert abs(np.unpackbits(words.view(np.uint8)).mean() - 0.5) < 5 * 0.5 / np.sqrt(words.size * 64)
+        change = clear[name].weights.parameters - sent.parameters
+        assert abs(np.corrcoef(words[: change.size].view(np.int64).astype(float), change)[0, 1]) < 0.2
+    combined = MaskedSum(terms_of(config, network_of(config).layout, sent))
+    for name, update in updates.items():
+        combined.add(name, update, sent)
+
+    def ask(question: Task):
+        for name in hospitals.names:
+            yield name, encode_update(unmask_round(decode_task(encode_task(question)), hospitals.sites[name]))
+
+    assert open_sum(combined, hospitals.task(), ask) is None
+    weights = {name: update.num_examples for name, update in clear.items()}
+    total = sum(
+        weights[name] * (update.weights.parameters.astype(np.float64) - sent.parameters)
+        for name, update in clear.items()
+    )
+    np.testing.assert_allclose(combined.result().change, total / sum(weights.values()), rtol=0, atol=1e-8)
+
+
+def test_the_same_update_may_be_sent_again_and_no_other_one_under_the_same_masks(hospitals):
+    first = hospitals.train("a-40")
+    again = hospitals.train("a-40")
+    np.testing.assert_array_equal(first.masked, again.masked)
+    moved = network_of(hospitals.config).weights()
+    moved = replace(moved, parameters=moved.parameters + np.float32(0.01))
+    with pytest.raises(PolicyRefused, match="masks; they are used once"):
+        hospitals.train("a-40", weights=moved)
+    later = hospitals.train("a-40", attempt=2)
+    assert not np.array_equal(later.masked, first.masked)
+    with pytest.raises(PolicyRefused, match="masks; they are used once"):
+        hospitals.train("a-40", attempt=1)
+
+
+def test_no_server_gets_both_the_mask_and_the_piece_of_one_site(hospitals):
+    four = Consortium(hospitals.folder / "four", hospitals.config, names=SITES)
+    for name in SITES:
+        four.train(name)
+    given_ = four.open("a-40", "a-40", "b-20", "c-30")
+    assert set(given_["pieces"]) == {"b-20", "c-30"} and set(given_["masks"]) == set(given_["own"]) == {"d-10"}
+    assert four.open("a-40", "a-40", "b-20", "c-30") == given_, "asked again, it says the same"
+    for others in (("a-40", "b-20", "d-10"), SITES):
+        with pytest.raises(PolicyRefused, match="opened for other sites before"):
+            four.open("a-40", *others)
+
+
+@pytest.mark.parametrize(
+    ("joined", "attempt", "reason"),
+    [
+        (("b-20", "c-30"), 1, "no update in that sum"),
+        (("a-40", "b-20"), 1, "a secure sum of 2 sites; at least 3"),
+        (("a-40", "a-40", "b-20"), 1, "a secure sum of 2 sites; at least 3"),
+        (("a-40", "b-20", "x"), 1, "no update in that sum"),
+        (("a-40", "b-20", "c-30"), 2, "no update in that sum"),
+    ],
+)
+def test_p10_a_sum_is_opened_only_by_who_is_in_it_and_only_if_it_hides(hospitals, joined, attempt, reason):
+    hospitals.train("a-40")
+    with pytest.raises(PolicyRefused, match=reason):
+        hospitals.open("a-40", *joined, attempt=attempt)
+
+
+def test_a_site_sums_with_sites_that_it_knows_alone(hospitals, tmp_path):
+    stranger = make_keys(tmp_path / "stranger")
+    own = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
+    signature = stranger.sign(b"anything").hex()
+    forged = {
+        "of no kit": {**hospitals.keys, "x": ("ab" * 32, signature)},
+        "another's signature": {**hospitals.keys, "b-20": (hospitals.keys["b-20"][0], hospitals.keys["c-30"][1])},
+        "the server's own key": {**hospitals.keys, "b-20": ("09" + "00" * 31, hospitals.keys["b-20"][1])},
+    }
+    for keys in forged.values():
+        with pytest.raises(PolicyRefused, match="of no site that this one knows"):
+            hospitals.train("a-40", keys=keys)
+    with pytest.raises(PolicyRefused, match="does not name this site's key"):
+        hospitals.train("a-40", keys={**hospitals.keys, "a-40": hospitals.keys["b-20"]})
+    with pytest.raises(PolicyRefused, match="2 sites; at least 3"):
+        hospitals.train("a-40", keys={name: hospitals.keys[name] for name in ("a-40", "b-20")})
+    assert not (own.folder / RECORD).exists(), "nothing was masked"
+
+
+def test_a_sum_is_opened_for_those_who_were_asked_for_it(hospitals):
+    four = Consortium(hospitals.folder / "four", hospitals.config, names=SITES)
+    asked = {name: four.keys[name] for name in SITES[:3]}
+    four.train("a-40", keys=asked)
+    with pytest.raises(PolicyRefused, match="no update in that sum"):
+        four.open("a-40", "a-40", "b-20", "c-30")
+
+
+def test_two_tasks_at_once_do_not_share_masks(hospitals):
+    part = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
+    masking, said = hospitals.task().masking, []
+
+    def note(number: int) -> None:
+        try:
+            part.note_masked(masking, "1/1", np.full(5, number, np.uint64))
+            said.append(number)
+        except PolicyRefused:
+            pass
+
+    threads = [Thread(target=note, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 1
+
+
+def test_a_hospital_sets_how_many_hide_with_it_and_may_ask_for_nothing_less(tmp_path, toy_config):
+    config = toy_config(*SITES, strategy={**SECURE, "min_sites": 4})
+    four = Consortium(tmp_path, config, names=SITES)
+    rules = tmp_path / "site.toml"
+    rules.write_text("[policy.training]\nmin-sites = 4\nsecure-sum = true\n")
+    for name, site in four.sites.items():
+        oversight = Oversight(policy=rules, folder=site.state_dir, keys=site.keys)
+        four.sites[name] = replace(site, policy=oversight)
+    for name in SITES:
+        four.train(name)
+    with pytest.raises(PolicyRefused, match="3 sites; at least 4"):
+        four.open("a-40", *SITES[:3])
+    assert set(four.open("a-40", *SITES)["pieces"]) == set(SITES[1:])
+    departures = [json.loads(line)["body"] for line in (tmp_path / "a-40/state/egress.jsonl").read_text().splitlines()]
+    assert [each["task"] for each in departures] == ["train", "unmask"]
+    assert any("under masks" in control for control in departures[0]["controls"])
+    clear = toy_config(*SITES, strategy={"min_sites": 4})
+    with pytest.raises(PolicyRefused, match="in a secure sum alone"):
+        train_round(task_of(clear, "train", 1), four.sites["a-40"])
+
+
+def test_a_key_is_for_one_run(hospitals, toy_config):
+    other = toy_config(*SITES[:3], strategy=SECURE, train={"learning_rate": 0.2})
+    cards = Consortium.__new__(Consortium)
+    cards.config, cards.sites = other, hospitals.sites
+    card = site_card(task_of(other, "evaluate", 0), hospitals.sites["b-20"])
+    assert card["masking-key"] != hospitals.keys["b-20"][0]
+    mixed = {**hospitals.keys, "b-20": (card["masking-key"], card["masking-signature"])}
+    with pytest.raises(PolicyRefused, match="of no site that this one knows"):
+        hospitals.train("a-40", keys=mixed)
+
+
+def test_a_server_that_asks_for_a_network_in_clear_gets_none(hospitals):
+    task = replace(hospitals.task(), masking=None)
+    with pytest.raises(PolicyRefused, match="asks for a network in clear"):
+        train_round(task, hospitals.sites["a-40"])
+
+
+def test_a_site_without_a_kit_takes_no_part(hospitals):
+    with pytest.raises(PolicyRefused, match="knows no other site's key"):
+        site_card(task_of(hospitals.config, "evaluate", 0), replace(hospitals.sites["a-40"], peers=()))
+
+
+def test_a_damaged_record_ends_the_site_s_part_in_the_run(hospitals):
+    hospitals.train("a-40")
+    (record,) = (hospitals.folder / "a-40" / "state").rglob(RECORD)
+    record.write_text("{")
+    with pytest.raises(PolicyRefused, match="is damaged"):
+        hospitals.train("a-40", attempt=2)
+
+
+def test_a_network_that_is_not_finite_is_no_part_of_a_sum(tmp_path, toy_config):
+    sites, network = Consortium(tmp_path, toy_config(*SITES[:3], strategy=SECURE)), network_of(toy_config(*SITES))
+    weights = network.weights()
+    weights.parameters[3] = np.nan
+    update = Update(weights=weights, layout=network.layout.hash, num_examples=5, facts={"patients": 5})
+    with pytest.raises(ModelError, match="not finite"):
+        masked(update, sites.task(), sites.sites["a-40"], sites.config, network.layout)
+
+
+def test_keys_for_sums_follow_from_the_site_s_secret_and_nothing_that_it_tells(hospitals):
+    keys = read_keys(hospitals.folder / "a-40" / "keys")
+    part = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
+    assert keys.derived("x") != keys.derived("y")
+    assert keys.link("", b"x") != keys.derived("\0x")[:16]
+    assert hospitals.keys["a-40"][0] == part.public.hex()
+
+
+@pytest.mark.parametrize("change", [{"pieces": {}}, {"masks": {"x": "00" * 32}}, {"own": 3}, {"pieces": {"b": "zz"}}])
+def test_an_answer_that_opens_nothing_is_refused_and_the_sum_stays_closed(change):
+    good = {"pieces": {"b": "00" * 32}, "masks": {"d": "00" * 32}, "own": {"d": "00" * 32}}
+    seeds_in({"seeds": json.dumps(good)}, "a", joined=("a", "b"), asked=("a", "b", "d"))
+    with pytest.raises(UpdateRefused, match="does not open the sum"):
+        seeds_in({"seeds": json.dumps({**good, **change})}, "a", joined=("a", "b"), asked=("a", "b", "d"))
+
+
+def test_a_sum_stays_closed_when_a_site_is_gone_before_it_opens(hospitals):
+    combined = MaskedSum(terms_of(hospitals.config, network_of(hospitals.config).layout))
+    sent = network_of(hospitals.config).weights()
+    for name in hospitals.names:
+        combined.add(name, hospitals.train(name), sent)
+    answers = [(name, "no answer before the round's deadline") for name in hospitals.names]
+    assert "the secure sum stays closed: a-40: no answer" in open_sum(combined, hospitals.task(), lambda task: answers)
