@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -37,21 +38,24 @@ class Recorder:
         with contextlib.suppress(OSError), plain, self._outside.wrap_socket(plain, server_side=True) as outside:
             onward = socket.create_connection(("127.0.0.1", self._onward))
             with self._inside.wrap_socket(onward, server_hostname="localhost") as inside:
-                back = threading.Thread(target=self._pass, args=(inside, outside), daemon=True)
-                back.start()
                 self._pass(outside, inside)
-                back.join()
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        stream = bytearray()
-        self._streams.append(stream)
-        with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
-                stream += piece
-                target.sendall(piece)
-        for each in (source, target):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+    def _pass(self, one: ssl.SSLSocket, other: ssl.SSLSocket) -> None:
+        """Both ways in one thread: a TLS connection is not for two at once before Python 3.13."""
+        kept = {one: bytearray(), other: bytearray()}
+        self._streams += kept.values()
+        while True:
+            for source, target in ((one, other), (other, one)):
+                source.settimeout(0)
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    while True:
+                        piece = source.recv(65536)
+                        if not piece:
+                            return
+                        kept[source] += piece
+                        target.settimeout(None)
+                        target.sendall(piece)
+            select.select((one, other), (), ())
 
 
 def spellings(text: str) -> list[bytes]:

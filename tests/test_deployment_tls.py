@@ -37,14 +37,15 @@ from fedmed.deployment.supernode import site_command
 from fedmed.errors import ConfigError, RunFailed
 
 NGINX = bool(shutil.which("nginx") or shutil.which("nginx", path=PLACES))
+SITES = ("a-40", "b-20", "c-20")
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of a server with two sites, behind nginx where that is installed; a third site it does not know."""
+    """The folder of a server with three sites, behind nginx where that is installed; a fourth site it does not know."""
     root = tmp_path_factory.mktemp("c")
-    server = make_consortium(root, ["a-40", "b-20", "nan-30"])
+    server = make_consortium(root, [*SITES, "nan-30"])
     (server / "sites" / "nan-30.json").unlink()
     edit(server / "consortium.toml", loopback_port=free_port() if NGINX else 0)
     return server
@@ -62,18 +63,18 @@ def recorder(made):
 
 @pytest.fixture(scope="module")
 def consortium(made, recorder):
-    """A server that runs, and its two sites that run."""
+    """A server that runs, and its three sites that run."""
     root = made.parent
     started = [Started("server", "start", made, log=root / "server.out")]
-    started += [Started("site", "start", root / name, log=root / f"{name}.out") for name in ("a-40", "b-20")]
+    started += [Started("site", "start", root / name, log=root / f"{name}.out") for name in SITES]
     try:
-        started[0].says("b-20 may connect", 240)
+        started[0].says(f"{SITES[-1]} may connect", 240)
         folder = read_consortium(made)
-        wait_for(lambda: online(folder) == {"a-40", "b-20"}, 400, lambda: f"only {online(folder)} came")
+        wait_for(lambda: online(folder) == set(SITES), 400, lambda: f"only {online(folder)} came")
         yield folder
     finally:
         ended = [each.stop() for each in reversed(started)]
-    assert ended == [(0, []), (0, []), (0, [])], "a runner ended badly, or left processes behind"
+    assert ended == [(0, [])] * 4, "a runner ended badly, or left processes behind"
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +154,26 @@ def test_a_run_over_tls_completes_with_the_weights_of_the_local_engine(consortiu
     folder = run[1]
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "completed"
-    assert [site["site"] for site in result["sites"]] == ["a-40", "b-20"]
-    ours = parameters(simulate(toy_config("a-40", "b-20", strategy={"min_sites": 2}))[1].path)
+    assert [site["site"] for site in result["sites"]] == list(SITES)
+    ours = parameters(simulate(toy_config(*SITES, strategy={"min_sites": 2}))[1].path)
     np.testing.assert_allclose(parameters(folder), ours, rtol=0, atol=1e-6)
     root = consortium.root.parent
-    for site in ("a-40", "b-20"):
+    for site in SITES:
         assert (root / site / "state" / "ledger").exists()
         log = (root / site / "logs" / "site.log").read_text()
         assert "ready for tasks" in log
     for path in (path for path in root.rglob("*") if path.is_file() and "ledger" not in path.parts):
         assert PLANTED.encode() not in path.read_bytes(), path.name
+
+
+def test_a_secure_sum_over_tls_gives_the_same_weights(consortium, run, tmp_path):
+    text = RUN.replace("min-sites = 2", "min-sites = 3\nsecure-sum = true")
+    folder = submit(consortium, tmp_path, text)
+    np.testing.assert_allclose(parameters(folder), parameters(run[1]), rtol=0, atol=1e-6)
+    for site in SITES:
+        lines = (consortium.root.parent / site / "state" / "egress.jsonl").read_text().splitlines()
+        trained = [json.loads(line)["body"] for line in lines if '"train"' in line][-1]
+        assert {row["name"] for row in trained["left"] if row["kind"] == "vector"} == {"masked"}
 
 
 def test_nothing_planted_crossed_the_wire(recorder, run):
@@ -180,7 +191,7 @@ def test_nothing_planted_crossed_the_wire(recorder, run):
 
 def test_every_task_is_forked_from_the_warm_process(consortium, run):
     """Flower's own `flwr-clientapp` is never started, and the app that the server sent is never unpacked."""
-    for site in ("a-40", "b-20"):
+    for site in SITES:
         flower = consortium.root.parent / site / "flower"
         assert (flower / "bin" / "flwr-clientapp").stat().st_mode & 0o077 == 0
         assert not (flower / "apps").exists()
@@ -278,11 +289,11 @@ def test_the_sites_interface_takes_posts_only(consortium, method):
 
 def test_a_coordinator_elsewhere_sees_the_sites_and_fetches_a_run_folder(consortium, anna, run, tmp_path, capsys):
     with web(consortium, anna) as client:
-        assert client.get("/fedmed/runs").json() == {"runs": [run[1].name]}
+        assert run[1].name in client.get("/fedmed/runs").json()["runs"]
     capsys.readouterr()
     command("server", "status", anna, "--json")
     sites = {site["site"]: site["status"] for site in json.loads(capsys.readouterr().out)["sites"]}
-    assert sites == {"a-40": "online", "b-20": "online"}
+    assert sites == dict.fromkeys(SITES, "online")
     command("server", "fetch", run[0], "--server", anna, "--out", tmp_path)
     names = {path.relative_to(run[1]) for path in run[1].rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} == names
@@ -370,7 +381,7 @@ def test_an_update_that_cannot_be_used_is_refused_over_the_link_too(consortium, 
     command("server", "provision", consortium.root, card)
     third = Started("site", "start", card.parent, log=tmp_path / "nan.out")
     try:
-        wait_for(lambda: online(consortium) == {"a-40", "b-20", "nan-30"}, 300, third.log.read_text)
+        wait_for(lambda: online(consortium) == {*SITES, "nan-30"}, 300, third.log.read_text)
         folder = submit(consortium, tmp_path)
     finally:
         ended = third.stop()
@@ -378,7 +389,7 @@ def test_an_update_that_cannot_be_used_is_refused_over_the_link_too(consortium, 
     assert ended == (0, [])
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "degraded" and "nan-30: the update's parameters are not finite" in result["reason"]
-    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40", "b-20"]] * 2
+    assert [entry["joined"] for entry in result["rounds_log"]] == [list(SITES)] * 2
 
 
 LONG = RUN.replace("rounds = 2", "rounds = 6")
@@ -463,7 +474,7 @@ def test_a_supernode_without_tls_gets_nowhere(consortium, tmp_path):
     child = Child([*words, "--insecure"], flower_environment(tmp_path), logging.Logger("node"))
     try:
         child.wait(60)  # it may try for ever
-        assert online(consortium) == {"a-40", "b-20"}
+        assert online(consortium) == set(SITES)
     finally:
         child.end()
 
@@ -481,7 +492,7 @@ def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, program):
     wait_for(lambda: "again" in out.read_text()[said:], 60, lambda: out.read_text())
     if program == "fedmed.deployment.node":  # which says no farewell
         wait_for(lambda: "a-40" not in online(consortium), 120, lambda: "the server has not missed it")
-    wait_for(lambda: online(consortium) == {"a-40", "b-20"}, 300, lambda: f"only {online(consortium)} came")
+    wait_for(lambda: online(consortium) == set(SITES), 300, lambda: f"only {online(consortium)} came")
     assert json.loads((submit(consortium, tmp_path) / "result.json").read_text())["status"] == "completed"
 
 
@@ -561,6 +572,6 @@ def test_a_site_that_does_not_approve_the_app_stays_out_and_a_killed_task_is_ask
     folder = Path(json.loads(submitted.log.read_text().splitlines()[-1])["folder"])
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "degraded"
-    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40"], ["a-40"]]
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40", "c-20"]] * 2
     said = (folder / "events.jsonl").read_text() + json.dumps(result)
     assert "not one that this site approves of (approved-apps)" in said
