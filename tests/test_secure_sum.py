@@ -1,5 +1,6 @@
 """Secure sums: masks cancel and hide, whoever goes; and no server gets from a site what would unmask it."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,20 +8,24 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from private_sites import network_of, task_of
 from rounds_by_hand import terms_of
 from safetensors.numpy import load_file
 
-from fedmed.errors import ConfigError, ModelError, PolicyRefused, UpdateRefused
+from fedmed.errors import ConfigError, DataError, ModelError, PolicyRefused, UpdateRefused
 from fedmed.federated.combiners.masked_sum import MaskedSum, seeds_in
+from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.simulation import local_grid, run_on
 from fedmed.federated.unmasking import open_sum
 from fedmed.federated.wire import decode_task, decode_update, encode_task, encode_update
 from fedmed.privacy import secure_sum as rings
 from fedmed.privacy.egress import contents
-from fedmed.privacy.keys import make_keys, read_keys
-from fedmed.training.masking import RECORD, Part, masked
+from fedmed.privacy.keys import make_keys
+from fedmed.training.mask_record import FILE, MaskRecord, Noted
+from fedmed.training.masking import masked, part_in_sum
 from fedmed.training.oversight import Oversight
 from fedmed.training.site import Site
 from fedmed.training.site_round import site_card, train_round, unmask_round
@@ -32,7 +37,7 @@ SECURE = {"secure_sum": True, "min_sites": 3}
 
 def secrets_of(names: list[str]) -> dict[str, dict[str, bytes]]:
     """What every one has in common with every other."""
-    keys = {name: rings.masking_key(name.encode().ljust(32, b"\1")) for name in names}
+    keys = {name: X25519PrivateKey.from_private_bytes(name.encode().ljust(32, b"\1")) for name in names}
     public = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
     return {
         name: {other: rings.pair_secret(keys[name], public[other], "run") for other in names if other != name}
@@ -91,7 +96,7 @@ def test_the_ring_keeps_what_float32_holds_and_refuses_what_would_wrap(weight, v
 
 def test_a_key_of_low_order_is_refused():
     with pytest.raises(UpdateRefused, match="is none"):
-        rings.pair_secret(rings.masking_key(bytes(31) + b"\1"), bytes(32), "run")
+        rings.pair_secret(X25519PrivateKey.from_private_bytes(bytes(31) + b"\1"), bytes(32), "run")
 
 
 # A run.
@@ -123,6 +128,24 @@ def test_a_site_that_goes_in_a_round_is_left_out_of_the_sum(toy_config, simulate
     assert "not finite" in result["reason"]
     expected = parameters(plain)["parameters"]
     np.testing.assert_allclose(parameters(folder.path)["parameters"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.simulation
+def test_a_resumed_run_gives_the_same_bits(toy_config, simulate, tmp_path):
+    config = toy_config(*SITES, strategy=SECURE, train={"rounds": 3})
+    whole, folder = simulate(config)
+    part = RunFolder.create(tmp_path / "part", config)
+
+    def watch(event):
+        if event["kind"] == "update_received" and event["round"] == 2:
+            raise InterruptedError
+
+    with local_grid(config, part) as grid, pytest.raises(InterruptedError):
+        run_on(grid, config, part, watch)
+    with local_grid(config, part) as grid:
+        resumed = run_on(grid, config, part, lambda event: None)
+    assert (folder.path / "model.safetensors").read_bytes() == (part.path / "model.safetensors").read_bytes()
+    assert resumed["status"] == whole["status"] == "completed"
 
 
 @pytest.mark.simulation
@@ -252,11 +275,11 @@ def test_the_same_update_may_be_sent_again_and_no_other_one_under_the_same_masks
     np.testing.assert_array_equal(first.masked, again.masked)
     moved = network_of(hospitals.config).weights()
     moved = replace(moved, parameters=moved.parameters + np.float32(0.01))
-    with pytest.raises(PolicyRefused, match="masks; they are used once"):
+    with pytest.raises(PolicyRefused, match="masks were used"):
         hospitals.train("a-40", weights=moved)
     later = hospitals.train("a-40", attempt=2)
     assert not np.array_equal(later.masked, first.masked)
-    with pytest.raises(PolicyRefused, match="masks; they are used once"):
+    with pytest.raises(PolicyRefused, match="masks were used"):
         hospitals.train("a-40", attempt=1)
 
 
@@ -290,7 +313,6 @@ def test_p10_a_sum_is_opened_only_by_who_is_in_it_and_only_if_it_hides(hospitals
 
 def test_a_site_sums_with_sites_that_it_knows_alone(hospitals, tmp_path):
     stranger = make_keys(tmp_path / "stranger")
-    own = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
     signature = stranger.sign(b"anything").hex()
     forged = {
         "of no kit": {**hospitals.keys, "x": ("ab" * 32, signature)},
@@ -300,11 +322,12 @@ def test_a_site_sums_with_sites_that_it_knows_alone(hospitals, tmp_path):
     for keys in forged.values():
         with pytest.raises(PolicyRefused, match="of no site that this one knows"):
             hospitals.train("a-40", keys=keys)
-    with pytest.raises(PolicyRefused, match="does not name this site's key"):
+    with pytest.raises(PolicyRefused, match="another key for this site"):
         hospitals.train("a-40", keys={**hospitals.keys, "a-40": hospitals.keys["b-20"]})
     with pytest.raises(PolicyRefused, match="2 sites; at least 3"):
         hospitals.train("a-40", keys={name: hospitals.keys[name] for name in ("a-40", "b-20")})
-    assert not (own.folder / RECORD).exists(), "nothing was masked"
+    (record,) = (hospitals.folder / "a-40" / "state").rglob(FILE)
+    assert json.loads(record.read_text())["sum"] == "", "nothing was masked"
 
 
 def test_a_sum_is_opened_for_those_who_were_asked_for_it(hospitals):
@@ -315,16 +338,13 @@ def test_a_sum_is_opened_for_those_who_were_asked_for_it(hospitals):
         four.open("a-40", "a-40", "b-20", "c-30")
 
 
-def test_two_tasks_at_once_do_not_share_masks(hospitals):
-    part = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
-    masking, said = hospitals.task().masking, []
+def test_two_tasks_at_once_do_not_share_masks(tmp_path):
+    record, said = MaskRecord(folder=tmp_path / "run"), []
 
     def note(number: int) -> None:
-        try:
-            part.note_masked(masking, "1/1", np.full(5, number, np.uint64))
+        with contextlib.suppress(PolicyRefused):
+            record.note_masked(Noted(secret="", attempt=1, sum="s", values=str(number)))
             said.append(number)
-        except PolicyRefused:
-            pass
 
     threads = [Thread(target=note, args=[number]) for number in range(8)]
     for thread in threads:
@@ -377,29 +397,107 @@ def test_a_site_without_a_kit_takes_no_part(hospitals):
         site_card(task_of(hospitals.config, "evaluate", 0), replace(hospitals.sites["a-40"], peers=()))
 
 
-def test_a_damaged_record_ends_the_site_s_part_in_the_run(hospitals):
+@pytest.mark.parametrize("content", ["{", "{}", "null", "[]", '{"secret": "ab", "attempt": 0, "joined": []}'])
+def test_a_damaged_record_ends_the_site_s_part_and_a_lost_one_begins_with_another_key(hospitals, content):
     hospitals.train("a-40")
-    (record,) = (hospitals.folder / "a-40" / "state").rglob(RECORD)
-    record.write_text("{")
-    with pytest.raises(PolicyRefused, match="is damaged"):
+    (record,) = (hospitals.folder / "a-40" / "state").rglob(FILE)
+    assert record.stat().st_mode & 0o077 == 0
+    record.write_text(content)
+    with pytest.raises(PolicyRefused, match="is damaged; remove it"):
         hospitals.train("a-40", attempt=2)
+    record.unlink()
+    with pytest.raises(PolicyRefused, match="another key for this site"):
+        hospitals.train("a-40", attempt=1)
+    card = site_card(task_of(hospitals.config, "evaluate", 0), hospitals.sites["a-40"])
+    keys = {**hospitals.keys, "a-40": (card["masking-key"], card["masking-signature"])}
+    assert keys != hospitals.keys
+    hospitals.train("a-40", attempt=3, keys=keys)
 
 
-def test_a_network_that_is_not_finite_is_no_part_of_a_sum(tmp_path, toy_config):
-    sites, network = Consortium(tmp_path, toy_config(*SITES[:3], strategy=SECURE)), network_of(toy_config(*SITES))
+def test_a_network_that_is_not_finite_is_no_part_of_a_sum(hospitals):
+    network, config = network_of(hospitals.config), hospitals.config
     weights = network.weights()
-    weights.parameters[3] = np.nan
-    update = Update(weights=weights, layout=network.layout.hash, num_examples=5, facts={"patients": 5})
+    broken = replace(weights, parameters=np.full_like(weights.parameters, np.nan))
+    update = Update(weights=broken, layout=network.layout.hash, num_examples=5, facts={"patients": 5})
+    part = part_in_sum(hospitals.task(), hospitals.sites["a-40"], config)
     with pytest.raises(ModelError, match="not finite"):
-        masked(update, sites.task(), sites.sites["a-40"], sites.config, network.layout)
+        masked(update, hospitals.task(), part, config, network.layout)
 
 
-def test_keys_for_sums_follow_from_the_site_s_secret_and_nothing_that_it_tells(hospitals):
-    keys = read_keys(hospitals.folder / "a-40" / "keys")
-    part = Part.of(hospitals.task(), hospitals.sites["a-40"], hospitals.config)
-    assert keys.derived("x") != keys.derived("y")
-    assert keys.link("", b"x") != keys.derived("\0x")[:16]
-    assert hospitals.keys["a-40"][0] == part.public.hex()
+def test_a_sum_is_agreed_to_before_anything_is_read_or_charged(tmp_path, toy_config):
+    names = ("broken-40", "b-20", "c-30")
+    sites = Consortium.__new__(Consortium)
+    with pytest.raises(DataError):  # no card without data
+        sites.__init__(tmp_path, toy_config(*names, strategy=SECURE), names)
+    with pytest.raises(PolicyRefused, match="another key for this site"):
+        train_round(
+            task_of(sites.config, "train", 1, masking=Masking(attempt=1, keys=dict.fromkeys(names, ("ab" * 32, "")))),
+            sites.sites["broken-40"],
+        )
+
+
+def test_private_noise_is_not_drawn_twice_for_one_attempt(tmp_path):
+    record = MaskRecord(folder=tmp_path)
+    record.note_masked(Noted(secret="", attempt=5, sum="s", values="v"))
+    record.require_new(5, again=True)
+    record.require_new(6, again=False)
+    for attempt, again in ((5, False), (4, True)):
+        with pytest.raises(PolicyRefused, match="masks were used"):
+            record.require_new(attempt, again=again)
+
+
+# What a server can try with all of them.
+
+
+def opened(hospitals: Consortium, tasks: dict[str, Task]) -> str | None:
+    """Why a server that sends each site a task of its own gets no sum, or None."""
+    sent = network_of(hospitals.config).weights()
+    combined = MaskedSum(terms_of(hospitals.config, network_of(hospitals.config).layout, sent))
+    for name, task in tasks.items():
+        combined.add(name, train_round(task, hospitals.sites[name]), sent)
+
+    def ask(asked: Task):
+        for name in tasks:
+            yield name, encode_update(unmask_round(asked, hospitals.sites[name]))
+
+    return open_sum(combined, next(iter(tasks.values())), ask)
+
+
+def test_sites_that_were_sent_different_networks_have_a_sum_that_nobody_opens(hospitals):
+    still = network_of(hospitals.config).weights()
+    still = replace(still, parameters=np.zeros_like(still.parameters))
+    tasks = {name: hospitals.task(weights=still) for name in hospitals.names} | {"a-40": hospitals.task()}
+    assert "does not open it" in opened(hospitals, tasks)
+    faster = {name: hospitals.task(2, learning_rate_factor=0.0) for name in hospitals.names}
+    assert "does not open it" in opened(hospitals, faster | {"a-40": hospitals.task(2)})
+    assert opened(hospitals, {name: hospitals.task(3) for name in hospitals.names}) is None
+
+
+def test_a_server_that_names_others_when_it_opens_than_when_it_asked_gets_nothing(tmp_path, toy_config):
+    five = Consortium(tmp_path, toy_config(*SITES, strategy=SECURE), names=(*SITES, "e-10"))
+    asked = Masking(attempt=1, keys={name: five.keys[name] for name in SITES[:3]})
+    train_round(replace(five.task(), masking=asked), five.sites["a-40"])
+    all_five = Masking(attempt=1, keys=five.keys, joined=("a-40", "d-10", "e-10"))
+    with pytest.raises(PolicyRefused, match="no update in that sum"):
+        unmask_round(replace(five.task(), kind="unmask", masking=all_five), five.sites["a-40"])
+
+
+def test_wrong_seeds_open_no_sum(hospitals):
+    sent = network_of(hospitals.config).weights()
+    combined = MaskedSum(terms_of(hospitals.config, network_of(hospitals.config).layout, sent))
+    for name in hospitals.names:
+        combined.add(name, hospitals.train(name), sent)
+
+    def ask(asked: Task):
+        for name in hospitals.names:
+            update = unmask_round(asked, hospitals.sites[name])
+            if name == "b-20":
+                seeds = json.loads(update.facts["seeds"])
+                seeds["pieces"]["a-40"] = "00" * 32
+                update = replace(update, facts={"seeds": json.dumps(seeds)})
+            yield name, encode_update(update)
+
+    assert "does not open it" in open_sum(combined, hospitals.task(), ask)
 
 
 @pytest.mark.parametrize("change", [{"pieces": {}}, {"masks": {"x": "00" * 32}}, {"own": 3}, {"pieces": {"b": "zz"}}])

@@ -64,10 +64,19 @@ def join(
 
     Example: fedmed site join kits/north --site north --coordinator 1f2e-3d4c-5b6a-7988-9706
     """
+    from fedmed.deployment.node_keys import fingerprint
     from fedmed.deployment.site_folder import join as join_consortium
     from fedmed.deployment.site_folder import read_site_folder
+    from fedmed.federated.site_config import read_peers
 
-    joined = join_consortium(read_site_folder(folder), kit, coordinator)
+    place = read_site_folder(folder)
+    before = dict(read_peers(place.root))
+    joined = join_consortium(place, kit, coordinator)
+    after = dict(read_peers(place.root))
+    for name in sorted(before.keys() | after.keys()):
+        if name != joined.site and before.get(name) != after.get(name):
+            said = f"with {fingerprint(bytes.fromhex(after[name]))}" if name in after else "no more"
+            print(f"secure sums with {name}: {said}")
     print(f"{joined.site} has joined {joined.consortium} at {joined.address}; next: fedmed site check {folder}")
 
 

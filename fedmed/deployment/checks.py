@@ -21,7 +21,7 @@ from fedmed.deployment.kits import Kit
 from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError, DataError, FedmedError
-from fedmed.federated.site_config import withdrawn_of
+from fedmed.federated.site_config import read_peers, withdrawn_of
 from fedmed.imaging.manifest import read_columns
 from fedmed.privacy import keys as site_keys
 
@@ -123,11 +123,18 @@ def others(site: SiteFolder, kit: Kit) -> str:
     """With whom the site would hide in a secure sum, and by which keys, to be compared by telephone.
 
     Raises:
+        ConfigError: the kit has another key for this site, or was not joined whole.
         LedgerUnusable: the site's own keys cannot be read.
     """
-    own = node_keys.fingerprint(site_keys.read_keys(site.keys).public)
-    known = [f"{name} {node_keys.fingerprint(bytes.fromhex(key))}" for name, key in kit.sites.items()]
-    return f"secure sums are with {', '.join(known)}; this site's key is {own}"
+    own = site_keys.read_keys(site.keys).public
+    if kit.sites.get(kit.site) != own.hex():
+        raise ConfigError("the kit has another key for this site; send the coordinator the newest card.json")
+    if dict(read_peers(site.root)) != dict(kit.sites):
+        raise ConfigError("the kit was not joined to its end; fedmed site join it again")
+    known = [
+        f"{name} {node_keys.fingerprint(bytes.fromhex(key))}" for name, key in kit.sites.items() if name != kit.site
+    ]
+    return f"secure sums are with {', '.join(known) or 'nobody yet'}; this site is {node_keys.fingerprint(own)}"
 
 
 def approval(site: SiteFolder) -> str:

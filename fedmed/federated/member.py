@@ -16,6 +16,7 @@ from fedmed.types import Scalar
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}")
 LONGEST_TEXT = 500  # characters of a problem, or of reasons
+MASKING = re.compile(r"([0-9a-f]{64}/([0-9a-f]{128})?|/)")  # public key, signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,18 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             holds_out=bool(card["holds-out"]),
             unreadable=counts["unreadable"],
             reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
-            masking=(str(card.get("masking-key", ""))[:64], str(card.get("masking-signature", ""))[:128]),
+            masking=_masking(str(card.get("masking-key", "")), str(card.get("masking-signature", ""))),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CannotJoin("its answer to the greeting is malformed") from None
+
+
+def _masking(key: str, signature: str) -> tuple[str, str]:
+    """A key for secure sums and its signature; both empty where there is none.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    if not MASKING.fullmatch(f"{key}/{signature}"):
+        raise ValueError
+    return key, signature

@@ -261,4 +261,7 @@ class Membership:
         known = self._members.get(member.name)
         if known is not None and known.node != member.node and known.node in self._present:
             raise CannotJoin("two nodes have this name", site=member.name)
+        for other in self.members:
+            if member.masking[0] and other.name != member.name and other.masking[0] == member.masking[0]:
+                raise CannotJoin(f"it has the key for secure sums of {other.name}", site=member.name)
         self._members[member.name] = member

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedmed.config import Name, Section, checked, read_toml
+from fedmed.errors import ConfigError
 from fedmed.intake.opt_out import opted_out
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.privacy.keys import read_keys
@@ -94,6 +96,25 @@ def read_site_config(path: Path) -> SiteConfig:
     """
     values = read_toml(path, missing="no such file; fedmed site init makes one")
     return checked(SiteConfig, values, source=str(path))
+
+
+def read_peers(site: Path) -> tuple[tuple[str, str], ...]:
+    """Name and public key of the sites that the joined kit names, by name; none without a kit.
+
+    Args:
+        site: the folder of the site.toml.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = site / PEERS
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return tuple(sorted((str(name), bytes.fromhex(key).hex()) for name, key in values.items()))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{path} is damaged; fedmed site join the kit again") from None
 
 
 def withdrawn_of(path: Path) -> frozenset[str]:

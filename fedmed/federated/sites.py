@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
-from fedmed.federated.site_config import PEERS, read_site_config, withdrawn_of
+from fedmed.federated.site_config import read_peers, read_site_config, withdrawn_of
 from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
@@ -151,19 +150,5 @@ def read_site(path: Path) -> Site:
         networks=values.networks,
         policy=policy,
         keys=path.parent / values.keys_dir,
-        peers=_peers(path.parent / PEERS),
+        peers=read_peers(path.parent),
     )
-
-
-def _peers(path: Path) -> tuple[tuple[str, str], ...]:
-    """The sites that the joined kit names, with their public keys; none without a kit.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-    try:
-        return tuple(sorted((str(name), str(key)) for name, key in json.loads(path.read_text("utf-8")).items()))
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; fedmed site join the kit again") from None

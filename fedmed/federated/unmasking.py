@@ -53,5 +53,8 @@ def open_sum(combined: MaskedSum, task: Task, ask: Ask) -> str | None:
             seeds[site] = seeds_in(decode_update(answer).facts, site, joined=joined, asked=asked)
         except UpdateRefused as error:
             return f"the secure sum stays closed: {site}: {error}"
-    combined.open_(seeds, asked)
+    try:
+        combined.open_(seeds, asked)
+    except UpdateRefused as error:
+        return f"the secure sum stays closed: {error}"
     return None

@@ -140,7 +140,7 @@ def decode_update(content: RecordDict) -> Update:
             vectors=_read_vectors(content),
             facts=dict(facts["facts"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UpdateRefused(f"the reply is no update: {type(error).__name__} on {error}") from None
 
 

@@ -51,10 +51,6 @@ class SiteKeys:
         """
         return hmac.digest(self._linking, kind.encode() + b"\0" + value, hashlib.sha256)[:DIGEST_BYTES]
 
-    def derived(self, purpose: str) -> bytes:
-        """A secret of its own for one purpose, 32 bytes: the same again whenever it is asked for."""
-        return hmac.digest(self._linking, purpose.encode(), hashlib.sha512)[:32]
-
     @cached_property
     def _private(self) -> Ed25519PrivateKey:
         return Ed25519PrivateKey.from_private_bytes(self._signing)

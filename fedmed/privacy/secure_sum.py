@@ -1,18 +1,19 @@
 """Sums of which a server learns the total alone: every site adds masks that cancel when the sites are added up.
 
 The protocol is that of Bonawitz et al. (2017, doi:10.1145/3133956.3133982) for few parties that stay: each pair of
-sites derives a secret by X25519 (RFC 7748) and HKDF (RFC 5869), and from it, for every attempt at a round, its seeds.
+sites derives a secret by X25519 (RFC 7748) and HKDF (RFC 5869), and from it, and from all that they were asked, seeds.
 
 ::
 
     u sends      yᵤ = xᵤ + PRG(ownᵤ) + Σᵥ±PRG(maskᵤᵥ)  mod 2⁶⁴          ownᵤ = SHA-256 over the pieces that u shares
                                                                         with every other site v
     afterwards each site v whose yᵥ came gives, for every other site u, the piece of ownᵤ if yᵤ came,
-    and maskᵤᵥ if it did not: never both. Its own piece is given by u for a site that is gone.
+    and maskᵤᵥ with the piece of its own seed ownᵥ if it did not: never maskᵤᵥ and the piece of ownᵤ.
 
-A server that says to some sites that u came, and to others that it did not, is left with a mask: for whichever honest
-v it asks, the piece or the mask is missing. So no shares of keys are needed, nor that sites agree first on who came.
-If a site goes after its yᵤ came and before it answered, the attempt is lost, and with it nothing but time.
+So whoever is told that u came keeps maskᵤᵥ for good, and it goes only by adding yᵥ. A server that tells sites different
+stories opens at most sums of those whom it told that they came together: each of them refuses one of too few sites.
+Sites that were sent different networks have no mask in common, and their sum stays noise. No shares of keys are dealt:
+if a site goes after its yᵤ came and before it answered, the attempt is lost, and with it nothing but time.
 
 Values are whole numbers modulo 2⁶⁴, in which sums are exact and do not depend on their order.
 """
@@ -42,11 +43,6 @@ CHUNK = 65_536  # values of a mask at once
 _FORM = "fedmed secure sum 1"
 
 
-def masking_key(secret: bytes) -> X25519PrivateKey:
-    """A site's key for one run, from 32 secret bytes."""
-    return X25519PrivateKey.from_private_bytes(secret)
-
-
 def pair_secret(own: X25519PrivateKey, other: bytes, run: str) -> bytes:
     """What two sites have in common in a run, 32 bytes.
 
@@ -66,14 +62,14 @@ def pair_secret(own: X25519PrivateKey, other: bytes, run: str) -> bytes:
     return HKDF(SHA256(), 32, salt=None, info=f"{_FORM}/{run}/".encode() + both).derive(shared)
 
 
-def mask_seed(pair: bytes, attempt: str) -> bytes:
+def mask_seed(pair: bytes, asked: str) -> bytes:
     """The seed of the mask that one of two sites adds and the other subtracts."""
-    return _derived(pair, "mask", attempt, "")
+    return _derived(pair, "mask", asked, "")
 
 
-def own_piece(pair: bytes, attempt: str, owner: str) -> bytes:
+def own_piece(pair: bytes, asked: str, owner: str) -> bytes:
     """The piece of a site's own seed that both sites of a pair know."""
-    return _derived(pair, "own", attempt, owner)
+    return _derived(pair, "own", asked, owner)
 
 
 def own_seed(pieces: Mapping[str, bytes]) -> bytes:
@@ -84,10 +80,10 @@ def own_seed(pieces: Mapping[str, bytes]) -> bytes:
     return digest.digest()
 
 
-def masks_of(owner: str, pairs: Mapping[str, bytes], attempt: str) -> list[tuple[bytes, int]]:
+def masks_of(owner: str, pairs: Mapping[str, bytes], asked: str) -> list[tuple[bytes, int]]:
     """(seed, sign) of every mask that a site adds, from what it has in common with every other site by its name."""
-    own = own_seed({name: own_piece(pair, attempt, owner) for name, pair in pairs.items()})
-    return [(own, 1), *((mask_seed(pair, attempt), sign_of(owner, name)) for name, pair in sorted(pairs.items()))]
+    own = own_seed({name: own_piece(pair, asked, owner) for name, pair in pairs.items()})
+    return [(own, 1), *((mask_seed(pair, asked), sign_of(owner, name)) for name, pair in sorted(pairs.items()))]
 
 
 def sign_of(site: str, other: str) -> int:
@@ -141,5 +137,5 @@ def from_ring(total: Ring, weight: float, step: float) -> FloatVector:
     return (total.view(np.int64) * (step / weight)).astype(np.float32)
 
 
-def _derived(pair: bytes, kind: str, attempt: str, owner: str) -> bytes:
-    return hmac.digest(pair, "/".join([_FORM, kind, attempt, owner]).encode(), "sha256")
+def _derived(pair: bytes, kind: str, asked: str, owner: str) -> bytes:
+    return hmac.digest(pair, "/".join([_FORM, kind, asked, owner]).encode(), "sha256")

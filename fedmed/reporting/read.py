@@ -25,7 +25,7 @@ SETTINGS = {  # what a reader asks of a training; nothing that names a file
         "local-epochs", "local-steps", "batch-size", "accumulate", "optimizer", "learning-rate", "momentum",
         "weight-decay", "schedule", "loss", "class-weights", "sampling", "augment", "precision",
     ),
-    "strategy": ("weight-by", "min-sites", "server-learning-rate", "server-momentum"),
+    "strategy": ("weight-by", "min-sites", "secure-sum", "server-learning-rate", "server-momentum"),
     "privacy": ("mode", "unit", "epsilon", "delta", "max-grad-norm", "clipping", "images-per-patient", "noise"),
     "evaluate": ("keep", "selection-share", "site-share", "bootstrap"),
 }  # fmt: skip

@@ -26,7 +26,7 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_baseline import keep_network
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
-from fedmed.training.masking import key_of_site, masked, seeds_for
+from fedmed.training.masking import key_of_site, masked, part_in_sum, seeds_for
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import (
     Permit,
@@ -60,7 +60,10 @@ def train_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "train")
     started = time.perf_counter()
-    permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
+    config = settings_from(task.settings)
+    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    secure = config.strategy.secure_sum
+    part = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit)) if secure else None
     config, data, network = _prepared(task, site)
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
@@ -116,8 +119,8 @@ def train_round(task: Task, site: Site) -> Update:
         "seconds": time.perf_counter() - started,
     }
     update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
-    if config.strategy.secure_sum:
-        update = masked(update, task, site, config, network.layout, fewest=sites_in_a_sum(permit))
+    if part is not None:
+        update = masked(update, task, part, config, network.layout)
     return released(update, permit)
 
 
@@ -131,7 +134,8 @@ def unmask_round(task: Task, site: Site) -> Update:
     _require_kind(task, "unmask")
     config = settings_from(task.settings)
     permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
-    facts = seeds_for(task, site, config, fewest=sites_in_a_sum(permit))
+    fewest = sites_in_a_sum(permit)
+    facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
     return released(Update(weights=None, layout=task.layout, num_examples=0, facts=MappingProxyType(facts)), permit)
 
 

@@ -53,6 +53,11 @@ class SiteState:
         digest = hashlib.sha256(f"{run_identity(task.settings)}/{task.layout}/{task.run}".encode()).hexdigest()
         return cls(folder=state_dir / f"{name}-{digest}")
 
+    @property
+    def run(self) -> str:
+        """What tells the run from all others, at this site and at every other: settings, layout and number."""
+        return self.folder.name.rpartition("-")[2]
+
     def before(self, round: int | None = None) -> dict[str, FloatVector]:
         """The newest vectors kept for a round before the given one, or the newest of all; none in the first round.
 

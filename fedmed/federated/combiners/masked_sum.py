@@ -12,10 +12,12 @@ import numpy as np
 from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution
 from fedmed.federated.combiners.base import RoundTerms, weight_of
+from fedmed.federated.strategies.base import ServerStep
 from fedmed.privacy.secure_sum import (
     BUFFER_STEP,
     FEWEST,
     PARAMETER_STEP,
+    ROOM,
     add_mask_,
     from_ring,
     own_seed,
@@ -49,7 +51,8 @@ class MaskedSum:
         Raises:
             ConfigError: the algorithm needs more of a site than its part in a sum.
         """
-        if terms.step.vectors or terms.step.weighs or terms.step.turns:
+        step = terms.step
+        if step.vectors or step.weighs or step.turns or type(step).admit is not ServerStep.admit:
             name = terms.strategy.name
             raise ConfigError(f'strategy.secure-sum shows a sum alone, and "{name}" needs more of a site')
         self._terms = terms
@@ -84,6 +87,9 @@ class MaskedSum:
         Args:
             seeds: of every site in it.
             asked: all sites that have masks in common.
+
+        Raises:
+            UpdateRefused: what is left is still noise, which no honest sum looks like.
         """
         here, gone = self.sites, [site for site in asked if site not in self.sites]
         for site in here:
@@ -91,6 +97,9 @@ class MaskedSum:
             add_mask_(self._total, own_seed(pieces | {other: seeds[site].own[other] for other in gone}), -1)
             for other in gone:
                 add_mask_(self._total, seeds[site].masks[other], -sign_of(site, other))
+        values = self._total.view(np.int64)
+        if values.size and max(int(values.max()), -int(values.min())) > ROOM:
+            raise UpdateRefused("what the sites gave does not open it: one of them gave something else, or masked so")
 
     def result(self) -> Aggregate:
         """The mean, once the sum is open."""
