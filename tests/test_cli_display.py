@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from test_reporting_live import EVENTS, event
 
+import fedmed as package
 from fedmed.cli.display import Lines, Live, Seen, preamble, together
+from fedmed.federated.identity import package_hash
 
 
 def test_a_plain_line_says_loss_metric_time_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,3 +97,8 @@ def test_several_watchers_are_told_of_every_event() -> None:
     for each in EVENTS:
         watch(each)
     assert first == second == EVENTS
+
+
+def test_the_version_says_which_code_a_site_and_its_server_compare(fedmed) -> None:
+    done = fedmed("--version")
+    assert (done.returncode, done.stdout) == (0, f"fedmed {package.__version__}, code {package_hash()[:12]}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import click
 import typer
@@ -21,6 +22,26 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import fedmed
+        from fedmed.federated.identity import package_hash
+
+        print(f"fedmed {fedmed.__version__}, code {package_hash()[:12]}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedmed(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show version and code, and exit")
+    ] = False,
+) -> None:
+    """Federated learning across hospitals: networks train where the images are."""
+
+
 app.command("simulate")(simulate.simulate)
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
