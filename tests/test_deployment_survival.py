@@ -71,6 +71,30 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
         assert result["status"] == "completed"
 
 
+def test_a_secure_sum_is_opened_after_a_kill_of_a_task(hospitals):
+    hospitals.complete()
+    site, runner = hospitals.root / SITES[1], hospitals.started[SITES[1]].process.pid
+    before = recorded(site, "audit", "train")
+    submitted = hospitals.submit(LONG.replace("min-sites = 2", "min-sites = 3\nsecure-sum = true"))
+    wait_for(lambda: recorded(site, "audit", "train") > before, 300, submitted.log.read_text)
+    processes_of(runner)["worker"].send_signal(signal.SIGKILL)
+    result = hospitals.result(submitted)
+    assert (result["status"], len(result["rounds_log"])) == ("completed", 3)
+
+
+def test_a_quorum_waits_for_a_site_that_goes_in_a_round_and_comes_back(hospitals):
+    hospitals.complete()
+    name = SITES[2]
+    before = recorded(hospitals.root / name, "audit", "train")
+    submitted = hospitals.submit(LONG.replace("min-sites = 2", "min-sites = 3"))
+    wait_for(lambda: recorded(hospitals.root / name, "audit", "train") > before, 300, submitted.log.read_text)
+    hospitals.started[name].stop()
+    wait_for(lambda: name not in online(hospitals.server), 120, lambda: "the server has not missed it")
+    hospitals.start(name)
+    result = hospitals.result(submitted)
+    assert (result["status"], len(result["rounds_log"])) == ("completed", 3)
+
+
 def test_a_network_that_is_cut_for_half_a_minute_costs_no_site(hospitals):
     hospitals.complete()
     before = recorded(hospitals.root / SITES[0], "audit", "train")
