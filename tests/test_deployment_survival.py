@@ -4,6 +4,7 @@ Each goes through its hospital's proxy, the first with a password. After each ha
 of who took part is true.
 """
 
+import contextlib
 import signal
 import time
 
@@ -54,8 +55,9 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
     seen = time.monotonic()
     wait_for(lambda: moment != "middle" or time.monotonic() > seen + 1, 10, str)
     victim = psutil.Process(runner) if kind == "runner" else processes_of(runner).get(kind)
-    if victim is not None:  # a task that was late may be over
-        victim.send_signal(signal.SIGKILL)
+    if victim is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a task that was late may be over
+            victim.send_signal(signal.SIGKILL)
     if kind == "runner":
         hospitals.started[name].process.wait(60)
         below = lambda: [p for p in psutil.process_iter(["cmdline"]) if str(site) in " ".join(p.info["cmdline"] or [])]  # noqa: E731
