@@ -79,6 +79,7 @@ def test_a_secure_sum_is_opened_after_a_kill_of_a_task(hospitals):
     before = recorded(site, "audit", "train")
     submitted = hospitals.submit(LONG.replace("min-sites = 2", "min-sites = 3\nsecure-sum = true"))
     wait_for(lambda: recorded(site, "audit", "train") > before, 300, submitted.log.read_text)
+    wait_for(lambda: "worker" in processes_of(runner), 60, submitted.log.read_text)
     processes_of(runner)["worker"].send_signal(signal.SIGKILL)
     result = hospitals.result(submitted)
     assert (result["status"], len(result["rounds_log"])) == ("completed", 3)

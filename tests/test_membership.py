@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import fedmed
 from fedmed.config import StrategyConfig
 from fedmed.errors import UpdateRefused
+from fedmed.federated import exchange as exchange_module
 from fedmed.federated import membership as membership_module
 from fedmed.federated.admission import decoded_update, validated_counts, validated_weights
 from fedmed.federated.exchange import Failure, ask
@@ -93,7 +94,9 @@ class Hospitals:
     def pull_messages(self, numbers):
         for number in numbers:
             node = self._sent[number].metadata.dst_node_id
-            if node in self.killed:
+            if self._sent[number].metadata.created_at + self._sent[number].metadata.ttl < time.time():
+                yield Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=self._sent[number])
+            elif node in self.killed:
                 self.present.discard(node)
                 yield Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=self._sent[number])
             elif node in self.present and node not in self.deaf:
@@ -250,13 +253,42 @@ def test_a_round_that_would_have_too_few_waits_for_a_node_that_died_and_asks_it_
         return sites.needs(["h1", "h2", "h3"], failed, site)
 
     nodes, answered = {"h1": 1, "h2": 2, "h3": 3}, []
-    for site, answer in ask(grid, RecordDict(), "train", nodes, group="4", timeout_s=30.0, needed=needed):
+    for site, answer in ask(grid, RecordDict(), "train", nodes, group="4", timeout_s=30.0, retries=1, needed=needed):
         if isinstance(answer, str):
             failed.append(Failure(site=site, reason=answer))
         else:
             answered.append(site)
     assert answered == ["h2", "h3"] and [each.site for each in failed] == ["h1"]
     assert grid.greeted == [1, 2, 3, 3], "h1 was not needed, h3 was"
+
+
+def test_a_site_that_never_answers_costs_no_other_site_its_answer(monkeypatch):
+    for module in (membership_module, exchange_module):
+        monkeypatch.setattr(module, "GRACE_S", 0.2)
+    grid = Hospitals(1, 2, 3)
+    grid.deaf.add(1)
+    sites = roster(grid, round_timeout_s=0.3)
+    assert [each.name for each in sites.members] == ["h2", "h3"]
+    nodes = {"h1": 1, "h2": 2, "h3": 3}
+    answers = dict(ask(grid, RecordDict(), "train", nodes, group="4", timeout_s=0.3))
+    assert {site: isinstance(answer, str) for site, answer in answers.items()} == {"h1": True, "h2": False, "h3": False}
+
+
+def test_a_site_that_goes_again_and_again_is_asked_again_as_often_as_said():
+    grid = Hospitals(1, 2, 3)
+    nodes = {"h1": 1, "h2": 2, "h3": 3}
+    grid.killed = {2: 1}
+    seen = grid.pull_messages
+
+    def flapping(numbers):
+        grid.killed[2] = 1
+        return seen(numbers)
+
+    grid.pull_messages = flapping
+    given_ = {"group": "4", "timeout_s": 30.0, "needed": lambda site: True, "retries": 2}
+    answers = dict(ask(grid, RecordDict(), "train", nodes, **given_))
+    assert answers["h2"] == "no heartbeat"
+    assert grid.greeted == [1, 2, 3, 2, 2]
 
 
 def test_a_sampled_round_needs_its_share_of_the_sample_and_a_required_site_is_in_it():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedmed.errors import ConfigError
 
 app = typer.Typer(help="A hospital's side: set up, join, take part, check.", no_args_is_help=True)
 
@@ -70,13 +73,15 @@ def join(
     from fedmed.federated.site_config import read_peers
 
     place = read_site_folder(folder)
-    before = dict(read_peers(place.root))
+    before: dict[str, str] = {}
+    with suppress(ConfigError):  # damaged; it is about to be replaced
+        before = dict(read_peers(place.root))
     joined = join_consortium(place, kit, coordinator)
     after = dict(read_peers(place.root))
     for name in sorted(before.keys() | after.keys()):
         if name != joined.site and before.get(name) != after.get(name):
-            said = f"with {fingerprint(bytes.fromhex(after[name]))}" if name in after else "no more"
-            print(f"secure sums with {name}: {said}")
+            key = f"key {fingerprint(bytes.fromhex(after[name]))}" if name in after else "no more"
+            print(f"in secure sums with this site: {name}, {key}")
     print(f"{joined.site} has joined {joined.consortium} at {joined.address}; next: fedmed site check {folder}")
 
 

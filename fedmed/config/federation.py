@@ -33,7 +33,10 @@ class StrategyConfig(Section):
     min_fraction: Fraction = 0.0
     required_sites: tuple[Name, ...] = ()
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    retries: Annotated[Count, Field(description="how often a site whose process died is asked again in a round")] = 1
+    retries: Annotated[
+        Count,
+        Field(description="how often a site that died, or went away and is needed, is asked again in a round"),
+    ] = 1
     lost_after: Annotated[
         Count, Field(description="rounds missed in a row after which a site is no longer asked; 0 = never")
     ] = 3

@@ -120,7 +120,7 @@ def read_kit(folder: Path) -> Kit:
     """
     values = read_json(folder / CONTENT, "site kit")
     if set(values) != KEYS | {"coordinator", "signature"} or values["kind"] != KIND or values["schema"] != 1:
-        raise ConfigError(f"{folder}: this is no site kit of this version")
+        raise ConfigError(f"{folder}: this is no site kit of this version; ask the coordinator for a new one")
     try:
         certificate = (folder / CERTIFICATE).read_bytes()
         public, signature = bytes.fromhex(values["coordinator"]), bytes.fromhex(values["signature"])

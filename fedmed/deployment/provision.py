@@ -39,7 +39,7 @@ def readable_cards(folder: ServerFolder) -> tuple[list[SiteCard], dict[str, str]
         try:
             cards.append(read_card(path))
         except ConfigError as error:
-            wrong[path.stem] = f"{error}; until then nothing changes for that site"
+            wrong[path.stem] = f"{error}; until then nothing changes for that site, but new kits do not name it"
     return cards, wrong
 
 
@@ -47,7 +47,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     """Make what is missing, take in cards, and write every site's kit anew.
 
     Nothing is written before all cards are read. A site's newer card replaces its older one. A damaged
-    one that is there already holds up nobody else.
+    one that is there already holds up nobody else; no new kit names its site.
 
     Raises:
         ConfigError: a new card is damaged, of another fedmed, or two sites share a name or a key.

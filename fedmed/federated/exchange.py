@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+
+from fedmed.federated.local_grid import LocalGrid
 
 LATE = "no answer before the round's deadline"
 GRACE_S = 5.0  # a grid may itself answer for a late site; leave it the time to say so
@@ -38,50 +40,66 @@ def ask(
 
     Answers are pulled one by one in that order, so that sums do not depend on who is fast, and one answer is in memory
     at a time; others wait where they are: in the local spool, or in the SuperLink's database. An answer's arrays are
-    valid until the next one is asked for. A site whose process died is asked again, `retries` times at most. One whose
-    node is gone is waited for if it is `needed`, until the deadline, and asked again when it is back. An answer to an
-    earlier question is never pulled: it has another number, and its group tells.
+    valid until the next one is asked for. A site whose process died is asked again. One whose node is gone is waited
+    for if it is `needed`, until the deadline, and asked again when it is back. Both together `retries` times at most:
+    a private round that is trained again is charged again. An answer to an earlier question is never pulled: it has
+    another number, and its group tells.
     """
     names = sorted(nodes)
     deadline = time.monotonic() + timeout_s + GRACE_S
+    spare_s = time_to_pull(grid, len(names))
 
     def push(sites: Iterable[str]) -> list[str]:
-        left_s = max(deadline - GRACE_S - time.monotonic(), 1.0)
+        left_s = max(deadline - GRACE_S - time.monotonic(), 1.0) + spare_s
         return list(grid.push_messages([Message(content, nodes[s], kind, ttl=left_s, group_id=group) for s in sites]))
 
     for name, number in zip(names, push(names), strict=True):
         reply = await_reply(grid, number, deadline)
-        left = retries
-        while reply is not None and reply.has_error():
-            if left and reply.error.code == ErrorCode.CLIENT_APP_CRASHED:
-                left -= 1
-            elif not (is_gone(reply) and needed(name) and await_nodes(grid, [nodes[name]], deadline - GRACE_S)):
+        for _ in range(retries):
+            crashed = has_code(reply, ErrorCode.CLIENT_APP_CRASHED)
+            if not crashed and not (is_gone(reply) and needed(name)):
+                break
+            if not crashed and not await_node(grid, nodes[name].__eq__, deadline - GRACE_S):
                 break
             reply = await_reply(grid, push([name])[0], deadline)
         yield name, answer_in(reply, nodes[name], group)
 
 
+def time_to_pull(grid: Grid, count: int) -> float:
+    """Seconds that a question outlives the time for its answer, so that all answers that came in time can be pulled.
+
+    They are pulled one by one, after the last site was waited for, and a SuperLink gives none whose question's time to
+    live is over. `LocalGrid` keeps them; it ends who hangs at that time, which is the site's.
+    """
+    return 0.0 if isinstance(grid, LocalGrid) else 60.0 + 10.0 * count
+
+
 def is_gone(reply: Message | None) -> bool:
     """Whether the server answers for a node, whose heartbeat has stopped."""
-    return reply is not None and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+    return has_code(reply, ErrorCode.NODE_UNAVAILABLE)
 
 
-def await_nodes(grid: Grid, nodes: Collection[int], deadline: float) -> set[int]:
-    """Wait until one of these nodes is connected.
+def has_code(reply: Message | None, code: int) -> bool:
+    """Whether a reply is this error of Flower's."""
+    return reply is not None and reply.has_error() and reply.error.code == code
+
+
+def await_node(grid: Grid, wanted: Callable[[int], bool], deadline: float) -> bool:
+    """Wait until a node is connected.
 
     Args:
         grid: that knows who is.
-        nodes: by number.
+        wanted: whether a node will do, by its number.
         deadline: on the monotonic clock.
 
     Returns:
-        Those of them that are connected; none if it is too late.
+        Whether one is; false if it is too late.
     """
     while time.monotonic() < deadline:
-        if back := set(nodes) & {node.node_id for node in grid.get_nodes()}:
-            return back
+        if any(wanted(node.node_id) for node in grid.get_nodes()):
+            return True
         time.sleep(0.5)
-    return set()
+    return False
 
 
 def answer_in(reply: Message | None, node: int, group: str) -> RecordDict | str:

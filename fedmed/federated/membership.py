@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from fedmed.config import StrategyConfig
 from fedmed.errors import RunFailed
-from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_nodes, await_reply, is_gone
+from fedmed.federated.combiners import too_few_sites
+from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_node, await_reply, is_gone, time_to_pull
 from fedmed.federated.member import CannotJoin, Member, member_of
 from fedmed.federated.progress import Progress
 from fedmed.federated.selection import in_turn, sample_size, sampled, share_of
@@ -84,7 +85,7 @@ class Membership:
     # Who is there.
 
     def gather(self, seen: Callable[[str, int, int], None]) -> list[Failure]:
-        """Wait for enough nodes, greet them, and wait for their cards; if a card is missed, for its node to be back.
+        """Wait for enough nodes, greet them, and wait for their cards; if one is missed, for its node or another one.
 
         Args:
             seen: told (site or node, done, all) as cards come.
@@ -102,14 +103,19 @@ class Membership:
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
             )
         self._at_start = len(self._present)
-        here, failures = set(self._present), dict[int, Failure]()
+        failures: dict[int, Failure] = {}
         deadline = time.monotonic() + self._strategy.round_timeout_s
-        while here:
-            self._greet(here)
+        while True:
+            new = self._present - self._met
+            self._greet(new)
+            failures = {node: failure for node, failure in failures.items() if node not in new}
             failures |= self._collect(deadline + GRACE_S - time.monotonic(), seen, round=0)
-            lost = self._present - self._met
-            here = await_nodes(self._grid, lost, deadline) if lost and self.missing(list(self._members)) else set()
-            failures = {node: failure for node, failure in failures.items() if node not in here}
+            lost = self._present - self._met  # their cards did not come
+            if not lost or not self.missing(list(self._members)):
+                break
+            if not await_node(self._grid, lambda node: node not in self._met, deadline):
+                break
+            self._see()
         return list(failures.values())
 
     def welcome(self, round: int) -> Arrivals:
@@ -177,8 +183,12 @@ class Membership:
         return None
 
     def needs(self, asked: Collection[str], failed: Collection[Failure], site: str) -> bool:
-        """Whether a round, of whose sites these have failed already, would have too few without this one."""
-        return self.missing(set(asked) - {failure.site for failure in failed} - {site}) is not None
+        """Whether a round, of whose sites these have failed already, would have too few without this one.
+
+        Those whose answers are still to come are taken to answer.
+        """
+        others = set(asked) - {failure.site for failure in failed} - {site}
+        return (self.missing(others) or too_few_sites(self._strategy, len(others))) is not None
 
     @property
     def _wanted(self) -> int:
@@ -198,8 +208,7 @@ class Membership:
         """See which nodes are connected, and wait while they are too few; sites that left are not waited for."""
         deadline = time.monotonic() + self._strategy.round_timeout_s
         while True:
-            self._registered = {node.node_id: node.name for node in self._grid.get_nodes()}
-            self._present = set(self._registered)
+            self._see()
             gone = self._unreachable()
             short = len(self._present) < self._strategy.min_sites
             short = short or bool(gone and self.missing(sorted(set(self._staying()) - set(gone))))
@@ -208,11 +217,17 @@ class Membership:
             time.sleep(0.5)
         self._met &= self._present
 
+    def _see(self) -> None:
+        """Note which nodes are connected now."""
+        self._registered = {node.node_id: node.name for node in self._grid.get_nodes()}
+        self._present = set(self._registered)
+
     def _greet(self, nodes: Collection[int]) -> None:
         if not nodes:
             return
         content, timeout_s, order = self._hello(), self._strategy.round_timeout_s, sorted(nodes)
-        messages = [Message(content, node, "query.hello", ttl=timeout_s, group_id=GROUP) for node in order]
+        live_s = timeout_s + time_to_pull(self._grid, len(order))
+        messages = [Message(content, node, "query.hello", ttl=live_s, group_id=GROUP) for node in order]
         expires = time.monotonic() + timeout_s + GRACE_S
         for node, number in zip(order, self._grid.push_messages(messages), strict=True):
             self._open[node] = Greeting(number, expires)
@@ -261,6 +276,8 @@ class Membership:
         known = self._members.get(member.name)
         if known is not None and known.node != member.node and known.node in self._present:
             raise CannotJoin("two nodes have this name", site=member.name)
+        if self._strategy.secure_sum and not member.masking[0]:
+            raise CannotJoin("its card holds no key for the secure sum", site=member.name)
         for other in self.members:
             if member.masking[0] and other.name != member.name and other.masking[0] == member.masking[0]:
                 raise CannotJoin(f"it has the key for secure sums of {other.name}", site=member.name)

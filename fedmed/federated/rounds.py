@@ -111,9 +111,9 @@ class Federation:
                 joined.append(site)
                 sites.joined(site)
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
+            missing = missing or sites.missing(joined) or combined.too_few() or self._closed(combined, task, nodes)
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            missing = missing or sites.missing(joined) or combined.too_few() or self._closed(combined, task, nodes)
             if missing:
                 self.progress.pause(self._entry(round, joined, failed, seconds, {}))
                 self._save(weights, state, saved)
@@ -247,10 +247,10 @@ class Federation:
 
     def _closed(self, combined: Combiner, task: Task, nodes: Mapping[str, int]) -> str | None:
         """Have the sites open a secure sum. Why it stays closed, or None."""
-        if not isinstance(combined, MaskedSum):
+        if not isinstance(combined, MaskedSum) or task.masking is None:
             return None
         inside = {site: nodes[site] for site in combined.sites}
-        return open_sum(combined, task, lambda question: self._ask(question, inside, lambda site: True))
+        return open_sum(combined, task, task.masking, lambda question: self._ask(question, inside, lambda site: True))
 
     def _judge(self, round: int, weights: Weights) -> Judgement | None:
         due = round % self.config.evaluate.every == 0 or round == self.config.train.rounds

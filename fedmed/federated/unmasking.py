@@ -24,26 +24,26 @@ def masking_of(members: Iterable[Member]) -> Masking:
     return Masking(attempt=time.time_ns(), keys={member.name: member.masking for member in members})
 
 
-def open_sum(combined: MaskedSum, task: Task, ask: Ask) -> str | None:
-    """Ask the sites whose updates are in a sum for what opens it. Nobody is asked twice, and never about two sums.
+def open_sum(combined: MaskedSum, task: Task, masking: Masking, ask: Ask) -> str | None:
+    """Ask the sites whose updates are in a sum for what opens it.
 
     Args:
         combined: the sum; it is open afterwards.
         task: that the updates answered.
+        masking: of that task.
         ask: sends a task to these sites and gives their answers.
 
     Returns:
         Why it stays closed, or None. Then nothing is known of any update.
     """
-    assert task.masking is not None
-    joined, asked = combined.sites, sorted(task.masking.keys)
+    joined, asked = combined.sites, sorted(masking.keys)
     nothing = np.zeros(0, np.float32)
     question = replace(
         task,
         kind="unmask",
         weights=Weights(parameters=nothing, buffers=nothing),
         vectors=MappingProxyType({}),
-        masking=replace(task.masking, joined=joined),
+        masking=replace(masking, joined=joined),
     )
     seeds: dict[str, Seeds] = {}
     for site, answer in ask(question):

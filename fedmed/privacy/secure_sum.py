@@ -13,7 +13,7 @@ sites derives a secret by X25519 (RFC 7748) and HKDF (RFC 5869), and from it, an
 So whoever is told that u came keeps maskᵤᵥ for good, and it goes only by adding yᵥ. A server that tells sites different
 stories opens at most sums of those whom it told that they came together: each of them refuses one of too few sites.
 Sites that were sent different networks have no mask in common, and their sum stays noise. No shares of keys are dealt:
-if a site goes after its yᵤ came and before it answered, the attempt is lost, and with it nothing but time.
+if a site goes after its yᵤ came and before it answered, the attempt is lost, and with it time and what it was charged.
 
 Values are whole numbers modulo 2⁶⁴, in which sums are exact and do not depend on their order.
 """

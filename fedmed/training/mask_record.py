@@ -30,7 +30,7 @@ class Noted:
     secret: str  # X25519 private key of this run, hexadecimal
     attempt: int = 0  # the newest that anything was masked for; attempts only grow
     sites: str = ""  # SHA-256 over who has masks in common in it
-    sum: str = ""  # SHA-256 over all that its sites were asked; the masks are for this
+    asked: str = ""  # SHA-256 over all that its sites were asked; the masks are for this
     values: str = ""  # SHA-256 over what was masked
     joined: tuple[str, ...] = ()  # for whom it was opened
 
@@ -41,9 +41,8 @@ class MaskRecord:
 
     folder: Path
 
-    @property
-    def private(self) -> X25519PrivateKey:
-        """The site's key for this run, made when it is first asked for.
+    def key(self) -> X25519PrivateKey:
+        """The site's private key for this run, made when it is first asked for.
 
         Raises:
             PolicyRefused: the file is damaged.
@@ -62,39 +61,40 @@ class MaskRecord:
             PolicyRefused: as said, or the file is damaged.
         """
         with self._locked() as noted:
-            if attempt < noted.attempt or (attempt == noted.attempt and not again):
+            if attempt < noted.attempt:
+                raise _old()
+            if attempt == noted.attempt and not again:
                 raise _used()
 
-    def note_masked(self, new: Noted) -> None:
-        """Write down that values are about to leave under the masks of an attempt.
-
-        Args:
-            new: all but secret and joined.
+    def note_masked(self, attempt: int, *, sites: str, asked: str, values: str) -> None:
+        """Write down that values are about to leave under the masks of an attempt; arguments as in `Noted`.
 
         Raises:
             PolicyRefused: others left under them, or a later attempt has begun.
         """
         with self._locked() as noted:
-            new = replace(new, secret=noted.secret)
+            new = Noted(secret=noted.secret, attempt=attempt, sites=sites, asked=asked, values=values)
             if replace(noted, joined=()) == new:
                 return  # asked again, it sends the same bits
-            if new.attempt <= noted.attempt:
+            if attempt < noted.attempt:
+                raise _old()
+            if attempt == noted.attempt:
                 raise _used()
             self._write(new)
 
     def note_opened(self, attempt: int, sites: str, joined: Sequence[str]) -> str:
-        """Write down for which sites a sum is about to be opened, and return its `sum`.
+        """Write down for which sites a sum is about to be opened, and return its `asked`.
 
         Raises:
             PolicyRefused: this site has masked nothing for it, or it was opened for other sites.
         """
         with self._locked() as noted:
-            if (noted.attempt, noted.sites) != (attempt, sites) or not noted.sum:
+            if (noted.attempt, noted.sites) != (attempt, sites) or not noted.asked:
                 raise PolicyRefused("this site has no update in that sum", rule="secure-sum.once")
             if noted.joined not in ((), tuple(joined)):
                 raise PolicyRefused("the sum was opened for other sites before", rule="secure-sum.once")
             self._write(replace(noted, joined=tuple(joined)))
-            return noted.sum
+            return noted.asked
 
     @contextmanager
     def _locked(self) -> Iterator[Noted]:
@@ -123,5 +123,13 @@ class MaskRecord:
 
 
 def _used() -> PolicyRefused:
-    text = "these masks were used, or are older than others that were; is the server's clock right?"
+    text = (
+        "another update has left under these masks; a task that was ended and asked again gives other numbers under "
+        "differential privacy and on a GPU. The site takes part again in the next round"
+    )
+    return PolicyRefused(text, rule="secure-sum.once")
+
+
+def _old() -> PolicyRefused:
+    text = "this sum is older than another that the site took part in; is the server's clock right?"
     return PolicyRefused(text, rule="secure-sum.once")

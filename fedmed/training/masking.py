@@ -25,7 +25,7 @@ from fedmed.privacy.secure_sum import (
     pair_secret,
     to_ring,
 )
-from fedmed.training.mask_record import MaskRecord, Noted
+from fedmed.training.mask_record import MaskRecord
 from fedmed.training.moments import second_moments
 from fedmed.training.site import Site
 from fedmed.training.site_state import SiteState
@@ -61,7 +61,7 @@ def key_of_site(task: Task, site: Site, config: RunConfig) -> dict[str, Scalar]:
         text = "this site knows no other site's key; fedmed site join with the coordinator's newest kit"
         raise PolicyRefused(text, rule="secure-sum.keys")
     state = SiteState.of(site.state_dir, name=config.name, task=task)
-    key = MaskRecord(folder=state.folder).private.public_key().public_bytes_raw().hex()
+    key = MaskRecord(folder=state.folder).key().public_key().public_bytes_raw().hex()
     signed = read_keys(site.keys).sign(_signed(state.run, site.name, key)) if site.keys else b""
     return {"masking-key": key, "masking-signature": signed.hex()}
 
@@ -85,9 +85,11 @@ def part_in_sum(task: Task, site: Site, config: RunConfig, *, fewest: int = 0) -
     state = SiteState.of(site.state_dir, name=config.name, task=task)
     record, keys = MaskRecord(folder=state.folder), task.masking.keys
     _require_enough(keys, fewest)
-    private = record.private
+    private = record.key()
     if keys.get(site.name, ("", ""))[0] != private.public_key().public_bytes_raw().hex():
-        text = "the sum names another key for this site than it has; it can join a later one"
+        text = (
+            "the sum names another key for this site than it has since its record was lost; resume the run to greet it"
+        )
         raise PolicyRefused(text, rule="secure-sum.keys")
     known = dict(site.peers)
     others = {name: given for name, given in keys.items() if name != site.name}
@@ -132,7 +134,7 @@ def masked(update: Update, task: Task, part: Part, config: RunConfig, layout: La
         raise ModelError(str(error), public=str(error)) from None
     asked = _asked(task, part)
     left = hashlib.sha256(values.data).hexdigest()
-    part.record.note_masked(Noted(secret="", attempt=part.masking.attempt, sites=part.sites, sum=asked, values=left))
+    part.record.note_masked(part.masking.attempt, sites=part.sites, asked=asked, values=left)
     for seed, sign in masks_of(part.name, part.pairs, asked):
         add_mask_(values, seed, sign)
     return replace(update, weights=None, masked=values)
@@ -167,7 +169,7 @@ def seeds_for(part: Part, *, fewest: int = 0) -> dict[str, Scalar]:
 def _require_enough(sites: Collection[str], fewest: int) -> None:
     fewest = max(FEWEST, fewest)
     if len(sites) < fewest:
-        text = f"a secure sum of {len(sites)} sites; at least {fewest} are to hide in it"
+        text = f"a secure sum of {len(sites)} sites; at least {fewest} are to hide in it (policy.training.min-sites)"
         raise PolicyRefused(text, rule="secure-sum.sites")
 
 

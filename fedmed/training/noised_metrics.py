@@ -25,7 +25,7 @@ from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.grid import grid_of, noised, whole
 from fedmed.privacy.noise import NoiseGenerator
-from fedmed.training.oversight import Permit, keep_withheld
+from fedmed.training.oversight import Permit, keep_refusal
 from fedmed.training.reserving import run_of
 from fedmed.training.site_state import write_durably
 from fedmed.types import PrivacyEvent, Sums, Task
@@ -60,7 +60,7 @@ class NoisedSums:
             self._check(patients)
             return self._kept() or self._released(vectors, patients)
         except PolicyRefused as refusal:
-            keep_withheld(self.permit, refusal)
+            keep_refusal(self.permit, refusal, of="metrics")
             return {}
 
     @property

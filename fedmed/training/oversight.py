@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -177,8 +178,13 @@ def require_ledger(config: RunConfig, keeper: Keeper | None, *, virtual: bool) -
     return cast(Keeper, keeper)
 
 
-def keep_withheld(permit: Permit, refusal: PolicyRefused) -> None:
-    """Note in the audit log that a task that is allowed sends no metrics, and why.
+def keep_refusal(permit: Permit, refusal: PolicyRefused, *, of: str) -> None:
+    """Note in the audit log what of an allowed task is refused after all, and why.
+
+    Args:
+        permit: of the task.
+        refusal: by which rule.
+        of: what: "metrics", or "sum".
 
     Raises:
         LedgerUnusable: the log cannot be written.
@@ -187,7 +193,7 @@ def keep_withheld(permit: Permit, refusal: PolicyRefused) -> None:
     task = permit.task
     keep_decision(
         permit.oversight.folder, permit.keys, decision,
-        task="metrics", run=permit.run, round=task.round, policy=permit.policy, settings=_digest(task.settings),
+        task=of, run=permit.run, round=task.round, policy=permit.policy, settings=_digest(task.settings),
     )  # fmt: skip
 
 
@@ -201,6 +207,21 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
 def fewest_of(permit: Permit | None) -> int:
     """How many patients must have a label, and how many must not, for anything of that label to leave."""
     return 0 if permit is None else permit.allowance.fewest
+
+
+@contextmanager
+def noting_refusals(permit: Permit | None, *, of: str) -> Iterator[None]:
+    """Have the audit log hold what is refused in here.
+
+    Raises:
+        PolicyRefused: as it came.
+    """
+    try:
+        yield
+    except PolicyRefused as refusal:
+        if permit is not None:
+            keep_refusal(permit, refusal, of=of)
+        raise
 
 
 def sites_in_a_sum(permit: Permit | None) -> int:
@@ -280,6 +301,8 @@ def _ledger(oversight: Oversight, policy: SitePolicy, process: int) -> Ledger:
 
 def _controls(permit: Permit, update: Update) -> Sequence[str]:
     """Which technical controls applied to what leaves, in words."""
+    if permit.task.kind == "unmask":
+        return ["seeds of masks, for one sum alone"]
     allowance = permit.allowance
     noised = permit.private == "dp-sgd"
     form = "clipped and noised (differential privacy)" if noised else f"as {allowance.metrics}s"

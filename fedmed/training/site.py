@@ -32,7 +32,7 @@ class Site:
     policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
     virtual: bool = False  # a hospital of a simulation
     withdrawn: frozenset[str] = frozenset()  # ids of patients who opted out: no task sees them
-    keys: Path | None = None  # the folder of its keys; a virtual one makes its own
+    keys: Path | None = None  # the folder of its keys; a virtual one signs nothing
     peers: tuple[tuple[str, str], ...] = ()  # (name, public signing key) of the sites that it may sum with, by its kit
 
 

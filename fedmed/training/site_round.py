@@ -1,6 +1,7 @@
 """One site, one task: the only way in which fedmed trains or evaluates at a hospital.
 
-`fedmed simulate`, `flwr run` and a real hospital all end in `train_round` and `evaluate_round`.
+`fedmed simulate`, `flwr run` and a real hospital all end in `train_round` and `evaluate_round`; `unmask_round` helps to
+open a secure sum.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network, per
 from fedmed.training.local_baseline import keep_network
 from fedmed.training.local_findings import write_findings
 from fedmed.training.loop import Circumstances, Trained
-from fedmed.training.masking import key_of_site, masked, part_in_sum, seeds_for
+from fedmed.training.masking import Part, key_of_site, masked, part_in_sum, seeds_for
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import (
     Permit,
     fewest_of,
     form_of,
+    noting_refusals,
     permitted,
     released,
     require_ledger,
@@ -62,9 +64,11 @@ def train_round(task: Task, site: Site) -> Update:
     started = time.perf_counter()
     config = settings_from(task.settings)
     permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
-    secure = config.strategy.secure_sum
-    part = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit)) if secure else None
-    config, data, network = _prepared(task, site)
+    hidden: Part | None = None
+    if config.strategy.secure_sum:
+        with noting_refusals(permit, of="sum"):
+            hidden = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit))
+    _, data, network = _prepared(task, site)
     state = _state(task, site, config)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
@@ -119,8 +123,8 @@ def train_round(task: Task, site: Site) -> Update:
         "seconds": time.perf_counter() - started,
     }
     update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
-    if part is not None:
-        update = masked(update, task, part, config, network.layout)
+    if hidden is not None:
+        update = masked(update, task, hidden, config, network.layout)
     return released(update, permit)
 
 
@@ -135,7 +139,8 @@ def unmask_round(task: Task, site: Site) -> Update:
     config = settings_from(task.settings)
     permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
     fewest = sites_in_a_sum(permit)
-    facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
+    with noting_refusals(permit, of="sum"):
+        facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
     return released(Update(weights=None, layout=task.layout, num_examples=0, facts=MappingProxyType(facts)), permit)
 
 
@@ -186,6 +191,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, load = settings_from(task.settings), partial(site_data, site, task.settings)
     permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, load, kind="card")
+    key = key_of_site(task, site, config)
     data = load()
     private = config.privacy.mode != "none"
     trained, judged = data.people(named=private)
@@ -197,7 +203,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "unreadable": 0 if private else len(data.unreadable),
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "holds-out": judged > 0,
-        **key_of_site(task, site, config),
+        **key,
     }
 
 

@@ -46,7 +46,7 @@ class SiteState:
         """
         if state_dir is None:
             text = (
-                "this strategy needs a folder at the site for what it keeps between rounds, and there is none: "
+                "this run needs a folder at the site for what it keeps between rounds, and there is none: "
                 "use fedmed simulate, or a site.toml with state-dir"
             )
             raise ConfigError(text, public=text)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmed.errors import ConfigError, UpdateRefused
+from fedmed.errors import UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution
 from fedmed.federated.combiners.base import RoundTerms, weight_of
-from fedmed.federated.strategies.base import ServerStep
 from fedmed.privacy.secure_sum import (
     BUFFER_STEP,
     FEWEST,
@@ -46,15 +45,7 @@ class MaskedSum:
     """
 
     def __init__(self, terms: RoundTerms) -> None:
-        """Start from nothing.
-
-        Raises:
-            ConfigError: the algorithm needs more of a site than its part in a sum.
-        """
-        step = terms.step
-        if step.vectors or step.weighs or step.turns or type(step).admit is not ServerStep.admit:
-            name = terms.strategy.name
-            raise ConfigError(f'strategy.secure-sum shows a sum alone, and "{name}" needs more of a site')
+        """Start from nothing."""
         self._terms = terms
         self._total = np.zeros(terms.layout.num_parameters + terms.layout.num_buffers, np.uint64)
         self._contributions: list[Contribution] = []

@@ -57,6 +57,9 @@ def server_step(config: RunConfig) -> ServerStep:
     )  # fmt: skip
     if why and strategy.combine != "mean":
         raise ConfigError(f'strategy.name = "{name}" needs strategy.combine = "mean": {why}')
+    alone = why or type(step).admit is not ServerStep.admit
+    if strategy.secure_sum and alone:
+        raise ConfigError(f'strategy.name = "{name}" needs more of a site than its part in a sum (strategy.secure-sum)')
     if step.vectors and strategy.clip_norm:
         raise ConfigError(f'strategy.name = "{name}" needs strategy.clip-norm = 0: its vectors would not be clipped')
     return step
