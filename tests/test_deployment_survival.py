@@ -73,6 +73,20 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
         assert result["status"] == "completed"
 
 
+def test_a_task_that_hangs_costs_no_other_site_its_round(hospitals):
+    hospitals.complete()
+    name = SITES[0]  # whose answer is waited for first
+    before = recorded(hospitals.root / name, "audit", "train")
+    submitted = hospitals.submit(LONG.replace("round-timeout-s = 180", "round-timeout-s = 40").replace("= 3", "= 2"))
+    wait_for(lambda: recorded(hospitals.root / name, "audit", "train") > before, 300, submitted.log.read_text)
+    wait_for(lambda: "worker" in processes_of(hospitals.started[name].process.pid), 60, submitted.log.read_text)
+    processes_of(hospitals.started[name].process.pid)["worker"].send_signal(signal.SIGSTOP)
+    result = hospitals.result(submitted)
+    assert result["status"] == "degraded"
+    assert [set(SITES) - {name} <= set(entry["joined"]) for entry in result["rounds_log"]] == [True, True]
+    assert name not in result["rounds_log"][0]["joined"]
+
+
 def test_a_secure_sum_is_opened_after_a_kill_of_a_task(hospitals):
     hospitals.complete()
     site, runner = hospitals.root / SITES[1], hospitals.started[SITES[1]].process.pid
