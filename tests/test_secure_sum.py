@@ -25,6 +25,7 @@ from fedmed.privacy import secure_sum as rings
 from fedmed.privacy.egress import contents
 from fedmed.privacy.keys import make_keys
 from fedmed.privacy.policy import read_policy
+from fedmed.reporting import write_model_card
 from fedmed.training.mask_record import FILE, MaskRecord
 from fedmed.training.masking import masked, part_in_sum
 from fedmed.training.oversight import Oversight, open_ledger
@@ -147,6 +148,7 @@ def test_a_resumed_run_gives_the_same_bits(toy_config, simulate, tmp_path):
         resumed = run_on(grid, config, part, lambda event: None)
     assert (folder.path / "model.safetensors").read_bytes() == (part.path / "model.safetensors").read_bytes()
     assert resumed["status"] == whole["status"] == "completed"
+    assert "and no single one (secure sums)" in write_model_card(folder.path).read_text()
 
 
 @pytest.mark.simulation

@@ -48,6 +48,8 @@ def _lines(run: RunFacts, departures: Mapping[str, list[Mapping[str, Any]]]) -> 
     length = f"Rounds: {words.count(run.rounds)}; seed: {words.count(run.seed)}"
     yield f"* {length}; finished: {plain(run.finished) or 'unknown'}"
     yield f"* Versions: {', '.join(f'{plain(name)} {plain(version)}' for name, version in run.versions.items())}"
+    if run.settings.get("strategy.secure-sum") == str(True):
+        yield "* The server learned sums of the sites' changes, and no single one (secure sums)."
     yield ""
     yield "## Data and privacy, by site"
     yield ""
