@@ -94,7 +94,8 @@ def processes_of(runner: int) -> dict[str, psutil.Process]:
         for process in found["supernode"].children() if "supernode" in found else []:
             found |= {"launcher": process} if "flower-superexec" in " ".join(process.cmdline()) else {}
         messengers = found["warm"].children() if "warm" in found else []
-        found |= {"messenger": messengers[0], "worker": messengers[0].children()[0]} if messengers else {}
+        workers = messengers[0].children() if messengers else []
+        found |= {"messenger": messengers[0], "worker": workers[0]} if workers else {}
     return found
 
 

@@ -19,7 +19,7 @@ import pytest
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
 from real_consortium import free_port, make_site
 
-from fedmed.deployment import confinement, launcher, node, processes
+from fedmed.deployment import confinement, door, launcher, node, processes
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.confinement import Confinement
 from fedmed.deployment.health import health_endpoint, site_facts
@@ -216,6 +216,22 @@ def test_a_supernode_whose_heartbeat_fails_ends_and_does_not_go_on_half_alive(tm
     words = [sys.executable, "-c", HEARTBEAT, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_door_whose_launcher_is_gone_ends_and_so_tells_the_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(door.SOCKET)
+        listener.listen()
+        start = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
+        words = [sys.executable, "-I", "-S", door.__file__, str(tmp_path), "--token", "x"]
+        with subprocess.Popen([sys.executable, "-c", start, *words]) as launching:
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.recv(100).endswith(b'"--token", "x"]\n')
+                launching.kill()
+                connection.settimeout(20)
+                assert connection.recv(1) == b""
 
 
 def test_a_launcher_that_proc_hides_is_not_gone(monkeypatch):

@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,6 +120,7 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
             answer = failed(error)
         vars(flower_task).update(zip(REPLACED, (admission(site), own_app(answer)), strict=True))
         keep_server_time(float(ahead))
+        threading.Thread(target=_end_with, args=(connection, worker), daemon=True).start()
         sys.argv = ["flwr-clientapp", *words]
         flwr_clientapp()
         code = 0
@@ -130,11 +132,20 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
         if worker is not None:
             worker.end()
         try:
-            connection.settimeout(READ_S)
             connection.sendall(f"{code}\n".encode())
         finally:
             sys.stdout.flush()
             os._exit(code)
+
+
+def _end_with(connection: socket.socket, worker: Worker | None) -> None:
+    """End this task when the door is closed: the launcher that started it is gone, and nobody waits for its answer."""
+    connection.settimeout(None)
+    with suppress(OSError):
+        connection.recv(1)  # the door says nothing more
+    if worker is not None:
+        worker.end()
+    os._exit(1)
 
 
 def from_supernode(arguments: list[str]) -> bool:
