@@ -71,6 +71,7 @@ def kit(port: int, authority: bytes) -> Kit:
         apps=(),
         coordinator=b"",
         certificate=authority,
+        sites={},
     )
 
 
