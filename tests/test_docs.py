@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from small_hospitals import hospital
 
+import fedmed
 from fedmed.cli import app
 from fedmed.config import RunConfig, flatten, load, nested
 from fedmed.reporting.writers import INSTALL
@@ -25,6 +27,16 @@ DOCUMENTS = sorted(
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SMALL_RUN = """
+[model]
+name = "small-cnn"
+[task]
+labels = ["a", "b"]
+[data]
+sites = ["{}", "{}"]
+server = "{}"
+image-size = 8
+"""
 ROW = re.compile(r"^\| `([a-z-]+(?:\.[a-z-]+)?)` \| `([^`]*)` \|", re.MULTILINE)
 
 
@@ -126,6 +138,25 @@ def test_shown_run_files_are_valid(tmp_path):
         run = tmp_path / f"{number}.toml"
         run.write_text(text, encoding="utf-8")
         load(run)
+
+
+def test_readme_example_for_python_runs(tmp_path):
+    (example,) = blocks(ROOT / "README.md", "python")
+    manifests = [
+        hospital(tmp_path / name, patients=12, seed=seed) for seed, name in enumerate(("north", "south", "server"))
+    ]
+    (tmp_path / "run.toml").write_text(SMALL_RUN.format(*manifests), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"value"' in done.stdout.replace("'", '"')
+    assert (tmp_path / "runs" / "notebook" / "report.html").exists()
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert {name for name in fedmed.__all__ if callable(getattr(fedmed, name))} == set(fedmed.__all__)
+    assert set(dir(fedmed)) == {*fedmed.__all__, "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'simulat'"):
+        fedmed.simulat  # noqa: B018
 
 
 def test_own_network_and_data_example_runs(fedmed_process, tmp_path):

@@ -14,7 +14,6 @@ import typer
 
 if TYPE_CHECKING:
     from fedmed.config import RunConfig
-    from fedmed.federated.run_folder import RunFolder
     from fedmed.federated.virtual_hospitals import Hospital
 
 
@@ -28,7 +27,9 @@ class Engine(enum.StrEnum):
 def simulate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="a run file; without one, the demo")] = None,
     assignments: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = [],  # noqa: B006  # typer reads the default and never changes it
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the run folder to make")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the run folder to make; runs/TIME-NAME without it")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="continue the run in this folder")] = None,
     engine: Annotated[Engine, typer.Option(help="fedmed's own workers, or Flower's Ray")] = Engine.local,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, train nothing")] = False,
@@ -54,6 +55,7 @@ def simulate(
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
     from fedmed.federated.run_folder import RunFolder
+    from fedmed.federated.simulation import begin
     from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
@@ -65,43 +67,25 @@ def simulate(
             return
         folder = RunFolder(resume)
     else:
-        parameters, hospitals = _check(config)
+        parameters, hospitals = _plan(config)
         if dry_run:
             _show_plan(config, hospitals, parameters)
             return
+        if hospitals is not None and not (quiet or as_json):
+            _show_hospitals(config, hospitals)
         stamp = now()[:19].replace(":", "").replace("-", "")
-        folder = RunFolder.create(out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-"), config)
-        effective = _begun(config, folder, hospitals, quiet=quiet or as_json)
+        place = out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-")
+        effective, folder = begin(config, place, hospitals)
     result = _run(effective, folder, engine, log, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
 
-def _check(config: RunConfig) -> tuple[int, Sequence[Hospital] | None]:
-    """The number of parameters; and the hospitals, if patients are dealt to them anew."""
+def _plan(config: RunConfig) -> tuple[int, Sequence[Hospital] | None]:
     from fedmed.cli.display import bar
-    from fedmed.federated.simulation import check
-    from fedmed.federated.virtual_hospitals import planned
+    from fedmed.federated.simulation import plan
 
-    if config.simulation.partition == "as-given":
-        return check(config), None
     with bar("scanners") if config.simulation.partition == "scanner" else nullcontext() as progress:
-        hospitals = planned(config, progress)
-    return check(config, [hospital.name for hospital in hospitals]), hospitals
-
-
-def _begun(config: RunConfig, folder: RunFolder, hospitals: Sequence[Hospital] | None, *, quiet: bool) -> RunConfig:
-    """The configuration with the manifests of its hospitals, and a record by which a resumed run is known again."""
-    from fedmed.cli.display import console
-    from fedmed.cli.plan import plan_table
-    from fedmed.federated.resume import record
-    from fedmed.federated.virtual_hospitals import with_hospitals
-
-    record(folder, config)
-    if hospitals is None:
-        return config
-    if not quiet:
-        console().print(plan_table(hospitals, config.task.labels))
-    return with_hospitals(config, folder.path, hospitals)
+        return plan(config, progress)
 
 
 def _resumed(config: RunConfig, path: Path) -> RunConfig | None:
@@ -150,14 +134,19 @@ def _run(config: RunConfig, folder: Any, engine: Engine, log: list[str], *, quie
             write_model_card(folder.path)
 
 
-def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
+def _show_hospitals(config: RunConfig, hospitals: Sequence[Hospital]) -> None:
     from fedmed.cli.display import console
-    from fedmed.cli.plan import plan_table
+    from fedmed.cli.hospital_table import hospital_table
+
+    console().print(hospital_table(hospitals, config.task.labels))
+
+
+def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
     from fedmed.federated.simulation import devices, worker_count
     from fedmed.federated.virtual_hospitals import planned
 
     shown = planned(config) if hospitals is None else hospitals
-    console().print(plan_table(shown, config.task.labels))
+    _show_hospitals(config, shown)
     workers = worker_count(config, devices(config), sites=len(shown))
     print(
         f"{config.model.name}: {parameters:,} parameters; {config.train.rounds} rounds in {workers} worker processes. "

@@ -18,13 +18,14 @@ from fedmed.config.toml_files import checked, known_keys, read_toml
 from fedmed.errors import ConfigError
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply `KEY=VALUE` overrides, and make its paths absolute.
 
     Raises:
         ConfigError: the file is missing, is no TOML, or holds a value that cannot work. The message names the key,
             and for an unknown key the nearest known one.
     """
+    path = Path(path)
     values = read_toml(path, missing="no such run file")
     return resolve_paths(validate(override(values, overrides), source=str(path)), path.absolute().parent)
 

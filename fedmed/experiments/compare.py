@@ -33,7 +33,9 @@ RESULT = "comparison.json"
 UNTOLD: dict[str, Any] = {"value": None, "low": None, "high": None, "n": None}
 
 
-def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None) -> dict[str, Any]:
+def compare(
+    config: RunConfig, folder: str | Path, *, jobs: int = 0, watch: Said = lambda standing: None
+) -> dict[str, Any]:
     """Train all arms of `[evaluate]`, judge every network everywhere, and write `comparison.json`.
 
     Args:
@@ -48,7 +50,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 0, watch: Said = lam
     Raises:
         FedmedError: the configuration or the data cannot be used, or a run failed.
     """
-    pairs = comparisons(config)
+    folder, pairs = Path(folder), comparisons(config)
     if config.evaluate.endpoint == "server" and not config.data.server:
         raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
     config = dealt(config, folder)

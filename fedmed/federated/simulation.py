@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.federation import Watch, run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
+from fedmed.federated.phantoms import with_phantoms
+from fedmed.federated.resume import record
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.selection import sample_size
 from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
+from fedmed.federated.virtual_hospitals import Hospital, planned, with_hospitals
 from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.reading import presets_named, require_channels
@@ -41,6 +44,59 @@ from fedmed.training.network import network_of
 from fedmed.training.run_data import custom_dataset
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
+
+
+def simulate(config: RunConfig, out: str | Path, *, watch: Watch = lambda event: None) -> dict[str, Any]:
+    """Run a whole federation in worker processes of this machine, as `fedmed simulate` does.
+
+    Args:
+        config: the run, with every path absolute, as `fedmed.load` gives it; phantom hospitals if it names no sites.
+        out: the run folder to make.
+        watch: called with every event.
+
+    Returns:
+        The content of `result.json`. Its status is `paused` when a quorum was missed.
+
+    Raises:
+        FedmedError: the configuration or the data cannot be used, and nothing was written; or the run cannot go on,
+            and `result.json` says why.
+    """
+    config = with_phantoms(config, said=run_file.said(config))
+    _, hospitals = plan(config)
+    config, folder = begin(config, Path(out), hospitals)
+    with local_grid(config, folder) as grid:
+        return run_on(grid, config, folder, watch)
+
+
+def plan(
+    config: RunConfig, progress: Callable[[int, int], None] | None = None
+) -> tuple[int, Sequence[Hospital] | None]:
+    """Check a run; nothing is written.
+
+    Returns:
+        The network's number of parameters, and the hospitals if patients are dealt to them anew.
+
+    Raises:
+        FedmedError: as `check` and `planned`.
+    """
+    if config.simulation.partition == "as-given":
+        return check(config), None
+    hospitals = planned(config, progress)
+    return check(config, [hospital.name for hospital in hospitals]), hospitals
+
+
+def begin(config: RunConfig, out: Path, hospitals: Sequence[Hospital] | None) -> tuple[RunConfig, RunFolder]:
+    """Make the run folder of a run that `plan` has checked.
+
+    Returns:
+        The configuration with the manifests of its virtual hospitals, and the folder, which knows the run again.
+
+    Raises:
+        RunFailed: the folder holds a file already, or cannot be written.
+    """
+    folder = RunFolder.create(out, config)
+    record(folder, config)
+    return with_hospitals(config, folder.path, hospitals), folder
 
 
 def check(config: RunConfig, names: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from fedmed.reporting.site_report import is_site, write_site_report, write_site_
 MOST_TROUBLES = 50
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Writes `report.html` into a run folder, and one into the folder of each site that left findings there.
 
     Each page is written whole or not at all.
@@ -33,6 +33,7 @@ def write_report(run: Path) -> Path:
     Raises:
         DataError: `result.json` is missing or damaged, or the report cannot be written.
     """
+    run = Path(run)
     if is_site(run) and not (run / "result.json").exists():
         return write_site_report(run)
     report = write_page(render(read_run(run)), run / "report.html")

@@ -49,7 +49,7 @@ class Kept:
         return isinstance(self.network.module, AttentionUNet)
 
 
-def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
+def load_kept(run: str | Path, *, device: str = "cpu", site: str = "") -> Kept:
     """Rebuild the network that a run kept. Other files of the run folder are not needed.
 
     Args:
@@ -76,7 +76,7 @@ def load_kept(run: Path, *, device: str = "cpu", site: str = "") -> Kept:
     return Kept(network=network, config=config, recipe=recipe, round=round)
 
 
-def kept_network(run: Path, *, device: str = "cpu", site: str = "") -> tuple[FlatNetwork, RunConfig, int]:
+def kept_network(run: str | Path, *, device: str = "cpu", site: str = "") -> tuple[FlatNetwork, RunConfig, int]:
     """Rebuild the network alone, whatever its images were.
 
     Args:
@@ -90,6 +90,7 @@ def kept_network(run: Path, *, device: str = "cpu", site: str = "") -> tuple[Fla
     Raises:
         ModelError: the run kept no network, or its files are damaged or do not fit each other or this fedmed.
     """
+    run = Path(run)
     facts = _facts(run)
     weights = _personal(run, site) if site else run / "model.safetensors"
     if not site and facts.get("strategy") == "fedbn":

@@ -15,7 +15,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 MOST = 40  # hospitals that are listed one by one
 
 
-def plan_table(hospitals: Sequence[Hospital], labels: Sequence[str]) -> Table:
+def hospital_table(hospitals: Sequence[Hospital], labels: Sequence[str]) -> Table:
     """Patients and images of every hospital, and per label the share of its images that is positive, as a bar."""
     counted = bool(hospitals and hospitals[0].positives)
     table = Table("site", "patients", "images", *(labels if counted else ()))
