@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 FloatVector = NDArray[np.float32]
 Sums = Mapping[str, NDArray[np.float64]]  # named sums that add up over sites: counts, histograms, losses
 Scalar = str | int | float | bool
+Event = Mapping[str, Any]  # a line of events.jsonl: "time", "round", "kind", and more by kind
+OnProgress = Callable[[int, int], None]  # is told (how many are done, of how many)
 SMALL = 10  # patients below whom no count is told, as it comes close to single ones
 
 

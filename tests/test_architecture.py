@@ -40,6 +40,8 @@ OUTSIDE: dict[str, set[str]] = {  # packages that only some rooms may import
     "dicomweb_client": {"intake"},
     "nibabel": {"imaging"},
     "highdicom": {"imaging"},
+    "torch": {"imaging", "models", "training", "federated", "deployment", "cli"},
+    "torchvision": {"imaging", "models"},
     "openpyxl": {"intake"},
     "plotly": {"reporting"},
     "jinja2": {"reporting"},

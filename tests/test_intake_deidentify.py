@@ -22,10 +22,10 @@ from volumes_of import volumes_in
 
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.opening import open_dicom
-from fedmed.imaging.equipment import scanner_of
 from fedmed.imaging.fingerprints import fingerprints
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.reading import read_frames, read_image
+from fedmed.imaging.scanners import scanner_name
 from fedmed.imaging.volumes import read_volume
 from fedmed.imaging.volumes.volume import Volume
 from fedmed.intake.allowed import ALLOWED, ENUMERATED
@@ -340,7 +340,7 @@ def test_real_series_give_the_same_volumes_and_scanners(pseudonyms: Pseudonyms, 
                 clean = cleaned(open_dicom(path), pseudonyms)
         except UnreadableImage:
             continue  # a directory of files among the slices
-        assert scanner_of(written(clean, tmp_path / f"{clean.SOPInstanceUID}.dcm")) == scanner_of(path)
+        assert scanner_name(written(clean, tmp_path / f"{clean.SOPInstanceUID}.dcm")) == scanner_name(path)
     before, after = (list(volumes_in(folder)) for folder in (DATA / "dev" / "series" / name, tmp_path))
     for one, two in zip(before, after, strict=True):
         assert isinstance(one, Volume) and isinstance(two, Volume)

@@ -16,10 +16,10 @@ from PIL import Image
 from fedmed import config as run_file
 from fedmed.federated.phantoms import make_phantoms
 from fedmed.imaging.dataset import Dataset, load_dataset
-from fedmed.imaging.equipment import UNKNOWN, scanner_of, scanners
 from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.scanners import UNKNOWN, scanner_counts, scanner_name
 from fedmed.imaging.stored import Tiles
-from fedmed.metrics import intervals_classification
+from fedmed.metrics import classification_intervals
 from fedmed.models import build
 from fedmed.reporting import write_report
 from fedmed.training.case_pictures import KEPT, PREDICTED, SIDE, TRUE, Case, Extremes, outlined, plane
@@ -74,7 +74,7 @@ def test_metrics_are_those_of_the_cases_themselves(hospital, config, data, netwo
     batches = list(predictions(network, data, rows))
     logits, targets = (np.concatenate([batch[part] for batch in batches]) for part in (1, 2))
     patients = [data.patients[row] for row in rows]
-    expected = intervals_classification(logits, targets, patients, config.task.labels, 1000, np.random.default_rng(7))
+    expected = classification_intervals(logits, targets, patients, config.task.labels, 1000, np.random.default_rng(7))
     assert found["loss"]["value"] == pytest.approx(expected["loss"].value)
     assert found["loss"]["low"] == pytest.approx(expected["loss"].low)
     assert found.keys() == expected.keys()
@@ -105,10 +105,10 @@ def test_scanners_of_images_that_are_no_dicom_are_left_out(tmp_path: Path, hospi
     picture = tmp_path / "a.png"
     Image.new("L", (8, 8)).save(picture)
     (tmp_path / "torn.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0")
-    assert [scanner_of(tmp_path / name) for name in ("a.png", "absent.dcm", "torn.dcm")] == [None, None, UNKNOWN]
+    assert [scanner_name(tmp_path / name) for name in ("a.png", "absent.dcm", "torn.dcm")] == [None, None, UNKNOWN]
     rows = read_manifest(hospital, config.task).rows
-    assert scanner_of(rows[0].image.parent) == "fedmed phantom B (DX)", "of a folder the first file speaks"
-    assert sum(scanners(rows * 40).values()) <= 200
+    assert scanner_name(rows[0].image.parent) == "fedmed phantom B (DX)", "of a folder the first file speaks"
+    assert sum(scanner_counts(rows * 40).values()) <= 200
 
 
 def test_extremes_are_the_same_for_any_batches() -> None:

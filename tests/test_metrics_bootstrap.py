@@ -12,15 +12,15 @@ from fedmed.errors import DataError
 from fedmed.metrics import (
     Interval,
     bootstrap_patients,
-    case_sums,
+    classification_intervals,
     classification_measures,
     classification_metrics,
     classification_sums,
-    intervals_classification,
-    intervals_segmentation,
     replicate,
     score_cases,
+    segmentation_intervals,
     segmentation_metrics,
+    segmentation_sums,
 )
 
 LABELS = ["effusion", "nodule"]
@@ -83,7 +83,7 @@ def exact(logits: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
 
 def test_classification_equals_a_loop_over_the_same_resamples() -> None:
     logits, targets, patients = images(60, 5)
-    found = intervals_classification(logits, targets, patients, LABELS, REPLICATES, np.random.default_rng(5))
+    found = classification_intervals(logits, targets, patients, LABELS, REPLICATES, np.random.default_rng(5))
     looped = [exact(logits[i], targets[i]) for i in resamples(patients, REPLICATES, np.random.default_rng(5))]
     value = exact(logits, targets)
     assert list(found) == list(classification_metrics(classification_sums(logits, targets, patients), LABELS))
@@ -104,10 +104,10 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
 
     def metrics(chosen: np.ndarray) -> dict[str, float | None]:
         cases = score_cases(logits[chosen], masks[chosen])
-        return segmentation_metrics(case_sums(cases, ["any"] * len(chosen)), LABELS)
+        return segmentation_metrics(segmentation_sums(cases, ["any"] * len(chosen)), LABELS)
 
     cases = score_cases(logits, masks)
-    found = intervals_segmentation(cases, patients, LABELS, REPLICATES, np.random.default_rng(5))
+    found = segmentation_intervals(cases, patients, LABELS, REPLICATES, np.random.default_rng(5))
     looped = [metrics(chosen) for chosen in resamples(patients, REPLICATES, np.random.default_rng(5))]
     value = metrics(np.arange(len(logits)))
     true, predicted = masks.any(axis=(2, 3)), (logits > 0).any(axis=(2, 3))
@@ -125,14 +125,14 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
 
 def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*images(), LABELS, REPLICATES)
-    whole = intervals_classification(*arguments, np.random.default_rng(5))
+    whole = classification_intervals(*arguments, np.random.default_rng(5))
     monkeypatch.setattr("fedmed.metrics.resampling.CELLS", 7 * 40)  # seven replicates at once
-    assert intervals_classification(*arguments, np.random.default_rng(5)) == whole
+    assert classification_intervals(*arguments, np.random.default_rng(5)) == whole
 
 
 def test_n_counts_patients_with_a_known_target() -> None:
     targets = np.array([[1.0, np.nan], [0.0, np.nan], [1.0, 1.0], [np.nan, np.nan]])
-    found = intervals_classification(np.zeros((4, 2)), targets, list("aabc"), LABELS, 20, np.random.default_rng(0))
+    found = classification_intervals(np.zeros((4, 2)), targets, list("aabc"), LABELS, 20, np.random.default_rng(0))
     assert {name: interval.n for name, interval in found.items()} == {
         name: 1 if name.endswith("/nodule") else 2 for name in found
     }
@@ -141,23 +141,23 @@ def test_n_counts_patients_with_a_known_target() -> None:
 
 def test_without_replicates_there_are_values_and_no_intervals() -> None:
     for found in (
-        intervals_classification(*images(), LABELS, 0, np.random.default_rng(0)),
-        intervals_segmentation(score_cases(*segmented()[:2]), segmented()[2], LABELS, 0, np.random.default_rng(0)),
+        classification_intervals(*images(), LABELS, 0, np.random.default_rng(0)),
+        segmentation_intervals(score_cases(*segmented()[:2]), segmented()[2], LABELS, 0, np.random.default_rng(0)),
     ):
         assert all(i.value is not None and i.low is None and i.high is None for i in found.values())
 
 
 def test_one_patient_has_no_interval() -> None:
     logits, targets, _ = images()
-    found = intervals_classification(logits, targets, ["same"] * 40, LABELS, 20, np.random.default_rng(0))
+    found = classification_intervals(logits, targets, ["same"] * 40, LABELS, 20, np.random.default_rng(0))
     assert all(i.value is not None and i.low is None and i.n == 1 for i in found.values())
 
 
 def test_no_image_has_no_value() -> None:
     nothing = np.zeros((0, 2))
-    found = intervals_classification(nothing, nothing, [], LABELS, 20, np.random.default_rng(0))
+    found = classification_intervals(nothing, nothing, [], LABELS, 20, np.random.default_rng(0))
     cases = score_cases(np.zeros((0, 2, 4, 4)), np.zeros((0, 2, 4, 4)))
-    found |= intervals_segmentation(cases, [], LABELS, 20, np.random.default_rng(0))
+    found |= segmentation_intervals(cases, [], LABELS, 20, np.random.default_rng(0))
     assert set(found.values()) == {Interval(value=None, low=None, high=None, n=0)}
 
 
@@ -179,7 +179,7 @@ def test_no_interval_if_fewer_than_half_of_the_replicates_are_defined() -> None:
 def test_ranking_of_few_patients_of_a_class_has_no_interval(positives: int, ranked: bool) -> None:
     targets = (np.arange(60) < positives).astype(float)[:, None]
     logits = np.random.default_rng(0).normal(targets, 1.0)
-    found = intervals_classification(logits, targets, list(map(str, range(60))), ["x"], 50, np.random.default_rng(0))
+    found = classification_intervals(logits, targets, list(map(str, range(60))), ["x"], 50, np.random.default_rng(0))
     for name in ("auroc", "auroc/x", "auprc/x", "sensitivity-at-90-specificity"):
         assert found[name].value is not None and (found[name].low is not None) == ranked, name
     assert found["accuracy"].low is not None
@@ -187,7 +187,7 @@ def test_ranking_of_few_patients_of_a_class_has_no_interval(positives: int, rank
 
 def test_what_no_resample_changes_has_no_interval() -> None:
     targets = (np.arange(60) < 20).astype(float)[:, None]
-    found = intervals_classification(
+    found = classification_intervals(
         targets - 0.5, targets, list(map(str, range(60))), ["x"], 50, np.random.default_rng(0)
     )
     for name in ("auroc", "auprc", "accuracy", "f1"):
@@ -195,18 +195,18 @@ def test_what_no_resample_changes_has_no_interval() -> None:
 
 
 def test_same_generator_same_intervals() -> None:
-    first, second = (intervals_classification(*images(), LABELS, 50, np.random.default_rng(3)) for _ in range(2))
+    first, second = (classification_intervals(*images(), LABELS, 50, np.random.default_rng(3)) for _ in range(2))
     assert first == second
 
 
 def test_refuses_other_numbers_of_patients_or_labels() -> None:
     logits, targets, patients = images()
     with pytest.raises(DataError, match="patient ids"):
-        intervals_classification(logits, targets, patients[1:], LABELS, 1, np.random.default_rng(0))
+        classification_intervals(logits, targets, patients[1:], LABELS, 1, np.random.default_rng(0))
     with pytest.raises(DataError, match="label names"):
-        intervals_classification(logits, targets, patients, ["x"], 1, np.random.default_rng(0))
+        classification_intervals(logits, targets, patients, ["x"], 1, np.random.default_rng(0))
     with pytest.raises(DataError, match="label names"):
-        intervals_segmentation(score_cases(*segmented()[:2]), segmented()[2], ["x"], 1, np.random.default_rng(0))
+        segmentation_intervals(score_cases(*segmented()[:2]), segmented()[2], ["x"], 1, np.random.default_rng(0))
 
 
 def test_intervals_over_patients_cover_where_intervals_over_images_do_not() -> None:
@@ -234,6 +234,6 @@ def test_a_thousand_resamples_are_no_loop_over_resamples() -> None:
     fastest = np.inf
     for _ in range(3):
         start = time.perf_counter()
-        intervals_classification(logits, targets, patients, list("abcd"), 1000, rng)
+        classification_intervals(logits, targets, patients, list("abcd"), 1000, rng)
         fastest = min(fastest, time.perf_counter() - start)
     assert fastest < 2.5  # 0.1 s alone on one core; a loop over scikit-learn takes half a minute

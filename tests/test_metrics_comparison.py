@@ -168,12 +168,12 @@ def test_two_thousand_resamples_of_ten_thousand_cases_and_fourteen_labels() -> N
     """The cost is what a report pays; the bound leaves room for a busy machine. See docs/compare.md."""
     import time
 
-    from fedmed.metrics import intervals_classification
+    from fedmed.metrics import classification_intervals
 
     rng = np.random.default_rng(0)
     targets = (rng.random((10_000, 14)) < rng.uniform(0.02, 0.3, 14)).astype(float)
     logits = rng.normal(targets, 1.0)
     patients = [f"p{i // 2}" for i in range(10_000)]
     start = time.process_time()
-    intervals_classification(logits, targets, patients, [str(i) for i in range(14)], 2000, rng)
+    classification_intervals(logits, targets, patients, [str(i) for i in range(14)], 2000, rng)
     assert time.process_time() - start < 10

@@ -11,7 +11,7 @@ from fedmed.metrics import (
     classification_metrics,
     classification_sums,
     parted_variances,
-    released,
+    sums_to_send,
 )
 
 LABELS = ["effusion", "nodule"]
@@ -26,17 +26,17 @@ def site(seed: int, images: int = 120) -> tuple[np.ndarray, np.ndarray, list[str
 
 
 def test_none_lets_nothing_leave() -> None:
-    assert released("none", *site(0)) == {}
+    assert sums_to_send("none", *site(0)) == {}
 
 
 def test_histogram_lets_the_sums_leave_that_add_up() -> None:
-    parts = [parted_variances(released("histogram", *site(seed)))[0] for seed in range(3)]
+    parts = [parted_variances(sums_to_send("histogram", *site(seed)))[0] for seed in range(3)]
     sums = add_sums(classification_sums(*site(seed)) for seed in range(3))
     assert classification_metrics(add_sums(parts), LABELS) == classification_metrics(sums, LABELS)
 
 
 def test_histogram_takes_the_servers_centres() -> None:
-    plain, centred = (released("histogram", *site(0), centres=c) for c in (None, [0.5, 0.5]))
+    plain, centred = (sums_to_send("histogram", *site(0), centres=c) for c in (None, [0.5, 0.5]))
     assert (plain["positives"] != centred["positives"]).any()
     assert plain["positives"].sum() == centred["positives"].sum()
 
@@ -44,23 +44,23 @@ def test_histogram_takes_the_servers_centres() -> None:
 def test_of_a_label_that_few_patients_have_or_have_not_nothing_leaves() -> None:
     logits, targets, patients = site(0)
     with_it = len({patients[i] for i in np.flatnonzero(targets[:, 1] == 1)})
-    assert released("histogram", logits, targets, patients, fewest=with_it).keys() == (
-        released("histogram", logits, targets, patients).keys()
+    assert sums_to_send("histogram", logits, targets, patients, fewest=with_it).keys() == (
+        sums_to_send("histogram", logits, targets, patients).keys()
     )
     hidden = targets.copy()
     hidden[:, 1] = np.nan
-    for name, values in released("histogram", logits, targets, patients, fewest=with_it + 1).items():
-        np.testing.assert_array_equal(values, released("histogram", logits, hidden, patients)[name], err_msg=name)
+    for name, values in sums_to_send("histogram", logits, targets, patients, fewest=with_it + 1).items():
+        np.testing.assert_array_equal(values, sums_to_send("histogram", logits, hidden, patients)[name], err_msg=name)
     turned = np.where(np.isnan(targets), np.nan, 1 - targets)
-    few = released("histogram", logits, turned, patients, fewest=with_it + 1)
+    few = sums_to_send("histogram", logits, turned, patients, fewest=with_it + 1)
     assert classification_metrics(parted_variances(few)[0], LABELS)["auroc/nodule"] is None
 
 
 def test_refuses_unknown_forms_and_scores_that_cannot_be_judged() -> None:
     logits, targets, patients = site(0)
     with pytest.raises(ConfigError, match="histogram, none"):
-        released("exact", logits, targets, patients)
+        sums_to_send("exact", logits, targets, patients)
     with pytest.raises(ModelError, match="diverged"):
-        released("histogram", logits * np.inf, targets, patients)
+        sums_to_send("histogram", logits * np.inf, targets, patients)
     with pytest.raises(DataError, match="patient ids"):
-        released("histogram", logits, targets, patients[1:])
+        sums_to_send("histogram", logits, targets, patients[1:])

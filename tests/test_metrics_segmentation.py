@@ -11,10 +11,10 @@ from sklearn.metrics import f1_score, jaccard_score, log_loss
 from fedmed.errors import DataError, ModelError
 from fedmed.metrics import (
     add_sums,
-    case_sums,
     join_cases,
     score_cases,
     segmentation_metrics,
+    segmentation_sums,
 )
 
 LABELS = ["left lung", "right lung"]
@@ -33,7 +33,7 @@ def dice_of(logits: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 
 def sums_of(logits: np.ndarray, masks: np.ndarray, patients: list[str], spacing_mm=1.0) -> dict[str, np.ndarray]:
-    return case_sums(score_cases(logits, masks, spacing_mm), patients)
+    return segmentation_sums(score_cases(logits, masks, spacing_mm), patients)
 
 
 def test_dice_and_iou_equal_scikit_learns() -> None:
@@ -114,8 +114,8 @@ def test_refuses_a_spacing_that_is_none(spacing: object) -> None:
 def test_without_distances_everything_else_stays() -> None:
     logits, masks = volumes()
     patients = list("aabcd")
-    quick = segmentation_metrics(case_sums(score_cases(logits, masks, distances=False), patients), ["x"])
-    full = segmentation_metrics(case_sums(score_cases(logits, masks), patients), ["x"])
+    quick = segmentation_metrics(segmentation_sums(score_cases(logits, masks, distances=False), patients), ["x"])
+    full = segmentation_metrics(segmentation_sums(score_cases(logits, masks), patients), ["x"])
     unmeasured = {name for name in full if name.partition("/")[0] in ("hd95", "assd")}
     assert quick == {name: None if name in unmeasured else value for name, value in full.items()}
 
@@ -167,7 +167,7 @@ def test_batches_joined_are_the_whole() -> None:
     logits, masks, patients = data()
     joined = join_cases([score_cases(logits[i : i + 5], masks[i : i + 5]) for i in (0, 5, 10)])
     for name, values in sums_of(logits, masks, patients).items():
-        np.testing.assert_array_equal(case_sums(joined, patients)[name], values)
+        np.testing.assert_array_equal(segmentation_sums(joined, patients)[name], values)
 
 
 def test_site_without_images_has_no_metric() -> None:
@@ -184,6 +184,6 @@ def test_refuses_what_cannot_be_judged() -> None:
     with pytest.raises(DataError, match="expected the same"):
         score_cases(logits, masks[:, :1])
     with pytest.raises(DataError, match="1 patient ids for 2 images"):
-        case_sums(score_cases(logits, masks), patients[:1])
+        segmentation_sums(score_cases(logits, masks), patients[:1])
     with pytest.raises(DataError, match="1 label names for 2"):
         segmentation_metrics(sums_of(logits, masks, patients), ["x"])

@@ -15,7 +15,7 @@ from fedmed.metrics import (
     bootstrap_patients,
     clustered_auroc,
     parted_variances,
-    released,
+    sums_to_send,
 )
 from fedmed.metrics.ranking import ranking_metrics
 from fedmed.reporting import write_report
@@ -58,7 +58,7 @@ def test_the_variance_of_the_mean_of_two_equal_labels_is_that_of_one() -> None:
 
 def test_intervals_from_what_leaves_agree_with_the_bootstrap_at_the_site() -> None:
     logits, targets, patients = site(1, patients=200)
-    found = intervals_from(checked_sums(released("histogram", logits, targets, patients), TASK), TASK)
+    found = intervals_from(checked_sums(sums_to_send("histogram", logits, targets, patients), TASK), TASK)
 
     def mean(weights: np.ndarray) -> np.ndarray:
         return np.mean([ranking_metrics(logits[:, k], targets[:, k], weights).auroc for k in range(2)], axis=0)
@@ -76,7 +76,7 @@ def test_a_site_with_nine_ill_patients_sends_no_variance_and_one_with_ten_does()
     for ill, given_ in ((9, 0), (10, 1)):
         targets = np.repeat(np.arange(40) < ill, 2)[:, None].astype(np.float64)
         logits = np.random.default_rng(0).normal(size=targets.shape)
-        sums = released("histogram", logits, targets, [f"{row // 2}" for row in range(80)])
+        sums = sums_to_send("histogram", logits, targets, [f"{row // 2}" for row in range(80)])
         assert sums[GIVEN].tolist() == [given_] * 2
         assert (sums[VARIANCE] > 0).tolist() == [bool(given_)] * 2
         assert set(auroc_intervals(sums, ["x"])) == ({"auroc", "auroc/x"} if given_ else set())
@@ -93,18 +93,18 @@ def test_a_label_with_too_few_cases_takes_the_means_variance_with_it_and_an_unde
 def test_perfect_and_hidden_orders_claim_no_certainty() -> None:
     targets = (np.arange(40) % 2)[:, None].astype(np.float64)
     patients = [str(row) for row in range(40)]
-    perfect = released("histogram", targets * 4 - 2, targets, patients)
+    perfect = sums_to_send("histogram", targets * 4 - 2, targets, patients)
     assert perfect[GIVEN].all() and auroc_intervals(perfect, ["x"]) == {}, "no interval of one point"
-    hidden = released("histogram", (1 + targets) * 1e-9, targets, patients)  # all in one bin
+    hidden = sums_to_send("histogram", (1 + targets) * 1e-9, targets, patients)  # all in one bin
     assert auroc_intervals(hidden, ["x"])["auroc/x"] == (0.0, 1.0)
 
 
 def test_nothing_leaves_with_form_none() -> None:
-    assert released("none", *site(0)) == {}
+    assert sums_to_send("none", *site(0)) == {}
 
 
 def test_variances_are_no_part_of_what_is_added_over_sites() -> None:
-    sums, variances = parted_variances(released("histogram", *site(0)))
+    sums, variances = parted_variances(sums_to_send("histogram", *site(0)))
     assert set(variances) == {VARIANCE, GIVEN} and not set(sums) & set(variances)
 
 
@@ -123,7 +123,7 @@ def test_variances_are_no_part_of_what_is_added_over_sites() -> None:
     ],
 )
 def test_the_server_refuses_variances_that_cannot_be(name: str, place, value, text: str) -> None:
-    sums = {key: values.copy() for key, values in released("histogram", *site(0)).items()}
+    sums = {key: values.copy() for key, values in sums_to_send("histogram", *site(0)).items()}
     assert checked_sums(sums, TASK).keys() == sums.keys()
     if value is None:
         del sums[name]
@@ -136,7 +136,7 @@ def test_the_server_refuses_variances_that_cannot_be(name: str, place, value, te
 
 
 def test_a_site_may_send_its_sums_without_variances() -> None:
-    sums, _ = parted_variances(released("histogram", *site(0)))
+    sums, _ = parted_variances(sums_to_send("histogram", *site(0)))
     checked = checked_sums(sums, TASK)
     assert intervals_from(checked, TASK) == {} and metrics_from(checked, TASK)["auroc"] is not None
 

@@ -25,7 +25,7 @@ from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import STRATEGIES
 from fedmed.federated.strategies.feddg_ga import RECEIVED, TRAINED
 from fedmed.federated.wire import encode_update
-from fedmed.metrics import NOISE, PATIENTS, SUMS, case_sums, classification_sums, score_cases
+from fedmed.metrics import NOISE, PATIENTS, SUMS, classification_sums, score_cases, segmentation_sums
 from fedmed.training.evaluate import PERSONAL, checked_sums
 from fedmed.types import Update
 
@@ -126,7 +126,7 @@ def _shapes(kind: str, task) -> dict[str, np.ndarray]:
         size = 2 * 2 * 16 if task.kind == "classification" else 2
         return {SUMS: np.ones(size), NOISE: np.ones(1), PATIENTS: np.ones(1)}
     if task.kind == "segmentation":
-        empty = case_sums(score_cases(np.zeros((0, 2, 1, 1)), np.zeros((0, 2, 1, 1))), [])
+        empty = segmentation_sums(score_cases(np.zeros((0, 2, 1, 1)), np.zeros((0, 2, 1, 1))), [])
         return {name: np.ones(values.shape) for name, values in empty.items()}
     none = np.zeros((0, 2))
     sums = {name: np.ones(values.shape) for name, values in classification_sums(none, none, []).items()}

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,12 +19,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Event = Mapping[str, Any]
+if TYPE_CHECKING:
+    from fedmed.types import Event, OnProgress
+
 RECENT = 5  # rounds whose mean time says how long the others take
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+def bar(title: str) -> Iterator[OnProgress | None]:
     """A progress bar for countable work, called with (done, all); None where there is no terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -190,9 +192,11 @@ def score(event: Event, primary: str) -> str:
 
 
 def interval(metric: Mapping[str, Any] | None) -> str:
-    """A metric as text: value and 95 % interval, or the noise that it bears; without both classes it is not defined."""
-    if metric is None or metric["value"] is None:
-        return "null (noise)" if metric and "noise" in metric else "null (one class)"
+    """A metric as text: value and 95 % interval, or the noise that it bears; or why there is no value."""
+    if metric is None:
+        return "null (not evaluated)"
+    if metric["value"] is None:
+        return "null (noise)" if "noise" in metric else "null (one class)"
     if metric.get("noise") is not None:
         return f"{metric['value']:.3f} (noise ± {metric['noise']:.3f})"
     if metric["low"] is None:

@@ -54,5 +54,5 @@ def _show(report: dict[str, Any]) -> None:
     for point in report["points"]:
         spent = [epsilon(point["epsilon"])] if private else []
         table.add_row(*(str(point["values"][key]) for key in report["keys"]), interval(point["endpoint"]), *spent)
-    print(f"95 % intervals: {report['intervals']}, {len(report['seeds'])} seed(s)")
+    print(f"95 % intervals: {report['intervals']}, seeds: {len(report['seeds'])}")
     console().print(table)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.metrics import GRID, Cases, Curve, Interval, LabelCurves, label_curves, youden_threshold
+from fedmed.metrics import GRID, Cases, Curve, LabelCurves, label_counts, label_curves, youden_threshold
 
 Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # logits and targets (N, L)
 MOST_POINTS = 500  # of an exact curve; a page draws no more
@@ -44,10 +44,7 @@ def classification_details(
         "labels": list(labels),
         "patients": len(set(patients)),
         "images": len(logits),
-        "counts": {
-            label: {"positives": int((targets[:, k] == 1).sum()), "negatives": int((targets[:, k] == 0).sum())}
-            for k, label in enumerate(labels)
-        },
+        "counts": label_counts(targets, labels),
         "curves": {
             label: _curve_json(each.roc, "false_positive_rate", "true_positive_rate")
             for label, each in by_label.items()
@@ -79,10 +76,7 @@ def segmentation_details(
         "labels": list(labels),
         "patients": len(set(patients)),
         "images": len(cases.loss),
-        "counts": {
-            label: {"positives": int((cases.true[:, k] > 0).sum()), "negatives": int((cases.true[:, k] == 0).sum())}
-            for k, label in enumerate(labels)
-        },
+        "counts": cases.label_counts(labels),
         "cases": {label: rounded(cases.dice[:, k]) for k, label in enumerate(labels)},
         "hd95": {label: rounded(cases.hd95[cases.measured[:, k], k]) for k, label in enumerate(labels)},
         "pictures": list(pictures),
@@ -121,9 +115,5 @@ def _threshold_json(curves: LabelCurves, threshold: float, chosen: bool) -> dict
         "probability": round(1 / (1 + math.exp(-max(min(threshold, 700.0), -700.0))), 6),
         "chosen": chosen,
         **dict(zip(names, curves.confusion, strict=True)),
-        "rates": {name: _interval_json(interval) for name, interval in curves.rates.items()},
+        "rates": {name: interval.to_json() for name, interval in curves.rates.items()},
     }
-
-
-def _interval_json(found: Interval) -> dict[str, Any]:
-    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}

@@ -14,11 +14,11 @@ from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, RunFailed
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, build_result, peak_memory_mib
-from fedmed.federated.rounds import Event, Federation, Watch
+from fedmed.federated.rounds import Federation, Watch
 from fedmed.federated.run_folder import RunFolder
 from fedmed.models.low_rank import require_trunk
 
-__all__ = ["Event", "Watch", "run_federation"]
+__all__ = ["Watch", "run_federation"]
 
 
 def run_federation(

@@ -6,12 +6,13 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from fedmed.config import RunConfig, flatten, unflatten, validate
 from fedmed.imaging.phantoms.hospitals import synthesize
+from fedmed.types import OnProgress
 
 Kind = Literal["cxr", "lung-seg"]
 SITES, PATIENTS, SEED = 4, 100, 7
@@ -63,9 +64,7 @@ def phantom_folder(kind: Kind) -> Path:
     return root / f"{kind}-{SITES}x{PATIENTS}-seed{SEED}"
 
 
-def with_phantoms(
-    config: RunConfig, progress: Callable[[int, int], None] | None = None, *, said: Collection[str] = ()
-) -> RunConfig:
+def with_phantoms(config: RunConfig, progress: OnProgress | None = None, *, said: Collection[str] = ()) -> RunConfig:
     """Return `config` with the built-in phantom hospitals where it names no sites, making them if need be.
 
     A configuration that names neither sites nor labels is the demo: keys at their defaults take the demo's values, but
@@ -106,7 +105,7 @@ def make_phantoms(
     sites: int,
     patients: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Write phantom hospitals to `folder`, which appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)

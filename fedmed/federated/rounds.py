@@ -45,9 +45,8 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site import settings_for_sites
-from fedmed.types import Masking, Task, Update, Weights
+from fedmed.types import Event, Masking, Task, Update, Weights
 
-Event = Mapping[str, Any]
 Watch = Callable[[Event], None]
 
 

@@ -13,12 +13,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.errors import NO_ROOM, ConfigError, RunFailed, RunInterrupted
-from fedmed.federated.federation import Event, run_federation
+from fedmed.federated.federation import run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
 from fedmed.federated.run_folder import RunFolder, folder_of
 from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.chain import now
+from fedmed.types import Event
 
 app = ServerApp()
 ALONE_S = 300.0

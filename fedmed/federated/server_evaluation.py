@@ -21,9 +21,9 @@ from fedmed.metrics import (
     Cases,
     Interval,
     bin_centres,
-    intervals_classification,
-    intervals_segmentation,
+    classification_intervals,
     join_cases,
+    segmentation_intervals,
 )
 from fedmed.training.case_pictures import Extremes
 from fedmed.training.evaluate import predictions, scored_cases
@@ -124,8 +124,8 @@ class ServerEvaluation:
     def _metrics(self, scores: Scores, patients: Sequence[str], replicates: int) -> Metrics:
         labels, rng = self.config.task.labels, np.random.default_rng(self.config.seed)
         if isinstance(scores, Cases):
-            return intervals_segmentation(scores, patients, labels, replicates, rng)
-        return intervals_classification(*scores, patients, labels, replicates, rng)
+            return segmentation_intervals(scores, patients, labels, replicates, rng)
+        return classification_intervals(*scores, patients, labels, replicates, rng)
 
 
 class _Part(NamedTuple):

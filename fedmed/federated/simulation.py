@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from fedmed.training.fitting import require_fit
 from fedmed.training.local_algorithms.fedbn import require_norms
 from fedmed.training.network import network_of
 from fedmed.training.run_data import custom_dataset
+from fedmed.types import OnProgress
 
 GPU_PROCESSES = 4  # worker processes that share one GPU, at most
 
@@ -68,9 +69,7 @@ def simulate(config: RunConfig, out: str | Path, *, watch: Watch = lambda event:
         return run_on(grid, config, folder, watch)
 
 
-def plan(
-    config: RunConfig, progress: Callable[[int, int], None] | None = None
-) -> tuple[int, Sequence[Hospital] | None]:
+def plan(config: RunConfig, progress: OnProgress | None = None) -> tuple[int, Sequence[Hospital] | None]:
     """Check a run; nothing is written.
 
     Returns:

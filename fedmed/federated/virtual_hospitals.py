@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from fedmed.federated import partition
 from fedmed.federated.member import NAME
 from fedmed.federated.sites import site_names
 from fedmed.imaging.manifest import cell_of, images_of, read_manifest, read_records
-from fedmed.imaging.scanner import scanner_digest
+from fedmed.imaging.scanners import scanner_digest
 from fedmed.training.run_data import custom_dataset
+from fedmed.types import OnProgress
 
 UNKNOWN = "unreadable"  # the scanner of images whose header cannot be read
 Record = Mapping[str, str]
-Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Hospital:
     records: tuple[Record, ...] = ()  # with absolute paths; none where the hospital's manifest is as it was given
 
 
-def planned(config: RunConfig, progress: Told | None = None) -> tuple[Hospital, ...]:
+def planned(config: RunConfig, progress: OnProgress | None = None) -> tuple[Hospital, ...]:
     """The hospitals that a run will have. Nothing is written.
 
     Raises:
@@ -91,7 +91,7 @@ def _as_given(config: RunConfig) -> tuple[Hospital, ...]:
     return tuple(hospitals)
 
 
-def _dealt(config: RunConfig, progress: Told | None) -> tuple[Hospital, ...]:
+def _dealt(config: RunConfig, progress: OnProgress | None) -> tuple[Hospital, ...]:
     header, of_patient = _joined(config)
     labels = config.task.labels if config.task.kind == "classification" else ()
     hospitals = []
@@ -111,7 +111,7 @@ def _dealt(config: RunConfig, progress: Told | None) -> tuple[Hospital, ...]:
     return tuple(hospitals)
 
 
-def _deal(config: RunConfig, of_patient: Mapping[str, list[Record]], progress: Told | None) -> partition.Dealt:
+def _deal(config: RunConfig, of_patient: Mapping[str, list[Record]], progress: OnProgress | None) -> partition.Dealt:
     given, seed, patients = config.simulation, config.seed, list(of_patient)
     if given.partition == "iid":
         return partition.iid(patients, sites=given.partition_sites, seed=seed)
@@ -146,7 +146,7 @@ def _by_column(of_patient: Mapping[str, list[Record]], column: str) -> partition
     return partition.by_value(values)
 
 
-def _scanners(of_patient: Mapping[str, list[Record]], progress: Told | None) -> dict[str, list[str]]:
+def _scanners(of_patient: Mapping[str, list[Record]], progress: OnProgress | None) -> dict[str, list[str]]:
     total, done = sum(map(len, of_patient.values())), 0
     found: dict[str, list[str]] = defaultdict(list)
     for patient, records in of_patient.items():

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
 from fedmed.errors import DataError
-from fedmed.imaging.cache.kept import Progress, kept
+from fedmed.imaging.cache.kept import kept
 from fedmed.imaging.manifest import Manifest, read_manifest, without_patients
 from fedmed.imaging.memory import in_memory
 from fedmed.imaging.reading import require_channels
 from fedmed.imaging.recipe import IN_3D, Recipe
 from fedmed.imaging.split import evaluation_rows
 from fedmed.imaging.stored import Located, Numbers, Slots, Stored, Tiles, check_unreadable
+from fedmed.types import OnProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def load_dataset(
     volume_size: tuple[int, ...] = (),
     cache_gib: float = 50.0,
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     withdrawn: frozenset[str] = frozenset(),
     lenient: bool = False,
 ) -> Dataset:

@@ -7,17 +7,17 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.types import OnProgress
+
 CORRELATION = 0.975
 BLOCK = 2048  # pictures; two blocks and their product are 26 MB
 MOST_PAIRS = 100_000  # that are told one by one: a set of blank or synthetic pictures has billions
-
-Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def near_duplicates(
     splits: NDArray[np.int64],
     *,
     correlation: float = CORRELATION,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Alike:
     """Pairs of pictures that look alike, of two patients or in two splits.
 

@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,11 +23,10 @@ from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
+from fedmed.types import OnProgress
 
 MISSING = "not-found.csv"
 LOST_AFTER = 3  # series in a row without an answer until an archive is taken as gone, or objects until a series is
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,7 @@ def pull(
     *,
     megabytes_per_s: float = 0.0,
     wait_s: float = 1.0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Pulled:
     """Pull what meets a query into `folder/images` and `folder/quarantine`, and write `folder/pulled.csv`.
 

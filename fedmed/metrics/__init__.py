@@ -6,11 +6,12 @@ Numpy in, numbers out. A metric that is undefined is None, never NaN.
 from fedmed.metrics.bands import GRID, Curve, LabelCurves, label_curves, youden_threshold
 from fedmed.metrics.bootstrap import (
     Measures,
+    classification_intervals,
     classification_measures,
-    intervals_classification,
-    intervals_segmentation,
+    segmentation_intervals,
     segmentation_measures,
 )
+from fedmed.metrics.calibration import probabilities
 from fedmed.metrics.cases import Cases, join_cases, score_cases
 from fedmed.metrics.classification import classification_bounds, classification_metrics, classification_sums
 from fedmed.metrics.comparison import (
@@ -22,7 +23,7 @@ from fedmed.metrics.comparison import (
     paired_difference,
     seed_moves,
 )
-from fedmed.metrics.form import Form, released
+from fedmed.metrics.form import Form, sums_to_send
 from fedmed.metrics.histograms import bin_centres
 from fedmed.metrics.noised import (
     NOISE,
@@ -39,9 +40,9 @@ from fedmed.metrics.noised import (
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
 from fedmed.metrics.resampling import Interval, bootstrap_patients, percentiles, replicate
-from fedmed.metrics.segmentation import case_sums, segmentation_metrics
+from fedmed.metrics.segmentation import segmentation_metrics, segmentation_sums
 from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
-from fedmed.metrics.sums import add_sums
+from fedmed.metrics.sums import add_sums, label_counts
 
 __all__ = [
     "ENOUGH_SEEDS",
@@ -66,20 +67,19 @@ __all__ = [
     "auroc_variances",
     "bin_centres",
     "bootstrap_patients",
-    "case_sums",
     "check_noised",
     "check_variances",
     "classification_bounds",
+    "classification_intervals",
     "classification_measures",
     "classification_metrics",
     "classification_sums",
     "clustered_auroc",
     "holm",
     "interval_of_variance",
-    "intervals_classification",
-    "intervals_segmentation",
     "is_noised",
     "join_cases",
+    "label_counts",
     "label_curves",
     "longest",
     "noised_metrics",
@@ -90,13 +90,16 @@ __all__ = [
     "patient_histograms",
     "patient_overlaps",
     "percentiles",
-    "released",
+    "probabilities",
     "replicate",
     "roc_curve",
     "score_cases",
     "seed_moves",
+    "segmentation_intervals",
     "segmentation_measures",
     "segmentation_metrics",
+    "segmentation_sums",
     "sensitivity_at_specificity",
+    "sums_to_send",
     "youden_threshold",
 ]

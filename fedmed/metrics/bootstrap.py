@@ -62,7 +62,7 @@ class Measures:
         return found
 
 
-def intervals_classification(
+def classification_intervals(
     logits: NDArray[np.floating],
     targets: NDArray[np.floating],
     patients: Sequence[str],
@@ -95,7 +95,7 @@ def intervals_classification(
 def classification_measures(
     logits: NDArray[np.floating], targets: NDArray[np.floating], labels: Sequence[str]
 ) -> Measures:
-    """Returns the metrics behind `intervals_classification`, for logits and targets (N, L).
+    """Returns the metrics behind `classification_intervals`, for logits and targets (N, L).
 
     Raises:
         ModelError: If a logit is NaN or infinite.
@@ -139,7 +139,7 @@ def classification_measures(
     return Measures(names=_names(metrics, labels), statistic=statistic, counts=counts, classes=classes)
 
 
-def intervals_segmentation(
+def segmentation_intervals(
     cases: Cases, patients: Sequence[str], labels: Sequence[str], replicates: int, rng: np.random.Generator
 ) -> dict[str, Interval]:
     """Returns every metric of `segmentation_metrics` with its interval, from the same resamples.
@@ -163,7 +163,7 @@ def intervals_segmentation(
 
 
 def segmentation_measures(cases: Cases, labels: Sequence[str]) -> Measures:
-    """Returns the metrics behind `intervals_segmentation`, for scores of N cases and L labels.
+    """Returns the metrics behind `segmentation_intervals`, for scores of N cases and L labels.
 
     Raises:
         DataError: If there is not one name for each label.

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedmed.errors import DataError
 from fedmed.metrics.lesions import lesion_counts
-from fedmed.metrics.sums import Array, check_cases, cross_entropy
+from fedmed.metrics.sums import Array, LabelCounts, check_cases, cross_entropy, label_counts
 from fedmed.metrics.surfaces import surface_scores
 
 
@@ -59,6 +59,10 @@ class Cases:
     def measured(self) -> NDArray[np.bool_]:
         """Returns where surfaces have a distance, (N, L): where both masks hold something, if distances were asked."""
         return ~np.isnan(self.hd95)
+
+    def label_counts(self, labels: Sequence[str]) -> LabelCounts:
+        """Returns in how many cases each of the L labels is there, and in how many it is not."""
+        return label_counts((self.true > 0).astype(np.float64), labels)
 
     @property
     def excluded(self) -> NDArray[np.bool_]:

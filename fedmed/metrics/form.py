@@ -16,7 +16,7 @@ from fedmed.metrics.sums import Array, check_cases, check_patients
 Form = Literal["histogram", "none"]
 
 
-def released(
+def sums_to_send(
     form: Form,
     logits: NDArray[np.floating],
     targets: NDArray[np.floating],

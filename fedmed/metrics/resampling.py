@@ -8,7 +8,7 @@ column of a weight matrix, and each statistic is computed for all columns at onc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ class Interval:
     low: float | None  # None if there is no interval
     high: float | None
     n: int  # patients that count for this metric
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """As it stands in `result.json` and in the other files of a run."""
+        return asdict(self)
 
 
 def bootstrap_patients(

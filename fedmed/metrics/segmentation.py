@@ -15,7 +15,7 @@ from fedmed.metrics.sums import Array, Metrics, by_label, check_labels, check_pa
 from fedmed.types import Sums
 
 
-def case_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:
+def segmentation_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:
     """Returns what a site contributes to the metrics; sums over sites equal the sums of the pooled cases.
 
     Returns:
@@ -55,7 +55,7 @@ def segmentation_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:
     """Returns the metrics of pooled sums.
 
     Args:
-        sums: From `case_sums`, added over sites.
+        sums: From `segmentation_sums`, added over sites.
         labels: L names, in the order of the logits.
 
     Returns:

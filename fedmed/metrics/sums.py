@@ -12,6 +12,7 @@ from fedmed.types import Sums
 
 Array = NDArray[np.float64]
 Metrics = dict[str, float | None]
+LabelCounts = dict[str, dict[str, int]]  # by label, how many are "positives" and how many "negatives"
 LARGEST = 1e60  # of a sum: above what any site can add up, and its powers are finite
 COUNTS = {  # whole numbers, so that what is divided by is 0 or at least 1
     "known", "patients", "images", "positives", "negatives", "true-positives", "false-positives",
@@ -43,6 +44,14 @@ def add_sums(sites: Iterable[Sums]) -> dict[str, Array]:
                 raise UpdateRefused(f"metric sum {name!r} counts something, and holds no whole number")
             totals[name] = totals[name] + values if number else np.array(values, dtype=np.float64)
     return totals
+
+
+def label_counts(targets: NDArray[np.floating], labels: Sequence[str]) -> LabelCounts:
+    """Returns how many targets (N, L) of each of the L labels are 1 and how many 0; NaN, unknown, is neither."""
+    return {
+        label: {"positives": int((targets[:, k] == 1).sum()), "negatives": int((targets[:, k] == 0).sum())}
+        for k, label in enumerate(labels)
+    }
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:

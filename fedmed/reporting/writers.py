@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedmed.errors import ConfigError
+from fedmed.types import Event
 
-Event = Mapping[str, Any]
 Write = Callable[[Event], None]
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 INSTALL = {"tensorboard": "tensorboard>=2.20", "mlflow": "mlflow-skinny>=3.4"}  # as in pyproject.toml

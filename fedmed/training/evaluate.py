@@ -16,7 +16,6 @@ from fedmed.metrics import (
     Form,
     add_sums,
     auroc_intervals,
-    case_sums,
     check_noised,
     check_variances,
     classification_bounds,
@@ -28,9 +27,10 @@ from fedmed.metrics import (
     parted_variances,
     patient_histograms,
     patient_overlaps,
-    released,
     score_cases,
     segmentation_metrics,
+    segmentation_sums,
+    sums_to_send,
 )
 from fedmed.training.losses import Loss
 from fedmed.training.network import FlatNetwork
@@ -126,12 +126,12 @@ def evaluation_sums(
         for chosen, logits, targets in predictions(network, data, rows):
             scored.append(scored_cases(logits, targets, spacing_mm))
             patients += [data.patients[row] for row in chosen]
-        return case_sums(join_cases(scored), patients)
+        return segmentation_sums(join_cases(scored), patients)
     batches = list(predictions(network, data, rows))
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])
     patients = [data.patients[row] for row in rows]
-    return released(form, logits, targets, patients, centres=centres or None, fewest=fewest)
+    return sums_to_send(form, logits, targets, patients, centres=centres or None, fewest=fewest)
 
 
 def patient_vectors(
@@ -179,7 +179,7 @@ def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
         check_noised(sums, task.kind, labels)
         return sums
     if task.kind == "segmentation":
-        empty = case_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
+        empty = segmentation_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
     else:
         empty = classification_sums(none, none, [])
     counts, variances = parted_variances(sums) if task.kind == "classification" else (sums, {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from fedmed.training.own_patients import OwnPatients
 from fedmed.training.sampling import Rows
 from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_state import SiteState, write_durably
-from fedmed.types import Task, Weights
+from fedmed.types import OnProgress, Task, Weights
 
 FOLDER = "baseline"  # of the site's state folder
 RESULT = "comparison.json"
@@ -71,7 +70,7 @@ def keep_network(state_dir: Path, which: Which, task: Task, weights: Weights) ->
     write_durably(folder / f"{which}.safetensors", vectors, {"settings": task.settings, "run": task.run})
 
 
-def train_baseline(site: Site, watch: Callable[[int, int], None]) -> Path:
+def train_baseline(site: Site, watch: OnProgress) -> Path:
     """Train the site's own network, judge both, and write `comparison.json`; a second call goes on after a kill.
 
     Args:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from fedmed.config import RunConfig
 from fedmed.durable import write_atomically
 from fedmed.imaging.dataset import Dataset
-from fedmed.imaging.equipment import scanners
 from fedmed.imaging.manifest import read_manifest
-from fedmed.metrics import Interval, intervals_classification, intervals_segmentation, join_cases
+from fedmed.imaging.scanners import scanner_counts
+from fedmed.metrics import classification_intervals, join_cases, label_counts, probabilities, segmentation_intervals
 from fedmed.training.case_pictures import KEPT, Case, Extremes
 from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.network import FlatNetwork
@@ -59,7 +59,7 @@ def findings(
     machines: Counter[str] = Counter()
     if manifest is not None:
         used = set(data.rows.tolist())
-        machines = scanners(
+        machines = scanner_counts(
             [row for row in read_manifest(manifest, config.task, lenient=True).rows if row.number in used]
         )
     return {
@@ -84,20 +84,18 @@ def findings(
 def _classified(config: RunConfig, data: Dataset, network: FlatNetwork, rows: NDArray[np.int64]) -> dict[str, Any]:
     labels = config.task.labels
     known = np.asarray(data.targets) if isinstance(data.targets, np.ndarray) else np.zeros((0, len(labels)))
-    prevalence = {
-        label: {"positives": int((known[:, k] == 1).sum()), "negatives": int((known[:, k] == 0).sum())}
-        for k, label in enumerate(labels)
-    }
+    prevalence = label_counts(known, labels)
     if not len(rows):
         return {"prevalence": prevalence, "metrics": {}, "pictures": []}
     batches = list(predictions(network, data, rows))
     logits, targets = (np.concatenate([batch[part] for batch in batches]) for part in (1, 2))
     patients = [data.patients[row] for row in rows]
-    metrics = intervals_classification(
+    metrics = classification_intervals(
         logits, targets, patients, labels, config.evaluate.bootstrap, np.random.default_rng(config.seed)
     )
     pictures = _surprises(rows, logits, targets, labels).pictures(data) if _drawable(data) else []
-    return {"prevalence": prevalence, "metrics": _json(metrics), "pictures": pictures}
+    found = {name: interval.to_json() for name, interval in metrics.items()}
+    return {"prevalence": prevalence, "metrics": found, "pictures": pictures}
 
 
 def _segmented(config: RunConfig, data: Dataset, network: FlatNetwork, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -109,21 +107,18 @@ def _segmented(config: RunConfig, data: Dataset, network: FlatNetwork, rows: NDA
         patients += [data.patients[row] for row in chosen]
         extremes.add(chosen, cases.dice.mean(axis=1), logits, targets)
     cases = join_cases(scored)
-    metrics = intervals_segmentation(
+    metrics = segmentation_intervals(
         cases, patients, labels, config.evaluate.bootstrap, np.random.default_rng(config.seed)
     )
-    held = {
-        label: {"positives": int((cases.true[:, k] > 0).sum()), "negatives": int((cases.true[:, k] == 0).sum())}
-        for k, label in enumerate(labels)
-    }
-    return {"prevalence": held, "metrics": _json(metrics), "pictures": extremes.pictures(data)}
+    found = {name: interval.to_json() for name, interval in metrics.items()}
+    return {"prevalence": cases.label_counts(labels), "metrics": found, "pictures": extremes.pictures(data)}
 
 
 def _surprises(
     rows: NDArray[np.int64], logits: NDArray[np.float32], targets: NDArray[np.float32], labels: tuple[str, ...]
 ) -> Extremes:
     """The images whose labels the network got most wrong, and most right: by the worst label of each."""
-    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))  # (N, L)
+    probability = probabilities(logits)  # (N, L)
     right = np.where(np.isnan(targets), np.inf, 1 - np.abs(probability - np.nan_to_num(targets)))
     scores, label = right.min(axis=1), right.argmin(axis=1)
     order = [int(k) for k in np.argsort(scores, kind="stable") if np.isfinite(scores[k])]
@@ -144,7 +139,3 @@ def _surprises(
 def _drawable(data: Dataset) -> bool:
     """Whether items look like pictures or volumes: a user's own data set may hold anything."""
     return data.batch(np.array([0]))[0].ndim in (4, 5)
-
-
-def _json(metrics: dict[str, Interval]) -> dict[str, Any]:
-    return {name: {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for name, m in metrics.items()}

@@ -7,7 +7,7 @@ import json
 import random
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +24,7 @@ from fedmed.imaging.decoding import decoded
 from fedmed.imaging.manifest import Row
 from fedmed.imaging.recipe import Recipe
 from fedmed.imaging.stored import Located, Stored
+from fedmed.types import OnProgress
 
 FORMAT = 3  # to be raised when reading or resizing changes what ends up on disk
 ATTEMPTS = 4  # to map what the index names, while others remove segments or damage is found
@@ -34,8 +35,6 @@ GIB = 2**30
 DECODERS = ("pydicom", "python-gdcm", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pylibjpeg-libjpeg", "pillow",
             "nibabel", "highdicom")  # fmt: skip
 PASSING = ("its decoder", "needs more memory")  # reasons that may not be those of the next attempt
-
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
 
 class DamagedSegment(Exception):
@@ -49,7 +48,7 @@ def kept(
     *,
     limit_gib: float,
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     lenient: bool = False,
 ) -> Stored:
     """Map the rows that are kept; decode and keep the others.
@@ -97,7 +96,7 @@ def _kept(
     recipe: Recipe,
     limit_gib: float,
     processes: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
     *,
     lenient: bool,
 ) -> Stored:
@@ -173,7 +172,7 @@ class _Builder:
         self._failures: dict[bytes, str] = {}
         self._bytes, self._committed = 0, time.monotonic()
 
-    def build(self, missing: Mapping[bytes, Row], processes: int, progress: Progress | None) -> dict[bytes, str]:
+    def build(self, missing: Mapping[bytes, Row], processes: int, progress: OnProgress | None) -> dict[bytes, str]:
         """Keep every row, or why it cannot be read; the reasons that may pass are not kept but returned."""
         passing: dict[bytes, str] = {}
         with closing(SegmentWriter(self._folder)) as writer:

@@ -28,9 +28,9 @@ from fedmed.imaging.phantoms.chest import Thorax, chest
 from fedmed.imaging.phantoms.dicom_object import Patient, write_object
 from fedmed.imaging.phantoms.findings import FINDINGS
 from fedmed.imaging.phantoms.scanner import SCANNERS, Scanner
+from fedmed.types import OnProgress
 
 LABELS = tuple(FINDINGS)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def synthesize(
     sites: int = 4,
     patients: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Write `out/site-1` … and `out/server`, each with a manifest.csv, images/ and, for "lung-seg", masks/.
 

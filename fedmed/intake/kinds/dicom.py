@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
+from fedmed.types import OnProgress
 
 TAKEN, TAKING = "imported.csv", ".importing"  # the latter is there until an import has ended
 COLUMNS = (*FACTS, "reason", "source")
 UNREADABLE = "unreadable: "  # how a reason begins
 IN_SERIES = ("CT", "MR", "PT")  # modalities whose series is one volume
-
-Told = Callable[[int, int], None]
 
 
 def dicom(source: Path) -> Iterator[Found | Unmatched]:
@@ -150,7 +149,7 @@ def take_in(
     source: Path,
     folder: Path,
     pseudonyms: Pseudonyms,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
     *,
     withdrawn: frozenset[str] = frozenset(),
 ) -> set[str]:
