@@ -29,7 +29,7 @@ def compare(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = resolved(run, assignments)
-    from fedmed.cli.grid import grid_progress
+    from fedmed.cli.experiment_progress import grid_progress
     from fedmed.experiments.compare import compare as run_comparison
     from fedmed.reporting import write_site_reports
     from fedmed.reporting.comparison import write_comparison
@@ -55,7 +55,7 @@ def resolved(path: Path, assignments: list[str]) -> RunConfig:
     from fedmed.federated.phantoms import with_phantoms
 
     with bar("phantom hospitals") as progress:
-        return with_phantoms(config, progress, said=run_file.said(config))
+        return with_phantoms(config, progress, explicit=run_file.explicit_keys(config))
 
 
 def _show(report: dict[str, Any]) -> None:

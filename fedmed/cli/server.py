@@ -131,7 +131,9 @@ def start(folder: Place) -> None:
 def submit(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="the run file")],
     folder: Server = Path(),
-    overrides: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the run file")] = [],  # noqa: B006  # typer wants a list
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key of the run file")
+    ] = [],  # noqa: B006  # typer wants a list
     wait: Annotated[bool, typer.Option(help="wait for the run's end; exit status 1 if it failed")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -59,7 +59,7 @@ def simulate(
     from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
-        config = with_phantoms(config, progress, said=run_file.said(config))
+        config = with_phantoms(config, progress, explicit=run_file.explicit_keys(config))
     if resume is not None:
         effective = _resumed(config, resume)
         if effective is None:

@@ -27,7 +27,7 @@ def sweep(
     from fedmed.cli.compare import resolved
 
     config = resolved(run, assignments)
-    from fedmed.cli.grid import grid_progress
+    from fedmed.cli.experiment_progress import grid_progress
     from fedmed.experiments.sweep import sweep as run_sweep
     from fedmed.reporting.comparison import write_sweep
 

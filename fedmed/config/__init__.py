@@ -2,12 +2,12 @@
 
 from fedmed.config.federation import EvaluateConfig, PrivacyConfig, SimulationConfig, StrategyConfig
 from fedmed.config.files import (
+    explicit_keys,
     flatten,
     load,
     nested,
     override,
     resolve_paths,
-    said,
     to_toml,
     unflatten,
     validate,
@@ -38,6 +38,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "checked",
+    "explicit_keys",
     "flatten",
     "load",
     "may_change",
@@ -46,7 +47,6 @@ __all__ = [
     "read_toml",
     "resolve_paths",
     "run_identity",
-    "said",
     "to_toml",
     "unflatten",
     "validate",

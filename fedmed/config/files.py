@@ -98,7 +98,7 @@ def flatten(config: RunConfig) -> dict[str, str | int | float | bool]:
     return flat
 
 
-def said(config: RunConfig) -> frozenset[str]:
+def explicit_keys(config: RunConfig) -> frozenset[str]:
     """The keys, as `flatten` names them, that a run file or an override gave, whether or not they are defaults."""
     names = set()
     for name in config.model_fields_set:

@@ -64,17 +64,19 @@ def phantom_folder(kind: Kind) -> Path:
     return root / f"{kind}-{SITES}x{PATIENTS}-seed{SEED}"
 
 
-def with_phantoms(config: RunConfig, progress: OnProgress | None = None, *, said: Collection[str] = ()) -> RunConfig:
+def with_phantoms(
+    config: RunConfig, progress: OnProgress | None = None, *, explicit: Collection[str] = ()
+) -> RunConfig:
     """Return `config` with the built-in phantom hospitals where it names no sites, making them if need be.
 
     A configuration that names neither sites nor labels is the demo: keys at their defaults take the demo's values, but
-    for those that were `said`.
+    for the `explicit` ones, which were given.
     """
     if config.data.sites:
         return config
     kind: Kind = "cxr" if config.task.kind == "classification" else "lung-seg"
     if not config.task.labels:
-        config = _demo(config, kind, said)
+        config = _demo(config, kind, explicit)
     folder = phantom_folder(kind)
     if not folder.exists():
         make_phantoms(folder, kind, sites=SITES, patients=PATIENTS, seed=SEED, progress=progress)
@@ -84,9 +86,9 @@ def with_phantoms(config: RunConfig, progress: OnProgress | None = None, *, said
     return config.model_copy(update={"data": data})
 
 
-def _demo(config: RunConfig, kind: Kind, said: Collection[str]) -> RunConfig:
+def _demo(config: RunConfig, kind: Kind, explicit: Collection[str]) -> RunConfig:
     given, default, demo = (flatten(each) for each in (config, RunConfig(), validate(tomllib.loads(RUNS[kind]))))
-    kept = {key for key, value in given.items() if value != default[key] or key in said}
+    kept = {key for key, value in given.items() if value != default[key] or key in explicit}
     return unflatten({key: given[key] if key in kept else demo[key] for key in given})
 
 

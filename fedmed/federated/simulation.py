@@ -62,7 +62,7 @@ def simulate(config: RunConfig, out: str | Path, *, watch: Watch = lambda event:
         FedmedError: the configuration or the data cannot be used, and nothing was written; or the run cannot go on,
             and `result.json` says why.
     """
-    config = with_phantoms(config, said=run_file.said(config))
+    config = with_phantoms(config, explicit=run_file.explicit_keys(config))
     _, hospitals = plan(config)
     config, folder = begin(config, Path(out), hospitals)
     with local_grid(config, folder) as grid:
