@@ -167,9 +167,7 @@ class RunFolder:
             return facts, Weights(parameters=vectors["parameters"], buffers=vectors["buffers"]), state
         if candidates:
             raise RunFailed(f"{self.path}: none of its {len(candidates)} checkpoints can be read")
-        (self.path / "checkpoints" / "rounds.jsonl").unlink(
-            missing_ok=True
-        )  # left by a first checkpoint that was cut off
+        (self.path / "checkpoints" / "rounds.jsonl").unlink(missing_ok=True)  # of a first checkpoint that was cut off
         return None
 
     def _rounds_until(self, last: int) -> list[dict[str, Any]]:
