@@ -17,7 +17,7 @@ from fedmed.federated.combiners import combiner
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import check
 from fedmed.federated.strategies import STRATEGIES, server_step
-from fedmed.federated.strategies.fednova import FedNova
+from fedmed.training.sampling import batches, steps_allowed
 from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.types import Weights
 
@@ -145,33 +145,53 @@ def test_fednovas_norm_counts_every_gradient_as_momentum_does(steps, rho):
     for _ in range(steps):  # torch's SGD on a constant gradient of 1: the distance is the sum of all coefficients
         velocity = rho * velocity + 1
         distance += velocity
-    assert FedNova(momentum=rho).norm({"steps": steps}) == pytest.approx(distance, rel=1e-9)
+    step = server_step(run_of("fednova", {"momentum": rho}))
+    assert step.norm({"steps": steps}) == pytest.approx(distance, rel=1e-9)
 
 
 def test_fednova_is_a_loop_by_hand():
     taken = (3, 11, 40)
+    one_by_one = [[replace(e, images=s, facts={"steps": s}) for e, s in zip(u, taken, strict=True)] for u in ROUNDS]
     weights = np.zeros(SIZE)
-    for updates in ROUNDS:
+    for updates in one_by_one:
         p = np.array([each.images for each in updates]) / sum(each.images for each in updates)
         effective = sum(p * taken)
         weights = weights + effective * sum(
             share * each.change / steps for share, each, steps in zip(p, updates, taken, strict=True)
         )
-    rounds = [[replace(e, facts={"steps": s}) for e, s in zip(u, taken, strict=True)] for u in ROUNDS]
-    np.testing.assert_allclose(after(run_of("fednova"), *rounds)[0].parameters, weights, rtol=1e-5, atol=1e-5)
+    config = run_of("fednova", {"batch-size": 1})
+    np.testing.assert_allclose(after(config, *one_by_one)[0].parameters, weights, rtol=1e-5, atol=1e-5)
 
 
 def test_fednova_with_equal_steps_is_fedavg():
     rounds = [[replace(each, facts={"steps": 7}) for each in updates] for updates in ROUNDS]
     for momentum in (0.0, 0.9):
-        found = after(run_of("fednova", {**SGD, "momentum": momentum}), *rounds)[0].parameters
+        found = after(run_of("fednova", {**SGD, "momentum": momentum, "local-steps": 7}), *rounds)[0].parameters
         np.testing.assert_allclose(found, after(run_of(), *ROUNDS)[0].parameters, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [None, 0, -3, 2.5, "many"])
-def test_fednova_refuses_an_update_that_does_not_say_its_steps(steps):
+@pytest.mark.parametrize("steps", [None, 0, -3, 2.5, "many", 7, 10, 10**9, 10**400])
+def test_fednova_refuses_an_update_of_steps_that_its_site_cannot_have_taken(steps):
+    """41 images in batches of 8, three passes, two batches a step: the 41st image is a batch or is in the fifth."""
+    config = run_of("fednova", {"batch-size": 8, "local-epochs": 3, "accumulate": 2})
     with pytest.raises(UpdateRefused, match="steps"):
-        combined_of(run_of("fednova"), Sent(site="a", change=np.ones(SIZE), facts={"steps": steps}))
+        combined_of(config, Sent(site="a", change=np.ones(SIZE), images=41, facts={"steps": steps}))
+    combined_of(config, Sent(site="a", change=np.ones(SIZE), images=41, facts={"steps": 8}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 60),
+    alone=st.booleans(),
+    train=st.fixed_dictionaries(
+        {"batch-size": st.integers(1, 9), "local-epochs": st.integers(1, 4), "accumulate": st.integers(1, 4)},
+        optional={"local-steps": st.integers(0, 5)},
+    ),
+)
+def test_the_steps_that_a_site_takes_are_among_those_that_it_can_have_taken(images, alone, train):
+    config = run_of("fednova", train)
+    order = list(batches(np.arange(images), config.train, np.random.default_rng(0), alone=alone))
+    assert -(-len(order) // config.train.accumulate) in steps_allowed(config, images)
 
 
 # FedDG-GA
@@ -247,7 +267,7 @@ def everything(updates, seed=0):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_neither_the_network_nor_the_state_that_was_given_is_changed(name):
     count = 1 if name == "cyclic" else 3
-    config = run_of(name)
+    config = run_of(name, {"local-steps": 5})
     step, current = server_step(config), Weights(parameters=np.ones(SIZE, np.float32), buffers=np.zeros(0, np.float32))
     state = step.start(LINEAR)
     for vector in (current.parameters, *state.values()):
@@ -257,7 +277,7 @@ def test_neither_the_network_nor_the_state_that_was_given_is_changed(name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_going_on_from_a_checkpoint_gives_the_same_bits(name, tmp_path):
-    count, config = 1 if name == "cyclic" else 3, run_of(name, {"rounds": 4})
+    count, config = 1 if name == "cyclic" else 3, run_of(name, {"rounds": 4, "local-steps": 5})
     rounds = [everything(made_up(count, seed), seed) for seed in range(4)]
     folder = RunFolder.create(tmp_path / "run", config)
     unbroken, _ = after(config, *rounds, known=4)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution
+from fedmed.training.sampling import steps_allowed
 from fedmed.types import FloatVector, Layout, Update, Weights
 
 State = Mapping[str, FloatVector]  # named vectors; saved with every checkpoint
@@ -80,3 +81,24 @@ def needs_plain_steps(config: RunConfig, *, momentum: bool) -> None:
     )  # fmt: skip
     if wrong:
         raise ConfigError(f'strategy.name = "{name}" is not defined for {wrong}')
+
+
+def require_steps(config: RunConfig, update: Update) -> None:
+    """Refuse an update that does not say how many steps its site took, or another number than the run lets it take.
+
+    Args:
+        config: the run.
+        update: what a site sent; its counts are checked already.
+
+    Raises:
+        UpdateRefused: with the reason, which names no site.
+    """
+    name, steps = config.strategy.name, update.facts.get("steps")
+    allowed = steps_allowed(config, max(update.num_examples, 1))
+    if not isinstance(steps, int) or steps not in allowed:
+        claimed = f"{steps} steps" if isinstance(steps, int) and abs(steps) < 1e300 else "no number of steps"
+        span = f"{allowed.start}" if len(allowed) == 1 else f"{allowed.start} to {allowed.stop - 1}"
+        raise UpdateRefused(
+            f"the update claims {claimed}, which {name} needs; with the run's settings and {update.num_examples} "
+            f"examples there are {span}"
+        )
