@@ -40,6 +40,7 @@ from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
 from fedmed.federated.unmasking import masking_of, open_sum
 from fedmed.federated.wire import encode_task
+from fedmed.training.local_algorithms import FOLLOWS_SERVER
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
@@ -93,7 +94,9 @@ class Federation:
             task = self._task("train", round, weights, self.step.outgoing(state), hidden)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            combined = combiner(terms(sent=weights, state=state, known=len(sites.members), round=round))
+            combined = combiner(terms(
+                sent=weights, state=state, known=len(sites.members), round=round, plateau=task.learning_rate_factor
+            ))  # fmt: skip
             joined, failed = [], arrivals.unreachable
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))
@@ -210,6 +213,7 @@ class Federation:
         masking: Masking | None = None,
     ) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
+        followed = kind == "train" and self.config.strategy.name in FOLLOWS_SERVER
         return Task(
             kind="train" if kind == "train" else "evaluate",
             round=round,
@@ -222,6 +226,7 @@ class Federation:
             evaluate=every,
             run=self.progress.run,
             masking=masking,
+            counted=self.progress.last_joined() if followed else {},
         )
 
     def _ask(self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False) -> Any:

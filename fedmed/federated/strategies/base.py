@@ -23,7 +23,7 @@ class ServerStep(ABC):
     run goes on with the same bits.
     """
 
-    vectors: ClassVar[tuple[str, ...]] = ()  # names of the vectors that every update must bring, each of num_parameters
+    second: ClassVar[bool] = False  # whether the changes are added up once more, with `second_factor`
     turns: ClassVar[bool] = False  # one site at a time, each in its turn
     weighs: ClassVar[bool] = False  # whether `shares` says what each site counts for, and not strategy.weight-by
 
@@ -55,6 +55,17 @@ class ServerStep(ABC):
     def shares(self, contributions: Sequence[Contribution], state: State) -> Mapping[str, float]:
         """What each site counts for, by name, where `weighs` is true; only ratios matter."""
         return {each.site: each.weight for each in contributions}
+
+    def second_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
+        """What a site's change is multiplied by in `aggregate.second`, where `second` is true.
+
+        Args:
+            contribution: of the site, with the weight that counts in the end.
+            state: before the round.
+            round: 1-based.
+            plateau: factor of the learning rate that the sites were sent.
+        """
+        return contribution.weight
 
     @abstractmethod
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
