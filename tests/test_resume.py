@@ -281,6 +281,23 @@ sys.stdin.readline()
 """
 
 
+def test_a_simulation_that_still_runs_is_not_resumed(toy_config, tmp_path):
+    (tmp_path / "toy.toml").write_text(run_file.to_toml(toy_config("a-10", "b-10", train={"rounds": 1})))
+    folder = begun(tmp_path / "run", run_file.load(tmp_path / "toy.toml"))
+    before = sorted(path.name for path in folder.path.rglob("*"))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"alone\n"
+        refused = CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)])
+        assert isinstance(refused.exception, RunFailed)
+        assert "another process still trains this run" in str(refused.exception)
+        assert sorted(path.name for path in folder.path.rglob("*")) == before
+        first.stdin.close()
+    for _ in range(2):  # neither does a run that has ended hold its folder
+        assert CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)]).exit_code == 0
+
+
 def test_a_second_process_of_a_run_waits_for_the_first_to_end_and_not_for_ever(tmp_path, capsys):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -53,17 +53,19 @@ def simulate(
 
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
-    from fedmed.federated.run_folder import RunFolder
+    from fedmed.federated.run_folder import RunFolder, only_writer
     from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
         config = with_phantoms(config, progress, said=run_file.said(config))
     if resume is not None:
-        effective = _resumed(config, resume)
-        if effective is None:
-            _show_finished(resume, as_json=as_json)
-            return
         folder = RunFolder(resume)
+        with only_writer(folder.path):
+            effective = _resumed(config, resume)
+            if effective is None:
+                _show_finished(resume, as_json=as_json)
+                return
+            result = _run(effective, folder, engine, log, quiet=quiet)
     else:
         parameters, hospitals = _check(config)
         if dry_run:
@@ -71,8 +73,9 @@ def simulate(
             return
         stamp = now()[:19].replace(":", "").replace("-", "")
         folder = RunFolder.create(out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-"), config)
-        effective = _begun(config, folder, hospitals, quiet=quiet or as_json)
-    result = _run(effective, folder, engine, log, quiet=quiet)
+        with only_writer(folder.path):
+            effective = _begun(config, folder, hospitals, quiet=quiet or as_json)
+            result = _run(effective, folder, engine, log, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
 
