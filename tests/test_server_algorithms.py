@@ -278,6 +278,22 @@ def test_feddg_ga_refuses_an_update_without_the_losses(facts):
 # Cyclic
 
 
+ZEROS = {"a": 0, "b": 0, "c": 1}
+
+
+def test_feddg_ga_counts_sites_alike_that_would_all_weigh_nothing():
+    """The third site, which has all the weight, does not answer."""
+    config = run_of("feddg-ga")
+    state = {"round": np.ones(1, np.float32), **{f"site/{site}": np.array([k, 1], "f4") for site, k in ZEROS.items()}}
+    facts = {"steps": 5, "patients": 3, **losses(1.0, 0.5)}
+    updates = [Sent(site=site, change=np.full(SIZE, change), facts=facts) for site, change in (("a", 1.0), ("b", 3.0))]
+    aggregate = combined_of(config, *updates, state=state, known=3)
+    np.testing.assert_allclose(aggregate.change, 2.0)
+    found, after_it = server_step(config)(zeros(LINEAR), aggregate, state)
+    np.testing.assert_allclose(found.parameters, 2.0)
+    assert after_it["site/a"][0] == after_it["site/b"][0] == 0.5
+
+
 def test_cyclic_takes_over_the_one_site_of_the_round():
     one = made_up(1)
     np.testing.assert_allclose(after(run_of("cyclic"), one)[0].parameters, one[0].change, rtol=1e-6)
