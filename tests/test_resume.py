@@ -90,6 +90,17 @@ def test_a_run_that_misses_its_quorum_in_the_first_round_is_paused_and_resumed_a
     assert (result["status"], result["rounds"]) == ("degraded", 2)
 
 
+def test_where_sites_take_turns_that_of_one_that_fails_passes_to_the_next_and_it_is_named(toy_config, simulate):
+    strategy = {"name": "cyclic", "min_sites": 1}
+    result, _ = simulate(toy_config("a-20", "nan-20", "z-20", train={"rounds": 6}, strategy=strategy))
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-20"], ["z-20"], ["z-20"]] * 2
+    assert [[each["site"] for each in entry["failed"]] for entry in result["rounds_log"]] == [[], ["nan-20"], []] * 2
+    assert result["status"] == "degraded" and "nan-20" in result["reason"]
+    nobody, _ = simulate(toy_config("nan-20", "nan2-20", train={"rounds": 6}, strategy=strategy))
+    assert nobody["status"] == "paused"
+    assert nobody["reason"].startswith("no site took its turn: nan-20: ") and "; nan2-20: " in nobody["reason"]
+
+
 def test_a_run_that_stopped_early_and_was_killed_trains_no_round_more(toy_config, tmp_path, simulate):
     config = toy_config(
         "a-20", "b-20", server="server-40", train={"rounds": 50, "learning_rate": 1e-9}, evaluate={"patience": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -97,11 +97,12 @@ class Federation:
             combined = combiner(terms(
                 sent=weights, state=state, known=len(sites.members), round=round, plateau=task.learning_rate_factor
             ))  # fmt: skip
-            joined, failed = [], arrivals.unreachable
+            joined: list[str] = []
+            failed = arrivals.unreachable
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))
             missing = sites.missing(list(nodes))
-            for site, answer in () if missing else self._ask(task, nodes, partial(sites.needs, nodes, failed)):
+            for site, answer in () if missing else self._answers(task, sites, nodes, joined, failed):
                 try:
                     update, trained = self._admitted(answer, sites[site], weights)
                     combined.add(site, update, trained)
@@ -114,7 +115,9 @@ class Federation:
                 joined.append(site)
                 sites.joined(site)
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
-            missing = missing or sites.missing(joined) or combined.too_few() or self._closed(combined, task, nodes)
+            missing = (
+                missing or sites.missing(joined, failed) or combined.too_few() or self._closed(combined, task, nodes)
+            )
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
             if missing:
@@ -240,6 +243,16 @@ class Federation:
             retries=self.config.strategy.retries,
             needed=needed,
         )
+
+    def _answers(
+        self, task: Task, sites: Membership, nodes: Mapping[str, int], joined: list[str], failed: list[Failure]
+    ) -> Iterator[tuple[str, RecordDict | str]]:
+        """What the sites of a round answer; where they take turns, until one has joined."""
+        passed: set[str] = set()
+        while nodes:
+            yield from self._ask(task, nodes, partial(sites.needs, nodes, failed))
+            passed |= set(nodes)
+            nodes = sites.asked(task.round, passed) if self.step.turns and not joined else {}
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
         update = decoded_update(answer, self.config.task)
