@@ -90,6 +90,22 @@ def test_a_run_that_misses_its_quorum_in_the_first_round_is_paused_and_resumed_a
     assert (result["status"], result["rounds"]) == ("degraded", 2)
 
 
+def test_a_paused_run_that_is_resumed_while_its_sites_are_still_away_is_paused_again(toy_config, tmp_path, simulate):
+    config = toy_config("a-20", "nan-20", strategy={"min_sites": 2, "round_timeout_s": 1.0})
+    _, folder = simulate(config)
+    network = (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes()
+    for nodes in ([], [1]):
+        RunFolder.resume(folder.path)
+        with local_grid(config, folder) as grid:
+            grid.get_node_ids = lambda nodes=nodes: nodes
+            again = run_on(grid, config, folder, lambda event: None)
+        assert (again["status"], again["rounds"]) == ("paused", 0)
+        assert again["reason"].startswith(f"{len(nodes)} sites are connected")
+        assert (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes() == network
+    result = go_on(folder, changed(config, "strategy", min_sites=1))
+    assert (result["status"], result["rounds"]) == ("degraded", 2)
+
+
 def test_where_sites_take_turns_that_of_one_that_fails_passes_to_the_next_and_it_is_named(toy_config, simulate):
     strategy = {"name": "cyclic", "min_sites": 1}
     result, _ = simulate(toy_config("a-20", "nan-20", "z-20", train={"rounds": 6}, strategy=strategy))

@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed.config import StrategyConfig
-from fedmed.errors import RunFailed
+from fedmed.errors import TooFewSites
 from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_node, await_reply, is_gone, time_to_pull
 from fedmed.federated.member import CannotJoin, Member, member_of
@@ -95,12 +95,12 @@ class Membership:
             The sites that cannot take part, and why.
 
         Raises:
-            RunFailed: too few nodes are connected before the deadline.
+            TooFewSites: too few nodes are connected before the deadline.
         """
         self._look()
         if len(self._present) < self._strategy.min_sites:
             least = self._strategy.min_sites
-            raise RunFailed(
+            raise TooFewSites(
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
             )
         self._at_start = len(self._present)

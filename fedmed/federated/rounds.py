@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
-from fedmed.errors import RunFailed, UpdateRefused
+from fedmed.errors import TooFewSites, UpdateRefused
 from fedmed.federated.admission import (
     decoded_update,
     privacy_in,
@@ -73,7 +73,12 @@ class Federation:
     def run(self) -> tuple[Status, str | None]:
         """Train all rounds, keep the best network, and have every site evaluate it. The protocol, on one screen."""
         weights, state = self._start()
-        self.sites = sites = self._gather()
+        try:
+            sites = self._gather()
+        except TooFewSites as problem:
+            if not (self.progress.rounds or self.progress.broken):
+                raise
+            return "paused", str(problem)  # as it was, or nearly: nothing has changed since the last checkpoint
         saved = self.progress.round
         if self.noise is not None:
             self.noise.begin(saved, parameters=self.layout.num_parameters)
@@ -169,7 +174,11 @@ class Federation:
         return weights, state
 
     def _gather(self) -> Membership:
-        """Greet the sites, waiting until enough of them are there."""
+        """Greet the sites, waiting until enough of them are there.
+
+        Raises:
+            TooFewSites: they are not.
+        """
         empty = np.zeros(0, np.float32)
 
         def hello() -> RecordDict:
@@ -177,11 +186,11 @@ class Federation:
 
         turns = self.step.turns  # one site a round: the algorithm's own wish
         sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
+        self.sites = sites
         absent = sites.gather(self._greeted)
         self._absent(absent, 0)
-        self.sites = sites
         if missing := sites.missing([member.name for member in sites.members]):
-            raise RunFailed(f"{missing}. {summary_of(absent) or ''}".strip())
+            raise TooFewSites(f"{missing}. {summary_of(absent) or ''}".strip())
         return sites
 
     def _greeted(self, site: str, done: int, all: int) -> None:
