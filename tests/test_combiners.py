@@ -399,6 +399,19 @@ def test_long_rows_are_read_in_pieces_and_leave_no_file(tmp_path):
     matrix.close()
 
 
+@pytest.mark.parametrize(("count", "width"), [(1, 5), (2, 70_001), (60, 3001), (700, 90)])
+def test_distances_of_many_or_long_rows_are_those_of_each_pair(count, width):
+    values = np.random.default_rng(count).normal(size=(count, width)).astype(np.float32)
+    matrix = Rows(width, None)
+    for row in values:
+        matrix.append(row, np.zeros_like(row), 1.0, np.zeros(0, np.float32))
+    distances = matrix.squared_distances(range(count), width)
+    for one in range(0, count, 7):
+        expected = ((values[one].astype(np.float64) - values) ** 2).sum(axis=1)
+        np.testing.assert_allclose(distances[one], expected, rtol=1e-12)
+    matrix.close()
+
+
 def test_distances_keep_their_digits_where_vectors_are_long_and_close():
     base = np.full(1000, 3e4, np.float32)
     matrix = Rows(1000, None)
