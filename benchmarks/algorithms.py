@@ -27,7 +27,7 @@ ALGORITHMS = (
 )  # fmt: skip
 RULES = ("median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median")
 BESIDES = {
-    "scaffold": "control variates travel both ways",
+    "scaffold": "the control variate of the server travels to the sites",
     "ditto": "every site trains a second network",
     "cyclic": "one site after the other, on one core",
 }

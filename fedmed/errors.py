@@ -13,6 +13,7 @@
     │   └── BudgetExhausted     its patients' privacy budget does not allow it
     ├── LedgerUnusable          a ledger, a log or a key of a site cannot be read, written or trusted
     └── RunFailed               the federation cannot go on; the run folder keeps what was reached
+        ├── TooFewSites         before its first round; one that has a checkpoint pauses
         └── RunInterrupted      its server failed it, and goes on with it when it can
 
 A message says what was expected, what was found, and what to do; it never holds a patient identifier, a UID or a
@@ -109,6 +110,10 @@ class LedgerUnusable(FedmedError):
 
 class RunFailed(FedmedError):
     """A federation cannot go on. `result.json` says why, and the last checkpoint is kept."""
+
+
+class TooFewSites(RunFailed):
+    """Fewer sites are there than a run's quorum asks, before a round has begun."""
 
 
 class RunInterrupted(RunFailed):

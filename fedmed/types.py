@@ -102,6 +102,7 @@ class Task:
     evaluate: bool = True  # whether a train reply also evaluates the received network at the site
     run: str = ""  # tells runs with equal settings apart; a resumed run keeps it
     masking: Masking | None = None  # with strategy.secure-sum
+    counted: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # by site: its last used round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,6 @@ class Update:
     layout: str
     num_examples: int
     metrics: Sums = field(default_factory=lambda: MappingProxyType({}))
-    vectors: Mapping[str, FloatVector] = field(default_factory=lambda: MappingProxyType({}))
     masked: NDArray[np.uint64] | None = None  # in a secure sum, in place of weights: parameters, then buffers
     facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))
 

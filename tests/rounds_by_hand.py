@@ -27,7 +27,6 @@ class Sent:
     change: np.ndarray
     images: int = 1
     facts: dict = field(default_factory=dict)
-    vectors: dict = field(default_factory=dict)
     buffers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
@@ -52,10 +51,7 @@ def terms_of(config: RunConfig, layout: Layout = LINEAR, current: Weights | None
 def add(combined: Combiner, current: Weights, layout: Layout, sent: Sent) -> None:
     """As the round loop does with a reply."""
     weights = Weights(parameters=current.parameters + sent.change.astype(np.float32), buffers=sent.buffers)
-    vectors = {name: np.asarray(vector, np.float32) for name, vector in sent.vectors.items()}
-    update = Update(
-        weights=weights, layout=layout.hash, num_examples=sent.images, facts=sent.facts, vectors=vectors
-    )  # fmt: skip
+    update = Update(weights=weights, layout=layout.hash, num_examples=sent.images, facts=sent.facts)
     combined.add(sent.site, update, validated_weights(update, layout))
 
 
@@ -71,8 +67,8 @@ def after(config: RunConfig, *rounds: list[Sent], known: int = 0, current: Weigh
     """(weights, state) after some rounds of updates."""
     step = server_step(config)
     current, state = current or zeros(LINEAR), step.start(LINEAR)
-    for updates in rounds:
-        aggregate = combined_of(config, *updates, current=current, state=state, known=known)
+    for round, updates in enumerate(rounds, start=1):
+        aggregate = combined_of(config, *updates, current=current, state=state, known=known, round=round)
         current, state = step(current, aggregate, state)
     return current, state
 

@@ -1,16 +1,21 @@
 """Federated equals pooled where mathematics says so, and is exact where it must be."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from toy import dataset
 
+from fedmed.federated import client_app
 from fedmed.federated.aggregation import WeightedMean
+from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.simulation import local_grid, run_on
 from fedmed.models import build
 from fedmed.training.losses import masked_bce
 from fedmed.training.moments import second_moments, variances
@@ -165,3 +170,39 @@ def test_weighting_by_patients_and_uniformly_differ_from_images(toy_config, simu
     }
     assert np.abs(by["images"] - by["uniform"]).max() > 1e-4
     assert not np.array_equal(by["images"], by["patients"])
+
+
+def refused_in_rounds_2_and_3(message, context):
+    """The app of a site; what the second one says of its steps is not believed in two of the rounds."""
+    reply = client_app.app(message, context)
+    if message.metadata.message_type == "train" and context.node_id == 2 and message.metadata.group_id in "23":
+        said = json.loads(reply.content["update"]["json"])
+        said["facts"]["steps"] = 1000
+        reply.content["update"] = ConfigRecord({"json": json.dumps(said)})
+    return reply
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.6])
+def test_scaffolds_variate_stays_the_mean_of_what_sites_kept_whoever_was_sampled_or_refused(
+    toy_config, tmp_path, fraction
+):
+    weights = {"a-50": 50, "b-30": 30, "c-20": 20}
+    strategy = {"name": "scaffold", "fraction": fraction, "keep_checkpoints": 9}
+    config = toy_config(*weights, train={"rounds": 6}, strategy=strategy, evaluate={"site_share": 0.0})
+    folder = RunFolder.create(tmp_path / "run", config)
+    with local_grid(config, folder, client=refused_in_rounds_2_and_3) as grid:
+        result = run_on(grid, config, folder, lambda event: None)
+    used = {entry["round"]: entry["joined"] for entry in result["rounds_log"]}
+    assert result["rounds"] == 6 and sum("b-30" not in joined for joined in used.values()) >= 2
+    known, own = {}, dict.fromkeys(weights, 0.0)
+    for round, joined in used.items():
+        for site in joined:
+            (file,) = (folder.path / "sites" / site).glob(f"*/round-{round:04d}.safetensors")
+            own[site] = load_file(file)["control"]
+            known[site] = weights[site]
+        mean = np.mean(list(known.values()))
+        expected = sum(known.get(site, mean) * own[site] for site in weights)
+        expected = expected / sum(known.get(site, mean) for site in weights)
+        control = load_file(folder.path / "checkpoints" / f"round-{round:04d}.safetensors")["state/control"]
+        np.testing.assert_allclose(control, expected, rtol=0, atol=1e-5)
+        assert np.abs(control).max() > 1e-3

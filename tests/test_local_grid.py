@@ -9,11 +9,14 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedmed.errors import RunFailed
 from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.local_pool import Given, WorkerPool
 from fedmed.federated.wire import _record, decode_vector, encode_vector
 
 pytestmark = pytest.mark.simulation
 app = ClientApp()
+server = {"threads": 0}  # of the parent, as a worker saw it when it was forked
 
 
 @app.train()
@@ -27,15 +30,17 @@ def train(message: Message, context):
     if what == "raise":
         raise ValueError("secret text")
     vector = decode_vector(message.content["network"]["w"]) * context.node_id
-    metrics = MetricRecord({"node": context.node_id, "pid": os.getpid()})
+    metrics = MetricRecord({"node": context.node_id, "pid": os.getpid(), "threads": server["threads"]})
     return Message(RecordDict({"out": _record({"w": encode_vector(vector)}), "who": metrics}), reply_to=message)
 
 
 @pytest.fixture
 def grid(tmp_path):
     with LocalGrid(app, [{} for _ in range(6)], {}, workers=2, spool=tmp_path) as grid:
+        before = grid.worker_pids
         yield grid
-    assert not [process for process in psutil.Process().children() if process.pid in grid.worker_pids]
+        known = {*before, *grid.worker_pids}
+    assert not [pid for pid in known if psutil.pid_exists(pid)]
 
 
 def content(do: str = "double", size: int = 5) -> RecordDict:
@@ -105,6 +110,45 @@ def test_a_killed_worker_is_one_failed_node_and_is_replaced(grid):
     assert replies[2].error.reason == "the worker process was killed by signal 9"
     assert all(replies[node].has_content() for node in (1, 3, 4))
     assert len(exchange(grid, {1: content(), 2: content()})) == 2
+
+
+def test_a_worker_that_replaces_another_has_nothing_that_the_server_did_since_the_first_were_forked(grid, monkeypatch):
+    """Threads and CUDA above all, which a forked process must not have had."""
+    monkeypatch.setitem(server, "threads", 8)
+    before = set(grid.worker_pids)
+    exchange(grid, {1: content("die"), 2: content("die")})
+    assert not before & set(grid.worker_pids)
+    replies = exchange(grid, {node: content() for node in range(1, 7)})
+    assert {reply.content["who"]["threads"] for reply in replies.values()} == {0}
+
+
+def test_a_run_whose_workers_can_no_longer_be_replaced_fails_in_one_line(tmp_path):
+    with LocalGrid(app, [{}], {}, workers=1, spool=tmp_path) as grid:
+        forked_from = psutil.Process(grid.worker_pids[0]).parent()
+        assert forked_from != psutil.Process()
+        forked_from.kill()
+        with pytest.raises(RunFailed, match="resume the run"):
+            exchange(grid, {1: content("hang")})
+
+
+def echo(channel, device):
+    while data := channel.recv(9):
+        channel.sendall(data)
+
+
+def test_a_worker_that_fails_at_once_is_given_nothing_ahead():
+    """It would take all sites of a round, one after the other, from the workers that are well."""
+    pool = WorkerPool(echo, ["cpu"], 1)
+    (worker,) = pool
+    for well in (True, False):
+        pool.give(worker, Given("1", "slot-1"), b"one")
+        assert next(pool.answers(9)) == (worker, b"one")
+        pool.finished(worker, well=well)
+        pool.give(worker, Given("2", "slot-2"), b"two")
+        assert worker.has_room == well
+        assert next(pool.answers(9)) == (worker, b"two")
+        pool.finished(worker, well=well)
+    pool.close()
 
 
 def test_an_exception_is_a_failed_node_without_its_text(grid):

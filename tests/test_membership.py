@@ -62,8 +62,14 @@ def test_over_many_rounds_every_site_is_sampled_about_equally_often():
 
 
 def test_turns_go_round():
-    assert [in_turn(["b", "a", "c"], round=round)[0] for round in range(1, 6)] == ["a", "b", "c", "a", "b"]
-    assert in_turn([], round=3) == ()
+    names = ["b", "a", "c"]
+    assert [in_turn(names, here=names, round=round)[0] for round in range(1, 6)] == ["a", "b", "c", "a", "b"]
+    assert in_turn([], here=[], round=3) == ()
+
+
+def test_a_site_that_is_away_moves_nobody_elses_turn():
+    assert [in_turn("abcd", here="abd", round=round)[0] for round in range(1, 6)] == ["a", "b", "d", "d", "a"]
+    assert in_turn("abcd", here="abd", round=3) == ("d", "a", "b")
 
 
 class Hospitals:
@@ -317,6 +323,9 @@ def test_turns_ask_one_site_a_round():
     assert [list(sites.asked(round)) for round in (1, 2, 3, 4)] == [["h1"], ["h2"], ["h3"], ["h1"]]
     assert sites.missing(["h2"]) is None
     assert sites.missing([]) is not None
+    assert list(sites.asked(2, passed=["h2"])) == ["h3"]
+    assert list(sites.asked(2, passed=["h2", "h3", "h1"])) == []
+    assert not sites.needs(["h2"], [], "h2"), "another one takes its turn"
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,14 @@ def test_a_run_folder_keeps_its_hospitals_and_a_repeated_run_gets_the_same(tmp_p
     assert not list((tmp_path / "one").glob(".partition-*"))
 
 
+def test_a_hospital_may_be_called_order(tmp_path):
+    config = run_over(tmp_path / "data", "column", **{"partition-column": "scanner_site"})
+    for manifest in map(Path, config.data.sites):
+        manifest.write_text(manifest.read_text().replace(",h0", ",order"))
+    (tmp_path / "run").mkdir()
+    assert list(manifests(with_hospitals(config, tmp_path / "run"))) == ["centre", "h1", "h2", "order"]
+
+
 def test_a_column_that_tears_a_patient_is_missing_or_empty_is_refused_without_naming_anybody(tmp_path):
     config = run_over(tmp_path / "data", "column", **{"partition-column": "scanner_site"})
     manifest = Path(config.data.sites[0])

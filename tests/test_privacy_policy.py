@@ -324,10 +324,12 @@ def _update_and_departure():
     from fedmed.privacy.egress import Departure
     from fedmed.types import Update
 
-    update = Update(
-        weights=None, layout="x", num_examples=3, metrics={"n": np.zeros(2)}, vectors={"c": np.zeros(4, "f4")}
-    )
-    assert [(row["name"], row["bytes"]) for row in contents(update)] == [("c", 16), ("n", 16), ("num-examples", 8)]
+    update = Update(weights=None, layout="x", num_examples=3, metrics={"n": np.zeros(2)}, masked=np.zeros(2, "u8"))
+    assert [(row["name"], row["bytes"]) for row in contents(update)] == [
+        ("masked", 16),
+        ("n", 16),
+        ("num-examples", 8),
+    ]
     return update, Departure(
         task="train", run="r", round=1, rule="policy", controls=(), epsilon_before=0.0, epsilon_after=0.0, delta=1e-6,
         ledger=EMPTY, policy="", code="", settings="",

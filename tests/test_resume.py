@@ -90,6 +90,33 @@ def test_a_run_that_misses_its_quorum_in_the_first_round_is_paused_and_resumed_a
     assert (result["status"], result["rounds"]) == ("degraded", 2)
 
 
+def test_a_paused_run_that_is_resumed_while_its_sites_are_still_away_is_paused_again(toy_config, tmp_path, simulate):
+    config = toy_config("a-20", "nan-20", strategy={"min_sites": 2, "round_timeout_s": 1.0})
+    _, folder = simulate(config)
+    network = (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes()
+    for nodes in ([], [1]):
+        RunFolder.resume(folder.path)
+        with local_grid(config, folder) as grid:
+            grid.get_node_ids = lambda nodes=nodes: nodes
+            again = run_on(grid, config, folder, lambda event: None)
+        assert (again["status"], again["rounds"]) == ("paused", 0)
+        assert again["reason"].startswith(f"{len(nodes)} sites are connected")
+        assert (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes() == network
+    result = go_on(folder, changed(config, "strategy", min_sites=1))
+    assert (result["status"], result["rounds"]) == ("degraded", 2)
+
+
+def test_where_sites_take_turns_that_of_one_that_fails_passes_to_the_next_and_it_is_named(toy_config, simulate):
+    strategy = {"name": "cyclic", "min_sites": 1}
+    result, _ = simulate(toy_config("a-20", "nan-20", "z-20", train={"rounds": 6}, strategy=strategy))
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-20"], ["z-20"], ["z-20"]] * 2
+    assert [[each["site"] for each in entry["failed"]] for entry in result["rounds_log"]] == [[], ["nan-20"], []] * 2
+    assert result["status"] == "degraded" and "nan-20" in result["reason"]
+    nobody, _ = simulate(toy_config("nan-20", "nan2-20", train={"rounds": 6}, strategy=strategy))
+    assert nobody["status"] == "paused"
+    assert nobody["reason"].startswith("no site took its turn: nan-20: ") and "; nan2-20: " in nobody["reason"]
+
+
 def test_a_run_that_stopped_early_and_was_killed_trains_no_round_more(toy_config, tmp_path, simulate):
     config = toy_config(
         "a-20", "b-20", server="server-40", train={"rounds": 50, "learning_rate": 1e-9}, evaluate={"patience": 2}
@@ -279,6 +306,23 @@ be_alone(Path(sys.argv[1]))
 print("alone", flush=True)
 sys.stdin.readline()
 """
+
+
+def test_a_simulation_that_still_runs_is_not_resumed(toy_config, tmp_path):
+    (tmp_path / "toy.toml").write_text(run_file.to_toml(toy_config("a-10", "b-10", train={"rounds": 1})))
+    folder = begun(tmp_path / "run", run_file.load(tmp_path / "toy.toml"))
+    before = sorted(path.name for path in folder.path.rglob("*"))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout.readline() == b"alone\n"
+        refused = CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)])
+        assert isinstance(refused.exception, RunFailed)
+        assert "another process still trains this run" in str(refused.exception)
+        assert sorted(path.name for path in folder.path.rglob("*")) == before
+        first.stdin.close()
+    for _ in range(2):  # neither does a run that has ended hold its folder
+        assert CliRunner().invoke(app, ["simulate", "--resume", str(folder.path)]).exit_code == 0
 
 
 def test_a_second_process_of_a_run_waits_for_the_first_to_end_and_not_for_ever(tmp_path, capsys):

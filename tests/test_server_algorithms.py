@@ -17,7 +17,7 @@ from fedmed.federated.combiners import combiner
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import check
 from fedmed.federated.strategies import STRATEGIES, server_step
-from fedmed.federated.strategies.fednova import FedNova
+from fedmed.training.sampling import batches, steps_allowed
 from fedmed.training.site import settings_for_sites, settings_from
 from fedmed.types import Weights
 
@@ -74,29 +74,62 @@ def test_a_learning_rate_of_zero_is_the_algorithms_own():
 # SCAFFOLD
 
 
-def with_controls(updates, seed):
-    rng = np.random.default_rng(seed)
-    return [replace(each, vectors={"control": rng.normal(size=SIZE)}) for each in updates]
+PACE = {"local-steps": 5, "learning-rate": 0.1}  # K·η = 0.5
+
+
+def stepped(updates, steps=5):
+    return [replace(each, facts={**each.facts, "steps": steps}) for each in updates]
 
 
 def test_scaffold_is_algorithm_1_by_hand():
-    rounds = [with_controls(updates, seed) for seed, updates in enumerate(ROUNDS)]
-    weights, control = np.zeros(SIZE), np.zeros(SIZE)
-    for updates in rounds:  # lines 16 and 17: three of five sites take part
+    weights, control, own = np.zeros(SIZE), np.zeros(SIZE), {site: np.zeros(SIZE) for site in "abcde"}
+    for updates in ROUNDS:  # lines 16 and 17: three of five sites take part
+        following = {each.site: own[each.site] - control - each.change / 0.5 for each in updates}  # line 12, option II
         weights = weights + 0.5 * np.mean([each.change for each in updates], axis=0)
-        control = control + np.sum([each.vectors["control"] for each in updates], axis=0) / 5
-    config = run_of("scaffold", weight_by="uniform", server_learning_rate=0.5)
-    found, state = after(config, *rounds, known=5)
+        control = control + sum(following[site] - own[site] for site in following) / 5
+        own |= following
+    config = run_of("scaffold", PACE, weight_by="uniform", server_learning_rate=0.5)
+    found, state = after(config, *map(stepped, ROUNDS), known=5)
     np.testing.assert_allclose(found.parameters, weights, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state["control"], control, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state["control"], control, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state["control"], sum(own.values()) / 5, rtol=1e-4, atol=1e-5)
     assert server_step(config).outgoing(state)["control"] is state["control"]
 
 
-def test_scaffold_with_zero_variates_and_step_one_is_fedavg_bit_for_bit():
-    rounds = [[replace(each, vectors={"control": np.zeros(SIZE)}) for each in updates] for updates in ROUNDS]
-    scaffold, state = after(run_of("scaffold"), *rounds, known=3)
+def test_scaffold_with_step_one_moves_the_network_as_fedavg_does_bit_for_bit():
+    scaffold, _ = after(run_of("scaffold", PACE), *map(stepped, ROUNDS), known=3)
     np.testing.assert_array_equal(scaffold.parameters, after(run_of(), *ROUNDS)[0].parameters)
-    assert not state["control"].any()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_scaffolds_variate_is_the_mean_of_the_sites_variates_by_their_weights_after_every_round(share):
+    """Weights 50, 30 and 20, two of three in a round; the one not seen yet weighs what the others do on average."""
+    config, images = run_of("scaffold", PACE, max_weight_share=share), {"a": 50, "b": 30, "c": 20}
+    step, current, own = server_step(config), zeros(LINEAR), dict.fromkeys(images, np.zeros(SIZE))
+    state, rng, counts = step.start(LINEAR), np.random.default_rng(3), {}
+    for names in ("ab", "bc", "ac", "ab", "bc", "ac", "bc"):
+        control = np.array(state["control"], np.float64)
+        updates = stepped([Sent(site=name, change=rng.normal(size=SIZE), images=images[name]) for name in names])
+        aggregate = combined_of(config, *updates, current=current, state=state, known=len(images))
+        counts = {each.site: each.weight for each in aggregate.contributions} | counts
+        current, state = step(current, aggregate, state)
+        own |= {each.site: own[each.site] - control - each.change / 0.5 for each in updates}
+        weights = [counts.get(name, np.mean(list(counts.values()))) for name in images]
+        expected = np.average(list(own.values()), axis=0, weights=weights)
+        np.testing.assert_allclose(state["control"], expected, rtol=1e-4, atol=1e-4)
+    assert counts == (images if share == 1 else {"a": 30, "b": 30, "c": 20})
+
+
+def test_scaffold_forgets_no_site_that_is_away_after_a_resume():
+    """Line 17 of algorithm 1 divides by all sites, whoever is there."""
+    config = run_of("scaffold", PACE, weight_by="uniform")
+    first, step = after(config, stepped(ROUNDS[0]), known=5), server_step(config)
+    for known in (5, 3):
+        aggregate = combined_of(config, *stepped(ROUNDS[1]), current=first[0], state=first[1], known=known)
+        controls = step(first[0], aggregate, first[1])[1]["control"]
+        moved = controls - first[1]["control"]
+        by_hand = sum(-each.change / 0.5 - first[1]["control"] for each in ROUNDS[1]) / 5
+        np.testing.assert_allclose(moved, by_hand, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("weight_by", "weights"), [("images", (10, 80, 30)), ("uniform", (1, 1, 1))])
@@ -107,7 +140,7 @@ def test_scaffold_reaches_the_optimum_of_the_weighted_objective_where_fedavg_doe
     optimum = (pull[:, None] * targets).sum(axis=0) / pull.sum()
     errors = {}
     for name in ("fedavg", "scaffold"):
-        config = run_of(name, weight_by=weight_by)
+        config = run_of(name, {"local-steps": 10, "learning-rate": 0.05}, weight_by=weight_by)
         step, current = server_step(config), zeros(LINEAR)
         state, controls = step.start(LINEAR), np.zeros((3, SIZE))
         for _ in range(150):
@@ -117,11 +150,9 @@ def test_scaffold_reaches_the_optimum_of_the_weighted_objective_where_fedavg_doe
                 for _ in range(10):
                     correction = control - controls[number] if name == "scaffold" else 0
                     local = local - 0.05 * (curvature * (local - target) + correction)
-                after_site = controls[number] - control + (current.parameters - local) / (10 * 0.05)
-                vectors = {"control": after_site - controls[number]}
+                controls[number] += (current.parameters - local) / (10 * 0.05) - control
                 images, change = (10, 80, 30)[number], local - current.parameters
-                updates.append(Sent(site="abc"[number], change=change, images=images, vectors=vectors))
-                controls[number] = after_site
+                updates.append(Sent(site="abc"[number], change=change, images=images, facts={"steps": 10}))
             aggregate = combined_of(config, *updates, current=current, state=state, known=3)
             current, state = step(current, aggregate, state)
         errors[name] = np.abs(current.parameters - optimum).max()
@@ -129,10 +160,11 @@ def test_scaffold_reaches_the_optimum_of_the_weighted_objective_where_fedavg_doe
     assert errors["fedavg"] > 0.05
 
 
-@pytest.mark.parametrize("vectors", [{}, {"control": np.zeros(SIZE - 1)}, {"control": np.full(SIZE, np.nan)}])
-def test_scaffold_refuses_an_update_without_a_usable_variate(vectors):
-    with pytest.raises(UpdateRefused, match="control"):
-        combined_of(run_of("scaffold"), Sent(site="a", change=np.ones(SIZE), vectors=vectors))
+@pytest.mark.parametrize("steps", [None, 0, 1, 6])
+def test_scaffold_refuses_an_update_of_steps_that_its_site_cannot_have_taken(steps):
+    """Fewer steps would make its variate longer, beyond what `max-update-norm` lets in."""
+    with pytest.raises(UpdateRefused, match="steps"):
+        combined_of(run_of("scaffold", PACE), Sent(site="a", change=np.ones(SIZE), facts={"steps": steps}))
 
 
 # FedNova
@@ -145,33 +177,53 @@ def test_fednovas_norm_counts_every_gradient_as_momentum_does(steps, rho):
     for _ in range(steps):  # torch's SGD on a constant gradient of 1: the distance is the sum of all coefficients
         velocity = rho * velocity + 1
         distance += velocity
-    assert FedNova(momentum=rho).norm({"steps": steps}) == pytest.approx(distance, rel=1e-9)
+    step = server_step(run_of("fednova", {"momentum": rho}))
+    assert step.norm({"steps": steps}) == pytest.approx(distance, rel=1e-9)
 
 
 def test_fednova_is_a_loop_by_hand():
     taken = (3, 11, 40)
+    one_by_one = [[replace(e, images=s, facts={"steps": s}) for e, s in zip(u, taken, strict=True)] for u in ROUNDS]
     weights = np.zeros(SIZE)
-    for updates in ROUNDS:
+    for updates in one_by_one:
         p = np.array([each.images for each in updates]) / sum(each.images for each in updates)
         effective = sum(p * taken)
         weights = weights + effective * sum(
             share * each.change / steps for share, each, steps in zip(p, updates, taken, strict=True)
         )
-    rounds = [[replace(e, facts={"steps": s}) for e, s in zip(u, taken, strict=True)] for u in ROUNDS]
-    np.testing.assert_allclose(after(run_of("fednova"), *rounds)[0].parameters, weights, rtol=1e-5, atol=1e-5)
+    config = run_of("fednova", {"batch-size": 1})
+    np.testing.assert_allclose(after(config, *one_by_one)[0].parameters, weights, rtol=1e-5, atol=1e-5)
 
 
 def test_fednova_with_equal_steps_is_fedavg():
     rounds = [[replace(each, facts={"steps": 7}) for each in updates] for updates in ROUNDS]
     for momentum in (0.0, 0.9):
-        found = after(run_of("fednova", {**SGD, "momentum": momentum}), *rounds)[0].parameters
+        found = after(run_of("fednova", {**SGD, "momentum": momentum, "local-steps": 7}), *rounds)[0].parameters
         np.testing.assert_allclose(found, after(run_of(), *ROUNDS)[0].parameters, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [None, 0, -3, 2.5, "many"])
-def test_fednova_refuses_an_update_that_does_not_say_its_steps(steps):
+@pytest.mark.parametrize("steps", [None, 0, -3, 2.5, "many", 7, 10, 10**9, 10**400])
+def test_fednova_refuses_an_update_of_steps_that_its_site_cannot_have_taken(steps):
+    """41 images in batches of 8, three passes, two batches a step: the 41st image is a batch or is in the fifth."""
+    config = run_of("fednova", {"batch-size": 8, "local-epochs": 3, "accumulate": 2})
     with pytest.raises(UpdateRefused, match="steps"):
-        combined_of(run_of("fednova"), Sent(site="a", change=np.ones(SIZE), facts={"steps": steps}))
+        combined_of(config, Sent(site="a", change=np.ones(SIZE), images=41, facts={"steps": steps}))
+    combined_of(config, Sent(site="a", change=np.ones(SIZE), images=41, facts={"steps": 8}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 60),
+    alone=st.booleans(),
+    train=st.fixed_dictionaries(
+        {"batch-size": st.integers(1, 9), "local-epochs": st.integers(1, 4), "accumulate": st.integers(1, 4)},
+        optional={"local-steps": st.integers(0, 5)},
+    ),
+)
+def test_the_steps_that_a_site_takes_are_among_those_that_it_can_have_taken(images, alone, train):
+    config = run_of("fednova", train)
+    order = list(batches(np.arange(images), config.train, np.random.default_rng(0), alone=alone))
+    assert -(-len(order) // config.train.accumulate) in steps_allowed(config, images)
 
 
 # FedDG-GA
@@ -226,6 +278,22 @@ def test_feddg_ga_refuses_an_update_without_the_losses(facts):
 # Cyclic
 
 
+ZEROS = {"a": 0, "b": 0, "c": 1}
+
+
+def test_feddg_ga_counts_sites_alike_that_would_all_weigh_nothing():
+    """The third site, which has all the weight, does not answer."""
+    config = run_of("feddg-ga")
+    state = {"round": np.ones(1, np.float32), **{f"site/{site}": np.array([k, 1], "f4") for site, k in ZEROS.items()}}
+    facts = {"steps": 5, "patients": 3, **losses(1.0, 0.5)}
+    updates = [Sent(site=site, change=np.full(SIZE, change), facts=facts) for site, change in (("a", 1.0), ("b", 3.0))]
+    aggregate = combined_of(config, *updates, state=state, known=3)
+    np.testing.assert_allclose(aggregate.change, 2.0)
+    found, after_it = server_step(config)(zeros(LINEAR), aggregate, state)
+    np.testing.assert_allclose(found.parameters, 2.0)
+    assert after_it["site/a"][0] == after_it["site/b"][0] == 0.5
+
+
 def test_cyclic_takes_over_the_one_site_of_the_round():
     one = made_up(1)
     np.testing.assert_allclose(after(run_of("cyclic"), one)[0].parameters, one[0].change, rtol=1e-6)
@@ -238,16 +306,16 @@ def test_cyclic_takes_over_the_one_site_of_the_round():
 # All of them
 
 
-def everything(updates, seed=0):
+def everything(updates):
     """Updates that every algorithm can use."""
     facts = {"steps": 5, "patients": 3, **losses(1.0, 0.5)}
-    return [replace(each, facts=facts) for each in with_controls(updates, seed)]
+    return [replace(each, facts=facts) for each in updates]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_neither_the_network_nor_the_state_that_was_given_is_changed(name):
     count = 1 if name == "cyclic" else 3
-    config = run_of(name)
+    config = run_of(name, {"local-steps": 5})
     step, current = server_step(config), Weights(parameters=np.ones(SIZE, np.float32), buffers=np.zeros(0, np.float32))
     state = step.start(LINEAR)
     for vector in (current.parameters, *state.values()):
@@ -257,8 +325,8 @@ def test_neither_the_network_nor_the_state_that_was_given_is_changed(name):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_going_on_from_a_checkpoint_gives_the_same_bits(name, tmp_path):
-    count, config = 1 if name == "cyclic" else 3, run_of(name, {"rounds": 4})
-    rounds = [everything(made_up(count, seed), seed) for seed in range(4)]
+    count, config = 1 if name == "cyclic" else 3, run_of(name, {"rounds": 4, "local-steps": 5})
+    rounds = [everything(made_up(count, seed)) for seed in range(4)]
     folder = RunFolder.create(tmp_path / "run", config)
     unbroken, _ = after(config, *rounds, known=4)
     half, state = after(config, *rounds[:2], known=4)

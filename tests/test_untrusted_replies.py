@@ -76,8 +76,7 @@ def taken(content, config) -> None:
 @example(facts={"steps": 10**300, RECEIVED: 1e39, TRAINED: 1e39, "patients": 1}, more={})
 @settings(max_examples=60, deadline=None)
 def test_facts_of_a_site_are_used_or_refused_by_every_algorithm(name, facts, more):
-    vectors = {"control": np.ones(LINEAR.num_parameters, np.float32)}
-    content = encode_update(Update(weights=zeros(LINEAR), layout=LINEAR.hash, num_examples=1, vectors=vectors))
+    content = encode_update(Update(weights=zeros(LINEAR), layout=LINEAR.hash, num_examples=1))
     known = json.loads(str(content["update"]["json"]))
     content["update"] = ConfigRecord({"json": json.dumps({**known, "facts": facts, **more})})
     with suppress(UpdateRefused):

@@ -31,7 +31,8 @@ class Visits:
 
     def task(self, round: int, weights: Weights, vectors: Mapping[str, FloatVector] | None = None, **keys) -> Task:
         settings, layout = settings_for_sites(self.config), flat(self.config).layout.hash
-        values = {"kind": "train", "evaluate": False, **keys}
+        counted = dict.fromkeys(map(str, self.config.data.sites), round - 1)  # every update so far was used
+        values = {"kind": "train", "evaluate": False, "counted": counted, **keys}
         return Task(round=round, settings=settings, layout=layout, weights=weights, vectors=vectors or {}, **values)
 
     def train(self, name: str, round: int, weights: Weights, vectors=None, **keys) -> Update:

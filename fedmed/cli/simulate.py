@@ -54,18 +54,20 @@ def simulate(
 
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
-    from fedmed.federated.run_folder import RunFolder
+    from fedmed.federated.run_folder import RunFolder, only_writer
     from fedmed.federated.simulation import begin
     from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
         config = with_phantoms(config, progress, explicit=run_file.explicit_keys(config))
     if resume is not None:
-        effective = _resumed(config, resume)
-        if effective is None:
-            _show_finished(resume, as_json=as_json)
-            return
         folder = RunFolder(resume)
+        with only_writer(folder.path):
+            effective = _resumed(config, resume)
+            if effective is None:
+                _show_finished(resume, as_json=as_json)
+                return
+            result = _run(effective, folder, engine, log, quiet=quiet)
     else:
         parameters, hospitals = _plan(config)
         if dry_run:
@@ -76,7 +78,8 @@ def simulate(
         stamp = now()[:19].replace(":", "").replace("-", "")
         place = out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-")
         effective, folder = begin(config, place, hospitals)
-    result = _run(effective, folder, engine, log, quiet=quiet)
+        with only_writer(folder.path):
+            result = _run(effective, folder, engine, log, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
 

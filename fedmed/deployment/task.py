@@ -199,11 +199,12 @@ def _work(site: SiteFolder, channel: socket.socket, other: socket.socket, folder
     """The worker's life: confine itself, hear a message, answer it, and end with its channel."""
     code = 1
     try:
+        other.close()
         confine_task(site)
         faulthandler.enable()  # SIGABRT prints the lines of code that it stands in, and no value
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
         node = {"site": str(site.file)}
-        work(channel, [other], app, defaultdict(lambda: node), {}, folder, site.config.device)
+        work(channel, app, defaultdict(lambda: node), {}, folder, site.config.device)
         code = 0
     except BaseException as error:  # its text may hold anything
         print(f"the task ended by {type(error).__name__}", file=sys.stderr)

@@ -199,8 +199,8 @@ class LocalGrid(Grid):
     def _slot(self) -> str:
         return self._free.pop() if self._free else f"slot-{next(self._slots)}"
 
-    def _work(self, channel: socket.socket, inherited: Iterable[socket.socket], device: str) -> None:
-        work(channel, inherited, self._client, self._nodes, self._run_config, self._folder, device)
+    def _work(self, channel: socket.socket, device: str) -> None:
+        work(channel, self._client, self._nodes, self._run_config, self._folder, device)
 
     def _dispatch(self) -> None:
         """Give every worker that has room a message."""
@@ -225,7 +225,8 @@ class LocalGrid(Grid):
         for worker, data in self._pool.answers(timeout_s):
             heard = True
             if data:
-                self._answered(self._pool.finished(worker), data)
+                well = not data.startswith(b"error\n")
+                self._answered(self._pool.finished(worker, well=well), data)
             else:
                 self._replace(worker)
         self._dispatch()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
+from fedmed.federated.local_fork_server import ForkServer, Life
 from fedmed.federated.local_worker import HEADER_LIMIT
 
 QUICK_S = 0.05  # a worker whose tasks take less is sent one ahead, so that it need not wait for the next
-
-Life = Callable[[socket.socket, Iterable[socket.socket], str], None]
 
 
 class Given(NamedTuple):
@@ -31,12 +28,12 @@ class Given(NamedTuple):
 class Worker:
     """One worker process and what it was given; it works on the first."""
 
-    process: BaseProcess
+    pid: int
     channel: socket.socket
     device: str
     given: deque[Given] = field(default_factory=deque)
     since: float = 0.0  # when it began with the first, on the monotonic clock
-    quick: bool = False  # whether its last task was
+    quick: bool = False  # whether its last task was, and went well: who fails at once is sent none ahead
 
     @property
     def has_room(self) -> bool:
@@ -48,8 +45,8 @@ class WorkerPool:
     """Worker processes of equal rank. No thread may have been started in this process before it is made."""
 
     def __init__(self, life: Life, devices: Sequence[str], count: int) -> None:
-        """Fork `count` workers that live `life(channel, inherited channels, device)`, devices dealt in turn."""
-        self._life = life
+        """Fork `count` workers that live `life(channel, device)`, devices dealt in turn."""
+        self._fork_server = ForkServer(life)
         self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
         for number in range(count):
@@ -61,18 +58,16 @@ class WorkerPool:
 
     def close(self) -> None:
         """End every worker process, at once and by its pid."""
+        self._fork_server.close()
         for worker in self._workers:
             worker.channel.close()
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
         self._workers.clear()
         self._selector.close()
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of the workers."""
-        return tuple(worker.process.pid or 0 for worker in self._workers)
+        return tuple(worker.pid for worker in self._workers)
 
     def give(self, worker: Worker, given: Given, data: bytes) -> None:
         """Send a worker a message."""
@@ -92,34 +87,29 @@ class WorkerPool:
                 data = b""
             yield worker, data  # a worker's end of the channel closes with it
 
-    def finished(self, worker: Worker) -> Given:
-        """Note that a worker is done with its first message."""
+    def finished(self, worker: Worker, *, well: bool) -> Given:
+        """Note that a worker is done with its first message, and whether that went well."""
         now = time.monotonic()
-        worker.quick, worker.since = now - worker.since < QUICK_S, now
+        worker.quick, worker.since = well and now - worker.since < QUICK_S, now
         return worker.given.popleft()
 
     def replace(self, worker: Worker) -> int:
         """End a worker, fork another in its place, and return the exit status of the first."""
-        worker.process.kill()
-        worker.process.join()
+        status = self._fork_server.end(worker.pid)
         self._selector.unregister(worker.channel)
         worker.channel.close()
         place = self._workers.index(worker)
         self._workers.remove(worker)
         self._workers.insert(place, self._fork(worker.device))
-        return worker.process.exitcode or 0
+        return status
 
     def _fork(self, device: str) -> Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
-        inherited = [worker.channel for worker in self._workers] + [ours]
-        process = multiprocessing.get_context("fork").Process(
-            target=self._life, args=(theirs, inherited, device), daemon=True
-        )
-        process.start()
-        theirs.close()
-        worker = Worker(process, ours, device)
+        with theirs:
+            pid = self._fork_server.fork(theirs, device)
+        worker = Worker(pid, ours, device)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 def work(
     channel: socket.socket,
-    inherited: Iterable[socket.socket],
     client: ClientApp,
     nodes: Mapping[int, Mapping[str, Any]],
     run_config: Mapping[str, Any],
@@ -37,10 +35,8 @@ def work(
     """A worker's life: read a message, call the app, answer; end when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent()
+    end_with_parent()
     keep_freed_memory()
-    for other in inherited:
-        other.close()
     spool = Spool(folder)
     while True:
         try:
@@ -82,9 +78,7 @@ def keep_freed_memory() -> None:
         c_library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent is killed, however that happens."""
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed, however that happens; elsewhere its channel tells."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            os._exit(1)

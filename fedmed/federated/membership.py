@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed.config import StrategyConfig
-from fedmed.errors import RunFailed
+from fedmed.errors import TooFewSites
 from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.exchange import GRACE_S, Failure, answer_in, await_node, await_reply, is_gone, time_to_pull
 from fedmed.federated.member import CannotJoin, Member, member_of
 from fedmed.federated.progress import Progress
+from fedmed.federated.result import summary_of
 from fedmed.federated.selection import in_turn, sample_size, sampled, share_of
 
 GROUP = "hello"
@@ -94,12 +95,12 @@ class Membership:
             The sites that cannot take part, and why.
 
         Raises:
-            RunFailed: too few nodes are connected before the deadline.
+            TooFewSites: too few nodes are connected before the deadline.
         """
         self._look()
         if len(self._present) < self._strategy.min_sites:
             least = self._strategy.min_sites
-            raise RunFailed(
+            raise TooFewSites(
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
             )
         self._at_start = len(self._present)
@@ -137,11 +138,16 @@ class Membership:
         nodes = {name: self._members[name].node for name in self._staying()}
         return {name: node for name, node in nodes.items() if node in self._present}
 
-    def asked(self, round: int) -> dict[str, int]:
-        """The sites that a round asks, and their nodes: all that are there, a sample of them, or one in turn."""
+    def asked(self, round: int, passed: Collection[str] = ()) -> dict[str, int]:
+        """The sites that a round asks, and their nodes: all that are there, a sample of them, or one in turn.
+
+        Args:
+            round: of the run.
+            passed: sites that had the round's turn already and did not do their part.
+        """
         here = list(self.connected())
         if self._turns:
-            names = in_turn(here, round=round)
+            names = in_turn(self._members, here=set(here) - set(passed), round=round)[:1]
         else:
             always = self._strategy.required_sites
             names = sampled(here, size=self._wanted, always=always, seed=self._seed, round=round)
@@ -168,11 +174,11 @@ class Membership:
             reason += f"; {missed} rounds missed in a row, so it is not asked again for {wait} (strategy.lost-after)"
         return Failure(site=site, reason=reason)
 
-    def missing(self, sites: Collection[str]) -> str | None:
-        """Why these sites are too few for a round, or None."""
+    def missing(self, sites: Collection[str], failed: Sequence[Failure] = ()) -> str | None:
+        """Why these sites are too few for a round, or None; where sites take turns, with who has `failed` in it."""
         strategy = self._strategy
         if self._turns:
-            return None if sites else "the site whose turn it is did not take part"
+            return None if sites else ": ".join(filter(None, ("no site took its turn", summary_of(failed))))
         absent = sorted(set(strategy.required_sites) - set(sites))
         if absent:
             return f"required site {absent[0]} did not take part"
@@ -185,8 +191,10 @@ class Membership:
     def needs(self, asked: Collection[str], failed: Collection[Failure], site: str) -> bool:
         """Whether a round, of whose sites these have failed already, would have too few without this one.
 
-        Those whose answers are still to come are taken to answer.
+        Those whose answers are still to come are taken to answer. A turn that one does not take is another's.
         """
+        if self._turns:
+            return set(self.connected()) <= {site}
         others = set(asked) - {failure.site for failure in failed} - {site}
         return (self.missing(others) or too_few_sites(self._strategy, len(others))) is not None
 

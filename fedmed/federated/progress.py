@@ -69,6 +69,10 @@ class Progress:
         """In how many rounds a site's update was used."""
         return sum(site in entry["joined"] for entry in self.rounds)
 
+    def last_joined(self) -> dict[str, int]:
+        """By site, the last finished round in which its update was used."""
+        return {site: int(entry["round"]) for entry in self.rounds for site in entry["joined"]}
+
     def select(self, round: int, value: float | None, *, plateau_patience: int) -> bool:
         """Note the selection metric of a round's network, if there is one; True if it is the best so far.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
-from fedmed.errors import RunFailed, UpdateRefused
+from fedmed.errors import TooFewSites, UpdateRefused
 from fedmed.federated.admission import (
     decoded_update,
     privacy_in,
@@ -40,6 +40,7 @@ from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import State, server_step
 from fedmed.federated.unmasking import masking_of, open_sum
 from fedmed.federated.wire import encode_task
+from fedmed.training.local_algorithms import FOLLOWS_SERVER
 from fedmed.training.local_algorithms.fedbn import no_single_network
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
@@ -71,7 +72,12 @@ class Federation:
     def run(self) -> tuple[Status, str | None]:
         """Train all rounds, keep the best network, and have every site evaluate it. The protocol, on one screen."""
         weights, state = self._start()
-        self.sites = sites = self._gather()
+        try:
+            sites = self._gather()
+        except TooFewSites as problem:
+            if not (self.progress.rounds or self.progress.broken):
+                raise
+            return "paused", str(problem)  # as it was, or nearly: nothing has changed since the last checkpoint
         saved = self.progress.round
         if self.noise is not None:
             self.noise.begin(saved, parameters=self.layout.num_parameters)
@@ -92,12 +98,15 @@ class Federation:
             task = self._task("train", round, weights, self.step.outgoing(state), hidden)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            combined = combiner(terms(sent=weights, state=state, known=len(sites.members), round=round))
-            joined, failed = [], arrivals.unreachable
+            combined = combiner(terms(
+                sent=weights, state=state, known=len(sites.members), round=round, plateau=task.learning_rate_factor
+            ))  # fmt: skip
+            joined: list[str] = []
+            failed = arrivals.unreachable
             for failure in failed:
                 self._tell("site_failed", round, **asdict(failure))
             missing = sites.missing(list(nodes))
-            for site, answer in () if missing else self._ask(task, nodes, partial(sites.needs, nodes, failed)):
+            for site, answer in () if missing else self._answers(task, sites, nodes, joined, failed):
                 try:
                     update, trained = self._admitted(answer, sites[site], weights)
                     combined.add(site, update, trained)
@@ -110,7 +119,9 @@ class Federation:
                 joined.append(site)
                 sites.joined(site)
                 self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
-            missing = missing or sites.missing(joined) or combined.too_few() or self._closed(combined, task, nodes)
+            missing = (
+                missing or sites.missing(joined, failed) or combined.too_few() or self._closed(combined, task, nodes)
+            )
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
             if missing:
@@ -162,7 +173,11 @@ class Federation:
         return weights, state
 
     def _gather(self) -> Membership:
-        """Greet the sites, waiting until enough of them are there."""
+        """Greet the sites, waiting until enough of them are there.
+
+        Raises:
+            TooFewSites: they are not.
+        """
         empty = np.zeros(0, np.float32)
 
         def hello() -> RecordDict:
@@ -170,11 +185,11 @@ class Federation:
 
         turns = self.step.turns  # one site a round: the algorithm's own wish
         sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
+        self.sites = sites
         absent = sites.gather(self._greeted)
         self._absent(absent, 0)
-        self.sites = sites
         if missing := sites.missing([member.name for member in sites.members]):
-            raise RunFailed(f"{missing}. {summary_of(absent) or ''}".strip())
+            raise TooFewSites(f"{missing}. {summary_of(absent) or ''}".strip())
         return sites
 
     def _greeted(self, site: str, done: int, all: int) -> None:
@@ -209,6 +224,7 @@ class Federation:
         masking: Masking | None = None,
     ) -> Task:
         every = self.config.evaluate.sites == "every" and round > 1
+        followed = kind == "train" and self.config.strategy.name in FOLLOWS_SERVER
         return Task(
             kind="train" if kind == "train" else "evaluate",
             round=round,
@@ -221,6 +237,7 @@ class Federation:
             evaluate=every,
             run=self.progress.run,
             masking=masking,
+            counted=self.progress.last_joined() if followed else {},
         )
 
     def _ask(self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False) -> Any:
@@ -234,6 +251,16 @@ class Federation:
             retries=self.config.strategy.retries,
             needed=needed,
         )
+
+    def _answers(
+        self, task: Task, sites: Membership, nodes: Mapping[str, int], joined: list[str], failed: list[Failure]
+    ) -> Iterator[tuple[str, RecordDict | str]]:
+        """What the sites of a round answer; where they take turns, until one has joined."""
+        passed: set[str] = set()
+        while nodes:
+            yield from self._ask(task, nodes, partial(sites.needs, nodes, failed))
+            passed |= set(nodes)
+            nodes = sites.asked(task.round, passed) if self.step.turns and not joined else {}
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
         update = decoded_update(answer, self.config.task)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +206,38 @@ class RunFolder:
         for log in ("_events", "_rounds"):
             if log in self.__dict__:
                 os.close(self.__dict__.pop(log))
+
+
+def locked(folder: Path) -> int | None:
+    """Take the lock of a run's folder, which its one writer holds: a descriptor to keep open, None if another has it.
+
+    On a file system without locks everybody has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the one process that writes a run's folder.
+
+    Raises:
+        RunFailed: another process is.
+    """
+    descriptor = locked(folder)
+    if descriptor is None:
+        raise RunFailed(f"{folder}: another process still trains this run; wait for its end, or end it")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def folder_of(runs: Path, series: int) -> Path | None:

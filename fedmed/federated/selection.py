@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
@@ -46,7 +46,11 @@ def sampled(
     return tuple(sorted(chosen))
 
 
-def in_turn(sites: Sequence[str], *, round: int) -> tuple[str, ...]:
-    """The one site whose turn it is, in the order of the names; empty if there is none."""
+def in_turn(sites: Collection[str], *, here: Collection[str], round: int) -> tuple[str, ...]:
+    """Who is asked one after the other until one has done its part: by name, from the site whose turn it is.
+
+    Turns count all `sites` of the run, so that nobody's depends on who is away; only those that are `here` are asked.
+    """
     names = sorted(sites)
-    return (names[(round - 1) % len(names)],) if names else ()
+    first = (round - 1) % max(len(names), 1)
+    return tuple(name for name in [*names[first:], *names[:first]] if name in here)

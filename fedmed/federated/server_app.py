@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from fedmed.errors import NO_ROOM, ConfigError, RunFailed, RunInterrupted
 from fedmed.federated.federation import run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
-from fedmed.federated.run_folder import RunFolder, folder_of
+from fedmed.federated.run_folder import RunFolder, folder_of, locked
 from fedmed.imaging.cache import cache_folder
 from fedmed.privacy.chain import now
 from fedmed.types import Event
@@ -79,20 +78,13 @@ def be_alone(folder: Path, wait_s: float = ALONE_S) -> None:
     Raises:
         RunInterrupted: it does not end.
     """
-    descriptor = os.open(folder, os.O_RDONLY)  # it is never closed: the lock is the process's
     deadline = time.monotonic() + wait_s
     said = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not said:
-                print("an earlier process of this run still writes its folder; waiting for its end", flush=True)
-            if time.monotonic() > deadline:
-                raise RunInterrupted("an earlier process of this run still writes its folder") from None
-        except OSError:  # a file system without locks
-            return
+    while locked(folder) is None:  # the descriptor is never closed: the lock is the process's
+        if not said:
+            print("an earlier process of this run still writes its folder; waiting for its end", flush=True)
+        if time.monotonic() > deadline:
+            raise RunInterrupted("an earlier process of this run still writes its folder")
         said = True
         time.sleep(0.5)
 

@@ -26,7 +26,7 @@ from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record
-from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.run_folder import RunFolder, only_writer
 from fedmed.federated.selection import sample_size
 from fedmed.federated.sites import SIMULATION, site_names
 from fedmed.federated.strategies import server_step
@@ -65,7 +65,7 @@ def simulate(config: RunConfig, out: str | Path, *, watch: Watch = lambda event:
     config = with_phantoms(config, explicit=run_file.explicit_keys(config))
     _, hospitals = plan(config)
     config, folder = begin(config, Path(out), hospitals)
-    with local_grid(config, folder) as grid:
+    with only_writer(folder.path), local_grid(config, folder) as grid:
         return run_on(grid, config, folder, watch)
 
 

@@ -23,6 +23,7 @@ from fedmed.imaging.scanners import scanner_digest
 from fedmed.training.run_data import custom_dataset
 from fedmed.types import OnProgress
 
+ORDER = ".order"  # the hospitals' names by line, in partition/; no hospital's name begins with a dot
 UNKNOWN = "unreadable"  # the scanner of images whose header cannot be read
 Record = Mapping[str, str]
 
@@ -70,7 +71,7 @@ def with_hospitals(config: RunConfig, folder: Path, hospitals: Sequence[Hospital
         raise ConfigError("--out: with a partition the run folder's path must not hold a comma")
     if not home.exists():
         _write(planned(config) if hospitals is None else hospitals, home)
-    names = (home / "order").read_text(encoding="utf-8").splitlines()
+    names = (home / ORDER).read_text(encoding="utf-8").splitlines()
     data = config.data.model_copy(update={"sites": tuple(str(home / name / "manifest.csv") for name in names)})
     simulation = config.simulation.model_copy(update={"partition": "as-given"})
     return config.model_copy(update={"data": data, "simulation": simulation})
@@ -194,7 +195,7 @@ def _write(hospitals: Sequence[Hospital], home: Path) -> None:
             writer.writerows(hospital.records)
             (partial / hospital.name).mkdir()
             write_atomically(partial / hospital.name / "manifest.csv", text.getvalue().encode())
-        write_atomically(partial / "order", "".join(f"{hospital.name}\n" for hospital in hospitals).encode())
+        write_atomically(partial / ORDER, "".join(f"{hospital.name}\n" for hospital in hospitals).encode())
         os.replace(partial, home)  # noqa: PTH105  # one name for every rename, which the kill tests count
         sync_folder(home.parent)
     finally:

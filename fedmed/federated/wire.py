@@ -52,7 +52,7 @@ def decode_vector(array: Array, dtype: Literal["float32", "float64", "uint64"] =
 def encode_task(task: Task, *, copy: bool = True) -> RecordDict:
     """A task as the content of a Flower message; without `copy` a view of the task's vectors."""
     names = ("round", "kind", "layout", "evaluate", "learning_rate_factor", "centres", "settings", "run")
-    facts = {name: getattr(task, name) for name in names}
+    facts = {name: getattr(task, name) for name in names} | {"counted": dict(task.counted)}
     if task.masking is not None:
         facts["masking"] = asdict(task.masking)
     content = RecordDict({"task": _facts(facts), "network": _network(task.weights, copy)})
@@ -83,6 +83,7 @@ def decode_task(content: RecordDict) -> Task:
             vectors=_read_vectors(content),
             weights=_weights(content),
             masking=_masking(facts["masking"]) if "masking" in facts else None,
+            counted={str(site): int(round) for site, round in facts["counted"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, UpdateRefused) as error:
         text = f"the message is no task: {type(error).__name__} on {error}"
@@ -102,8 +103,6 @@ def encode_update(update: Update, *, copy: bool = True) -> RecordDict:
     if update.metrics:
         flat = np.concatenate([np.ravel(values) for values in update.metrics.values()]).astype(np.float64)
         content["metrics"] = _record({"sums": encode_vector(flat)})
-    if update.vectors:
-        content["vectors"] = _vectors(update.vectors, copy)
     if update.weights is not None:
         content["network"] = _network(update.weights, copy)
     if update.masked is not None:
@@ -137,7 +136,6 @@ def decode_update(content: RecordDict) -> Update:
             layout=str(facts["layout"]),
             num_examples=int(facts["num-examples"]),
             metrics=metrics,
-            vectors=_read_vectors(content),
             facts=dict(facts["facts"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

@@ -55,7 +55,7 @@ def keep_departure(folder: Path, keys: SiteKeys, update: Update, departure: Depa
 
 def contents(update: Update) -> list[dict[str, Scalar]]:
     """Everything that an update holds, by name: how many values and how many bytes."""
-    vectors: dict[str, NDArray[Any]] = dict(update.vectors)
+    vectors: dict[str, NDArray[Any]] = {}
     if update.weights is not None:
         vectors |= {"parameters": update.weights.parameters, "buffers": update.weights.buffers}
     if update.masked is not None:

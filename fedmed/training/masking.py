@@ -121,10 +121,10 @@ def masked(update: Update, task: Task, part: Part, config: RunConfig, layout: La
 
     Raises:
         PolicyRefused: something else left under these masks.
-        ModelError: the network is not finite, or the update holds more than a network.
+        ModelError: the network is not finite, or there is none.
     """
-    if update.weights is None or update.vectors:
-        raise ModelError("strategy.secure-sum hides a network and nothing else", public="no secure sum of such updates")
+    if update.weights is None:
+        raise ModelError("strategy.secure-sum hides a network, and there is none", public="there is no network to hide")
     weight = _weight(update, config)
     try:
         values = _values(
@@ -186,6 +186,7 @@ def _asked(task: Task, part: Part) -> str:
         "centres": list(task.centres),
         "evaluate": task.evaluate,
         "vectors": sorted(task.vectors),
+        "counted": dict(task.counted),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     vectors = (task.vectors[name] for name in sorted(task.vectors))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.config import TaskConfig, TrainConfig
+from fedmed.config import RunConfig, TaskConfig, TrainConfig
 from fedmed.imaging.dataset import Dataset
 
 SCANNED = 64  # items in memory while masks are searched for foreground
@@ -47,6 +47,31 @@ def batches(
                 return
             left -= 1
             yield chosen[start:end]
+
+
+def steps_allowed(config: RunConfig, examples: int) -> range:
+    """How many optimizer steps a round can have over so many examples, as the loops of training count them.
+
+    Args:
+        config: the run.
+        examples: training images of the site; under DP-SGD its training patients.
+
+    Returns:
+        From the fewest to the most: the last image of a pass may be a batch or not, patients do not say how many images
+        are units, and a site that may stop early can have as few as one.
+    """
+    train, privacy = config.train, config.privacy
+    if train.local_steps:
+        fewest = most = train.local_steps
+    elif privacy.mode == "dp-sgd":
+        units = examples * (privacy.images_per_patient if privacy.unit == "image" else 1)
+        most = train.local_epochs * -(-units // min(train.batch_size * train.accumulate, units))
+        fewest = most if privacy.unit == "patient" else 1
+    else:
+        batches = -(-examples // train.batch_size)
+        joined = train.batch_size > 1 and examples % train.batch_size == 1 < examples
+        fewest, most = (-(-train.local_epochs * each // train.accumulate) for each in (batches - joined, batches))
+    return range(1 if train.patience else fewest, most + 1)
 
 
 def balanced_weights(data: Dataset, rows: Rows, task: TaskConfig) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from fedmed.imaging.dataset import Dataset
 from fedmed.training.discretion import for_the_site_alone, one_reason
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
-from fedmed.training.local_algorithms import Outcome, Visit, local_algorithm, needs_folder
+from fedmed.training.local_algorithms import FOLLOWS_SERVER, Outcome, Visit, local_algorithm, needs_folder
 from fedmed.training.local_algorithms.fedbn import with_own_norms
 from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
 from fedmed.training.local_baseline import keep_network
@@ -70,6 +70,8 @@ def train_round(task: Task, site: Site) -> Update:
             hidden = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit))
     _, data, network = _prepared(task, site)
     state = _state(task, site, config)
+    if state is not None and config.strategy.name in FOLLOWS_SERVER:
+        state.forget(after=task.counted.get(site.name, 0), before=task.round)
     kept = state.before(task.round) if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, permit, site) if task.evaluate else {}
@@ -265,6 +267,5 @@ def _update(
         layout=network.layout.hash,
         num_examples=num_examples,
         metrics=MappingProxyType(dict(metrics)),
-        vectors=MappingProxyType(dict(outcome.vectors if outcome else {})),
         facts=MappingProxyType(facts),
     )

@@ -70,6 +70,15 @@ class SiteState:
         rounds = [kept for kept in self._rounds() if round is None or kept < round]
         return self._load(rounds[-1]) if rounds else {}
 
+    def forget(self, *, after: int, before: int) -> None:
+        """Remove what was kept of the rounds between two: updates that the server has not used.
+
+        No resumed run comes back to them: up to its checkpoint it has used the same updates, and later rounds are new.
+        """
+        for round in self._rounds():
+            if after < round < before:
+                (self.folder / f"round-{round:04d}.safetensors").unlink(missing_ok=True)
+
     @property
     def last_round(self) -> int:
         """The newest round that is kept; 0 if there is none."""

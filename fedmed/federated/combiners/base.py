@@ -28,6 +28,7 @@ class RoundTerms:
     strategy: StrategyConfig
     known: int  # sites of the federation, whether they answer or not
     round: int = 0
+    plateau: float = 1.0  # factor of the learning rate that the sites were sent
     noise: ServerNoise | None = None  # of a run with central privacy
     folder: Path | None = None  # where updates wait on disk if a rule must see them side by side; None = the system's
 
@@ -63,15 +64,8 @@ def contribution_of(terms: RoundTerms, site: str, update: Update, weights: Weigh
     anything else; buffers are not clipped.
 
     Raises:
-        UpdateRefused: its weight is no positive number, or a vector that the algorithm needs is missing or malformed.
+        UpdateRefused: its weight is no positive number, or it lacks something that the algorithm needs.
     """
-    for name in terms.step.vectors:
-        vector = update.vectors.get(name)
-        if vector is None or vector.size != terms.layout.num_parameters:
-            size = 0 if vector is None else vector.size
-            raise UpdateRefused(f"expected {terms.layout.num_parameters} values of {name}, got {size}")
-        if not all(math.isfinite(float(np.dot(vector[part], vector[part]))) for part in chunks(vector.size)):
-            raise UpdateRefused(f"the update's {name} is not finite")
     bound, scale, clipped = terms.strategy.clip_norm, terms.step.admit(update), False
     if bound:
         norm = change_norm(weights.parameters, terms.sent.parameters)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from fedmed.federated.aggregation import Aggregate, Contribution, WeightedMean, chunks
+from fedmed.federated.aggregation import Aggregate, Contribution, WeightedMean
 from fedmed.federated.combiners.base import RoundTerms, contribution_of
-from fedmed.types import FloatVector, Update, Weights
+from fedmed.types import Update, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +17,6 @@ class Held:
 
     contribution: Contribution
     weights: Weights
-    vectors: dict[str, FloatVector]
 
 
 class Mean:
@@ -33,8 +30,7 @@ class Mean:
     def __init__(self, terms: RoundTerms) -> None:
         """Start from nothing."""
         self._terms = terms
-        self._mean = WeightedMean(terms.layout, terms.sent)
-        self._vectors = {name: np.zeros(terms.layout.num_parameters, np.float32) for name in terms.step.vectors}
+        self._mean = WeightedMean(terms.layout, terms.sent, second=terms.step.second)
         share = terms.strategy.max_weight_share
         self._room = math.floor(1 / share) if share < 1 else 0
         self._held: list[Held] = []
@@ -47,12 +43,11 @@ class Mean:
         if len(self._held) >= self._room:
             lightest = min(self._held, key=lambda held: held.contribution.weight, default=None)
             if lightest is None or new.weight <= lightest.contribution.weight:
-                return self._pour(new, weights, update.vectors)
+                return self._pour(new, weights)
             self._held.remove(lightest)
-            self._pour(lightest.contribution, lightest.weights, lightest.vectors)
+            self._pour(lightest.contribution, lightest.weights)
         copies = Weights(parameters=weights.parameters.copy(), buffers=weights.buffers.copy())
-        vectors = {name: update.vectors[name].copy() for name in self._vectors}
-        self._held.append(Held(contribution=new, weights=copies, vectors=vectors))
+        self._held.append(Held(contribution=new, weights=copies))
         return None
 
     def too_few(self) -> str | None:
@@ -65,28 +60,23 @@ class Mean:
         final = tuple(replace(each, weight=min(each.weight, limit)) for each in self._contributions)
         for held in self._held:
             light = replace(held.contribution, weight=min(held.contribution.weight, limit))
-            self._pour(light, held.weights, held.vectors)
-        mean = self._mean.result()
-        for vector in self._vectors.values():
-            vector /= np.float32(self._mean.total)
+            self._pour(light, held.weights)
         facts = {
             "capped": [each.site for each in self._contributions if each.weight > limit],
             "clipped": [each.site for each in final if each.clipped],
         }
         return replace(
-            mean,
-            vectors=self._vectors,
+            self._mean.result(),
             contributions=final,
             known=self._terms.known,
             facts={name: sites for name, sites in facts.items() if sites},
         )
 
-    def _pour(self, new: Contribution, weights: Weights, vectors: Mapping[str, FloatVector]) -> None:
-        self._mean.add(weights, new.weight, scale=new.scale)
-        weight = np.float32(new.weight)
-        for name, total in self._vectors.items():
-            for part in chunks(total.size):
-                total[part] += weight * vectors[name][part]
+    def _pour(self, new: Contribution, weights: Weights) -> None:
+        step, terms, second = self._terms.step, self._terms, 0.0
+        if step.second:
+            second = step.second_factor(new, terms.state, round=terms.round, plateau=terms.plateau)
+        self._mean.add(weights, new.weight, scale=new.scale, second=second)
 
 
 def weight_limit(weights: Sequence[float], share: float) -> float:

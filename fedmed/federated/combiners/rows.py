@@ -6,7 +6,6 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from fedmed.federated.aggregation import chunks
 from fedmed.types import FloatVector
 
 VALUES = 1 << 20  # in memory at a time
+DIFFERENCES = 1 << 16  # of one row from the others at a time, in a core's cache
 Matrix = NDArray[np.float32]  # (rows, columns)
 
 
@@ -50,11 +50,12 @@ class Rows:
 
         ‖xᵢ‖² + ‖xⱼ‖² - 2·xᵢ·xⱼ would be faster, and lose all digits where vectors are long and close to each other.
         """
-        squares = np.zeros((len(order), len(order)))
+        squares, step = np.zeros((len(order), len(order))), max(DIFFERENCES // max(len(order), 1), 64)
         for _, matrix in self.columns(order, 0, stop):
-            for one, other in combinations(range(len(order)), 2):
-                difference = np.subtract(matrix[one], matrix[other], dtype=np.float64)
-                squares[one, other] += np.einsum("i,i", difference, difference)
+            for block in (matrix[:, first : first + step] for first in range(0, matrix.shape[1], step)):
+                for row in range(len(order) - 1):
+                    differences = np.subtract(block[row + 1 :], block[row], dtype=np.float64)
+                    squares[row, row + 1 :] += np.einsum("ij,ij->i", differences, differences)
         return squares + squares.T
 
     def _write(self, values: FloatVector) -> None:

@@ -50,7 +50,7 @@ def server_step(config: RunConfig) -> ServerStep:
         raise ConfigError(f'strategy.name = "{name}": no such algorithm; did you mean "{near}"?')
     step = own_step(name, config) if ":" in name else STRATEGIES[name](config)
     why = (
-        "a robust rule would choose among updates, and knows nothing of the vectors that come with them" if step.vectors
+        "a robust rule would choose among updates, and gives no sum of all of them" if step.second
         else "the algorithm itself says what each site counts for" if step.weighs
         else "there is one site in a round, and nothing to combine" if step.turns
         else ""
@@ -60,6 +60,4 @@ def server_step(config: RunConfig) -> ServerStep:
     alone = why or type(step).admit is not ServerStep.admit
     if strategy.secure_sum and alone:
         raise ConfigError(f'strategy.name = "{name}" needs more of a site than its part in a sum (strategy.secure-sum)')
-    if step.vectors and strategy.clip_norm:
-        raise ConfigError(f'strategy.name = "{name}" needs strategy.clip-norm = 0: its vectors would not be clipped')
     return step

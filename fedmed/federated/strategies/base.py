@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.federated.aggregation import Aggregate, Contribution
+from fedmed.training.sampling import steps_allowed
 from fedmed.types import FloatVector, Layout, Update, Weights
 
 State = Mapping[str, FloatVector]  # named vectors; saved with every checkpoint
@@ -22,7 +23,7 @@ class ServerStep(ABC):
     run goes on with the same bits.
     """
 
-    vectors: ClassVar[tuple[str, ...]] = ()  # names of the vectors that every update must bring, each of num_parameters
+    second: ClassVar[bool] = False  # whether the changes are added up once more, with `second_factor`
     turns: ClassVar[bool] = False  # one site at a time, each in its turn
     weighs: ClassVar[bool] = False  # whether `shares` says what each site counts for, and not strategy.weight-by
 
@@ -55,6 +56,17 @@ class ServerStep(ABC):
         """What each site counts for, by name, where `weighs` is true; only ratios matter."""
         return {each.site: each.weight for each in contributions}
 
+    def second_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
+        """What a site's change is multiplied by in `aggregate.second`, where `second` is true.
+
+        Args:
+            contribution: of the site, with the weight that counts in the end.
+            state: before the round.
+            round: 1-based.
+            plateau: factor of the learning rate that the sites were sent.
+        """
+        return contribution.weight
+
     @abstractmethod
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:
         """One round. `current` and `state` are never changed; the aggregate is handed over, to be used up."""
@@ -80,3 +92,24 @@ def needs_plain_steps(config: RunConfig, *, momentum: bool) -> None:
     )  # fmt: skip
     if wrong:
         raise ConfigError(f'strategy.name = "{name}" is not defined for {wrong}')
+
+
+def require_steps(config: RunConfig, update: Update) -> None:
+    """Refuse an update that does not say how many steps its site took, or another number than the run lets it take.
+
+    Args:
+        config: the run.
+        update: what a site sent; its counts are checked already.
+
+    Raises:
+        UpdateRefused: with the reason, which names no site.
+    """
+    name, steps = config.strategy.name, update.facts.get("steps")
+    allowed = steps_allowed(config, max(update.num_examples, 1))
+    if not isinstance(steps, int) or steps not in allowed:
+        claimed = f"{steps} steps" if isinstance(steps, int) and abs(steps) < 1e300 else "no number of steps"
+        span = f"{allowed.start}" if len(allowed) == 1 else f"{allowed.start} to {allowed.stop - 1}"
+        raise UpdateRefused(
+            f"the update claims {claimed}, which {name} needs; with the run's settings and {update.num_examples} "
+            f"examples there are {span}"
+        )

@@ -26,7 +26,8 @@ class FedDGGA(ServerStep):
     generalisation gap Gᵢ is the loss, on patients that site i holds out, of the global network that it received minus
     that of the network that it had sent in the round before; μ is the mean gap (the authors' own program leaves it
     out), and dʳ = d·(1 - (r - 1)/R) falls over the R rounds. All sites begin alike. A site whose gap is not known yet,
-    in its first round, keeps its weight; a site that misses a round keeps it too.
+    in its first round, keeps its weight; a site that misses a round keeps it too. If the sites of a round all weigh
+    nothing, they count alike.
     """
 
     weighs: ClassVar[bool] = True
@@ -70,6 +71,8 @@ class FedDGGA(ServerStep):
         before = np.array([seen.get(site, alike) for site in sites])
         clipped = np.clip(before + adjustment, 0, 1)
         weights = clipped * before.sum() / clipped.sum() if clipped.any() else before
+        if not weights.any():  # those who would weigh something did not answer
+            weights = np.full(len(sites), 1 / len(sites))
         return dict(zip(sites, weights.tolist(), strict=True))
 
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:

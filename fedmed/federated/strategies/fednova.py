@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, UpdateRefused
+from fedmed.errors import ConfigError
 from fedmed.federated.aggregation import Aggregate
-from fedmed.federated.strategies.base import ServerStep, State, needs_plain_steps
+from fedmed.federated.strategies.base import ServerStep, State, needs_plain_steps, require_steps
 from fedmed.types import Scalar, Update, Weights
-
-MOST = 10**9  # steps in one round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +22,16 @@ class FedNova(ServerStep):
     it, a site that takes more steps weighs more, and the federation minimises another objective than it says.
     """
 
-    momentum: float = 0.0  # ρ of the sites' SGD
+    config: RunConfig
+
+    @property
+    def momentum(self) -> float:
+        """ρ of the sites' SGD."""
+        return self.config.train.momentum
 
     @classmethod
     def from_config(cls, config: RunConfig) -> FedNova:
-        """Read `train.momentum`.
+        """Keep the run's settings, from which it follows how many steps a site can have taken.
 
         Raises:
             ConfigError: sites do not take SGD steps, or a robust rule would take their word for the number of steps.
@@ -37,22 +40,20 @@ class FedNova(ServerStep):
         if config.strategy.combine != "mean":
             text = "a site that lies about its steps would change the scale of all"
             raise ConfigError(f'strategy.name = "fednova" needs strategy.combine = "mean": {text}')
-        return cls(momentum=config.train.momentum)
+        return cls(config=config)
 
     def admit(self, update: Update) -> float:
-        """1/‖aᵢ‖₁."""
+        """1/‖aᵢ‖₁.
+
+        Raises:
+            UpdateRefused: the site does not say how many steps it took, or another number than it can have taken.
+        """
+        require_steps(self.config, update)
         return 1 / self.norm(update.facts)
 
     def norm(self, facts: Mapping[str, Scalar]) -> float:
-        """‖a‖₁ = τ, or [τ - ρ·(1 - ρ^τ)/(1 - ρ)] / (1 - ρ) with momentum ρ  (Wang et al. 2020, section 4).
-
-        Raises:
-            UpdateRefused: the site does not say how many steps it took, or more than any takes.
-        """
-        steps = facts.get("steps")
-        if not isinstance(steps, int) or not 1 <= steps <= MOST:
-            raise UpdateRefused(f"fednova needs the number of steps that the site took, from 1 to {MOST}")
-        rho = self.momentum
+        """‖a‖₁ = τ, or [τ - ρ·(1 - ρ^τ)/(1 - ρ)] / (1 - ρ) with momentum ρ  (Wang et al. 2020, section 4)."""
+        steps, rho = int(facts["steps"]), self.momentum
         return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
     def __call__(self, current: Weights, aggregate: Aggregate, state: State) -> tuple[Weights, State]:

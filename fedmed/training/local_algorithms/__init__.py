@@ -23,8 +23,9 @@ LOCAL_ALGORITHMS: dict[str, LocalAlgorithm] = {
     "feddg-ga": feddg_ga,
 }
 KEEPS_STATE = frozenset({"scaffold", "fedbn", "ditto"})  # of every round, on the site's own disk
+FOLLOWS_SERVER = frozenset({"scaffold"})  # what the site keeps must be of the updates that the server has used
 
-__all__ = ["KEEPS_STATE", "LOCAL_ALGORITHMS", "Outcome", "Visit", "local_algorithm", "needs_folder"]
+__all__ = ["FOLLOWS_SERVER", "KEEPS_STATE", "LOCAL_ALGORITHMS", "Outcome", "Visit", "local_algorithm", "needs_folder"]
 
 
 def local_algorithm(strategy: StrategyConfig) -> LocalAlgorithm:

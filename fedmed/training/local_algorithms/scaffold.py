@@ -10,7 +10,7 @@ from fedmed.training.gradients import constant
 from fedmed.training.local_algorithms.visit import Outcome, Visit
 from fedmed.training.schedule import learning_rate_factor
 
-CONTROL = "control"  # the server's c in a task, Δcᵢ in an update, cᵢ on the site's disk
+CONTROL = "control"  # the server's c in a task, cᵢ on the site's disk
 
 
 def scaffold(visit: Visit) -> Outcome:
@@ -21,10 +21,12 @@ def scaffold(visit: Visit) -> Outcome:
 
         cᵢ⁺ = cᵢ − c + (x − y) / (K·η),    Δcᵢ = cᵢ⁺ − cᵢ
 
-    cᵢ stays on the site's disk, Δcᵢ is sent; both variates start at zero. K·η is `path_length`, which is the paper's
-    for plain SGD at one learning rate, and keeps cᵢ⁺ a weighted mean of this round's gradients under momentum and
-    schedules. Option I, a further pass over all images at x, is not offered: without noise it may not be combined with
-    differential privacy, while option II only uses what the steps have released.
+    cᵢ stays on the site's disk, and the server computes Δcᵢ from what it sent and got (`strategies.scaffold`); both
+    variates start at zero. An update that the server did not use leaves cᵢ as it was (`Task.counted`). K·η is
+    `path_length`, which is the paper's for plain SGD at one learning rate, and keeps cᵢ⁺ a weighted mean of this
+    round's gradients under momentum and schedules. Option I, a further pass over all images at x, is not offered:
+    without noise it may not be combined with differential privacy, while option II only uses what the steps have
+    released.
 
     Raises:
         ConfigError: the weights that are sent would not be a sum of gradients away from those received.
@@ -40,7 +42,7 @@ def scaffold(visit: Visit) -> Outcome:
     weights = visit.network.weights()
     length = path_length(visit.config.train, visit.round, visit.plateau, trained.steps)
     change = (received - weights.parameters) / np.float32(length) - common  # Δcᵢ
-    return Outcome(trained=trained, weights=weights, vectors={CONTROL: change}, kept={CONTROL: own + change})
+    return Outcome(trained=trained, weights=weights, kept={CONTROL: own + change})
 
 
 def _require_plain_steps(config: TrainConfig) -> None:

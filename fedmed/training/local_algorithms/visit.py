@@ -52,7 +52,6 @@ class Outcome:
 
     trained: Trained
     weights: Weights
-    vectors: Mapping[str, FloatVector] = field(default_factory=_none)
     facts: Mapping[str, Scalar] = field(default_factory=lambda: MappingProxyType({}))
     kept: Mapping[str, FloatVector] = field(default_factory=_none)
 
