@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,9 +27,12 @@ from real_consortium import free_port, make_consortium, wait_for
 from fedmed.deployment import door, flower_app
 from fedmed.deployment.processes import Child, program
 from fedmed.deployment.site_folder import read_site_folder
-from fedmed.deployment.supernode import _environment, _warm
+from fedmed.deployment.supernode import LAUNCHER, _environment, _warm, try_door
+from fedmed.errors import ConfigError
 
 RUN, NODE = 7, 9
+UNSHARE = ("unshare", "-rm")
+MOUNTS = subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +77,37 @@ def agent_app(folder: Path) -> bytes:
 
 
 def test_every_name_by_which_flower_starts_a_task_leads_to_the_warm_process(site):
-    path = _environment(site)["PATH"].split(":")[0]
+    (path,) = _environment(site)["PATH"].split(":")  # Python tries the next entry when a program cannot be executed
     texts = {(Path(path) / name).read_text() for name in TASK_TYPE_TO_COMMAND.values()}
     (text,) = texts
     assert door.__file__ in text
-    assert {entry.name for entry in Path(path).iterdir()} == set(TASK_TYPE_TO_COMMAND.values())
+    assert {entry.name for entry in Path(path).iterdir()} == {*TASK_TYPE_TO_COMMAND.values(), LAUNCHER}
+
+
+def test_a_door_that_flower_cannot_execute_under_some_name_is_found(site, monkeypatch):
+    try_door(site)
+    (site.flower / "bin" / "flwr-agentapp").write_text("#!/bin/sh\nexit 0\n")
+    try_door(site)  # written anew
+    monkeypatch.setattr("fedmed.deployment.supernode.door.__file__", "/nowhere/door.py")
+    with pytest.raises(ConfigError, match="cannot be executed"):
+        try_door(site)
+
+
+NOEXEC = """
+import sys
+from pathlib import Path
+from fedmed.deployment.site_folder import read_site_folder
+from fedmed.deployment.supernode import start_site
+start_site(read_site_folder(Path(sys.argv[1])), print)
+"""
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+def test_a_site_on_a_disk_without_programs_does_not_start(site):
+    mounted = f'mount -t tmpfs -o noexec none {site.flower} && exec "$@"'
+    words = [*UNSHARE, "sh", "-c", mounted, "sh", sys.executable, "-c", NOEXEC, str(site.file)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert "flower/bin/flwr-agentapp cannot be executed (PermissionError)" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.deployment

@@ -20,6 +20,7 @@ from fedmed.deployment import certificates, node_keys, reach
 from fedmed.deployment.kits import Kit
 from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
+from fedmed.deployment.supernode import try_door
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import read_peers, withdrawn_of
 from fedmed.imaging.manifest import read_columns
@@ -62,6 +63,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
         folder = site.root / site.config.policy.privacy.witness
         yield _look("witness", lambda: witness(folder))
     yield _look("disk", lambda: disk(site))
+    yield _look("door", lambda: try_door(site))
     if dry_round and data.ok:
         yield from tried(site)
     try:
