@@ -31,12 +31,13 @@ from fedmed.deployment.processes import flower_environment
 from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.site_folder import join, read_site_folder
 from fedmed.deployment.submission import deployable
-from fedmed.deployment.superlink import require_usable, server_command
+from fedmed.deployment.superlink import ending, ends_within, renewed, require_usable, server_command
 from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
 from fedmed.federated.site_config import SiteConfig
 from fedmed.privacy.policy import SitePolicy
 
 ROOT = Path(__file__).parent.parent
+RENEW = "fedmed server provision renews it"
 SECRETS = ("node.key", "signing.key", "linking.key")
 
 
@@ -270,6 +271,24 @@ def test_a_server_with_an_expired_certificate_does_not_start_until_it_is_renewed
     command("server", "provision", copied / "server")
     require_usable(folder)
     assert read_kit(folder.kits / "north").certificate == kit.certificate  # sites need no new kit
+
+
+def test_a_running_server_knows_that_its_certificate_ends_and_that_another_is_there(copied):
+    folder = read_consortium(copied / "server")
+    used = certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 20)
+    assert not renewed(folder, used)
+    assert ending(used) == [
+        f"the server's certificate ends in 19 days, on {used.not_valid_after_utc:%Y-%m-%d}; {RENEW}"
+    ]
+    key = (folder.tls / "server.key").read_bytes()
+    certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 200)
+    assert renewed(folder, used)
+    assert ending(require_usable(folder)) == []
+    assert [ends_within(folder, used, timedelta(days=days)) for days in (1, 19, 20)] == [False, False, True]
+    (folder.tls / "server.key").write_bytes(key)  # of the old one: a kill between the two files
+    assert not renewed(folder, used)
+    ended = certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 0)
+    assert ending(ended) == [f"the server's certificate expired on {ended.not_valid_after_utc:%Y-%m-%d}; {RENEW}"]
 
 
 def test_another_address_gets_a_new_certificate_and_the_same_one_keeps_it(copied):

@@ -30,6 +30,7 @@ from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
+from fedmed.deployment.processes import BAD_CERTIFICATE
 from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
@@ -98,6 +99,10 @@ def control(server: Entrance) -> Iterator[ControlHttpClient]:
     try:
         yield client
     except httpx.RequestError as error:
+        if BAD_CERTIFICATE in str(error):  # it may be started again with another
+            why = str(error).rpartition("verify failed: ")[2].partition(" (")[0]
+            text = f"the server's certificate is refused ({why}); one that ended is renewed by fedmed server provision"
+            raise ServerAway(text) from None
         raise ServerAway(f"the server does not answer ({type(error).__name__}); fedmed server start") from None
     except httpx.HTTPStatusError as error:
         if error.response.status_code in GATEWAY:  # nginx, in front of a SuperLink that is away

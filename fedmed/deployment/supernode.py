@@ -177,7 +177,7 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
 
 def _why(node: Child) -> str:
     if node.bad_certificate:
-        return "the server's certificate is not the consortium's; fedmed site check, and tell the coordinator"
+        return "the server's certificate is refused; fedmed site check says why, and tell the coordinator"
     code = node.flower_code
     if not code:
         return "it lost the server, or was killed"
