@@ -27,12 +27,12 @@ from toy import PLANTED
 from fedmed.deployment import certificates, control, node_keys
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.consortium import ServerFolder, read_consortium
+from fedmed.deployment.continuing import cut_off
 from fedmed.deployment.coordinators import Entrance, entrance, own_entrance
 from fedmed.deployment.files import read_json
 from fedmed.deployment.processes import Child, flower_environment, free_port
 from fedmed.deployment.proxy import PLACES
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
-from fedmed.deployment.superlink import cut_off
 from fedmed.deployment.supernode import site_command
 from fedmed.errors import ConfigError, RunFailed
 

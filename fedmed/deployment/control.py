@@ -64,6 +64,7 @@ class FlowerRun:
     details: str
     submitted: datetime
     started: datetime | None  # when a process took it up
+    finished: datetime | None
     config: Mapping[str, Any] = field(repr=False)  # flat, as it was submitted
 
     @property
@@ -216,6 +217,7 @@ def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun
             details=run.status.details,
             submitted=datetime.fromisoformat(run.pending_at),
             started=datetime.fromisoformat(run.starting_at) if run.starting_at else None,
+            finished=datetime.fromisoformat(run.finished_at) if run.finished_at else None,
             config=run.override_config,
         )
         for run in found

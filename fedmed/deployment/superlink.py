@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from flwr.supercore.control import ControlHttpClient
 
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import ServerFolder, joined
-from fedmed.deployment.control import FlowerRun, agree, continue_run, control, nodes, runs, stop_run
+from fedmed.deployment.continuing import continue_lost, under_way
+from fedmed.deployment.control import FlowerRun, agree, control, nodes, runs
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.launcher import Launcher
@@ -42,10 +41,7 @@ LOOK_S = 2.0  # between two looks at the list of sites
 LOST_S = 20.0  # between two looks for runs whose process is gone
 RESTART_S, LONGEST_WAIT_S = 2.0, 60.0  # before a start; twice as long after each that failed
 RENEWED = "the server's certificate was renewed"
-CONTINUE = 3  # times that a run is continued by itself
-KEEP = timedelta(days=7)
 DAY = timedelta(days=1)  # before a certificate's end, in which no run is waited for
-ROOM = 16 << 20  # bytes
 
 
 def server_command(folder: ServerFolder) -> list[str]:
@@ -244,73 +240,6 @@ def ending(used: x509.Certificate) -> list[str]:
     end, left = used.not_valid_after_utc, (used.not_valid_after_utc - now).days
     when = f"ends in {left} days, on {end:%Y-%m-%d}" if end > now else f"expired on {end:%Y-%m-%d}"
     return [f"the server's certificate {when}; fedmed server provision renews it"]
-
-
-def continue_lost(client: ControlHttpClient, folder: ServerFolder, earlier: Collection[int]) -> list[str]:
-    """Submit runs again whose process is gone, if they gave a sign of life in the last week.
-
-    Args:
-        client: of the server.
-        folder: of the server.
-        earlier: numbers of the runs that an earlier SuperLink left.
-
-    Returns:
-        What was done, in words.
-    """
-    said = []
-    for run, tries in cut_off(runs(client), earlier):
-        if _last_sign(folder, run) > datetime.now(UTC) - KEEP and has_room(folder, run):
-            new = continue_run(client, run)
-            if not run.ended:
-                stop_run(client, run.number)
-            said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
-    return said
-
-
-def under_way(every: Iterable[FlowerRun], began: datetime) -> frozenset[int]:
-    """The runs that an earlier SuperLink started and left, by number.
-
-    Asked once for each SuperLink, at its beginning: the clock may be set afterwards.
-
-    Args:
-        every: all runs.
-        began: when the SuperLink was started.
-    """
-    return frozenset(run.number for run in every if not run.ended and run.started is not None and run.started < began)
-
-
-def cut_off(every: Sequence[FlowerRun], earlier: Collection[int]) -> list[tuple[FlowerRun, int]]:
-    """The runs that the server failed, and for the how many-th time; none that was continued thrice.
-
-    Flower notices after a minute that a process is gone. That of a run which an earlier SuperLink started is gone.
-
-    Args:
-        every: all runs, the oldest first.
-        earlier: numbers of the runs that an earlier SuperLink left.
-    """
-    series: dict[int, list[FlowerRun]] = {}
-    for run in every:
-        series.setdefault(run.series, []).append(run)
-    last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
-    return [(run, tries) for run, tries in last if run.lost or (not run.ended and run.number in earlier)]
-
-
-def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
-    """Whether the disks of the server have three times the room that a run's folder takes, and a little."""
-    events = _events(folder, run)
-    taken = sum(path.stat().st_size for path in events.parent.rglob("*") if path.is_file()) if events else 0
-    free = min(shutil.disk_usage(path).free for path in (folder.flower, folder.runs) if path.exists())
-    return free > 3 * taken + ROOM
-
-
-def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
-    """When a run last wrote an event; else when it was submitted."""
-    path = _events(folder, run)
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path is not None else run.submitted
-
-
-def _events(folder: ServerFolder, run: FlowerRun) -> Path | None:
-    return next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
 
 
 def _doors(folder: ServerFolder) -> object:
