@@ -323,9 +323,7 @@ def test_only_a_runs_last_try_goes_on_and_counts_those_that_were_lost_before_it_
     stopped = flower_run(5, 7, "finished:stopped", minutes=-50, finished=-40)  # and resumed half an hour later
     for ended in (paused, stopped):
         assert cut_off([*tries[:3], ended, flower_run(6, 7, "finished:failed")], [])[0][1] == 1
-    continued = flower_run(
-        5, 7, "finished:stopped", minutes=-50, finished=-5
-    )  # by an earlier SuperLink, and then stopped
+    continued = flower_run(5, 7, "finished:stopped", minutes=-50, finished=-5)  # after the next had begun
     assert cut_off([continued, flower_run(6, 7, "finished:failed")], [])[0][1] == 2
 
 

@@ -31,6 +31,7 @@ from fedmed.deployment.processes import (
     reap,
     runner,
 )
+from fedmed.deployment.scratch import clear_scratch
 from fedmed.deployment.site_folder import SiteFolder, joined_kit
 from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, RunFailed
@@ -142,6 +143,7 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
 
     with runner(site.flower, "site") as stop, health_endpoint(site.config.health_port, facts):
         try_door(site)
+        clear_scratch(site)
         environment, made = _environment(site), False
         own = (sys.executable, "-P", "-m", "fedmed.deployment.node", str(site.file))
         tasks = _warm(site, log)
