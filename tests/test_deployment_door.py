@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
+from full_disks import MOUNTS, mounted
 from real_consortium import free_port, make_consortium, wait_for
 
 from fedmed.deployment import door, flower_app
@@ -31,8 +31,6 @@ from fedmed.deployment.supernode import LAUNCHER, _environment, _warm, try_door
 from fedmed.errors import ConfigError
 
 RUN, NODE = 7, 9
-UNSHARE = ("unshare", "-rm")
-MOUNTS = subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +102,7 @@ start_site(read_site_folder(Path(sys.argv[1])), print)
 
 @pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
 def test_a_site_on_a_disk_without_programs_does_not_start(site):
-    mounted = f'mount -t tmpfs -o noexec none {site.flower} && exec "$@"'
-    words = [*UNSHARE, "sh", "-c", mounted, "sh", sys.executable, "-c", NOEXEC, str(site.file)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = mounted(site.flower, "noexec", sys.executable, "-c", NOEXEC, str(site.file))
     assert "flower/bin/flwr-agentapp cannot be executed (PermissionError)" in done.stderr, done.stdout + done.stderr
 
 

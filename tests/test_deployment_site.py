@@ -7,16 +7,19 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
+from full_disks import MOUNTS, mounted
 from real_consortium import free_port, make_site
 
 from fedmed.deployment import confinement, door, launcher, node, processes
@@ -232,6 +235,18 @@ def test_a_door_whose_launcher_is_gone_ends_and_so_tells_the_task(tmp_path, monk
                 launching.kill()
                 connection.settimeout(20)
                 assert connection.recv(1) == b""
+
+
+def test_a_process_that_cannot_be_killed_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(processes, "KILL_S", 0.2)
+    with subprocess.Popen(["sleep", "30"]) as stuck, subprocess.Popen(["sleep", "30"]) as other:
+        kill = os.kill
+        monkeypatch.setattr(os, "kill", lambda pid, number: kill(pid, 0 if pid == stuck.pid else number))
+        started = time.monotonic()
+        processes.kill({stuck.pid, other.pid})
+        assert time.monotonic() - started < 10
+        assert stuck.poll() is None and other.poll() is not None
+        kill(stuck.pid, signal.SIGKILL)
 
 
 def test_a_launcher_that_proc_hides_is_not_gone(monkeypatch):
