@@ -336,6 +336,24 @@ def test_the_log_goes_to_syslog_or_to_stderr_if_asked(tmp_path, monkeypatch, cap
     assert not (tmp_path / "logs").exists()
 
 
+DISK = """
+import sys
+from pathlib import Path
+from fedmed.deployment import checks
+checks.DISK_GIB = float(sys.argv[2])
+print(checks._look("disk", lambda: checks.disk(checks.read_site_folder(Path(sys.argv[1])))).said)
+"""
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+def test_the_check_looks_at_the_disk_of_each_folder_with_advice_of_its_own(site, tmp_path):
+    folder = Path(shutil.copytree(site, tmp_path / "copy"))
+    said = mounted(folder / "cache", "size=1m", sys.executable, "-c", DISK, str(folder), "0.1").stdout
+    assert said == "0.0 GiB free: make room, or choose another cache-dir. 0.1 GiB are needed\n"
+    shutil.rmtree(folder / "state", ignore_errors=True)  # which the first task makes
+    assert mounted(folder / "cache", "size=2g", sys.executable, "-c", DISK, str(folder), "0.1").stdout == "2 GiB free\n"
+
+
 def test_the_check_shows_the_approval_and_its_end(site, tmp_path):
     folder = Path(shutil.copytree(site, tmp_path / "copy"))
     path = folder / "site.toml"

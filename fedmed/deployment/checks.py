@@ -234,15 +234,25 @@ def witness(folder: Path) -> str:
 
 
 def disk(site: SiteFolder) -> str:
-    """Whether there is room for state, logs and records.
+    """Whether there is room for logs and what tasks exchange, for state, and for the cache, wherever each lies.
 
     Raises:
-        ConfigError: less than 5 GiB.
+        ConfigError: less than 5 GiB for one of them.
     """
-    free = shutil.disk_usage(site.root).free / 2**30
-    if free < DISK_GIB:
-        raise ConfigError(f"{free:.1f} GiB free, {DISK_GIB:g} are needed; make room, or move state-dir")
-    return f"{free:.0f} GiB free"
+    places = {"move the site's folder": site.root, "choose another state-dir": site.state}
+    if site.config.cache_dir:
+        places["choose another cache-dir"] = site.root / site.config.cache_dir
+    free = {advice: _free_gib(folder) for advice, folder in places.items()}
+    small = [f"{gib:.1f} GiB free: make room, or {advice}" for advice, gib in free.items() if gib < DISK_GIB]
+    if small:
+        raise ConfigError(f"{'; '.join(small)}. {DISK_GIB:g} GiB are needed")
+    return f"{min(free.values()):.0f} GiB free"
+
+
+def _free_gib(folder: Path) -> float:
+    """Free on the disk of a folder, which a task may not have made yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free / 2**30
 
 
 def authority(kit: Kit) -> str:
