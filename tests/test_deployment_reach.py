@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -74,6 +75,9 @@ def kit(port: int, authority: bytes) -> Kit:
         coordinator=b"",
         certificate=authority,
         sites={},
+        fedmed="",
+        made=datetime.now(UTC),
+        content={},
     )
 
 

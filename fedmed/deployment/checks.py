@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import fedmed
 from fedmed.deployment import certificates, node_keys, reach
+from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit
 from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
@@ -71,7 +72,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
     except FedmedError as error:
         yield Finding(what="kit", ok=False, said=str(error))
         return
-    yield Finding(what="kit", ok=True, said=f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}")
+    yield _look("kit", lambda: fits(kit))
     yield _look("sums", lambda: others(site, kit))
     yield _look("authority", lambda: authority(kit))
     reached = _look("proxy", lambda: reach.proxy(kit))
@@ -119,6 +120,22 @@ def keys(site: SiteFolder) -> str:
     node_keys.read_node_key(site.keys)
     site_keys.read_keys(site.keys)
     return "there, and read by their owner only"
+
+
+def fits(kit: Kit) -> str:
+    """Whose kit it is, and whether it is for the fedmed that is installed here.
+
+    Raises:
+        ConfigError: it is for another one.
+    """
+    what = f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}"
+    if kit.fedmed == fedmed.__version__ and app_hash() in kit.apps:
+        return what
+    theirs = "another app" if kit.fedmed == fedmed.__version__ else f"fedmed {kit.fedmed}"
+    raise ConfigError(
+        f"{what}; it is for {theirs}, and fedmed {fedmed.__version__} is installed here: install what the server has, "
+        "or ask the coordinator for a newer kit"
+    )
 
 
 def others(site: SiteFolder, kit: Kit) -> str:
