@@ -83,7 +83,7 @@ def test_a_coordinator_may_keep_its_key_and_send_a_request(made, tmp_path):
         command("server", "coordinator", "berta", "--server", made, "--request", request)
 
 
-@pytest.mark.parametrize("name", ["../anna", "", "a/b", ".hidden", "x" * 81, 'quote"', "new\nline"])
+@pytest.mark.parametrize("name", ["../anna", "", "a/b", ".hidden", "x" * 81, 'quote"', "new\nline", "x.crt"])
 def test_a_coordinator_whose_name_is_none_is_refused(made, name):
     before = sorted(made.rglob("*"))
     with pytest.raises(ConfigError, match="cannot be called"):
