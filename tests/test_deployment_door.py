@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import uvicorn
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -22,7 +23,7 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
 from full_disks import MOUNTS, mounted
-from real_consortium import free_port, make_consortium, wait_for
+from real_consortium import Started, free_port, make_consortium, processes_of, wait_for
 
 from fedmed.deployment import door, flower_app
 from fedmed.deployment.processes import Child, program
@@ -61,6 +62,26 @@ def tasks_for(site) -> Iterator[NodeState]:
         thread.join()
         for handler in log.handlers:
             handler.close()
+
+
+@pytest.mark.deployment
+@pytest.mark.timeout(300)
+def test_a_killed_supernode_is_started_again_and_nothing_outlives_a_killed_runner(site, tmp_path):
+    """No server is there: what a kill costs a run, `make test-slow` shows."""
+    started = Started("site", "start", site.root, log=tmp_path / "out")
+    try:
+        started.says("connects to", 60)
+        first = processes_of(started.process.pid)["supernode"]
+        first.kill()
+        started.says("the SuperNode ended: it lost the server, or was killed; again in 15 s", 30)
+        wait_for(lambda: "supernode" in processes_of(started.process.pid), 60, started.log.read_text)
+        assert processes_of(started.process.pid)["supernode"].pid != first.pid
+        below = psutil.Process(started.process.pid).children(recursive=True)
+        assert len(below) >= 2
+        started.process.kill()
+        assert psutil.wait_procs(below, timeout=60)[1] == []
+    finally:
+        started.stop()
 
 
 def agent_app(folder: Path) -> bytes:

@@ -128,13 +128,21 @@ def below(started: Started, words: str) -> list[psutil.Process]:
     return [process for process in children if words in " ".join(process.cmdline())]
 
 
-def test_it_is_started_again_when_flowers_launcher_of_tasks_is_gone(server):
+@pytest.mark.parametrize(
+    ("killed", "why"),
+    [
+        ("flower-superexec", "what starts the SuperLink's tasks ended"),
+        ("fedmed.deployment.guarded", "the SuperLink ended by itself"),
+    ],
+    ids=["launcher", "superlink"],
+)
+def test_it_is_started_again_after_a_kill(server, killed, why):
     started = server[0]
     said = started.log.read_text().count("serving")
     wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
-    below(started, "flower-superexec")[0].send_signal(signal.SIGKILL)
+    below(started, killed)[0].send_signal(signal.SIGKILL)
     wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
-    assert "what starts the SuperLink's tasks ended; it is started again" in started.log.read_text()
+    assert f"{why}; it is started again" in started.log.read_text()
     wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
 
 
