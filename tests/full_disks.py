@@ -1,9 +1,25 @@
-"""A disk on which a file of 4 KiB is the largest that fits."""
+"""Disks with something wrong: on one a file of 4 KiB is the largest that fits; others are mounted as a test wants."""
 
 import resource
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+UNSHARE = ("unshare", "-rm")
+_TRY = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
+MOUNTS = shutil.which("unshare") is not None and subprocess.run(_TRY, capture_output=True, check=False).returncode == 0
+
+
+def mounted(folder: Path, options: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees an empty disk in the place of a folder."""
+    folder.mkdir(exist_ok=True)
+    script = f'mount -t tmpfs -o {options} none {folder} && exec "$@"'
+    return subprocess.run(
+        [*UNSHARE, "sh", "-c", script, "sh", *words], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,14 @@ from real_consortium import command, make_consortium
 
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
+from fedmed.deployment.continuing import continue_lost, cut_off, under_way
 from fedmed.deployment.control import FlowerRun
 from fedmed.deployment.coordinators import entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.processes import descendants, flower_environment, kill
 from fedmed.deployment.proxy import PLACES, Proxy, nginx_configuration
 from fedmed.deployment.run_files import _checked, run_server
-from fedmed.deployment.superlink import cut_off, server_command, under_way
+from fedmed.deployment.superlink import server_command
 from fedmed.errors import ConfigError, RunInterrupted
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +83,7 @@ def test_a_coordinator_may_keep_its_key_and_send_a_request(made, tmp_path):
         command("server", "coordinator", "berta", "--server", made, "--request", request)
 
 
-@pytest.mark.parametrize("name", ["../anna", "", "a/b", ".hidden", "x" * 81, 'quote"', "new\nline"])
+@pytest.mark.parametrize("name", ["../anna", "", "a/b", ".hidden", "x" * 81, 'quote"', "new\nline", "x.crt"])
 def test_a_coordinator_whose_name_is_none_is_refused(made, name):
     before = sorted(made.rglob("*"))
     with pytest.raises(ConfigError, match="cannot be called"):
@@ -279,13 +281,16 @@ def test_the_example_of_nginx_configuration_is_the_one_that_is_written(tmp_path)
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
 
-def flower_run(number: int, series: int, status: str, details: str = "", minutes: int | None = -5) -> FlowerRun:
-    """A run that was taken up some minutes after noon, or not at all."""
-    started = None if minutes is None else NOON + timedelta(minutes=minutes)
-    submitted = NOON - timedelta(hours=1)
+def flower_run(
+    number: int, series: int, status: str, details: str = "", minutes: int | None = -5, finished: int | None = None
+) -> FlowerRun:
+    """A run that was taken up and has ended some minutes after noon, or has not."""
+    started, ended = (None if each is None else NOON + timedelta(minutes=each) for each in (minutes, finished))
+    submitted = NOON - timedelta(hours=1) if started is None else started - timedelta(minutes=1)
     return FlowerRun(
-        number=number, series=series, status=status, details=details, submitted=submitted, started=started, config={}
-    )
+        number=number, series=series, status=status, details=details, submitted=submitted, started=started,
+        finished=ended, config={},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -308,12 +313,34 @@ def test_a_run_goes_on_if_its_process_is_gone_without_a_word(status, details, mi
     assert cut_off([run], under_way([run], NOON)) == ([(run, 1)] if gone else [])
 
 
-def test_a_run_goes_on_three_times_and_only_its_last_try_counts():
+def test_only_a_runs_last_try_goes_on_and_counts_those_that_were_lost_before_it_in_a_row():
     tries = [flower_run(number, 7, "finished:failed") for number in range(5)]
     for count in range(1, 6):
-        assert cut_off(tries[:count], []) == ([(tries[count - 1], count)] if count <= 3 else [])
+        assert cut_off(tries[:count], []) == [(tries[count - 1], count)]
     assert cut_off([tries[0], flower_run(9, 7, "running", minutes=5)], []) == []
     assert cut_off([tries[0], flower_run(9, 7, "finished:stopped")], []) == []
+    paused = flower_run(5, 7, "finished:failed", "ServerApp failed with exception: paused: 1 of 2 sites took part")
+    stopped = flower_run(5, 7, "finished:stopped", minutes=-50, finished=-40)  # and resumed half an hour later
+    for ended in (paused, stopped):
+        assert cut_off([*tries[:3], ended, flower_run(6, 7, "finished:failed")], [])[0][1] == 1
+    continued = flower_run(5, 7, "finished:stopped", minutes=-50, finished=-5)  # after the next had begun
+    assert cut_off([continued, flower_run(6, 7, "finished:failed")], [])[0][1] == 2
+
+
+@pytest.mark.parametrize(
+    ("tries", "ago", "said"),
+    [
+        (4, timedelta(0), "it was 4 times in a row; fedmed server resume 4 --server {}"),
+        (1, timedelta(days=8), "its last sign of life is older than 7 days; fedmed server resume 1 --server {}"),
+    ],
+)
+def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, monkeypatch, tries, ago, said):
+    lost = flower_run(0, 7, "finished:failed")
+    submitted = datetime.now(UTC) - ago
+    every = [replace(lost, number=number, submitted=submitted) for number in range(1, tries + 1)]
+    monkeypatch.setattr("fedmed.deployment.continuing.runs", lambda client: every)
+    (line,) = continue_lost(None, read_consortium(made), [])  # no client: nothing may be submitted
+    assert line == f"run {tries} was cut off and is not continued: {said.format(made)}"
 
 
 def test_a_clock_that_is_set_later_cuts_off_no_run():

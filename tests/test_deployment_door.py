@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import uvicorn
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -20,12 +22,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
-from real_consortium import free_port, make_consortium, wait_for
+from full_disks import MOUNTS, mounted
+from real_consortium import Started, free_port, make_consortium, processes_of, wait_for
 
 from fedmed.deployment import door, flower_app
 from fedmed.deployment.processes import Child, program
 from fedmed.deployment.site_folder import read_site_folder
-from fedmed.deployment.supernode import _environment, _warm
+from fedmed.deployment.supernode import LAUNCHER, _environment, _warm, try_door
+from fedmed.errors import ConfigError
 
 RUN, NODE = 7, 9
 
@@ -60,6 +64,26 @@ def tasks_for(site) -> Iterator[NodeState]:
             handler.close()
 
 
+@pytest.mark.deployment
+@pytest.mark.timeout(300)
+def test_a_killed_supernode_is_started_again_and_nothing_outlives_a_killed_runner(site, tmp_path):
+    """No server is there: what a kill costs a run, `make test-slow` shows."""
+    started = Started("site", "start", site.root, log=tmp_path / "out")
+    try:
+        started.says("connects to", 60)
+        first = processes_of(started.process.pid)["supernode"]
+        first.kill()
+        started.says("the SuperNode ended: it lost the server, or was killed; again in 15 s", 30)
+        wait_for(lambda: "supernode" in processes_of(started.process.pid), 60, started.log.read_text)
+        assert processes_of(started.process.pid)["supernode"].pid != first.pid
+        below = psutil.Process(started.process.pid).children(recursive=True)
+        assert len(below) >= 2
+        started.process.kill()
+        assert psutil.wait_procs(below, timeout=60)[1] == []
+    finally:
+        started.stop()
+
+
 def agent_app(folder: Path) -> bytes:
     """A server's own app, of a kind whose code Flower loads by itself."""
     files = ("pyproject.toml", "server/__init__.py", "server/app.py", "client/__init__.py", "client/app.py")
@@ -72,11 +96,35 @@ def agent_app(folder: Path) -> bytes:
 
 
 def test_every_name_by_which_flower_starts_a_task_leads_to_the_warm_process(site):
-    path = _environment(site)["PATH"].split(":")[0]
+    (path,) = _environment(site)["PATH"].split(":")  # Python tries the next entry when a program cannot be executed
     texts = {(Path(path) / name).read_text() for name in TASK_TYPE_TO_COMMAND.values()}
     (text,) = texts
     assert door.__file__ in text
-    assert {entry.name for entry in Path(path).iterdir()} == set(TASK_TYPE_TO_COMMAND.values())
+    assert {entry.name for entry in Path(path).iterdir()} == {*TASK_TYPE_TO_COMMAND.values(), LAUNCHER}
+
+
+def test_a_door_that_flower_cannot_execute_under_some_name_is_found(site, monkeypatch):
+    try_door(site)
+    (site.flower / "bin" / "flwr-agentapp").write_text("#!/bin/sh\nexit 0\n")
+    try_door(site)  # written anew
+    monkeypatch.setattr("fedmed.deployment.supernode.door.__file__", "/nowhere/door.py")
+    with pytest.raises(ConfigError, match="cannot be executed"):
+        try_door(site)
+
+
+NOEXEC = """
+import sys
+from pathlib import Path
+from fedmed.deployment.site_folder import read_site_folder
+from fedmed.deployment.supernode import start_site
+start_site(read_site_folder(Path(sys.argv[1])), print)
+"""
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+def test_a_site_on_a_disk_without_programs_does_not_start(site):
+    done = mounted(site.flower, "noexec", sys.executable, "-c", NOEXEC, str(site.file))
+    assert "flower/bin/flwr-agentapp cannot be executed (PermissionError)" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.deployment

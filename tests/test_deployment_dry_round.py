@@ -9,6 +9,8 @@ import pytest
 from real_consortium import command
 
 from fedmed.deployment.checks import check_site
+from fedmed.deployment.scratch import clear_scratch, in_use
+from fedmed.deployment.site_folder import read_site_folder
 from fedmed.errors import ConfigError
 
 
@@ -34,6 +36,19 @@ def test_a_dry_round_trains_on_ten_patients_and_touches_no_record(phantoms, caps
     assert {"device", "limits of a task", "approval", "disk", "ledger", "versions"} <= set(found)
     assert not (phantoms / "north" / "state").exists()
     assert not [path for path in (phantoms / "north" / "flower" / "tmp").rglob("*") if path.is_file()]
+
+
+def test_what_was_left_of_those_killed_is_removed_and_a_dry_round_under_way_keeps_its_files(phantoms, tmp_path):
+    site = read_site_folder(Path(shutil.copytree(phantoms / "north", tmp_path / "copy")))
+    with in_use(site) as folder:
+        (folder / "tmpabc").mkdir()
+        (folder / "tmpabc" / "manifest.csv").write_text("patient_id,image\np-1,x.png\n")
+        (folder / "task-abc").mkdir()
+        (folder / "pixels").touch()
+        clear_scratch(site)
+        assert {"tmpabc", "task-abc", "pixels"} <= {path.name for path in folder.iterdir()}
+    clear_scratch(site)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("bad", "ok"), [(1, True), (99, False)])

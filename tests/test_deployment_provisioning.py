@@ -26,17 +26,19 @@ from fedmed.deployment.cards import read_card
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.guarded import FOR_SITES, SitesOnly
-from fedmed.deployment.kits import read_kit
+from fedmed.deployment.kits import KEYS, Kit, coordinator_key, read_kit
 from fedmed.deployment.processes import flower_environment
 from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.site_folder import join, read_site_folder
 from fedmed.deployment.submission import deployable
-from fedmed.deployment.superlink import require_usable, server_command
+from fedmed.deployment.superlink import ending, ends_within, renewed, require_usable, server_command
 from fedmed.errors import ConfigError, LedgerUnusable, PolicyRefused
 from fedmed.federated.site_config import SiteConfig
+from fedmed.privacy.chain import canonical
 from fedmed.privacy.policy import SitePolicy
 
 ROOT = Path(__file__).parent.parent
+RENEW = "fedmed server provision renews it"
 SECRETS = ("node.key", "signing.key", "linking.key")
 
 
@@ -229,6 +231,55 @@ def test_the_first_kit_needs_the_coordinators_fingerprint_and_later_ones_the_sam
     assert join(north, kit, read_kit(kit).fingerprint.upper()).consortium == "toys"
 
 
+def resigned(kit: Path, server: Path, **changes: object) -> None:
+    """The kit as the coordinator would have signed it with other values."""
+    values = {key: value for key, value in json.loads((kit / "kit.json").read_text()).items() if key in KEYS} | changes
+    key = coordinator_key(server / "coordinator")
+    signature = key.sign(canonical(values).encode()).hex()
+    edited(kit / "kit.json", **changes, signature=signature)
+
+
+def test_an_older_kit_than_the_one_that_was_joined_is_refused(copied):
+    kit, north = copied / "server" / "kits" / "north", read_site_folder(copied / "north")
+    join(north, kit, None)  # the same once more
+    resigned(kit, copied / "server", made="2026-01-02T03:04:05+00:00")
+    for heard in (None, read_kit(kit).fingerprint):
+        with pytest.raises(ConfigError, match=r"made on 2026-01-02 03:04, before .* the newest"):
+            join(north, kit, heard)
+    shutil.rmtree(copied / "north" / "consortium")
+    join(north, kit, read_kit(kit).fingerprint)
+    resigned(kit, copied / "server", made="soon")
+    with pytest.raises(ConfigError, match="damaged"):
+        read_kit(kit)
+
+
+def test_what_is_installed_of_a_kit_is_what_was_checked(copied, monkeypatch):
+    kit, north = copied / "server" / "kits" / "north", read_site_folder(copied / "north")
+    known = read_kit(kit)
+
+    def exchanged(folder: Path) -> Kit:
+        found = read_kit(folder)
+        edited(kit / "kit.json", address="evil.example:8443")
+        return found
+
+    monkeypatch.setattr("fedmed.deployment.site_folder.read_kit", exchanged)
+    assert join(north, kit, known.fingerprint) == known
+
+
+def test_the_check_finds_a_kit_for_another_fedmed(copied):
+    kit, north = copied / "server" / "kits" / "north", copied / "north"
+
+    def found():
+        command("site", "join", kit, "--site", north)
+        return {each.what: each for each in check_site(north, dry_round=False)}["kit"]
+
+    assert found().ok
+    made = datetime.now(UTC).isoformat()
+    for change, said in (({"apps": ["0" * 64]}, "another app"), ({"fedmed": "0.0.1"}, "fedmed 0.0.1")):
+        resigned(kit, copied / "server", made=made, **change)
+        assert not found().ok and f"it is for {said}" in found().said and "install what the server has" in found().said
+
+
 def test_certificates_are_what_openssl_and_flower_ask_for(made):
     tls = made / "server" / "tls"
     server = certificates.read_certificate(tls / "server.crt")
@@ -270,6 +321,24 @@ def test_a_server_with_an_expired_certificate_does_not_start_until_it_is_renewed
     command("server", "provision", copied / "server")
     require_usable(folder)
     assert read_kit(folder.kits / "north").certificate == kit.certificate  # sites need no new kit
+
+
+def test_a_running_server_knows_that_its_certificate_ends_and_that_another_is_there(copied):
+    folder = read_consortium(copied / "server")
+    used = certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 20)
+    assert not renewed(folder, used)
+    assert ending(used) == [
+        f"the server's certificate ends in 19 days, on {used.not_valid_after_utc:%Y-%m-%d}; {RENEW}"
+    ]
+    key = (folder.tls / "server.key").read_bytes()
+    certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 200)
+    assert renewed(folder, used)
+    assert ending(require_usable(folder)) == []
+    assert [ends_within(folder, used, timedelta(days=days)) for days in (1, 19, 20)] == [False, False, True]
+    (folder.tls / "server.key").write_bytes(key)  # of the old one: a kill between the two files
+    assert not renewed(folder, used)
+    ended = certificates.make_server_certificate(folder.tls, ("127.0.0.1",), 0)
+    assert ending(ended) == [f"the server's certificate expired on {ended.not_valid_after_utc:%Y-%m-%d}; {RENEW}"]
 
 
 def test_another_address_gets_a_new_certificate_and_the_same_one_keeps_it(copied):

@@ -6,7 +6,8 @@ import os
 import ssl
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -16,19 +17,21 @@ from proxies import proxy
 from real_consortium import free_port
 
 from fedmed.deployment import certificates, processes, reach
+from fedmed.deployment.control import ServerAway, control, nodes
+from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.kits import Kit
 from fedmed.errors import ConfigError
 
 
 @contextmanager
-def tls_server(folder: Path, name: str, ahead_s: float = 0.0):
+def tls_server(folder: Path, name: str, ahead_s: float = 0.0, days: int = 60):
     """A web server of an authority of that name, for 127.0.0.2; gives its port and the authority's certificate.
 
-    Its clock is `ahead_s` before this machine's.
+    Its clock is `ahead_s` before this machine's; a certificate of 0 days ended an hour ago.
     """
     folder.mkdir()
     certificates.make_authority(folder, name)
-    certificates.make_server_certificate(folder, ["127.0.0.2"], 60)
+    certificates.make_server_certificate(folder, ["127.0.0.2"], days)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
 
@@ -72,6 +75,9 @@ def kit(port: int, authority: bytes) -> Kit:
         coordinator=b"",
         certificate=authority,
         sites={},
+        fedmed="",
+        made=datetime.now(UTC),
+        content={},
     )
 
 
@@ -154,6 +160,21 @@ def test_a_clock_that_is_ten_minutes_off_is_found(environment, tmp_path, ahead_s
     ):
         reach.clock(kit(port, authority))
     assert str(refused.value).startswith("-" if ahead_s > 0 else "+")
+
+
+def test_a_server_whose_certificate_ended_is_refused_and_everybody_is_told_why(environment, tmp_path):
+    with tls_server(tmp_path / "tls", "consortium", days=0) as (port, authority):
+        with pytest.raises(ConfigError, match=r"refused \(certificate has expired\); tell the coordinator"):
+            reach.certificate(kit(port, authority))
+        client = ProtobufClient.from_server_address(f"127.0.0.2:{port}", False, authority, [])  # as a SuperNode has it
+        with closing(client._client), pytest.raises(httpx.ConnectError, match=processes.BAD_CERTIFICATE):
+            client._client.get(f"https://127.0.0.2:{port}/")
+        server = Entrance(address=f"127.0.0.2:{port}", authority=tmp_path / "tls" / "ca.crt", runs=tmp_path)
+        with (
+            pytest.raises(ServerAway, match=r"certificate is refused \(certificate has expired\)"),
+            control(server) as it,
+        ):
+            nodes(it)
 
 
 def test_another_authority_of_the_same_name_is_no_proxy(environment, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import signal
 import socket
+import ssl
 import zipfile
 from contextlib import closing
 
@@ -15,7 +16,7 @@ from flwr.proto.control_pb2 import StartAutomationRequest, StartRunRequest
 from flwr.supercore.fab import Fab
 from real_consortium import Started, command, make_consortium, make_site, wait_for
 
-from fedmed.deployment import control
+from fedmed.deployment import certificates, control
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.flower_app import build_app
@@ -127,14 +128,33 @@ def below(started: Started, words: str) -> list[psutil.Process]:
     return [process for process in children if words in " ".join(process.cmdline())]
 
 
-def test_it_is_started_again_when_flowers_launcher_of_tasks_is_gone(server):
+@pytest.mark.parametrize(
+    ("killed", "why"),
+    [
+        ("flower-superexec", "what starts the SuperLink's tasks ended"),
+        ("fedmed.deployment.guarded", "the SuperLink ended by itself"),
+    ],
+    ids=["launcher", "superlink"],
+)
+def test_it_is_started_again_after_a_kill(server, killed, why):
     started = server[0]
     said = started.log.read_text().count("serving")
     wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
-    below(started, "flower-superexec")[0].send_signal(signal.SIGKILL)
+    below(started, killed)[0].send_signal(signal.SIGKILL)
     wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
-    assert "what starts the SuperLink's tasks ended; it is started again" in started.log.read_text()
+    assert f"{why}; it is started again" in started.log.read_text()
     wait_for(lambda: bool(below(started, "flower-superexec")), 60, started.log.read_text)
+
+
+def test_it_takes_a_renewed_certificate_by_itself(server):
+    started, folder = server
+    address = (LISTEN, folder.consortium.port)
+    said, before = started.log.read_text().count("serving"), ssl.get_server_certificate(address)
+    certificates.make_server_certificate(folder.tls, folder.consortium.names, 60)
+    wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
+    assert "the server's certificate was renewed; it is started again" in started.log.read_text()
+    shown = ssl.get_server_certificate(address)
+    assert shown != before and shown == (folder.tls / "server.crt").read_text()
 
 
 @pytest.mark.slow

@@ -7,16 +7,19 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
+from full_disks import MOUNTS, mounted
 from real_consortium import free_port, make_site
 
 from fedmed.deployment import confinement, door, launcher, node, processes
@@ -234,6 +237,18 @@ def test_a_door_whose_launcher_is_gone_ends_and_so_tells_the_task(tmp_path, monk
                 assert connection.recv(1) == b""
 
 
+def test_a_process_that_cannot_be_killed_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(processes, "KILL_S", 0.2)
+    with subprocess.Popen(["sleep", "30"]) as stuck, subprocess.Popen(["sleep", "30"]) as other:
+        kill = os.kill
+        monkeypatch.setattr(os, "kill", lambda pid, number: kill(pid, 0 if pid == stuck.pid else number))
+        started = time.monotonic()
+        processes.kill({stuck.pid, other.pid})
+        assert time.monotonic() - started < 10
+        assert stuck.poll() is None and other.poll() is not None
+        kill(stuck.pid, signal.SIGKILL)
+
+
 def test_a_launcher_that_proc_hides_is_not_gone(monkeypatch):
     own, words = Launcher(os.getpid()), {"here": b"python\0flower-superexec\0"}
     monkeypatch.setattr(launcher, "descendants", lambda pid: list(words))
@@ -319,6 +334,24 @@ def test_the_log_goes_to_syslog_or_to_stderr_if_asked(tmp_path, monkeypatch, cap
     processes.log_file(tmp_path / "logs", "site", "journal").log(logging.INFO, "it connects")
     assert capsys.readouterr().err == "it connects\n"
     assert not (tmp_path / "logs").exists()
+
+
+DISK = """
+import sys
+from pathlib import Path
+from fedmed.deployment import checks
+checks.DISK_GIB = float(sys.argv[2])
+print(checks._look("disk", lambda: checks.disk(checks.read_site_folder(Path(sys.argv[1])))).said)
+"""
+
+
+@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+def test_the_check_looks_at_the_disk_of_each_folder_with_advice_of_its_own(site, tmp_path):
+    folder = Path(shutil.copytree(site, tmp_path / "copy"))
+    said = mounted(folder / "cache", "size=1m", sys.executable, "-c", DISK, str(folder), "0.1").stdout
+    assert said == "0.0 GiB free: make room, or choose another cache-dir. 0.1 GiB are needed\n"
+    shutil.rmtree(folder / "state", ignore_errors=True)  # which the first task makes
+    assert mounted(folder / "cache", "size=2g", sys.executable, "-c", DISK, str(folder), "0.1").stdout == "2 GiB free\n"
 
 
 def test_the_check_shows_the_approval_and_its_end(site, tmp_path):

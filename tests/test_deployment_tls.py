@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from flwr.proto.message_pb2 import PushObjectRequest
-from real_consortium import RUN, Started, command, make_consortium, processes_of, recorded, wait_for
+from real_consortium import RUN, Started, command, make_consortium, make_site, processes_of, recorded, wait_for
 from recorder import Recorder, spellings
 from safetensors.numpy import load_file
 from toy import PLANTED
@@ -27,12 +27,13 @@ from toy import PLANTED
 from fedmed.deployment import certificates, control, node_keys
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.consortium import ServerFolder, read_consortium
+from fedmed.deployment.continuing import cut_off
 from fedmed.deployment.coordinators import Entrance, entrance, own_entrance
 from fedmed.deployment.files import read_json
+from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import Child, flower_environment, free_port
 from fedmed.deployment.proxy import PLACES
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
-from fedmed.deployment.superlink import cut_off
 from fedmed.deployment.supernode import site_command
 from fedmed.errors import ConfigError, RunFailed
 
@@ -372,23 +373,33 @@ def test_a_network_of_125_megabytes_passes_both_ways(consortium, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_update_that_cannot_be_used_is_refused_over_the_link_too(consortium, tmp_path):
-    """The third site is let in; its update is not finite. What else is refused, the tests of the local engine show.
+def test_updates_that_cannot_be_used_are_refused_over_the_link_too(consortium, tmp_path):
+    """More sites are let in: one's update is not finite, one's is of another network, one's has 80 MB.
 
-    Both engines hand the same records to the same function, after which nothing knows where they came from.
+    What else is refused, the tests of the local engine show. Both engines hand the same records to the same function,
+    after which nothing knows where they came from.
     """
-    card = consortium.root.parent / "nan-30" / "card.json"
-    command("server", "provision", consortium.root, card)
-    third = Started("site", "start", card.parent, log=tmp_path / "nan.out")
+    folders = [consortium.root.parent / "nan-30", make_site(tmp_path, "wide-30"), make_site(tmp_path, "huge-30")]
+    for folder in folders[1:]:
+        (folder / "site.toml").write_text((folder / "site.toml").read_text().replace("toy:dataset", "liars:dataset"))
+    command("server", "provision", consortium.root, *(folder / "card.json" for folder in folders))
+    for folder in folders[1:]:
+        kit = consortium.kits / folder.name
+        command("site", "join", kit, "--site", folder, "--coordinator", read_kit(kit).fingerprint)
+    started = [Started("site", "start", folder, log=tmp_path / f"{folder.name}.out") for folder in folders]
+    names = [folder.name for folder in folders]
     try:
-        wait_for(lambda: online(consortium) == {*SITES, "nan-30"}, 300, third.log.read_text)
+        wait_for(lambda: online(consortium) == {*SITES, *names}, 300, lambda: f"only {online(consortium)} came")
         folder = submit(consortium, tmp_path)
     finally:
-        ended = third.stop()
-        (consortium.cards / "nan-30.json").unlink()
-    assert ended == (0, [])
+        ended = [each.stop() for each in started]
+        for name in names:
+            (consortium.cards / f"{name}.json").unlink()
+    assert ended == [(0, [])] * 3
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "degraded" and "nan-30: the update's parameters are not finite" in result["reason"]
+    for name, size in (("wide-30", 1_000), ("huge-30", 20_000_000)):
+        assert f"{name}: the update has ({size}, 0) values" in result["reason"]
     assert [entry["joined"] for entry in result["rounds_log"]] == [list(SITES)] * 2
 
 

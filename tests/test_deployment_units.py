@@ -39,6 +39,18 @@ def test_the_system_unit_is_as_hardened_as_the_page_says():
     assert f"Overall exposure level for fedmed-site.service: {said}" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/fedmed-*.service")), ids=lambda path: path.name)
+def test_a_unit_outlives_a_task_that_took_all_memory_and_is_enabled_last(path):
+    text = path.read_text()
+    assert "\nOOMPolicy=continue\n" in text
+    steps = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    assert "enable --now" in steps[-1]
+    if "user" not in path.name:
+        made = steps.index("install -d -o fedmed -g fedmed -m 700 /var/lib/fedmed")
+        assert "init" in steps[made + 1]
+        assert "\nInaccessiblePaths=-/run/dbus -/run/user\n" in text
+
+
 def test_the_container_publishes_no_port_and_writes_to_the_site_alone():
     (site,) = yaml.safe_load((CLIENT / "compose.yaml").read_text())["services"].values()
     assert "ports" not in site and site["read_only"] and site["cap_drop"] == ["ALL"]

@@ -17,9 +17,11 @@ from packaging.requirements import Requirement
 
 import fedmed
 from fedmed.deployment import certificates, node_keys, reach
+from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit
 from fedmed.deployment.records import records_of
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
+from fedmed.deployment.supernode import try_door
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import read_peers, withdrawn_of
 from fedmed.imaging.manifest import read_columns
@@ -62,6 +64,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
         folder = site.root / site.config.policy.privacy.witness
         yield _look("witness", lambda: witness(folder))
     yield _look("disk", lambda: disk(site))
+    yield _look("door", lambda: try_door(site))
     if dry_round and data.ok:
         yield from tried(site)
     try:
@@ -69,7 +72,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
     except FedmedError as error:
         yield Finding(what="kit", ok=False, said=str(error))
         return
-    yield Finding(what="kit", ok=True, said=f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}")
+    yield _look("kit", lambda: fits(kit))
     yield _look("sums", lambda: others(site, kit))
     yield _look("authority", lambda: authority(kit))
     reached = _look("proxy", lambda: reach.proxy(kit))
@@ -117,6 +120,22 @@ def keys(site: SiteFolder) -> str:
     node_keys.read_node_key(site.keys)
     site_keys.read_keys(site.keys)
     return "there, and read by their owner only"
+
+
+def fits(kit: Kit) -> str:
+    """Whose kit it is, and whether it is for the fedmed that is installed here.
+
+    Raises:
+        ConfigError: it is for another one.
+    """
+    what = f"{kit.consortium} at {kit.address}, signed by {kit.fingerprint}"
+    if kit.fedmed == fedmed.__version__ and app_hash() in kit.apps:
+        return what
+    theirs = "another app" if kit.fedmed == fedmed.__version__ else f"fedmed {kit.fedmed}"
+    raise ConfigError(
+        f"{what}; it is for {theirs}, and fedmed {fedmed.__version__} is installed here: install what the server has, "
+        "or ask the coordinator for a newer kit"
+    )
 
 
 def others(site: SiteFolder, kit: Kit) -> str:
@@ -232,15 +251,25 @@ def witness(folder: Path) -> str:
 
 
 def disk(site: SiteFolder) -> str:
-    """Whether there is room for state, logs and records.
+    """Whether there is room for logs and what tasks exchange, for state, and for the cache, wherever each lies.
 
     Raises:
-        ConfigError: less than 5 GiB.
+        ConfigError: less than 5 GiB for one of them.
     """
-    free = shutil.disk_usage(site.root).free / 2**30
-    if free < DISK_GIB:
-        raise ConfigError(f"{free:.1f} GiB free, {DISK_GIB:g} are needed; make room, or move state-dir")
-    return f"{free:.0f} GiB free"
+    places = {"move the site's folder": site.root, "choose another state-dir": site.state}
+    if site.config.cache_dir:
+        places["choose another cache-dir"] = site.root / site.config.cache_dir
+    free = {advice: _free_gib(folder) for advice, folder in places.items()}
+    small = [f"{gib:.1f} GiB free: make room, or {advice}" for advice, gib in free.items() if gib < DISK_GIB]
+    if small:
+        raise ConfigError(f"{'; '.join(small)}. {DISK_GIB:g} GiB are needed")
+    return f"{min(free.values()):.0f} GiB free"
+
+
+def _free_gib(folder: Path) -> float:
+    """Free on the disk of a folder, which a task may not have made yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free / 2**30
 
 
 def authority(kit: Kit) -> str:

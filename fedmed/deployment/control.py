@@ -30,6 +30,7 @@ from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.coordinators import Entrance
 from fedmed.deployment.flower_app import build_app
 from fedmed.deployment.node_keys import flower_bytes
+from fedmed.deployment.processes import BAD_CERTIFICATE
 from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
@@ -63,6 +64,7 @@ class FlowerRun:
     details: str
     submitted: datetime
     started: datetime | None  # when a process took it up
+    finished: datetime | None
     config: Mapping[str, Any] = field(repr=False)  # flat, as it was submitted
 
     @property
@@ -98,6 +100,10 @@ def control(server: Entrance) -> Iterator[ControlHttpClient]:
     try:
         yield client
     except httpx.RequestError as error:
+        if BAD_CERTIFICATE in str(error):  # it may be started again with another
+            why = str(error).rpartition("verify failed: ")[2].partition(" (")[0]
+            text = f"the server's certificate is refused ({why}); one that ended is renewed by fedmed server provision"
+            raise ServerAway(text) from None
         raise ServerAway(f"the server does not answer ({type(error).__name__}); fedmed server start") from None
     except httpx.HTTPStatusError as error:
         if error.response.status_code in GATEWAY:  # nginx, in front of a SuperLink that is away
@@ -211,6 +217,7 @@ def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun
             details=run.status.details,
             submitted=datetime.fromisoformat(run.pending_at),
             started=datetime.fromisoformat(run.starting_at) if run.starting_at else None,
+            finished=datetime.fromisoformat(run.finished_at) if run.finished_at else None,
             config=run.override_config,
         )
         for run in found

@@ -89,6 +89,8 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
     """
     try:
         TypeAdapter(Name).validate_python(name, strict=True)
+        if name.endswith((".crt", ".key")):  # its folder would be taken for a certificate on the list
+            raise ConfigError(f'a coordinator cannot be called "{name}", as a certificate is; leave out the ending')
         asked = request.read_bytes() if request is not None else None
     except ValidationError:
         raise ConfigError(f'a coordinator cannot be called "{name}": letters, digits, blanks and _ . - only') from None

@@ -20,8 +20,9 @@ import torch
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.deployment.scratch import in_use
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import confine_task, scratch
+from fedmed.deployment.task import confine_task
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
 from fedmed.imaging.items import is_nifti
@@ -43,7 +44,7 @@ def dry_round(site: SiteFolder) -> str:
         FedmedError: it cannot be done with these data on this device.
     """
     rows, header = _first_rows(site.root / site.config.manifest, withdrawn_of(site.file))
-    with tempfile.TemporaryDirectory(dir=scratch(site)) as folder:
+    with in_use(site) as place, tempfile.TemporaryDirectory(dir=place) as folder:
         path = Path(folder) / "manifest.csv"
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([header, *([row[name] for name in header] for row in rows)])

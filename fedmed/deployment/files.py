@@ -34,7 +34,7 @@ def make_folder(path: Path) -> Path:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a file by values, readable by people."""
-    content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    content = json.dumps(dict(values), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
     durable.write_atomically(path, content, mode=OPEN)
 
 

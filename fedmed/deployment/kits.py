@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,9 @@ class Kit:
     coordinator: bytes  # public key
     certificate: bytes  # of the authority, PEM
     sites: Mapping[str, str]  # name and public signing key of every site of the consortium, hexadecimal
+    fedmed: str  # version that the coordinator has
+    made: datetime
+    content: Mapping[str, Any] = field(repr=False)  # of the file, as it was signed
 
     @property
     def fingerprint(self) -> str:
@@ -128,6 +131,8 @@ def read_kit(folder: Path) -> Kit:
         sound = bool(ADDRESS.fullmatch(values["address"])) and all(map(DIGEST.fullmatch, values["apps"]))
         others = {str(name): str(key) for name, key in values["sites"].items()}
         sound = sound and all(map(DIGEST.fullmatch, others.values()))
+        made = datetime.fromisoformat(values["made"])
+        sound = sound and made.tzinfo is not None
     except (OSError, ValidationError, ValueError, TypeError, AttributeError):
         raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
     signed = {key: values[key] for key in KEYS}
@@ -144,4 +149,7 @@ def read_kit(folder: Path) -> Kit:
         coordinator=public,
         certificate=certificate,
         sites=MappingProxyType(others),
+        fedmed=str(values["fedmed"]),
+        made=made,
+        content=MappingProxyType(values),
     )

@@ -33,6 +33,7 @@ SYSLOG = "/dev/log"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GRACE_S = 15.0  # Flower ends by itself in 3–10 s
 NAP_S = 0.1
+KILL_S, KILL_NAP_S = 10.0, 0.01
 KILLS = 3  # a process that is being killed may just have started another
 LINUX = sys.platform == "linux"
 EXIT_CODE = re.compile(r"Exit Code: (\d+)")
@@ -171,7 +172,7 @@ class Child:
             if not self.wait(GRACE_S):
                 below |= descendants(self.pid)
                 self._process.kill()
-                self._process.wait()
+                self.wait(KILL_S)
         kill(below & descendants(os.getpid()))  # a number may belong to somebody else by now
 
     def _read(self, log: logging.Logger) -> None:
@@ -200,13 +201,21 @@ def descendants(pid: int) -> set[int]:
 
 
 def kill(pids: set[int]) -> None:
-    """Kill processes, and wait for those that became ours."""
+    """Kill processes, and wait for those that became ours; not for ever for one that a dead disk or GPU holds."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for pid in pids:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+    left, deadline = pids, time.monotonic() + KILL_S
+    while (left := set(filter(_still_ours, left))) and time.monotonic() < deadline:
+        time.sleep(KILL_NAP_S)
+
+
+def _still_ours(pid: int) -> bool:
+    """Whether this is a child that has not ended; the exit status of one that has is taken."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
 
 
 def reap(keep: set[int]) -> None:

@@ -30,7 +30,8 @@ daemon off;
 worker_processes auto;
 {user}pid nginx.pid;
 error_log stderr warn;
-events {{ worker_connections 1024; }}
+worker_rlimit_nofile 8192;
+events {{ worker_connections 4096; }}  # one hospital's address may have 200, each with one to the SuperLink
 http {{
   server_tokens off;
   access_log off;
@@ -38,6 +39,7 @@ http {{
 
   # Flower sends a network in pieces of 5 MB, and an app of at most 10 MB.
   client_max_body_size 64m;
+  client_header_timeout 10s;
   client_body_buffer_size 8m;
   client_body_temp_path body;
   proxy_temp_path proxy;

@@ -117,14 +117,14 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
             None when a kit of the same coordinator is there already.
 
     Raises:
-        ConfigError: the kit is for another site or key, of another coordinator, or was changed.
+        ConfigError: the kit is for another site or key, of another coordinator, older than the last, or was changed.
     """
     kit = read_kit(folder)
     if kit.site != site.config.name:
         raise ConfigError(f'the kit is for the site "{kit.site}"; this is "{site.config.name}"')
     if kit.node_key != node_keys.public_text(node_keys.read_node_key(site.keys).public_key()):
         raise ConfigError("the kit is for another key of this site; send the coordinator the newest card.json")
-    known = _known_coordinator(site)
+    known = _known_kit(site)
     if fingerprint is not None and fingerprint.strip().lower() != kit.fingerprint:
         raise ConfigError(
             f"the kit was signed by {kit.fingerprint}, not by {fingerprint}; do not use it, and tell the coordinator"
@@ -133,23 +133,27 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
         raise ConfigError(
             f"the kit was signed by {kit.fingerprint}; ask the coordinator by telephone, then give it as --coordinator"
         )
-    if fingerprint is None and known != kit.coordinator:
+    if fingerprint is None and known is not None and known.coordinator != kit.coordinator:
         raise ConfigError(
             f"the kit was signed by {kit.fingerprint}, another key than before; ask the coordinator by telephone, "
             "then give it as --coordinator"
         )
+    if known is not None and known.coordinator == kit.coordinator and kit.made < known.made:
+        raise ConfigError(
+            f"the kit was made on {kit.made:%Y-%m-%d %H:%M}, before the one that this site joined with "
+            f"({known.made:%Y-%m-%d %H:%M}); ask the coordinator for the newest"
+        )
     make_folder(site.kit)
-    content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
     write_atomically(site.kit / CERTIFICATE, kit.certificate)
-    write_json(site.kit / CONTENT, content)
+    write_json(site.kit / CONTENT, kit.content)
     write_json(site.root / PEERS, dict(kit.sites))
     return read_kit(site.kit)
 
 
-def _known_coordinator(site: SiteFolder) -> bytes | None:
-    """Whose kit the site has joined with; None if with none, or if what is there is damaged."""
+def _known_kit(site: SiteFolder) -> Kit | None:
+    """The kit that the site has joined with; None if with none, or if what is there is damaged."""
     try:
-        return read_kit(site.kit).coordinator
+        return read_kit(site.kit)
     except ConfigError:
         return None
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from flwr.supercore.control import ControlHttpClient
+from cryptography import x509
 
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import ServerFolder, joined
-from fedmed.deployment.control import FlowerRun, agree, continue_run, control, nodes, runs, stop_run
+from fedmed.deployment.continuing import continue_lost, under_way
+from fedmed.deployment.control import FlowerRun, agree, control, nodes, runs
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.launcher import Launcher
@@ -40,9 +40,8 @@ START_S = 300.0  # on a busy machine importing Flower takes a while
 LOOK_S = 2.0  # between two looks at the list of sites
 LOST_S = 20.0  # between two looks for runs whose process is gone
 RESTART_S, LONGEST_WAIT_S = 2.0, 60.0  # before a start; twice as long after each that failed
-CONTINUE = 3  # times that a run is continued by itself
-KEEP = timedelta(days=7)
-ROOM = 16 << 20  # bytes
+RENEWED = "the server's certificate was renewed"
+DAY = timedelta(days=1)  # before a certificate's end, in which no run is waited for
 
 
 def server_command(folder: ServerFolder) -> list[str]:
@@ -60,8 +59,8 @@ def server_command(folder: ServerFolder) -> list[str]:
     ]
 
 
-def require_usable(folder: ServerFolder) -> None:
-    """Check what can be checked before anything is started.
+def require_usable(folder: ServerFolder) -> x509.Certificate:
+    """Check what can be checked before anything is started; gives the server's certificate.
 
     Raises:
         ConfigError: nothing is provisioned, a certificate is no good now, or others may read a key.
@@ -78,6 +77,7 @@ def require_usable(folder: ServerFolder) -> None:
     for key in (folder.tls / "server.key", folder.tls / "ca.key", folder.coordinator / "signing.key"):
         if key.exists() and open_to_others(key):
             raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
+    return certificate
 
 
 def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
@@ -110,8 +110,10 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         served, wait_s, why = False, RESTART_S, ""
         try:
             while not stop.is_set():
-                link = Child(server_command(folder), environment, log)
+                link: Child | None = None
                 try:
+                    used = require_usable(folder)
+                    link = Child(server_command(folder), environment, log)
                     _await(folder, link, stop)
                     if not served:
                         proxy.start()
@@ -120,13 +122,14 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
                         where = joined(folder.consortium.listen, folder.consortium.port)
                         tell(f"serving {folder.consortium.name} on {where} over TLS{behind}")
                         served, wait_s = True, RESTART_S
-                        why = _serve(folder, link, proxy, stop, tell)
-                except RunFailed as error:
+                        why = _serve(folder, link, used, proxy, stop, tell)
+                except (ConfigError, RunFailed) as error:
                     if not served:
                         raise
                     why = str(error)
                 finally:
-                    link.end()
+                    if link is not None:
+                        link.end()
                 if not stop.is_set():
                     kill(descendants(os.getpid()) - proxy.pids)  # tasks without a server must not write any more
                     tell(f"{why}; it is started again in {wait_s:.0f} s")
@@ -152,9 +155,26 @@ def _await(folder: ServerFolder, link: Child, stop: Stop) -> None:
         raise RunFailed(f"the server did not answer within {START_S:.0f} s; logs/server.log says why")
 
 
-def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Callable[[str], None]) -> str:
-    """Look after everything until the SuperLink ends or a stop is asked for; gives why it has to be started again."""
-    sites: object = None
+def _serve(
+    folder: ServerFolder,
+    link: Child,
+    used: x509.Certificate,
+    proxy: Proxy,
+    stop: Stop,
+    say: Callable[[str], None],
+) -> str:
+    """Look after everything until the SuperLink ends or a stop is asked for; gives why it has to be started again.
+
+    Args:
+        folder: of the server.
+        link: the SuperLink.
+        used: its certificate, which it never reads again.
+        proxy: nginx, if it is wanted.
+        stop: whether to stop.
+        say: tells and logs a line.
+    """
+    known: object = None
+    every: list[FlowerRun] = []
     began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - link.started)
     doors, looked = _doors(folder), -LOST_S
     launcher, earlier = Launcher(link.pid), None
@@ -164,97 +184,62 @@ def _serve(folder: ServerFolder, link: Child, proxy: Proxy, stop: Stop, say: Cal
             return "the SuperLink ended by itself"
         if launcher.gone():
             return "what starts the SuperLink's tasks ended"
-        listed, now = _stamps(folder.cards, "*.json"), time.monotonic()
-        if listed != sites or now - looked > LOST_S:
+        listed = _stamps(folder.cards, "*.json"), _stamps(folder.tls, "server.crt")
+        now = time.monotonic()
+        if listed != known or now - looked > LOST_S:
             cards, damaged = readable_cards(folder)
             news = list(damaged.values())
             try:
                 with control(own_entrance(folder)) as client:
                     news += agree(client, cards, damaged)
-                    sites, looked = listed, now
-                    earlier = under_way(runs(client), began) if earlier is None else earlier
+                    known, looked = listed, now
+                    every = runs(client)
+                    earlier = under_way(every, began) if earlier is None else earlier
                     news += continue_lost(client, folder, earlier)
             except (FedmedError, OSError) as error:  # the server is not there yet
                 news += [f"{error}; tried again"] if link.running else []
+            if renewed(folder, used):
+                if ends_within(folder, used, DAY) or all(run.ended for run in every):
+                    return RENEWED
+                news.append(f"{RENEWED}; the SuperLink takes it when the run under way has ended")
+            else:
+                news += ending(used)
             for line in news:
                 if line not in told:
                     say(line)
             told = set(news)
         if said := proxy.look({link.pid} | descendants(link.pid)):
             say(said)
-        if (there := _doors(folder)) != doors:
+        if folder.consortium.loopback_port and (there := _doors(folder)) != doors:
             against, doors = proxy.read_again(), there
-            say(f"the list of coordinators stays as it was: {against}" if against else "certificates were read again")
+            say(f"the list of coordinators stays as it was: {against}" if against else "nginx read its list again")
         reap(keep={link.pid} | proxy.pids)
         stop.wait(LOOK_S)
     return ""
 
 
-def continue_lost(client: ControlHttpClient, folder: ServerFolder, earlier: Collection[int]) -> list[str]:
-    """Submit runs again whose process is gone, if they gave a sign of life in the last week.
-
-    Args:
-        client: of the server.
-        folder: of the server.
-        earlier: numbers of the runs that an earlier SuperLink left.
-
-    Returns:
-        What was done, in words.
-    """
-    said = []
-    for run, tries in cut_off(runs(client), earlier):
-        if _last_sign(folder, run) > datetime.now(UTC) - KEEP and has_room(folder, run):
-            new = continue_run(client, run)
-            if not run.ended:
-                stop_run(client, run.number)
-            said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
-    return said
+def renewed(folder: ServerFolder, used: x509.Certificate) -> bool:
+    """Whether there is another certificate of the server than the one in use, whole and good."""
+    try:
+        return require_usable(folder) != used
+    except ConfigError:  # between the writing of a certificate and of its key
+        return False
 
 
-def under_way(every: Iterable[FlowerRun], began: datetime) -> frozenset[int]:
-    """The runs that an earlier SuperLink started and left, by number.
-
-    Asked once for each SuperLink, at its beginning: the clock may be set afterwards.
-
-    Args:
-        every: all runs.
-        began: when the SuperLink was started.
-    """
-    return frozenset(run.number for run in every if not run.ended and run.started is not None and run.started < began)
+def ends_within(folder: ServerFolder, used: x509.Certificate, time: timedelta) -> bool:
+    """Whether the certificate in use is soon no good any more: by its end, or by another authority."""
+    authority = certificates.read_certificate(folder.tls / "ca.crt")
+    return certificates.problem(used, authority, datetime.now(UTC) + time) is not None
 
 
-def cut_off(every: Sequence[FlowerRun], earlier: Collection[int]) -> list[tuple[FlowerRun, int]]:
-    """The runs that the server failed, and for the how many-th time; none that was continued thrice.
-
-    Flower notices after a minute that a process is gone. That of a run which an earlier SuperLink started is gone.
-
-    Args:
-        every: all runs, the oldest first.
-        earlier: numbers of the runs that an earlier SuperLink left.
-    """
-    series: dict[int, list[FlowerRun]] = {}
-    for run in every:
-        series.setdefault(run.series, []).append(run)
-    last = [(tries[-1], len(tries)) for tries in series.values() if len(tries) <= CONTINUE]
-    return [(run, tries) for run, tries in last if run.lost or (not run.ended and run.number in earlier)]
-
-
-def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
-    """Whether the disks of the server have three times the room that a run's folder takes, and a little."""
-    events = _events(folder, run)
-    taken = sum(path.stat().st_size for path in events.parent.rglob("*") if path.is_file()) if events else 0
-    free = min(shutil.disk_usage(path).free for path in (folder.flower, folder.runs) if path.exists())
-    return free > 3 * taken + ROOM
-
-
-def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
-    """When a run last wrote an event; else when it was submitted."""
-    path = _events(folder, run)
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path is not None else run.submitted
-
-
-def _events(folder: ServerFolder, run: FlowerRun) -> Path | None:
-    return next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
+def ending(used: x509.Certificate) -> list[str]:
+    """What to say in the last days of the certificate in use; another line every day."""
+    now = datetime.now(UTC)
+    if not certificates.ends_soon(used, now):
+        return []
+    end, left = used.not_valid_after_utc, (used.not_valid_after_utc - now).days
+    when = f"ends in {left} days, on {end:%Y-%m-%d}" if end > now else f"expired on {end:%Y-%m-%d}"
+    return [f"the server's certificate {when}; fedmed server provision renews it"]
 
 
 def _doors(folder: ServerFolder) -> object:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,12 +31,16 @@ from fedmed.deployment.processes import (
     reap,
     runner,
 )
+from fedmed.deployment.scratch import clear_scratch
 from fedmed.deployment.site_folder import SiteFolder, joined_kit
+from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
 WARM_S = 300.0
 LOOK_S = 0.5
+TRY_S = 60.0
+LAUNCHER = "flower-superexec"
 WHY = {  # Flower's own exit codes
     302: "its node.key is damaged",
     305: "the server did not let it in: it does not know this site's key, or still counts it as online",
@@ -73,15 +78,42 @@ def write_door(site: SiteFolder) -> Path:
     The server says of which kind a task is, and of most kinds it brings the code. Here all are of one kind.
 
     Returns:
-        Their folder, to stand first on the SuperNode's PATH.
+        Their folder, with Flower's launcher of tasks besides: all that the SuperNode's PATH may name. Whatever stood
+        behind it there, Python would start in the place of a door that cannot be executed.
     """
     folder = make_folder(site.flower / "bin")
-    words = (sys.executable, "-I", "-S", door.__file__, str(site.flower))
-    for name in TASK_TYPE_TO_COMMAND.values():
-        path = folder / name
-        path.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-        path.chmod(0o700)
+    lead = [sys.executable, "-I", "-S", door.__file__, str(site.flower)]
+    for name, words in {**dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), lead), LAUNCHER: [program(LAUNCHER)]}.items():
+        path, content = folder / name, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode()
+        if not os.access(path, os.X_OK) or path.read_bytes() != content:  # a check as root leaves a site's own alone
+            write_atomically(path, content, mode=0o700)
     return folder
+
+
+def try_door(site: SiteFolder) -> str:
+    """Write the door, and execute it under every name as Flower does.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ConfigError: a name leads to nothing, or elsewhere.
+    """
+    path = str(write_door(site))
+    for name in TASK_TYPE_TO_COMMAND.values():
+        try:
+            tried = subprocess.run(
+                [name, door.TRY], env={"PATH": path}, capture_output=True, text=True, timeout=TRY_S, check=False
+            )
+            said = tried.stdout.strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = type(error).__name__
+        if said != door.HERE:
+            raise ConfigError(
+                f"flower/bin/{name} cannot be executed ({said or 'it failed'}), and without it no task may start; "
+                "put the site's folder on a disk that is not mounted noexec"
+            )
+    return "every task that Flower starts comes to fedmed"
 
 
 def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
@@ -110,6 +142,8 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
         return site_facts(site, up_since=since, connected=node is not None and node.running and node.connected)
 
     with runner(site.flower, "site") as stop, health_endpoint(site.config.health_port, facts):
+        try_door(site)
+        clear_scratch(site)
         environment, made = _environment(site), False
         own = (sys.executable, "-P", "-m", "fedmed.deployment.node", str(site.file))
         tasks = _warm(site, log)
@@ -145,7 +179,7 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
 
 def _why(node: Child) -> str:
     if node.bad_certificate:
-        return "the server's certificate is not the consortium's; fedmed site check, and tell the coordinator"
+        return "the server's certificate is refused; fedmed site check says why, and tell the coordinator"
     code = node.flower_code
     if not code:
         return "it lost the server, or was killed"
@@ -153,8 +187,9 @@ def _why(node: Child) -> str:
 
 
 def _environment(site: SiteFolder) -> dict[str, str]:
-    environment = flower_environment(make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
-    return {**environment, "PATH": f"{write_door(site)}{os.pathsep}{environment['PATH']}"}
+    return flower_environment(
+        make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5", PATH=str(write_door(site))
+    )
 
 
 def _warm(site: SiteFolder, log: logging.Logger) -> Child:

@@ -30,6 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedmed.deployment.confinement import Confinement, confine
 from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import descendants, kill
+from fedmed.deployment.scratch import scratch
 from fedmed.deployment.site_folder import SiteFolder
 from fedmed.federated.client_app import app, public_reason
 from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
@@ -52,7 +53,7 @@ class Worker:
     def __init__(self, site: SiteFolder) -> None:
         """Fork it."""
         self._site = site
-        self._folder = Path(tempfile.mkdtemp(prefix="task-", dir=make_folder(scratch(site))))
+        self._folder = Path(tempfile.mkdtemp(prefix="task-", dir=scratch(site)))
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._channel, theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -178,11 +179,6 @@ def records_folders(site: SiteFolder) -> Iterator[Path]:
             yield witness
 
 
-def scratch(site: SiteFolder) -> Path:
-    """The folder of temporary files of a site's tasks."""
-    return site.flower / "tmp"
-
-
 def confine_task(site: SiteFolder, *, records: bool = True) -> Confinement:
     """Confine this process as a task at this site is.
 
@@ -190,7 +186,7 @@ def confine_task(site: SiteFolder, *, records: bool = True) -> Confinement:
         site: whose limits hold.
         records: whether it may write to the site's state, ledger, witness and cache.
     """
-    folders = [make_folder(scratch(site)), *(records_folders(site) if records else ())]
+    folders = [scratch(site), *(records_folders(site) if records else ())]
     tempfile.tempdir = os.environ["TMPDIR"] = str(folders[0])
     return confine(writable=folders, memory_gib=site.config.task_memory_gib, processors=site.config.task_cpus)
 

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -33,7 +32,7 @@ from fedmed.deployment import door
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.node import keep_server_time
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import Worker, confine_task, scratch
+from fedmed.deployment.task import Worker, confine_task
 from fedmed.errors import ConfigError, FedmedError, PolicyRefused
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.identity import package_hash
@@ -56,8 +55,6 @@ def serve(site: SiteFolder) -> NoReturn:
     if not all(name in vars(flower_task) for name in REPLACED):
         raise RuntimeError("this version of Flower loads apps in another way; nothing is run")
     prepare_fork(RunConfig())
-    for left in scratch(site).glob("task-*"):  # by tasks that were killed
-        shutil.rmtree(left, ignore_errors=True)
     package_hash()  # of the code that was imported, whatever is installed over it later
     os.chdir(site.flower)
     Path(door.SOCKET).unlink(missing_ok=True)

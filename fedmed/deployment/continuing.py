@@ -1,0 +1,118 @@
+"""Runs whose process is gone: the server submits them again, and they go on in their folders from their checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise, takewhile
+from pathlib import Path
+
+from flwr.supercore.control import ControlHttpClient
+
+from fedmed.deployment.consortium import ServerFolder
+from fedmed.deployment.control import FlowerRun, continue_run, runs, stop_run
+
+CONTINUE = 3  # times in a row that a run is continued by itself
+KEEP = timedelta(days=7)
+ROOM = 16 << 20  # bytes
+
+
+def continue_lost(client: ControlHttpClient, folder: ServerFolder, earlier: Collection[int]) -> list[str]:
+    """Submit runs again whose process is gone.
+
+    Args:
+        client: of the server.
+        folder: of the server.
+        earlier: numbers of the runs that an earlier SuperLink left.
+
+    Returns:
+        What was done, and what was not and why, in words.
+    """
+    said = []
+    for run, tries in cut_off(runs(client), earlier):
+        against = why_not(folder, run, tries)
+        if against:
+            said.append(f"run {run.number} was cut off and is not continued: {against}")
+            continue
+        new = continue_run(client, run)
+        if not run.ended:
+            stop_run(client, run.number)
+        said.append(f"run {run.number} was cut off; run {new} goes on with it ({tries} of {CONTINUE} times)")
+    return said
+
+
+def why_not(folder: ServerFolder, run: FlowerRun, tries: int) -> str:
+    """Why a run that was cut off is not continued now, and what to do; "" if it is.
+
+    Args:
+        folder: of the server.
+        run: that was cut off.
+        tries: how many times in a row.
+    """
+    resume = f"fedmed server resume {run.number} --server {folder.root}"
+    if tries > CONTINUE:
+        return f"it was {tries} times in a row; {resume}"
+    if _last_sign(folder, run) < datetime.now(UTC) - KEEP:
+        return f"its last sign of life is older than {KEEP.days} days; {resume}"
+    return "" if has_room(folder, run) else "the disk has too little room; it goes on when there is more"
+
+
+def under_way(every: Iterable[FlowerRun], began: datetime) -> frozenset[int]:
+    """The runs that an earlier SuperLink started and left, by number.
+
+    Asked once for each SuperLink, at its beginning: the clock may be set afterwards.
+
+    Args:
+        every: all runs.
+        began: when the SuperLink was started.
+    """
+    return frozenset(run.number for run in every if not run.ended and run.started is not None and run.started < began)
+
+
+def cut_off(every: Sequence[FlowerRun], earlier: Collection[int]) -> list[tuple[FlowerRun, int]]:
+    """The runs that the server failed, and for the how many-th time in a row.
+
+    Flower notices after a minute that a process is gone. That of a run which an earlier SuperLink started is gone.
+
+    Args:
+        every: all runs, the oldest first.
+        earlier: numbers of the runs that an earlier SuperLink left.
+    """
+    series: dict[int, list[FlowerRun]] = {}
+    for run in every:
+        series.setdefault(run.series, []).append(run)
+    gone = [tries for tries in series.values() if _gone(tries[-1], earlier)]
+    return [(tries[-1], 1 + _continued(tries)) for tries in gone]
+
+
+def _gone(run: FlowerRun, earlier: Collection[int]) -> bool:
+    return run.lost or (not run.ended and run.number in earlier)
+
+
+def _continued(tries: Sequence[FlowerRun]) -> int:
+    """How many tries before the last one were cut off too, without one between that ended otherwise.
+
+    One that Flower still counted as running was stopped once it was continued, and so ended after the next began.
+    """
+    newest_first = list(pairwise(tries))[::-1]
+    cut = (run.lost or (run.finished or run.submitted) > after.submitted for run, after in newest_first)
+    return len(list(takewhile(bool, cut)))
+
+
+def has_room(folder: ServerFolder, run: FlowerRun) -> bool:
+    """Whether the disks of the server have three times the room that a run's folder takes, and a little."""
+    events = _events(folder, run)
+    taken = sum(path.stat().st_size for path in events.parent.rglob("*") if path.is_file()) if events else 0
+    free = min(shutil.disk_usage(path).free for path in (folder.flower, folder.runs) if path.exists())
+    return free > 3 * taken + ROOM
+
+
+def _last_sign(folder: ServerFolder, run: FlowerRun) -> datetime:
+    """When a run last wrote an event; else when it was submitted."""
+    path = _events(folder, run)
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path is not None else run.submitted
+
+
+def _events(folder: ServerFolder, run: FlowerRun) -> Path | None:
+    return next(folder.runs.glob(f"*-{run.series}/events.jsonl"), None)
