@@ -40,6 +40,7 @@ FORWARDS: dict[type[nn.Module], Callable[[str, Any], Forward]] = {
     nn.PReLU: lambda name, module: partial(folded.prelu, name, module),
     nn.LSTM: lambda name, module: partial(lstm, name, module),
 }
+LEAST_NORM = 1e-12  # float32 still holds its square; gradients would pass a smaller bound with a computed norm of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class GradientClipper:
             precision: `bfloat16` runs the forward and backward pass under autocast; norms and sums stay float32.
 
         Raises:
-            ModelError: If nothing is trained, a bound is not more than 0, a parameter is in no group or in two, or a
+            ModelError: If nothing is trained, a bound is below 1e-12, a parameter is in no group or in two, or a
                 layer cannot be clipped.
         """
         self.module = module
@@ -104,8 +105,11 @@ class GradientClipper:
     @max_norm.setter
     def max_norm(self, bound: float | Mapping[str, float]) -> None:
         self._bounds = list(bound.values()) if isinstance(bound, Mapping) else [bound]
-        if not all(each > 0 for each in self._bounds):
-            raise ModelError(f"gradients cannot be clipped to a norm of {bound}; expected more than 0")
+        if not all(each >= LEAST_NORM for each in self._bounds):
+            raise ModelError(
+                f"gradients cannot be clipped to a norm of {bound}; expected {LEAST_NORM:g} or more, because float32 "
+                "does not hold the squares of less"
+            )
         self._max_norm = bound
 
     def accumulate_(
