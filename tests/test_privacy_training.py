@@ -57,7 +57,7 @@ def test_p13_the_epsilon_in_the_result_is_the_one_that_another_accountant_finds(
         truth = pld(said["events"], said["delta"])
         assert truth <= said["epsilon"] <= truth + 0.015
         assert said["epsilon"] <= 3.0
-        assert said["epsilon_total"] == said["epsilon"]
+        assert said["epsilon_total"] == said["epsilon"] and said["accountant_total"] == said["accountant"] == "prv"
         assert (said["unit"], said["adjacency"]) == ("patient", "add or remove one patient")
 
 
@@ -115,7 +115,7 @@ def test_p14_a_round_that_is_trained_again_is_charged_again(toy_config, tmp_path
     said = privacy_in(update.facts)
     assert said["events"][0]["steps"] == 4 * 5
     assert said["epsilon"] > 3.0
-    assert said["epsilon_total"] >= said["epsilon"]
+    assert said["epsilon_total"] > said["epsilon"] and said["accountant_total"] == "rdp"
 
 
 def test_p14_a_run_that_is_resumed_for_more_rounds_has_one_account_and_all_are_charged(toy_config, tmp_path):
@@ -130,7 +130,8 @@ def test_p14_a_run_that_is_resumed_for_more_rounds_has_one_account_and_all_are_c
     assert len({charge.run for charge in charges}) == 1
     reserved = [sum(event.steps for event in charge.events) for charge in charges]
     assert [steps for steps in reserved if steps] == [3 * 5, 5, 5]
-    assert said["epsilon"] == said["epsilon_total"]
+    assert (said["accountant"], said["accountant_total"]) == ("prv", "rdp")
+    assert said["epsilon"] < said["epsilon_total"], "more schedules than one add up by the filter"
 
 
 def test_p03_patients_who_change_in_the_midst_of_a_run_are_charged_on_their_own_terms(toy_config, tmp_path):
@@ -189,6 +190,16 @@ def test_p04_the_schedule_is_reserved_before_the_first_gradient(toy_config, tmp_
     said = privacy_in(train(config, site).facts)
     assert said["epsilon"] < said["epsilon_total"] <= 3.0
     assert said["epsilon_total"] == pytest.approx(pld([{**said["events"][0], "steps": 15}], said["delta"]), abs=0.015)
+
+
+def test_p04_the_total_over_two_runs_is_the_filters_and_the_ledger_shows_the_same(toy_config, tmp_path):
+    site = site_in(tmp_path)
+    first = privacy_in(train(run_of(toy_config), site).facts)
+    second = privacy_in(train(run_of(toy_config).model_copy(update={"name": "another"}), site).facts)
+    assert (first["accountant_total"], second["accountant_total"]) == ("prv", "rdp")
+    whole = {**second["events"][0], "steps": 2 * 15}
+    assert second["epsilon_total"] > pld([whole], second["delta"]) + 0.015, "PRV would say less, and is no bound here"
+    assert records_of(site).spent.epsilon == second["epsilon_total"]
 
 
 def test_p02_the_stricter_of_run_and_site_wins(toy_config, tmp_path):

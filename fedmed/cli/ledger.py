@@ -143,7 +143,7 @@ def _spent(found: Findings) -> str:
     spent, delta = found.spent, found.balance.delta
     if not found.balance.charges:
         return f"nothing is spent: no release under differential privacy (δ = {delta:g})"
-    bound = "" if spent.accountant == "rdp" else f"; {spent.epsilon_rdp:.3f} by the bound that decides (rdp)"
+    bound = f"; {spent.epsilon_rdp:.3f} by the bound that decides (rdp)" if spent.epsilon < spent.epsilon_rdp else ""
     return f"the patient who has spent most: ε = {spent.epsilon:.3f} at δ = {delta:g} ({spent.accountant}){bound}"
 
 

@@ -146,6 +146,11 @@ def epsilon(value: float | None) -> str:
     return UNDEFINED if value is None else f"{math.ceil(round(value * 100, 6)) / 100:.2f}"
 
 
+def total(spent: Privacy) -> str:
+    """ε over all runs, and by which accountant: later runs may follow from earlier ones, which PRV does not allow."""
+    return epsilon(spent.epsilon_total) + (f" by {spent.accountant_total}" if spent.accountant_total else "")
+
+
 def privacy(spent: Privacy | None, run: RunFacts) -> str:
     """What a site spent, or why nothing can be said."""
     if spent is None:
@@ -154,7 +159,7 @@ def privacy(spent: Privacy | None, run: RunFacts) -> str:
         return "void: test noise"
     parts = [f"ε {epsilon(spent.epsilon)}"]
     if spent.epsilon_total is not None:
-        parts.append(f"in total ε {epsilon(spent.epsilon_total)}")
+        parts.append(f"in total ε {total(spent)}")
     if spent.delta is not None:
         parts.append(f"δ {spent.delta:.0e}".replace("e-0", "e-"))
     if spent.unit:

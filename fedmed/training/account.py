@@ -67,6 +67,7 @@ class Account:
             ],
             "epsilon": _shown(own.epsilon) if self.source.secret else None,
             "epsilon_total": _shown(total.epsilon) if self.source.secret else None,
+            "accountant_total": total.accountant,
         }
         if self.warning:
             values["warning"] = self.warning
