@@ -209,6 +209,22 @@ class GradientClipper:
                     "make it with track_running_stats=False"
                 )
 
+    def refuse_folding(self, images: Tensor) -> None:
+        """Run the network forward on the first two, then on all three of some images, and keep nothing of it.
+
+        Slices or windows in a layer's first axis may happen to be as many as a batch has images; not of both batches.
+
+        Args:
+            images: (3, …) of noise.
+
+        Raises:
+            ModelError: If a layer's input is no stack of images.
+        """
+        for some in (images[:2], images):
+            recording = Recording(patients_of(torch.arange(len(some), device=images.device)), self.groups)
+            with torch.enable_grad(), self._attached(recording):
+                self.module(some)
+
     def _refuse_direct_use(self) -> None:
         outside = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         if outside:
