@@ -40,6 +40,7 @@ FORWARDS: dict[type[nn.Module], Callable[[str, Any], Forward]] = {
     nn.PReLU: lambda name, module: partial(folded.prelu, name, module),
     nn.LSTM: lambda name, module: partial(lstm, name, module),
 }
+HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters"}  # methods that no forward pass calls
 LEAST_NORM = 1e-12  # float32 still holds its square; gradients would pass a smaller bound with a computed norm of 0
 
 
@@ -276,13 +277,20 @@ def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tupl
 def _known(layer: nn.Module) -> Callable[[str, Any], Forward] | None:
     """How a layer records; None for one whose forward pass is not exactly that of a known class."""
     for kind, make in FORWARDS.items():
-        if type(layer).forward is kind.forward and isinstance(layer, kind):
+        if isinstance(layer, kind) and _works_as(kind, type(layer)):
             expected = {key for key, value in layer._parameters.items() if value is not None}
             if expected <= {"weight", "bias"} and not list(layer.children()):
                 return make
             if isinstance(layer, nn.LSTM) and not layer.proj_size:
                 return make
     return None
+
+
+def _works_as(kind: type[nn.Module], own: type[nn.Module]) -> bool:
+    """Whether a class changes none of another's methods: a forward pass calls more of them, as `_conv_forward`."""
+    classes = own.__mro__[: own.__mro__.index(kind)]
+    changed = {name for each in classes for name in vars(each) if callable(getattr(kind, name, None))}
+    return changed <= HARMLESS
 
 
 def _group(name: str, beginnings: list[str]) -> int:
