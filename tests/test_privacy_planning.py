@@ -1,6 +1,7 @@
 """Plans of a budget: what they say is true, and nonsense is refused with the reason."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from fedmed.cli import app
 from fedmed.errors import ConfigError
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.planning import MOST_ROWS, default_delta, plan_central, plan_training
-from fedmed.types import PrivacyEvent
+from fedmed.types import PrivacyEvent, rounded_up
 
 SMALL = {"patients": 400, "epsilon": 4.0, "rounds": 3, "batch_size": 40}
 
@@ -121,3 +122,25 @@ def test_help_imports_no_accountant():
     code = "import sys, fedmed.cli; print({'torch', 'opacus', 'dp_accounting', 'scipy', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "shown"),
+    [
+        (1.1, 2, "1.10"),
+        (1.1001, 2, "1.11"),
+        (0.29, 2, "0.29"),
+        (0.0, 3, "0.000"),
+        (4.00001, 3, "4.001"),
+        (8, 3, "8.000"),
+        (math.inf, 3, "inf"),
+    ],
+)
+def test_what_is_spent_is_never_shown_as_less_and_what_floats_add_is_not_shown(value, decimals, shown):
+    assert rounded_up(value, decimals) == shown
+
+
+def test_the_noise_that_a_plan_prints_keeps_its_budget():
+    printed = run("--patients", 400, "--epsilon", 4, "--rounds", 3, "--batch-size", 40).stdout
+    sigma = float(printed.split("σ = ")[1].split(",")[0])
+    assert sigma >= plan_training(**SMALL).noise_multiplier

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from fedmed.reporting.facts import Counts, Estimate, Findings, Privacy, RunFacts
-from fedmed.types import SMALL
+from fedmed.types import SMALL, rounded_up
 
 UNDEFINED = "–"
 MOST_SCANNERS = 8  # of one site
@@ -143,7 +142,7 @@ def memory(mebibytes: float | None) -> str:
 
 def epsilon(value: float | None) -> str:
     """Two decimals, rounded up: a report never shows less than was spent."""
-    return UNDEFINED if value is None else f"{math.ceil(round(value * 100, 6)) / 100:.2f}"
+    return UNDEFINED if value is None else rounded_up(value, 2)
 
 
 def total(spent: Privacy) -> str:
