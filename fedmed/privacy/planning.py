@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -134,7 +133,6 @@ def plan_training(
     unit: Literal["patient", "image"] = "patient",
     images: int = 0,
     images_per_patient: int = 1,
-    further: Sequence[PrivacyEvent] = (),
 ) -> Plan:
     """The least noise for DP-SGD at one site, and what each round spends.
 
@@ -148,7 +146,6 @@ def plan_training(
         unit: what is sampled and clipped. ε is the patient's in both cases.
         images: of all patients; for the unit "image".
         images_per_patient: the most that one patient has in the run; for the unit "image".
-        further: what is already charged to the same patients.
 
     Raises:
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
@@ -171,7 +168,6 @@ def plan_training(
         delta=delta,
         sample_rate=rate,
         steps=rounds * steps_per_round,
-        further=further,
         unit=unit,
         images_per_patient=images_per_patient,
     )
@@ -189,7 +185,7 @@ def plan_training(
         noise_multiplier=sigma,
         sample_rate=rate,
         steps_per_round=steps_per_round,
-        schedule=schedule(event, rounds=rounds, steps_per_round=steps_per_round, delta=delta, further=further),
+        schedule=schedule(event, rounds=rounds, steps_per_round=steps_per_round, delta=delta),
         warnings=warnings,
     )
 
@@ -241,15 +237,13 @@ def plan_central(
     return CentralPlan(plan=plan, sites=sites, parameters=parameters, clip=clip)
 
 
-def schedule(
-    event: PrivacyEvent, *, rounds: int, steps_per_round: int, delta: float, further: Sequence[PrivacyEvent] = ()
-) -> tuple[AfterRound, ...]:
+def schedule(event: PrivacyEvent, *, rounds: int, steps_per_round: int, delta: float) -> tuple[AfterRound, ...]:
     """ε after each round, or after `MOST_ROWS` of them that are evenly spread; always after the last."""
     shown = sorted({math.ceil(rounds * row / MOST_ROWS) for row in range(1, MOST_ROWS + 1)})
     rows = []
     for number in shown:
         steps = number * steps_per_round
-        cost = spent([*further, replace(event, steps=steps)], delta=delta)
+        cost = spent([replace(event, steps=steps)], delta=delta)
         rows.append(
             AfterRound(
                 round=number,
