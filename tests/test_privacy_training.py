@@ -224,7 +224,7 @@ def test_p02_by_images_the_budget_is_the_patients_and_the_noise_is_the_plans(toy
     given = {**PRIVATE, "unit": "image", "images-per-patient": 2}
     said = privacy_in(train(run_of(toy_config, privacy=given), site_in(tmp_path, rules)).facts)
     plan = plan_training(
-        patients=160, images=320, images_per_patient=2, unit="image", epsilon=3.0, delta=1e-6, rounds=3, batch_size=32
+        patients=160, images_per_patient=2, unit="image", epsilon=3.0, delta=1e-6, rounds=3, batch_size=32
     )
     assert said["events"][0]["noise_multiplier"] == plan.noise_multiplier
     assert said["epsilon"] == plan.schedule[0].epsilon and said["epsilon_total"] <= 3.0

@@ -41,7 +41,6 @@ def plan(
     unit: Annotated[Unit, typer.Option(help="what is sampled and clipped; ε is the patient's in both cases")] = (
         Unit.patient
     ),
-    images: Annotated[int, typer.Option(metavar="M", help="--unit image: images of all patients")] = 0,
     images_per_patient: Annotated[int, typer.Option(metavar="K", help="--unit image: the most that one has")] = 1,
     central: Annotated[bool, typer.Option("--central", help="noise at the server; the hospital is the unit")] = False,
     sites: Annotated[int, typer.Option(metavar="K", help="--central: hospitals")] = 0,
@@ -84,7 +83,6 @@ def plan(
             steps_per_round=local_steps,
             delta=delta,
             unit=unit.value,
-            images=images,
             images_per_patient=images_per_patient,
         )
     for warning in made.warnings:

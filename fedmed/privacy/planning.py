@@ -131,7 +131,6 @@ def plan_training(
     steps_per_round: int = 0,
     delta: float | None = None,
     unit: Literal["patient", "image"] = "patient",
-    images: int = 0,
     images_per_patient: int = 1,
 ) -> Plan:
     """The least noise for DP-SGD at one site, and what each round spends.
@@ -144,19 +143,15 @@ def plan_training(
         steps_per_round: 0 = as many as make one pass over the data.
         delta: None = `default_delta(patients)`.
         unit: what is sampled and clipped. ε is the patient's in both cases.
-        images: of all patients; for the unit "image".
-        images_per_patient: the most that one patient has in the run; for the unit "image".
+        images_per_patient: for the unit "image" the most that one patient has in the run. Everybody counts as having
+            so many: how many there are is for nobody to know.
 
     Raises:
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
     """
     delta = default_delta(max(patients, 1)) if delta is None else delta
     warnings = check_population(delta, patients)
-    units = patients if unit == "patient" else images
-    if unit == "image" and images < patients:
-        raise ConfigError(f"{patients} patients have at least as many images; got {images}. Say how many with --images")
-    if unit == "image" and images > patients * images_per_patient:
-        raise ConfigError(f"{patients} patients with at most {images_per_patient} images each have fewer than {images}")
+    units = patients if unit == "patient" else patients * images_per_patient
     if rounds < 1 or steps_per_round < 0:
         raise ConfigError("a plan has at least 1 round and 1 step a round")
     if not 1 <= batch_size <= units:
