@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fedmed.training.clipping import GradientClipper, correlation
+from fedmed.training.clipping import GradientClipper, correlation, slow_layers
 from fedmed.training.clipping.convolutions import convolution, most_by_gram
 from fedmed.training.clipping.correlation import Window
 from fedmed.training.clipping.linear import linear
@@ -267,6 +267,13 @@ def test_any_other_layer_is_run_patient_by_patient_and_named(module: nn.Module, 
 def test_a_layer_that_is_only_made_otherwise_is_a_known_one() -> None:
     images = torch.randn((6, 4, 5, 5), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     check(nn.Sequential(Square(4), nn.GroupNorm(1, 4)).double(), images, PATIENTS, fallbacks=[])
+
+
+def test_layers_that_are_run_patient_by_patient_are_named_by_their_class() -> None:
+    normed = parametrizations.weight_norm(nn.Linear(4, 3))
+    slow = slow_layers(nn.Sequential(nn.Linear(4, 4), Position(), nn.GRU(4, 3, batch_first=True), normed))
+    assert slow.startswith("gradients of GRU, ParametrizedLinear, Position are made patient by patient")
+    assert slow_layers(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 3))) == ""
 
 
 class Twice(nn.Module):

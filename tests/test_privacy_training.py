@@ -14,6 +14,7 @@ from toy import PLANTED
 from toy import network as toy_network
 from typer.testing import CliRunner
 
+from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.errors import BudgetExhausted, DataError, ModelError, PolicyRefused
 from fedmed.federated.admission import privacy_in
@@ -201,6 +202,15 @@ def test_p04_the_total_over_two_runs_is_the_filters_and_the_ledger_shows_the_sam
     whole = {**second["events"][0], "steps": 2 * 15}
     assert second["epsilon_total"] > pld([whole], second["delta"]) + 0.015, "PRV would say less, and is no bound here"
     assert records_of(site).spent.epsilon == second["epsilon_total"]
+
+
+def test_a_site_and_a_dry_run_name_the_layers_that_are_slow_to_clip(toy_config, tmp_path, capsys):
+    config = run_of(toy_config, model={"name": "toy:heavy", "width": 1})
+    train(config, site_in(tmp_path, "[policy.privacy]\nstable-ids = true\n", virtual=False))
+    assert "gradients of Heavy are made patient by patient, which is slow" in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text(run_file.to_toml(config))
+    done = CliRunner().invoke(app, ["simulate", str(tmp_path / "run.toml"), "--dry-run"])
+    assert "gradients of Heavy are made patient by patient" in done.stdout
 
 
 def test_p02_the_stricter_of_run_and_site_wins(toy_config, tmp_path):

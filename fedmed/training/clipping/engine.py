@@ -91,7 +91,7 @@ class GradientClipper:
         self.forwards: list[tuple[nn.Module, Forward]] = []
         self.norms_of_batches = [m for m in module.modules() if isinstance(m, _BatchNorm | _InstanceNorm)]
         for name, layer in _layers("", module, set()):
-            make = None if is_parametrized(layer) else _known(layer)
+            make = _known(layer)
             if make is None:
                 if getattr(layer, "batch_first", True) is False:
                     raise ModelError(f"layer {name} must be made with batch_first=True to tell its images apart")
@@ -261,6 +261,12 @@ def layers_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(outermost)
 
 
+def slow_layers(module: nn.Module) -> str:
+    """A line that names the classes of layers that are run patient by patient; empty where there are none."""
+    kinds = sorted({type(layer).__name__ for _, layer in _layers("", module, set()) if _known(layer) is None})
+    return f"gradients of {', '.join(kinds)} are made patient by patient, which is slow" if kinds else ""
+
+
 def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that own trainable parameters, each once."""
     if module in seen:
@@ -276,6 +282,8 @@ def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tupl
 
 def _known(layer: nn.Module) -> Callable[[str, Any], Forward] | None:
     """How a layer records; None for one whose forward pass is not exactly that of a known class."""
+    if is_parametrized(layer):
+        return None
     for kind, make in FORWARDS.items():
         if isinstance(layer, kind) and _works_as(kind, type(layer)):
             expected = {key for key, value in layer._parameters.items() if value is not None}
