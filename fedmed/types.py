@@ -1,9 +1,10 @@
-"""The values that pass between the rooms: layouts, tasks and updates. Frozen, numpy only."""
+"""The values that pass between the rooms: layouts, tasks and updates, frozen; numpy only. And how ε is written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,3 +135,14 @@ class Update:
     def encoding(self) -> Literal["float32", "ring64"]:
         """What stands for the network: its float32 values, or whole numbers modulo 2⁶⁴ under masks."""
         return "float32" if self.masked is None else "ring64"
+
+
+def rounded_up(value: float, decimals: int) -> str:
+    """A number as text, never less than it is: no ε is shown below what was spent, and no σ below what keeps a budget.
+
+    A millionth of the last decimal does not count, so that 1.1, which a float holds as a little more, is 1.10.
+    """
+    if math.isinf(value):
+        return str(value)
+    scale = 10**decimals
+    return f"{math.ceil(round(value * scale, 6)) / scale:.{decimals}f}"

@@ -41,9 +41,9 @@ def test_time_left_follows_the_latest_rounds() -> None:
 
 def test_the_largest_epsilon_of_a_site_is_shown_and_never_rounded_down() -> None:
     seen = Seen(2, "auroc")
-    for site, epsilon in (("a", 2.301), ("b", 1.9)):
+    for site, epsilon, shown in (("a", 1.1, "1.10"), ("b", 2.301, "2.31"), ("c", 1.9, "2.31")):
         seen(event("update_received", 1, site=site, loss=None, epsilon=epsilon))
-    assert seen.facts() == "ε ≤ 2.31"
+        assert seen.facts() == f"ε ≤ {shown}"
 
 
 def test_an_undefined_metric_and_a_missing_loss_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fedmed.training.clipping import GradientClipper, correlation
+from fedmed.training.clipping import GradientClipper, correlation, slow_layers
 from fedmed.training.clipping.convolutions import convolution, most_by_gram
 from fedmed.training.clipping.correlation import Window
 from fedmed.training.clipping.linear import linear
@@ -221,6 +221,20 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(images)
 
 
+class Standardized(nn.Conv2d):
+    """A known layer that changes a part of its forward pass."""
+
+    def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(images, weight - weight.mean(), bias)
+
+
+class Square(nn.Conv2d):
+    """A known layer that is only made otherwise."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3)
+
+
 class Position(nn.Module):
     """A network with a parameter of its own beside its layers."""
 
@@ -239,14 +253,27 @@ class Position(nn.Module):
         (Head(nn.LSTM(4, 3, proj_size=2, batch_first=True)), (5, 4), "layer"),
         (Head(nn.MultiheadAttention(4, 2, batch_first=True)), (5, 4), "layer"),
         (nn.Sequential(Scaled(4, 3, 3), nn.GroupNorm(1, 3)), (4, 5, 5), "0"),
+        (nn.Sequential(Standardized(4, 3, 3), nn.GroupNorm(1, 3)), (4, 5, 5), "0"),
         (nn.Sequential(nn.Linear(4, 4), Position()), (4,), "1"),
         (nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 3))), (4,), "1"),
     ],
-    ids=["GRU", "LSTM with projection", "attention", "own forward", "own parameter", "weight norm"],
+    ids=["GRU", "LSTM with projection", "attention", "own forward", "own part of it", "own parameter", "weight norm"],
 )
 def test_any_other_layer_is_run_patient_by_patient_and_named(module: nn.Module, shape, name: str) -> None:
     images = torch.randn((6, *shape), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     check(module.double(), images, PATIENTS, fallbacks=[name])
+
+
+def test_a_layer_that_is_only_made_otherwise_is_a_known_one() -> None:
+    images = torch.randn((6, 4, 5, 5), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    check(nn.Sequential(Square(4), nn.GroupNorm(1, 4)).double(), images, PATIENTS, fallbacks=[])
+
+
+def test_layers_that_are_run_patient_by_patient_are_named_by_their_class() -> None:
+    normed = parametrizations.weight_norm(nn.Linear(4, 3))
+    slow = slow_layers(nn.Sequential(nn.Linear(4, 4), Position(), nn.GRU(4, 3, batch_first=True), normed))
+    assert slow.startswith("gradients of GRU, ParametrizedLinear, Position are made patient by patient")
+    assert slow_layers(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 3))) == ""
 
 
 class Twice(nn.Module):

@@ -18,7 +18,7 @@ from scipy.stats import binom
 
 from fedmed.errors import ConfigError
 from fedmed.privacy.accounting import PRV_ERROR, rdp_curve, rdp_epsilon, spent
-from fedmed.privacy.calibration import noise_multiplier_for, steps_within
+from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.types import PrivacyEvent
 
 
@@ -194,25 +194,10 @@ def test_p13_calibration_counts_what_was_spent_before():
         noise_multiplier_for(epsilon=0.1, delta=1e-6, sample_rate=0.02, steps=200, further=further)
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
-def test_p04_the_largest_plan_fits_and_one_step_more_does_not(accountant):
-    further, planned = [event(3.0, 0.01, 100)], event(1.0, 0.02)
-    steps = steps_within(planned, epsilon=2.0, delta=1e-6, further=further, accountant=accountant)
-
-    def cost(count: int) -> float:
-        found = spent([*further, replace(planned, steps=count)], delta=1e-6)
-        return found.epsilon_rdp if accountant == "rdp" else found.epsilon
-
-    assert steps > 0 and cost(steps) <= 2.0 < cost(steps + 1)
-    assert steps_within(event(0.1), epsilon=2.0, delta=1e-6) == 0
-
-
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.inf, math.nan])
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(ConfigError, match="budget"):
         noise_multiplier_for(epsilon=budget, delta=1e-6, sample_rate=0.1, steps=1)
-    with pytest.raises(ConfigError, match="budget"):
-        steps_within(event(1.0), epsilon=budget, delta=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,30 @@ def test_p05_the_rarest_words_reach_ten_sigma():
     assert float(Zeros().normal(2)[0]) == pytest.approx(np.sqrt(2 * 86 * np.log(2)), rel=1e-3)
 
 
+class Given(SecureGenerator):
+    """Words that a test decides: of radii, then of angles; what more bits are asked for are 0."""
+
+    def __init__(self, radii, angles) -> None:
+        self.words = np.array([*radii, *angles], np.uint32)
+
+    def _words(self, count, kind):
+        return self.words if kind is np.uint32 else np.zeros(count, kind)
+
+
+def test_p05_no_noise_is_exactly_zero_whatever_the_words():
+    words = [0, 1, 2**12, 2**30, 2**31, 3 * 2**30, 2**32 - 2**24, 2**32 - 128, 2**32 - 1]
+    radii, angles = (each.ravel() for each in np.meshgrid(words, words))
+    noise = Given(radii, angles).normal(2 * len(radii))
+    assert np.isfinite(noise).all() and (noise != 0).all()
+
+
+def test_p05_radii_near_zero_are_as_fine_as_others():
+    above = np.array([0, 1, 127, 2**12, 2**23, 2**24 - 1, 2**24, 2**24 + 1, 2**28, 2**31])  # words above a word
+    share = (above + np.where(above < 2**24, 2.0**-54, 0.5)) * 2.0**-32
+    noise = Given(2**32 - 1 - above, np.zeros(len(above))).normal(2 * len(above))
+    assert noise[: len(above)] == pytest.approx(np.sqrt(-2 * np.log1p(-share)), rel=1e-5)
+
+
 @both
 def test_p05_values_of_one_draw_are_independent(make):
     noise = make().normal(2_000_000).astype(np.float64)

@@ -1,6 +1,7 @@
 """Plans of a budget: what they say is true, and nonsense is refused with the reason."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from fedmed.cli import app
 from fedmed.errors import ConfigError
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.planning import MOST_ROWS, default_delta, plan_central, plan_training
-from fedmed.types import PrivacyEvent
+from fedmed.types import PrivacyEvent, rounded_up
 
 SMALL = {"patients": 400, "epsilon": 4.0, "rounds": 3, "batch_size": 40}
 
@@ -66,8 +67,7 @@ def test_p02_default_delta_follows_the_number_of_patients():
         ({"patients": 0}, "at least 1"),
         ({"rounds": 0}, "at least 1 round"),
         ({"steps_per_round": -1}, "1 step"),
-        ({"unit": "image"}, "--images"),
-        ({"unit": "image", "images": 1000, "images_per_patient": 2}, "have fewer than 1000"),
+        ({"unit": "image", "images_per_patient": 0}, "cannot be drawn"),
     ],
 )
 def test_p02_nonsense_is_refused_with_the_reason(keys, reason):
@@ -82,9 +82,9 @@ def test_p02_a_delta_above_a_tenth_of_a_patient_is_warned_of():
 
 
 def test_p02_a_plan_by_images_charges_the_patient():
-    by_image = plan_training(**SMALL, unit="image", images=800, images_per_patient=4, steps_per_round=5)
-    alone = plan_training(**SMALL, unit="image", images=400, steps_per_round=5)
-    assert by_image.sample_rate == 0.05
+    by_image = plan_training(**SMALL, unit="image", images_per_patient=4, steps_per_round=5)
+    alone = plan_training(**{**SMALL, "patients": 1600}, delta=by_image.delta, unit="image", steps_per_round=5)
+    assert by_image.sample_rate == alone.sample_rate == 0.025
     assert by_image.noise_multiplier > alone.noise_multiplier
 
 
@@ -121,3 +121,25 @@ def test_help_imports_no_accountant():
     code = "import sys, fedmed.cli; print({'torch', 'opacus', 'dp_accounting', 'scipy', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "shown"),
+    [
+        (1.1, 2, "1.10"),
+        (1.1001, 2, "1.11"),
+        (0.29, 2, "0.29"),
+        (0.0, 3, "0.000"),
+        (4.00001, 3, "4.001"),
+        (8, 3, "8.000"),
+        (math.inf, 3, "inf"),
+    ],
+)
+def test_what_is_spent_is_never_shown_as_less_and_what_floats_add_is_not_shown(value, decimals, shown):
+    assert rounded_up(value, decimals) == shown
+
+
+def test_the_noise_that_a_plan_prints_keeps_its_budget():
+    printed = run("--patients", 400, "--epsilon", 4, "--rounds", 3, "--batch-size", 40).stdout
+    sigma = float(printed.split("σ = ")[1].split(",")[0])
+    assert sigma >= plan_training(**SMALL).noise_multiplier

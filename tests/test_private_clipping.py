@@ -1,6 +1,7 @@
 """Clipping by layer and adaptive clipping under DP-SGD. Tests are named after the claims that they hold."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from test_privacy_training import pld, site_in, train
 from test_training_private import PLAIN, Chosen, by_hand, network, patients, step, terms
 from torch import nn
 
-from fedmed.config import PrivacyConfig
+from fedmed.config import LEAST_CLIP, MOST_CLIP, PrivacyConfig
 from fedmed.federated.admission import privacy_in
 from fedmed.privacy.accounting import rdp_curve, spent
 from fedmed.privacy.central import AdaptiveClip, following_clip, shared_noise
 from fedmed.privacy.noise import InsecureGenerator
 from fedmed.privacy.renyi import ORDERS
-from fedmed.training.clipping import layers_of
+from fedmed.training.clipping import GradientClipper, layers_of
 from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
@@ -127,6 +128,25 @@ def test_an_adaptive_clip_finds_the_quantile_of_the_gradients_norms():
     for start in (0.05, 20.0):
         clip = clipped_adaptively(data, Chosen(), 60, max_grad_norm=start, clip_quantile=0.5)
         assert norms[2] <= clip <= norms[6]
+
+
+def test_p06_no_server_drives_an_adaptive_clip_to_where_norms_are_lost():
+    """First a network without gradients, for as long as it takes; then gradients that float32 cannot square."""
+    data = patients(1, 2)
+    data = replace(data, targets=np.full_like(data.targets, np.nan))
+    clip = clipped_adaptively(data, Chosen(), 150, max_grad_norm=1e-3, clip_quantile=0.01)
+    assert clip == pytest.approx(LEAST_CLIP)
+    small, layer = torch.full((2, 4), 1e-23), nn.Linear(4, 1, bias=False)
+    clipper = GradientClipper(layer, max_norm=clip)
+    clipper.accumulate_(lambda outputs, _: outputs.sum(1), small, small, torch.arange(2))
+    assert float(layer.weight.grad.double().norm()) <= 2 * clip
+
+
+def test_p06_an_adaptive_clip_stays_within_the_limits_of_the_setting():
+    for balance, quantile, end in ((1e9, 0.01, LEAST_CLIP), (-1e9, 0.99, MOST_CLIP)):
+        adaptive = AdaptiveClip(quantile=quantile)
+        for clip in (LEAST_CLIP, 1.0, MOST_CLIP):
+            assert following_clip(clip, balance=balance, expected=1.0, adaptive=adaptive, generator=Chosen()) == end
 
 
 def test_p05_an_adaptive_step_noises_sum_and_count_as_it_says():

@@ -11,6 +11,7 @@ from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.noise import SecureGenerator
 from fedmed.training import private
 from fedmed.training.coupling import require_uncoupled
+from fedmed.training.filling import FEWEST
 from fedmed.training.loop import Circumstances
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
@@ -25,6 +26,17 @@ class Centred(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images - images.mean(dim=0)
+
+
+class StepsFirst(nn.Module):
+    """Reads every image in steps, which come first: as many as a physical batch has rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.flatten(1).t()[..., None]).squeeze(-1).t()  # (16, n, 1) in between
 
 
 class Remembering(nn.Module):
@@ -58,10 +70,11 @@ def terms(**changes: object) -> Terms:
     return Terms(**{**values, **changes})
 
 
-def trained(made: FlatNetwork, **keys: object) -> FlatNetwork:
+def trained(made: FlatNetwork, *, physical_batch: int = 12, **keys: object) -> FlatNetwork:
     config = run_file.validate({"train": {"optimizer": "sgd", **keys}}).train
+    given = terms(physical_batch=physical_batch)
     train_privately_(
-        made, data(), units_of(data(), np.arange(IMAGES), terms()), config, masked_bce, terms(),
+        made, data(), units_of(data(), np.arange(IMAGES), given), config, masked_bce, given,
         source=SecureGenerator(), generator=np.random.default_rng(7), given=Circumstances(round=1),
     )  # fmt: skip
     return made
@@ -70,6 +83,12 @@ def trained(made: FlatNetwork, **keys: object) -> FlatNetwork:
 def test_p07_a_network_whose_own_code_couples_images_is_refused():
     with pytest.raises(ModelError, match="depends on the other images"):
         trained(network(Centred()))
+
+
+def test_p07_a_layer_whose_rows_only_happen_to_be_as_many_as_the_images_is_refused():
+    assert data().images[0].size == FEWEST
+    with pytest.raises(ModelError, match="16 rows for 2 images"):
+        trained(network(StepsFirst()), physical_batch=FEWEST)
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.GroupNorm(1, 1), nn.Conv2d(1, 1, 3, padding=1)], ids=repr)

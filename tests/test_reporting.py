@@ -170,8 +170,9 @@ def test_long_roc_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None
 
 def test_privacy_is_shown_and_never_rounded_down(tmp_path: Path) -> None:
     spent = {"unit": "patient", "delta": 1e-6, "epsilon": 3.101, "epsilon_total": 5.2, "events": [], "new-key": 1}
+    spent["accountant_total"] = "rdp"
     page = page_of(write_run(tmp_path / "run", result(sites=[site("a", 0.8, privacy=spent), site("b", 0.8)])))
-    assert "ε 3.11, in total ε 5.20, δ 1e-6, per patient" in page.words
+    assert "ε 3.11, in total ε 5.20 by rdp, δ 1e-6, per patient" in page.words
     assert "no DP" in page.words
 
 

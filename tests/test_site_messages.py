@@ -117,17 +117,17 @@ def test_p01_under_privacy_a_server_is_not_told_which_images_are_wrong(toy_confi
         assert public_reason(raised.value) == "the site's data cannot be used for this task"
 
 
-@pytest.mark.parametrize("metrics", [0.0, 1.0])
+@pytest.mark.parametrize(("unit", "metrics"), [("patient", 0.0), ("patient", 1.0), ("image", 0.0)])
 def test_p01_a_private_run_counts_the_patients_of_the_manifest_whatever_its_settings_can_read(
-    metrics, toy_config, tmp_path
+    unit, metrics, toy_config, tmp_path
 ):
     manifest = hospital(tmp_path / "data", 40, seed=1)
     manifest.write_text(manifest.read_text().replace(",20\n", ",1\n"))
-    rules = "[policy.privacy]\nepsilon = 900.0\n"
+    rules = f'[policy.privacy]\nepsilon = 900.0\nunit = "{unit}"\n'
     site = site_in(tmp_path / "site", rules, manifest=manifest, dataset="", virtual=False)
     found = {}
     for labels in (("a", "b"), ("a", "age"), ("sex", "age")):  # all rows fit the task, one by its age, and none
-        privacy = {**PRIVATE, "epsilon": 8.0, "metrics-epsilon": metrics}
+        privacy = {**PRIVATE, "epsilon": 8.0, "metrics-epsilon": metrics, "unit": unit, "images-per-patient": 4}
         config = toy_config("a-400", privacy=privacy, data={"image-size": 8}, task={"labels": labels})
         data = site_data(site, task_of(config, "card", 0).settings)
         card = site_card(task_of(config, "card", 0), site)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from fedmed.types import Event, OnProgress
+from fedmed.types import Event, OnProgress, rounded_up
 
 RECENT = 5  # rounds whose mean time says how long the others take
 
@@ -167,7 +165,7 @@ class Seen:
         """`loss 0.412  auroc 0.871 (0.820-0.912)  ε ≤ 2.31  9.1 s  4 min left`, as far as it is known."""
         parts = [f"loss {_number(sum(self._losses) / len(self._losses))}"] if self._losses else []
         parts += [self._score] if self._score else []
-        parts += [f"ε ≤ {math.ceil(self._epsilon * 100) / 100:.2f}"] if self._epsilon is not None else []
+        parts += [f"ε ≤ {rounded_up(self._epsilon, 2)}"] if self._epsilon is not None else []
         if self._seconds:
             parts.append(f"{self._seconds[-1]:.1f} s")
             recent = self._seconds[-RECENT:]

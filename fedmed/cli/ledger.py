@@ -140,11 +140,14 @@ def _anchor(text: str) -> Any:
 
 
 def _spent(found: Findings) -> str:
+    from fedmed.types import rounded_up  # numpy
+
     spent, delta = found.spent, found.balance.delta
     if not found.balance.charges:
         return f"nothing is spent: no release under differential privacy (δ = {delta:g})"
-    bound = "" if spent.accountant == "rdp" else f"; {spent.epsilon_rdp:.3f} by the bound that decides (rdp)"
-    return f"the patient who has spent most: ε = {spent.epsilon:.3f} at δ = {delta:g} ({spent.accountant}){bound}"
+    shown, by_filter = (rounded_up(each, 3) for each in (spent.epsilon, spent.epsilon_rdp))
+    bound = f"; {by_filter} by the bound that decides (rdp)" if spent.epsilon < spent.epsilon_rdp else ""
+    return f"the patient who has spent most: ε = {shown} at δ = {delta:g} ({spent.accountant}){bound}"
 
 
 def _show(found: Findings) -> None:

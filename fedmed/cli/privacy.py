@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +41,6 @@ def plan(
     unit: Annotated[Unit, typer.Option(help="what is sampled and clipped; ε is the patient's in both cases")] = (
         Unit.patient
     ),
-    images: Annotated[int, typer.Option(metavar="M", help="--unit image: images of all patients")] = 0,
     images_per_patient: Annotated[int, typer.Option(metavar="K", help="--unit image: the most that one has")] = 1,
     central: Annotated[bool, typer.Option("--central", help="noise at the server; the hospital is the unit")] = False,
     sites: Annotated[int, typer.Option(metavar="K", help="--central: hospitals")] = 0,
@@ -85,7 +83,6 @@ def plan(
             steps_per_round=local_steps,
             delta=delta,
             unit=unit.value,
-            images=images,
             images_per_patient=images_per_patient,
         )
     for warning in made.warnings:
@@ -135,7 +132,9 @@ def _facts(made: Plan, central: CentralPlan | None) -> dict[str, Any]:
 
 
 def _show(made: Plan, central: CentralPlan | None, batch_size: int) -> None:
-    print(f"noise multiplier  σ = {made.noise_multiplier:.4f}, for ε {made.epsilon:g} at δ {made.delta:.1e}")
+    from fedmed.types import rounded_up  # numpy
+
+    print(f"noise multiplier  σ = {rounded_up(made.noise_multiplier, 4)}, for ε {made.epsilon:g} at δ {made.delta:.1e}")
     if central is None:
         print(f"sample rate       q = {made.sample_rate:.5g}, {batch_size} {made.unit}s expected in a step")
         print(f"steps             {made.steps_per_round} a round, {made.steps} in all")
@@ -153,17 +152,17 @@ def _show(made: Plan, central: CentralPlan | None, batch_size: int) -> None:
     for row in made.schedule:
         tight, loose = (round(BAR * value / most) for value in (row.epsilon, row.epsilon_rdp))
         print(
-            f"{row.round:>6} {row.steps:>8} {_upwards(row.epsilon):>9} {_upwards(row.epsilon_rdp):>9}  "
+            f"{row.round:>6} {row.steps:>8} {rounded_up(row.epsilon, 3):>9} {rounded_up(row.epsilon_rdp, 3):>9}  "
             f"{'█' * tight}{'░' * (loose - tight)}{' (RDP)' if row.accountant == 'rdp' else ''}"
         )
 
 
 def _draw(made: Plan, path: Path) -> None:
     from fedmed.reporting.budget import BudgetCurve, write_budget_plot
+    from fedmed.types import rounded_up
 
-    title = (
-        f"ε per {'hospital' if made.unit == 'site' else 'patient'}: σ {made.noise_multiplier:.3g}, δ {made.delta:.1e}"
-    )
+    whose = "hospital" if made.unit == "site" else "patient"
+    title = f"ε per {whose}: σ {rounded_up(made.noise_multiplier, 4)}, δ {made.delta:.1e}"
     curve = BudgetCurve(
         title=title,
         rounds=[row.round for row in made.schedule],
@@ -173,8 +172,3 @@ def _draw(made: Plan, path: Path) -> None:
     )
     write_budget_plot(path, curve)
     print(f"wrote {path}", file=sys.stderr)
-
-
-def _upwards(epsilon: float) -> str:
-    """Three decimals, rounded up: a plan never shows less than it spends."""
-    return f"{math.ceil(round(epsilon * 1000, 6)) / 1000:.3f}"

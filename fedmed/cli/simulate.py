@@ -155,6 +155,12 @@ def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, paramete
         f"{config.model.name}: {parameters:,} parameters; {config.train.rounds} rounds in {workers} worker processes. "
         "Nothing was written."
     )
+    if config.privacy.mode == "dp-sgd":
+        from fedmed.training.clipping import slow_layers
+        from fedmed.training.network import network_of
+
+        if slow := slow_layers(network_of(config)):
+            print(slow)
 
 
 def _show_finished(path: Path, *, as_json: bool) -> None:

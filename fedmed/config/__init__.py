@@ -1,6 +1,13 @@
 """The run configuration: one frozen, validated value behind every command and every Flower app."""
 
-from fedmed.config.federation import EvaluateConfig, PrivacyConfig, SimulationConfig, StrategyConfig
+from fedmed.config.federation import (
+    LEAST_CLIP,
+    MOST_CLIP,
+    EvaluateConfig,
+    PrivacyConfig,
+    SimulationConfig,
+    StrategyConfig,
+)
 from fedmed.config.files import (
     explicit_keys,
     flatten,
@@ -25,6 +32,8 @@ from fedmed.config.sections import (
 from fedmed.config.toml_files import checked, read_toml
 
 __all__ = [
+    "LEAST_CLIP",
+    "MOST_CLIP",
     "ROUNDS",
     "DataConfig",
     "EvaluateConfig",

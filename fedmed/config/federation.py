@@ -9,6 +9,7 @@ from pydantic import Field
 from fedmed.config.sections import Count, Fraction, Name, Positive, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+LEAST_CLIP, MOST_CLIP = 1e-6, 1e6  # norms are squared in float32, which holds the squares of these with room to spare
 
 
 class StrategyConfig(Section):
@@ -77,7 +78,11 @@ class PrivacyConfig(Section):
     ] = 0.0
     max_grad_norm: Annotated[
         float,
-        Field(ge=1e-6, le=1e6, description="C: norm to which a gradient, or under central a site's change, is clipped"),
+        Field(
+            ge=LEAST_CLIP,
+            le=MOST_CLIP,
+            description="C: norm to which a gradient, or under central a site's change, is clipped",
+        ),
     ] = 1.0
     clipping: Annotated[
         Literal["flat", "per-layer", "adaptive"],

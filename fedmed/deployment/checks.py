@@ -26,6 +26,7 @@ from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import read_peers, withdrawn_of
 from fedmed.imaging.manifest import read_columns
 from fedmed.privacy import keys as site_keys
+from fedmed.types import rounded_up
 
 DISK_GIB = 5.0
 DRY_ROUND_S = 600.0
@@ -228,9 +229,10 @@ def ledger(site: SiteFolder) -> str:
     if found.faults:
         raise ConfigError(f"{len(found.faults)} faults; fedmed ledger verify names them. Do not train until then")
     limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon_rdp
-    left = f"{limit - spent:.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
+    shown = rounded_up(spent, 3)
+    left = f"{limit - float(shown):.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
     odd = "; warnings, which fedmed ledger verify names" if found.warnings else ""
-    return f"whole; ε = {spent:.3f} of {limit:g} is spent by the bound that decides (rdp), {left}{odd}"
+    return f"whole; ε = {shown} of {limit:g} is spent by the bound that decides (rdp), {left}{odd}"
 
 
 def witness(folder: Path) -> str:

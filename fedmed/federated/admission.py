@@ -22,7 +22,8 @@ from fedmed.training.evaluate import checked_sums, metrics_from, parted_sums, pe
 from fedmed.types import FloatVector, Layout, Scalar, Update, Weights
 
 PRIVACY = (
-    "unit", "adjacency", "delta", "images_per_patient", "accountant", "events", "epsilon", "epsilon_total"
+    "unit", "adjacency", "delta", "images_per_patient", "accountant", "events", "epsilon", "epsilon_total",
+    "accountant_total",
 )  # fmt: skip
 LONGEST_PRIVACY = 65_536  # characters
 

@@ -155,6 +155,7 @@ class ServerNoise:
             "events": [asdict(event) for event in events],
             "epsilon": cost.epsilon if secret else None,
             "epsilon_total": None,
+            "accountant_total": None,
         }
         if not self.generator.secret:
             facts["void"] = 'privacy.noise = "insecure-test": this noise can be predicted and protects nobody'

@@ -40,7 +40,7 @@ class Spent:
 
     epsilon: float  # the smaller of the two bounds; infinite where a release had no noise
     accountant: Literal["prv", "rdp"]  # whose it is
-    epsilon_rdp: float  # the bound that the ledger's filter goes by
+    epsilon_rdp: float  # by RDP at its best order; of a ledger, by its filter
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import LedgerUnusable
+from fedmed.privacy.accounting import Spent, spent
 from fedmed.privacy.cohort import EVERYONE, Cohort, persons
 from fedmed.privacy.rdp_filter import Filter, charged, curve_of
 from fedmed.types import PrivacyEvent
@@ -110,10 +112,43 @@ class Balance:
 
     def worst(self) -> list[PrivacyEvent]:
         """The events of the person who has spent most, as they are charged."""
+        return self._charged_to(int(self.bounds().argmax()))
+
+    def bounds(self, *, delta: float | None = None) -> NDArray[np.float64]:
+        """(kinds,) ε of each kind of person by the filter, at the ledger's δ or a smaller one."""
+        gate = replace(self.filter(np.inf), delta=delta or self.delta)
+        return np.array([gate.epsilon_of(total) for total in self.totals()])
+
+    def spent(self, *, delta: float | None = None) -> Spent:
+        """What the person who has spent most has spent, at the ledger's δ or a smaller one.
+
+        A later schedule may follow from what an earlier one gave, so ε is then the filter's. A single one was fixed
+        before it began, so for who has no other it is PRV's where that is less. `epsilon_rdp` is always the filter's.
+        """
+        delta = delta or self.delta
+        bounds, several = self.bounds(delta=delta), self._schedules() > 1
+        most = Spent(epsilon=float(bounds[several].max(initial=0.0)), accountant="rdp", epsilon_rdp=float(bounds.max()))
+        for kind in np.flatnonzero(~several)[np.argsort(-bounds[~several], kind="stable")].tolist():
+            if bounds[kind] <= most.epsilon:  # no schedule costs more than by the filter, so nobody after that does
+                break
+            cost = _cost(tuple(self._charged_to(kind)), delta)
+            if cost.epsilon > most.epsilon:
+                most = replace(most, epsilon=cost.epsilon, accountant=cost.accountant)
+        return most
+
+    def _schedules(self) -> Table:
+        """(kinds,) how many reservations touched each kind of person; marks of rounds reserve nothing."""
         names, table = self.table()
-        gate = self.filter(np.inf)
-        row = table[int(np.argmax([gate.epsilon_of(total) for total in self._of(names, table)]))]
-        found: Counter[PrivacyEvent] = Counter()
+        plans = Counter(charge.cohort for charge in self.charges.values() if any(each.steps for each in charge.events))
+        found = np.zeros(len(table), np.int64)
+        for name, count in plans.items():
+            found += count * (self._times(name, names, table) > 0)
+        return found
+
+    def _charged_to(self, kind: int) -> list[PrivacyEvent]:
+        """The events of a kind of person, by its row of the table."""
+        names, table = self.table()
+        row, found = table[kind], Counter[PrivacyEvent]()
         for name, steps in self._steps.items():
             times = self._times(name, names, row[None])[0]
             for event, count in steps.items():
@@ -168,6 +203,11 @@ class Balance:
     def _add(self, charge: Charge, sign: int) -> None:
         for event in charge.events:
             self._steps[charge.cohort][charged(event, 1)] += sign * event.steps
+
+
+@lru_cache(maxsize=64)  # of long plans it takes a second, and the mark of a round changes nothing
+def _cost(events: tuple[PrivacyEvent, ...], delta: float) -> Spent:
+    return spent(events, delta=delta)
 
 
 def known_cohorts(members: Mapping[str, bytes]) -> list[Cohort]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -19,7 +18,6 @@ Bracket = tuple[float, float]
 MOST_NOISE = 1e7  # σ; where even this is not enough, the rest of the budget is spent
 LEAST_NOISE = 0.01  # less is no noise worth the name, whatever the budget
 PRECISION = 2e-4  # relative, of σ
-MOST_STEPS = 10**9
 
 
 def noise_multiplier_for(
@@ -73,45 +71,6 @@ def noise_multiplier_for(
         raise ConfigError(f"what is already charged spends the budget ε {epsilon:g}; no noise makes room for more")
     rough = _least(by_rdp, epsilon, _bracket(by_rdp, epsilon, start=1.0, factor=2.0), precision=0.02)
     return _least(by_best, epsilon, _bracket(by_best, epsilon, start=rough, factor=1.2), precision=PRECISION)
-
-
-def steps_within(
-    event: PrivacyEvent,
-    *,
-    epsilon: float,
-    delta: float,
-    further: Sequence[PrivacyEvent] = (),
-    accountant: Literal["prv", "rdp"] = "rdp",
-) -> int:
-    """How many steps of `event` fit into (ε, δ) beside `further`; 0 = none. For saying what would have been allowed.
-
-    Args:
-        event: its `steps` do not count.
-        epsilon: the budget, above 0.
-        delta: δ, in (0, 1).
-        further: what is already charged to the same patients.
-        accountant: "rdp" is the bound that a ledger's filter goes by, "prv" the tighter one of `spent`.
-
-    Raises:
-        ConfigError: a number is impossible.
-    """
-    _check_budget(epsilon)
-
-    def fits(steps: int) -> bool:
-        events = [*further, replace(event, steps=steps)]
-        if accountant == "rdp":
-            return rdp_epsilon(*rdp_curve(events), delta=delta) <= epsilon
-        return spent(events, delta=delta).epsilon <= epsilon
-
-    if not fits(0) or not fits(1):
-        return 0
-    low, high = 1, 2
-    while high < MOST_STEPS and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _bracket(epsilon_at: Callable[[float], float], epsilon: float, *, start: float, factor: float) -> Bracket:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.config import LEAST_CLIP, MOST_CLIP
 from fedmed.errors import ConfigError, UpdateRefused
 from fedmed.privacy.grid import grid_of, noised
 from fedmed.privacy.noise import NoiseGenerator
 from fedmed.types import FloatVector, PrivacyEvent
 
 CHUNK = 65_536  # values; a chunk in float64 stays in a core's cache
+FASTEST = 100.0  # e-folds: a clip moves no farther at once, which is more than its whole range
 COUNT_SHARE = 0.05  # of a release's precision 1/σ², what the count of unclipped changes gets where the clip adapts
 ROUNDING = 1 - 2.0**-22  # float32 products round up by at most 2⁻²⁴ each; so the clipped norm never passes the clip
 
@@ -147,7 +149,10 @@ def next_clip(
 def following_clip(
     clip: float, *, balance: float, expected: float, adaptive: AdaptiveClip, generator: NoiseGenerator
 ) -> float:
-    """C · exp(-η(b̃ - γ)), with b̃ = ½ + (balance + N(0, σ_b²)) / expected.
+    """C · exp(-η(b̃ - γ)), with b̃ = ½ + (balance + N(0, σ_b²)) / expected, between 1e-6 and 1e6.
+
+    A server that sees to it that every gradient is zero could else drive the clip to where float32 has no squares, and
+    so no norms: gradients would then be clipped to nothing like the clip that the noise is made for.
 
     Args:
         clip: C, of now.
@@ -163,7 +168,8 @@ def following_clip(
     grid = min(grid_of(adaptive.count_noise), 0.5)  # a balance is a whole number of halves
     total = np.array([round(balance / grid)], np.int64)
     share = 0.5 + float(noised(total, adaptive.count_noise, grid, generator)[0]) / expected
-    return clip * math.exp(-adaptive.rate * (share - adaptive.quantile))
+    growth = math.exp(min(-adaptive.rate * (share - adaptive.quantile), FASTEST))
+    return min(max(clip * growth, LEAST_CLIP), MOST_CLIP)
 
 
 def shared_noise(noise_multiplier: float, quantile: float) -> tuple[float, AdaptiveClip]:

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedmed.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
-from fedmed.privacy.accounting import Spent, rdp_epsilon, spent
+from fedmed.privacy.accounting import Spent
 from fedmed.privacy.balance import Balance, Charge, known_cohorts, within, written_events
 from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, now, read
 from fedmed.privacy.chain_file import Witness, forked, witness_path
@@ -26,7 +24,6 @@ from fedmed.privacy.keys import SiteKeys
 from fedmed.privacy.policy import SitePolicy
 from fedmed.privacy.rdp_filter import orders_for
 from fedmed.privacy.refusals import check_plan, over_budget, passes
-from fedmed.privacy.renyi import ORDERS
 from fedmed.privacy.storage import Rows, Storage
 from fedmed.types import PrivacyEvent
 
@@ -55,7 +52,6 @@ class Ledger:
         self._witness = Witness(path=witness_path(folder, keys.public, policy.privacy.witness), chain=CHAIN)
         self._balance = Balance()
         self._head = EMPTY
-        self._spent: tuple[tuple[tuple[PrivacyEvent, ...], float], Spent] | None = None
 
     @classmethod
     def open(cls, folder: Path, *, keys: SiteKeys, policy: SitePolicy) -> Ledger:
@@ -171,10 +167,8 @@ class Ledger:
 
     @property
     def epsilon_rdp(self) -> float:
-        """ε of the patient who has spent most, by Rényi differential privacy: quick, for every round."""
-        delta = self._balance.delta
-        curves = [curve for curve in self._balance.totals() if curve.any()]
-        return max((rdp_epsilon(np.array(ORDERS), curve, delta=delta) for curve in curves), default=0.0)
+        """ε of the patient who has spent most, by the filter: quick, for every round."""
+        return float(self._balance.bounds().max())
 
     @property
     def charges(self) -> Mapping[int, Charge]:
@@ -187,14 +181,8 @@ class Ledger:
         return any(event.release == "gradients" for charge in self.charges.values() for event in charge.events)
 
     def spent(self, *, delta: float | None = None) -> Spent:
-        """What the patient who has spent most has spent, by the accountants, at the site's δ or a smaller one."""
-        if not self._balance.charges:
-            return Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
-        events = tuple(self._balance.worst())
-        asked = events, delta or self._balance.delta
-        if self._spent is None or self._spent[0] != asked:  # the mark of a round changes nothing
-            self._spent = asked, spent(events, delta=asked[1])
-        return self._spent[1]
+        """What the patient who has spent most has spent, at the site's δ or a smaller one; see `Balance.spent`."""
+        return self._balance.spent(delta=delta)
 
     def apart(self, some: Collection[str], others: Collection[str]) -> bool:
         """Whether nobody is known to be, or could be, both in one of some cohorts and in one of others, by name."""

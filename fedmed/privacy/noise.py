@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fedmed.errors import ConfigError
 
 BLOCK = 32_768  # pairs of normals made at once: their words and floats stay in a core's cache
-RARE = 2**12  # words below it, one in a million, get more bits: without them no normal would pass 6.7σ
+LOW, HIGH = 2**12, 2**24  # so many words next to 0, or to 2³², get 53 bits more: else no normal would pass 6.7σ, and
+# radii near 0 would be coarse or 0, as float32 has no number between 1 - 2⁻²⁴ and 1
 TINY = 2.0**-53
 
 _forks = 0
@@ -68,8 +69,9 @@ class SecureGenerator:
     It cannot be seeded, copied, pickled or saved. A forked child takes a key of its own, so that it never repeats its
     parent's stream. Not for use by two threads at once.
 
-    The noise is normal to float32's precision and out to 10σ. Floating-point noise is not exactly the Gaussian of the
-    proofs (Mironov 2012, doi:10.1145/2382196.2382264); docs/privacy-model.md says so.
+    The noise is normal out to 10σ and never exactly 0. It has steps: radii lie apart by one part in 10⁵ or less, angles
+    by 2⁻²¹ or less. Floating-point noise is not exactly the Gaussian of the proofs (Mironov 2012,
+    doi:10.1145/2382196.2382264); docs/privacy-model.md says so.
     """
 
     __slots__ = ("_owner", "_stream")
@@ -85,7 +87,7 @@ class SecureGenerator:
     def normal(self, size: int) -> NDArray[np.float32]:
         """Standard normals by Box and Muller (1958, doi:10.1214/aoms/1177706645), (size,).
 
-        √(-2 ln u)·(cos 2πv, sin 2πv), with u in (0, 1] from 32 bits, or 85 where u is so small that it makes a tail.
+        √(-2 ln u)·(cos 2πv, sin 2πv), with u in (0, 1) from 32 bits, or 85 where it is near 0 or 1.
         """
         out = np.empty(size, np.float32)
         for start in range(0, size, 2 * BLOCK):
@@ -95,14 +97,14 @@ class SecureGenerator:
             radius = words[:pairs].astype(np.float32)
             radius += np.float32(0.5)
             radius *= np.float32(2.0**-32)
-            rare = np.flatnonzero(words[:pairs] < RARE)
-            if len(rare):
-                fine = (self._words(len(rare), np.uint64) >> np.uint64(11)) * TINY + TINY / 2
-                radius[rare] = (words[rare] + fine) * 2.0**-32
             np.log(radius, out=radius)
             radius *= np.float32(-2)
+            ends = np.flatnonzero(words[:pairs] - np.uint32(LOW) >= 2**32 - LOW - HIGH)  # words below LOW wrap round
+            if len(ends):
+                radius[ends] = self._finely(words[ends])
             np.sqrt(radius, out=radius)
             angle = words[pairs:].astype(np.float32)
+            angle += np.float32(0.5)
             angle *= np.float32(2 * math.pi * 2.0**-32)
             np.multiply(radius, np.cos(angle), out=part[:pairs])
             rest = len(part) - pairs
@@ -162,6 +164,12 @@ class SecureGenerator:
     def _rekey(self) -> None:
         self._owner = (os.getpid(), _forks)
         self._stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+
+    def _finely(self, words: NDArray[np.unsignedinteger]) -> NDArray[np.float64]:
+        """-2 ln u for words next to either end, from 53 bits more; at the upper one from 1 - u, which u rounds away."""
+        more = (self._words(len(words), np.uint64) >> np.uint64(11)) * TINY + TINY / 2
+        logarithms = np.where(words < LOW, np.log((words + more) * 2.0**-32), np.log1p(-(~words + more) * 2.0**-32))
+        return -2 * logarithms
 
     def _words(self, count: int, kind: type[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
         if self._owner != (os.getpid(), _forks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -132,9 +131,7 @@ def plan_training(
     steps_per_round: int = 0,
     delta: float | None = None,
     unit: Literal["patient", "image"] = "patient",
-    images: int = 0,
     images_per_patient: int = 1,
-    further: Sequence[PrivacyEvent] = (),
 ) -> Plan:
     """The least noise for DP-SGD at one site, and what each round spends.
 
@@ -146,20 +143,15 @@ def plan_training(
         steps_per_round: 0 = as many as make one pass over the data.
         delta: None = `default_delta(patients)`.
         unit: what is sampled and clipped. ε is the patient's in both cases.
-        images: of all patients; for the unit "image".
-        images_per_patient: the most that one patient has in the run; for the unit "image".
-        further: what is already charged to the same patients.
+        images_per_patient: for the unit "image" the most that one patient has in the run. Everybody counts as having
+            so many: how many there are is for nobody to know.
 
     Raises:
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
     """
     delta = default_delta(max(patients, 1)) if delta is None else delta
     warnings = check_population(delta, patients)
-    units = patients if unit == "patient" else images
-    if unit == "image" and images < patients:
-        raise ConfigError(f"{patients} patients have at least as many images; got {images}. Say how many with --images")
-    if unit == "image" and images > patients * images_per_patient:
-        raise ConfigError(f"{patients} patients with at most {images_per_patient} images each have fewer than {images}")
+    units = patients if unit == "patient" else patients * images_per_patient
     if rounds < 1 or steps_per_round < 0:
         raise ConfigError("a plan has at least 1 round and 1 step a round")
     if not 1 <= batch_size <= units:
@@ -171,7 +163,6 @@ def plan_training(
         delta=delta,
         sample_rate=rate,
         steps=rounds * steps_per_round,
-        further=further,
         unit=unit,
         images_per_patient=images_per_patient,
     )
@@ -189,7 +180,7 @@ def plan_training(
         noise_multiplier=sigma,
         sample_rate=rate,
         steps_per_round=steps_per_round,
-        schedule=schedule(event, rounds=rounds, steps_per_round=steps_per_round, delta=delta, further=further),
+        schedule=schedule(event, rounds=rounds, steps_per_round=steps_per_round, delta=delta),
         warnings=warnings,
     )
 
@@ -241,15 +232,13 @@ def plan_central(
     return CentralPlan(plan=plan, sites=sites, parameters=parameters, clip=clip)
 
 
-def schedule(
-    event: PrivacyEvent, *, rounds: int, steps_per_round: int, delta: float, further: Sequence[PrivacyEvent] = ()
-) -> tuple[AfterRound, ...]:
+def schedule(event: PrivacyEvent, *, rounds: int, steps_per_round: int, delta: float) -> tuple[AfterRound, ...]:
     """ε after each round, or after `MOST_ROWS` of them that are evenly spread; always after the last."""
     shown = sorted({math.ceil(rounds * row / MOST_ROWS) for row in range(1, MOST_ROWS + 1)})
     rows = []
     for number in shown:
         steps = number * steps_per_round
-        cost = spent([*further, replace(event, steps=steps)], delta=delta)
+        cost = spent([replace(event, steps=steps)], delta=delta)
         rows.append(
             AfterRound(
                 round=number,

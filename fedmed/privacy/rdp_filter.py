@@ -30,6 +30,7 @@ from fedmed.types import PrivacyEvent
 
 Curve = NDArray[np.float64]  # (orders,) RDP at each order of the accountant
 SHARES = (0.5, 0.8)  # the two orders, as shares of the best one for Gaussian noise; sampling favours low ones
+USUAL = 8.0  # ε; orders for a larger one, or for none, would make the least spending look like tens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,12 @@ class Filter:
 
 
 def orders_for(epsilon: float, delta: float) -> tuple[float, ...]:
-    """The orders of a new ledger: around the one at which Gaussian releases of that (ε, δ) are cheapest.
+    """The orders of a new ledger: around the one at which Gaussian releases of that (ε, δ), or (8, δ), are cheapest.
 
     With ρ(α) = α·r, ε = r + 2√(r·log(1/δ)) at α = 1 + √(log(1/δ)/r).
     """
     log = math.log(1 / delta)
-    best = 1 + math.sqrt(log) / (math.sqrt(log + epsilon) - math.sqrt(log))
+    best = 1 + math.sqrt(log) / (math.sqrt(log + min(epsilon, USUAL)) - math.sqrt(log))
     return tuple(sorted({ORDERS[int(np.abs(np.array(ORDERS) - share * best).argmin())] for share in SHARES}))
 
 

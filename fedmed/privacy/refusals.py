@@ -13,7 +13,7 @@ from fedmed.errors import BudgetExhausted, PolicyRefused
 from fedmed.privacy.accounting import spent
 from fedmed.privacy.policy import PrivacyRules
 from fedmed.privacy.rdp_filter import Filter, charged, curve_of
-from fedmed.types import PrivacyEvent
+from fedmed.types import PrivacyEvent, rounded_up
 
 MOST_NOISE = 64.0  # times what was asked: beyond that nothing is learnt
 Fits = Callable[[Sequence[PrivacyEvent]], bool]
@@ -78,7 +78,8 @@ def over_budget(
     rule = "policy.privacy.epsilon"
     named = f"{rule} as it was when the run began" if pinned else rule
     found = offer(events, totals, times, gate)
-    text = f"{what} would raise ε to {epsilon:.2f} at δ = {gate.delta:g}; this site allows {gate.epsilon:.2f} ({named})"
+    text = f"{what} would raise ε to {rounded_up(epsilon, 2)} at δ = {gate.delta:g}"
+    text = f"{text}; this site allows {gate.epsilon:.2f} ({named})"
     public = f"{what} would exceed the budget of this site's patients ({named})"
     return BudgetExhausted(f"{text}. {found}", rule=rule, public=f"{public}. {found.rounded()}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.errors import LedgerUnusable
-from fedmed.privacy.accounting import Spent, spent
+from fedmed.privacy.accounting import Spent
 from fedmed.privacy.audit_log import audit_log
 from fedmed.privacy.balance import Balance, known_cohorts, written_events
 from fedmed.privacy.chain import Anchor, Record, faults, is_signed, read
@@ -78,14 +78,12 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
     witnessed = [record.anchor for path in (folder / "ledger" / "witness.jsonl", *witnesses)
                  for record in _log(ChainFile(path=path, chain=CHAIN), public, found)[-1:]]  # fmt: skip
     found += _against(records, [*anchors, *departed[-1:], *witnessed])
-    worst = balance.worst() if balance.charges else []
-    total = spent(worst, delta=balance.delta) if worst else Spent(epsilon=0.0, accountant="rdp", epsilon_rdp=0.0)
     return Findings(
         records=tuple(records),
         audit=tuple(logs["audit"]),
         egress=tuple(logs["egress"]),
         balance=balance,
-        spent=total,
+        spent=balance.spent(),
         faults=tuple(dict.fromkeys(found)),
         warnings=(
             *_clock("ledger", records),

@@ -31,6 +31,7 @@ class Privacy:
     unit: str
     adjacency: str = ""
     accountant: str = ""
+    accountant_total: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

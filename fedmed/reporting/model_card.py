@@ -87,7 +87,7 @@ def _privacy(site: Site, run: RunFacts) -> str:
     spent = site.privacy
     if run.void_privacy:
         return "noise for tests: no ε can be claimed"
-    total = f", {words.epsilon(spent.epsilon_total)} with earlier runs" if spent.epsilon_total is not None else ""
+    total = f", {plain(words.total(spent))} with earlier runs" if spent.epsilon_total is not None else ""
     where = ", noise at the server" if run.privacy_mode == "central" else ""
     said = f"ε = {words.epsilon(spent.epsilon)}{total}, δ = {spent.delta}, unit: {plain(spent.unit)}"
     return f"{said}, add or remove one{where}"

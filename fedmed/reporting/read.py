@@ -134,6 +134,7 @@ def _privacy(raw: Mapping[str, object]) -> Privacy:
         unit=text_of(raw.get("unit")),
         adjacency=text_of(raw.get("adjacency")),
         accountant=text_of(raw.get("accountant")),
+        accountant_total=text_of(raw.get("accountant_total")),
     )
 
 

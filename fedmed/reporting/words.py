@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from fedmed.reporting.facts import Counts, Estimate, Findings, Privacy, RunFacts
-from fedmed.types import SMALL
+from fedmed.types import SMALL, rounded_up
 
 UNDEFINED = "–"
 MOST_SCANNERS = 8  # of one site
@@ -143,7 +142,12 @@ def memory(mebibytes: float | None) -> str:
 
 def epsilon(value: float | None) -> str:
     """Two decimals, rounded up: a report never shows less than was spent."""
-    return UNDEFINED if value is None else f"{math.ceil(round(value * 100, 6)) / 100:.2f}"
+    return UNDEFINED if value is None else rounded_up(value, 2)
+
+
+def total(spent: Privacy) -> str:
+    """ε over all runs, and by which accountant: later runs may follow from earlier ones, which PRV does not allow."""
+    return epsilon(spent.epsilon_total) + (f" by {spent.accountant_total}" if spent.accountant_total else "")
 
 
 def privacy(spent: Privacy | None, run: RunFacts) -> str:
@@ -154,7 +158,7 @@ def privacy(spent: Privacy | None, run: RunFacts) -> str:
         return "void: test noise"
     parts = [f"ε {epsilon(spent.epsilon)}"]
     if spent.epsilon_total is not None:
-        parts.append(f"in total ε {epsilon(spent.epsilon_total)}")
+        parts.append(f"in total ε {total(spent)}")
     if spent.delta is not None:
         parts.append(f"δ {spent.delta:.0e}".replace("e-0", "e-"))
     if spent.unit:

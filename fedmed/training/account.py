@@ -67,6 +67,7 @@ class Account:
             ],
             "epsilon": _shown(own.epsilon) if self.source.secret else None,
             "epsilon_total": _shown(total.epsilon) if self.source.secret else None,
+            "accountant_total": total.accountant,
         }
         if self.warning:
             values["warning"] = self.warning
@@ -140,7 +141,8 @@ def opened_account(
     """
     privacy, train = config.privacy, config.train
     units = units_of(data, rows, privacy)
-    count = data.people(named=True)[0] if privacy.unit == "patient" else len(units)  # of nobody's the gradient is 0
+    patients, _ = data.people(named=True)
+    count = patients * (1 if privacy.unit == "patient" else privacy.images_per_patient)  # of none it is 0
     if kept is not None and not count:
         raise DataError("no image is left to train on", public="no image is left to train on")
     public = terms_for(privacy, train, units=max(count, 1), noise_multiplier=1.0)

@@ -1,4 +1,4 @@
-"""Whether the images of a batch see each other in a network: then no image has a gradient of its own to be clipped."""
+"""Whether a network keeps the images of a batch apart: else no image has a gradient of its own to be clipped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import ModelError
 from fedmed.imaging.dataset import Dataset
+from fedmed.training.clipping import GradientClipper
 from fedmed.training.loop import seeded
 from fedmed.training.network import FlatNetwork, mixes_images
 
@@ -32,7 +33,7 @@ def require_fixed_statistics(module: nn.Module) -> None:
 
 @torch.no_grad()
 def require_uncoupled(network: FlatNetwork, data: Dataset) -> None:
-    """Try the network, as in training, on a picture of noise beside two different neighbours.
+    """Try the network, as in training, on noise: a picture beside two different neighbours; two pictures, and three.
 
     Layers that couple are refused by their kind when they are clipped; this finds what a network's own code does. It is
     done with random weights, for those that a server sent could drown what the neighbours change.
@@ -42,7 +43,7 @@ def require_uncoupled(network: FlatNetwork, data: Dataset) -> None:
         data: the site's; only the size of its images is used.
 
     Raises:
-        ModelError: what the network says of the picture depends on its neighbour.
+        ModelError: what the network says of the picture depends on its neighbour, or a layer's rows are not the images.
     """
     channels, *sides = data.shape
     shape = (max(channels, data.channels), *(side + 2 * network.margin_voxels for side in sides))
@@ -59,6 +60,8 @@ def require_uncoupled(network: FlatNetwork, data: Dataset) -> None:
                 "can be clipped",
                 public="the network couples the images of a batch and cannot be trained under dp-sgd",
             )
+    with seeded(SEED, network.device):
+        GradientClipper(module, max_norm=1.0).refuse_folding(pictures.to(network.device))
 
 
 def _outputs(module: nn.Module, images: Tensor) -> tuple[Tensor, ...]:

@@ -38,6 +38,7 @@ def account_of(
         DataError: there is no patient to train on.
     """
     from fedmed.training.account import opened_account  # heavy: opacus
+    from fedmed.training.clipping import slow_layers
 
     if kept is not None:
         require_fixed_statistics(own.network.module)
@@ -47,8 +48,10 @@ def account_of(
     account = opened_account(
         own.config, task.settings, task.round, permit, own.data, own.rows, cohort, seed=seed, kept=kept
     )
-    if account.warning and not site.virtual:
-        print(f"warning: {account.warning}", file=sys.stderr, flush=True)  # the site's own log
+    if not site.virtual:
+        warning = f"warning: {account.warning}" if account.warning else ""
+        for line in filter(None, (warning, slow_layers(own.network.module) if kept is not None else "")):
+            print(line, file=sys.stderr, flush=True)  # the site's own log
     return account
 
 

@@ -122,7 +122,7 @@ def train_round(task: Task, site: Site) -> Update:
         **({"loss": outcome.trained.loss} if mode == "none" else {}),
         **({} if account is None else account.facts()),
         **outcome.facts,
-        "seconds": time.perf_counter() - started,
+        **_seconds_since(started, config),
     }
     update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
     if hidden is not None:
@@ -182,7 +182,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
             metrics = {**metrics, **personal_sums(_held_out_sums(network, data, config, task, permit, site))}
         write_personal(network, state.personal)
     said = account_of(task, site, permit, own).facts() if config.privacy.mode == "dp-sgd" else {}  # replies may be lost
-    facts: dict[str, Scalar] = {"seconds": time.perf_counter() - started, **said}
+    facts: dict[str, Scalar] = {**_seconds_since(started, config), **said}
     count = len(own.held_out) if config.privacy.mode == "none" else own.people[1]
     return released(_update(network, count, metrics, facts), permit)
 
@@ -257,6 +257,11 @@ def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:
 def _take_up_own_norms_(network: FlatNetwork, task: Task, config: RunConfig, kept: Mapping[str, FloatVector]) -> None:
     if config.strategy.name == "fedbn":
         network.load_(with_own_norms(network, task.weights, kept))
+
+
+def _seconds_since(started: float, config: RunConfig) -> dict[str, Scalar]:
+    """How long a task took; nothing under DP-SGD, where it would tell, un-noised, how many were drawn."""
+    return {} if config.privacy.mode == "dp-sgd" else {"seconds": time.perf_counter() - started}
 
 
 def _update(

@@ -40,6 +40,8 @@ FORWARDS: dict[type[nn.Module], Callable[[str, Any], Forward]] = {
     nn.PReLU: lambda name, module: partial(folded.prelu, name, module),
     nn.LSTM: lambda name, module: partial(lstm, name, module),
 }
+HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters"}  # methods that no forward pass calls
+LEAST_NORM = 1e-12  # float32 still holds its square; gradients would pass a smaller bound with a computed norm of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class GradientClipper:
             precision: `bfloat16` runs the forward and backward pass under autocast; norms and sums stay float32.
 
         Raises:
-            ModelError: If nothing is trained, a bound is not more than 0, a parameter is in no group or in two, or a
+            ModelError: If nothing is trained, a bound is below 1e-12, a parameter is in no group or in two, or a
                 layer cannot be clipped.
         """
         self.module = module
@@ -89,7 +91,7 @@ class GradientClipper:
         self.forwards: list[tuple[nn.Module, Forward]] = []
         self.norms_of_batches = [m for m in module.modules() if isinstance(m, _BatchNorm | _InstanceNorm)]
         for name, layer in _layers("", module, set()):
-            make = None if is_parametrized(layer) else _known(layer)
+            make = _known(layer)
             if make is None:
                 if getattr(layer, "batch_first", True) is False:
                     raise ModelError(f"layer {name} must be made with batch_first=True to tell its images apart")
@@ -104,8 +106,11 @@ class GradientClipper:
     @max_norm.setter
     def max_norm(self, bound: float | Mapping[str, float]) -> None:
         self._bounds = list(bound.values()) if isinstance(bound, Mapping) else [bound]
-        if not all(each > 0 for each in self._bounds):
-            raise ModelError(f"gradients cannot be clipped to a norm of {bound}; expected more than 0")
+        if not all(each >= LEAST_NORM for each in self._bounds):
+            raise ModelError(
+                f"gradients cannot be clipped to a norm of {bound}; expected {LEAST_NORM:g} or more, because float32 "
+                "does not hold the squares of less"
+            )
         self._max_norm = bound
 
     def accumulate_(
@@ -205,6 +210,22 @@ class GradientClipper:
                     "make it with track_running_stats=False"
                 )
 
+    def refuse_folding(self, images: Tensor) -> None:
+        """Run the network forward on the first two, then on all three of some images, and keep nothing of it.
+
+        Slices or windows in a layer's first axis may happen to be as many as a batch has images; not of both batches.
+
+        Args:
+            images: (3, …) of noise.
+
+        Raises:
+            ModelError: If a layer's input is no stack of images.
+        """
+        for some in (images[:2], images):
+            recording = Recording(patients_of(torch.arange(len(some), device=images.device)), self.groups)
+            with torch.enable_grad(), self._attached(recording):
+                self.module(some)
+
     def _refuse_direct_use(self) -> None:
         outside = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         if outside:
@@ -240,6 +261,12 @@ def layers_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(outermost)
 
 
+def slow_layers(module: nn.Module) -> str:
+    """A line that names the classes of layers that are run patient by patient; empty where there are none."""
+    kinds = sorted({type(layer).__name__ for _, layer in _layers("", module, set()) if _known(layer) is None})
+    return f"gradients of {', '.join(kinds)} are made patient by patient, which is slow" if kinds else ""
+
+
 def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that own trainable parameters, each once."""
     if module in seen:
@@ -255,14 +282,23 @@ def _layers(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tupl
 
 def _known(layer: nn.Module) -> Callable[[str, Any], Forward] | None:
     """How a layer records; None for one whose forward pass is not exactly that of a known class."""
+    if is_parametrized(layer):
+        return None
     for kind, make in FORWARDS.items():
-        if type(layer).forward is kind.forward and isinstance(layer, kind):
+        if isinstance(layer, kind) and _works_as(kind, type(layer)):
             expected = {key for key, value in layer._parameters.items() if value is not None}
             if expected <= {"weight", "bias"} and not list(layer.children()):
                 return make
             if isinstance(layer, nn.LSTM) and not layer.proj_size:
                 return make
     return None
+
+
+def _works_as(kind: type[nn.Module], own: type[nn.Module]) -> bool:
+    """Whether a class changes none of another's methods: a forward pass calls more of them, as `_conv_forward`."""
+    classes = own.__mro__[: own.__mro__.index(kind)]
+    changed = {name for each in classes for name in vars(each) if callable(getattr(kind, name, None))}
+    return changed <= HARMLESS
 
 
 def _group(name: str, beginnings: list[str]) -> int:
