@@ -24,6 +24,7 @@ from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
+from fedmed.intake.same_keys import made_with, note_keys
 
 MISSING = "not-found.csv"
 LOST_AFTER = 3  # series in a row without an answer until an archive is taken as gone, or objects until a series is
@@ -78,13 +79,16 @@ def pull(
         progress: called with series done, and all.
 
     Raises:
-        DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written.
+        DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written or was
+            filled with other keys.
     """
+    made_with(pseudonyms, folder)  # before a search that may take long
     wanted, missing = _wanted(archive, query, wait_s)
     listed = _listed(query, missing)
     if not wanted:
         raise DataError(f"nothing in the archive meets the query{f' ({listed})' if listed else ''}")
     make_private(folder)
+    note_keys(pseudonyms, folder)
     if listed:
         _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
     pace = _Pace(megabytes_per_s)
