@@ -48,7 +48,9 @@ def pull_images(
         pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress)
     print(pulled)
     if pulled.failed:
-        raise RunFailed(f"{pulled.failed} series did not come in full; the same command asks for what is missing")
+        why = "; ".join(f"{count} × {reason}" for reason, count in pulled.why.most_common(3))
+        text = f"{pulled.failed} series did not come in full ({why}); the same command asks for what is missing"
+        raise RunFailed(text)
 
 
 def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path) -> Pseudonyms:

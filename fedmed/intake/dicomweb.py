@@ -23,9 +23,9 @@ from pydicom.dataset import Dataset
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, count_of, questions
+from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Unsent, Withheld, tls
+from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
 CHUNK = 2**16  # bytes read at once: objects are kept as they come, also over a slow line
@@ -38,8 +38,10 @@ ENDED = {  # what a status says, where asking again does not help
     404: "has no DICOMweb service at this address (404)",
     407: "cannot be reached: the proxy wants a user name and password, in HTTPS_PROXY (407)",
 }
+WITHHELD = {403: "does not let this user read it (403)", 404: "does not have what it lists (404)"}
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
+NOT_DICOM = "the archive sent something that is no DICOM"  # a page of a proxy, say: it may pass
 STUDY_FIELDS = ["StudyDescription"]
 SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
@@ -81,12 +83,17 @@ class DicomWeb:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question):
+            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question, first=True):
                 uid = _text(study, "0020000D")
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
-                for series in self._pages(self._client.search_for_series, SERIES_FIELDS, {}, study_instance_uid=uid):
+                try:
+                    told = list(self._pages(self._client.search_for_series, SERIES_FIELDS, {}, study_instance_uid=uid))
+                except Unsent as error:
+                    yield untold(uid, str(error))
+                    continue
+                for series in told:
                     yield Series(
                         study=uid,
                         series=_text(series, "0020000E"),
@@ -114,12 +121,21 @@ class DicomWeb:
         take(dataset)
 
     def _pages(
-        self, search: Callable[..., list[Answer]], fields: list[str], question: dict[str, str], **where: str
+        self,
+        search: Callable[..., list[Answer]],
+        fields: list[str],
+        question: dict[str, str],
+        *,
+        first: bool = False,
+        **where: str,
     ) -> Iterator[Answer]:
-        """All answers to a question. Archives cut their answers where they like, and some know no pages at all."""
+        """All answers to a question; `first` as of `_plain`.
+
+        Archives cut their answers where they like, and some know no pages at all.
+        """
         seen: set[tuple[str, ...]] = set()
         while True:
-            with _plain(searching=True):
+            with _plain(first=first):
                 page = search(
                     limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None, **where
                 )
@@ -171,11 +187,12 @@ def _credentials() -> AuthBase | None:
 
 
 @contextmanager
-def _plain(*, searching: bool = False) -> Iterator[None]:
+def _plain(*, first: bool = False) -> Iterator[None]:
     """What went wrong, without a URL, a query or a UID.
 
     Args:
-        searching: whether an answer in another form means that this is no DICOMweb at all.
+        first: whether studies are searched for. What is wrong there is wrong with the archive; later it costs no more
+            than the study, the series or the object that was asked for.
     """
     try:
         with warnings.catch_warnings():
@@ -185,10 +202,12 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
         raise
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        if status in ENDED and (searching or status != HTTPStatus.NOT_FOUND):
+        if status in ENDED and (first or status not in WITHHELD):
             raise DataError(f"the archive {ENDED[status]}") from None
-        if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR or not searching:
+        if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise Interrupted(f"the archive answers with status {status}") from None
+        if not first:
+            raise Withheld(f"the archive {WITHHELD.get(status, f'answers with status {status}')}") from None
         raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
                         "DICOMweb service begins?") from None  # fmt: skip
     except requests.exceptions.SSLError:
@@ -200,14 +219,12 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
     except requests.exceptions.ConnectTimeout:
         raise Interrupted("the archive cannot be reached: no answer") from None
     except requests.exceptions.InvalidJSONError:
-        raise DataError(NOT_DICOMWEB) from None
+        raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
     except requests.exceptions.RequestException as error:
         reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
         raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
-    except Exception:  # not JSON, not multipart, not DICOM
-        if searching:
-            raise DataError(NOT_DICOMWEB) from None
-        raise UnreadableImage("the archive sent what is no DICOM object") from None
+    except Exception:  # not JSON, not multipart, not DICOM, or more than the memory holds
+        raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
 
 
 def _text(answer: Answer, tag: str) -> str:

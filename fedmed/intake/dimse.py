@@ -37,8 +37,8 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, count_of, questions
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Unsent, tls
+from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
 SYNTAXES = (  # each in a context of its own, so that the archive sends what it has and need not recode
@@ -101,7 +101,12 @@ class Dimse:
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
-                for series in self._search("SERIES", {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")):
+                try:
+                    told = self._search("SERIES", {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, ""))
+                except Unsent as error:
+                    yield untold(uid, str(error))
+                    continue
+                for series in told:
                     yield Series(
                         study=uid,
                         series=_text(series, "SeriesInstanceUID"),
@@ -132,7 +137,13 @@ class Dimse:
         return [(_text(one, "SOPInstanceUID"), _text(one, "SOPClassUID")) for one in found]
 
     def _search(self, level: str, keys: dict[str, str]) -> list[Dataset]:
-        """All answers to one question."""
+        """All answers to one question.
+
+        Raises:
+            DataError: the archive refuses to look for studies, so for any.
+            Unsent: it refuses to tell of one that it listed.
+            Interrupted: it broke off.
+        """
         entity = AE(ae_title=self._calling)
         entity.add_requested_context(FIND)
         association = self._associated(entity)
@@ -144,7 +155,8 @@ class Dimse:
                 if status.Status in PENDING and answer is not None:
                     found.append(answer)
                 elif status.Status != SUCCESS:
-                    raise DataError(f"the archive does not answer the search (status {status.Status:04X})")
+                    said = f"the archive does not answer the search (status {status.Status:04X})"
+                    raise DataError(said) if level == "STUDY" else Unsent(said)
         finally:
             association.release()
         return found

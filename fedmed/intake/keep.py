@@ -83,6 +83,8 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn
         is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
         if not is_mask and (kind.refusal and kind.modality != "capture"):
             return Kept(path=None, reason=kind.refusal)
+        if not is_mask and "PixelData" not in dataset:
+            raise UnreadableImage("an image without its pixels")
         if kind.modality in VOLUMES and is_localizer(dataset.get("ImageType")):
             return Kept(path=None, reason=LOCALIZER)
         if is_ours(dataset):

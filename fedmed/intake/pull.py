@@ -1,7 +1,8 @@
 """From an archive to a folder of de-identified images, series by series; killed and started again, it goes on.
 
 Objects are kept as they arrive (`keep`), and a line of a journal says so under keyed names. A series whose last line is
-there is not asked for again; of one that was broken off, only the objects that are missing are.
+there is not asked for again; of one that was broken off, only the objects that are missing are. An object that cannot
+be read may have been torn on its way, so every pull asks for it once more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, patiently
+from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -42,8 +43,13 @@ class Pulled:
     left_out: Counter[str]  # objects that are no images, by what they are
     unreadable: int  # objects that could not be parsed
     removed: int  # objects that were kept, and that a person deleted; they do not come again
-    failed: int  # series that the archive did not give in full; pulling again asks for what is missing
+    why: Counter[str]  # series that the archive did not give in full, by reason; pulling again asks for what is missing
     listed: str = ""  # how much of a list was found, in words
+
+    @property
+    def failed(self) -> int:
+        """Series that the archive did not give in full."""
+        return self.why.total()
 
     def __str__(self) -> str:
         """One line."""
@@ -93,16 +99,19 @@ def pull(
         _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
     pace = _Pace(megabytes_per_s)
     with open_journal(folder) as journal:
-        failed, unsent, unanswered = 0, 0, 0  # the last two in a row
+        why: Counter[str] = Counter()
+        unsent, unanswered = 0, 0  # in a row
         for number, series in enumerate(wanted, 1):
             try:
                 attempts = ATTEMPTS if unsent < LOST_AFTER else 1  # what it cannot send, it will not in a minute
                 _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s, attempts)
                 unsent = unanswered = 0
-            except Unsent:
-                failed, unsent, unanswered = failed + 1, unsent + 1, 0
+            except Unsent as error:
+                why[str(error)] += 1
+                unsent, unanswered = unsent + (not isinstance(error, Withheld)), 0
             except Interrupted as error:
-                failed, unanswered = failed + 1, unanswered + 1
+                why[str(error)] += 1
+                unanswered += 1
                 if unanswered == min(LOST_AFTER, len(wanted)):
                     write_table(folder)
                     raise DataError(f"{error}; what came so far is kept, the same command goes on from there") from None
@@ -110,7 +119,7 @@ def pull(
                 progress(number, len(wanted))
         write_table(folder)
         write_reasons(folder)
-        return replace(_counted(folder, failed), listed=listed)
+        return replace(_counted(folder, why), listed=listed)
 
 
 def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series], list[str]]:
@@ -118,10 +127,11 @@ def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series]
     single = replace(query, accessions=(), patients=())
     asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
     asked += [(one, replace(single, patients=(one,))) for one in query.patients]
-    wanted: dict[str, Series] = {}
+    wanted: dict[tuple[str, str], Series] = {}
     missing = []
     for value, question in asked or [("", query)]:
-        fitting = {series.series: series for series in _offered(archive, question, wait_s) if meets(query, series)}
+        offered = _offered(archive, question, wait_s)
+        fitting = {(series.study, series.series): series for series in offered if meets(query, series)}
         wanted = fitting | wanted
         if value and not fitting:
             missing.append(value)
@@ -173,10 +183,12 @@ def _pull_series(
     wait_s: float,
     attempts: int,
 ) -> None:
+    if series.refused:
+        raise Withheld(series.refused)
     key = pseudonyms.uid(series.series)
-    if key in journal.done and series.objects <= journal.done[key]:
+    if key in journal.done and series.objects <= journal.done[key] and key not in journal.unreadable:
         return
-    here = journal.open(key)
+    here, torn, unreadable = journal.open(key), set[str](), set[str]()
 
     def take(dataset: Dataset) -> None:
         name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
@@ -185,40 +197,43 @@ def _pull_series(
         try:
             facts = asdict(keep(dataset, folder, pseudonyms))
             del facts["path"]
+            journal.add(series=key, object=name, **facts)
+            here.add(name)
         except UnreadableImage:
-            facts = {"unreadable": True}
-        journal.add(series=key, object=name, **facts)
-        here.add(name)
+            torn.add(name)
         pace(len(dataset.get("PixelData") or b""))
 
     def ask(attempt: int) -> None:
         if not attempt and not here:
-            with suppress(UnreadableImage, Interrupted):  # at which object, only asking for each tells
+            with suppress(Interrupted):  # at which object, only asking for each tells
                 archive.fetch(series, take)
         names = {pseudonyms.uid(uid): uid for uid in archive.objects(series)}
-        asked = 0
+        asked, lost, withheld = 0, False, None
         for name, uid in names.items():  # an archive may say that it sent everything, and have sent nothing
-            if name in here:
+            if name in here | unreadable:
                 continue
             try:
                 archive.fetch_object(series, uid, take)
-            except UnreadableImage:
-                journal.add(series=key, object=name, unreadable=True)
-                here.add(name)
+            except Withheld as error:
+                withheld = error
             except Interrupted:
+                lost = True
                 archive.objects(series)  # raises, if it is the archive that is gone and not this object
+            if name in torn - here:  # also when it was asked for alone
+                journal.add(series=key, object=name, unreadable=True)
+                unreadable.add(name)
             asked += 1
-            if asked >= LOST_AFTER and not here:
+            if asked >= LOST_AFTER and not here | unreadable:
                 break
-        if names.keys() - here:
-            raise Unsent("the archive does not send all objects of a series")
+        if names.keys() - here - unreadable:
+            raise withheld if withheld and not lost else Unsent("the archive does not send all objects of a series")
 
     with warnings.catch_warnings(action="ignore"):
         patiently(ask, wait_s=wait_s, attempts=attempts)
     journal.end(key)
 
 
-def _counted(folder: Path, failed: int) -> Pulled:
+def _counted(folder: Path, why: Counter[str]) -> Pulled:
     studies: set[str] = set()
     counts: Counter[str] = Counter()
     quarantined: Counter[str] = Counter()
@@ -240,5 +255,5 @@ def _counted(folder: Path, failed: int) -> Pulled:
         left_out=left_out,
         unreadable=counts["unreadable"],
         removed=counts[REMOVED],
-        failed=failed,
+        why=why,
     )
