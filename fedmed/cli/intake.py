@@ -119,6 +119,9 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
         print(f"{len(rules.listed) - len(absent)} of {len(rules.listed)} on the opt-out list are here", file=sys.stderr)
     if report.withdrawn:
         print(f"left out: {len(report.withdrawn)} patients who withdrew", file=sys.stderr)
+    if report.renamed:
+        text = "the row of the table names another patient than the header; the table is believed"
+        print(f"read labels.toml again: {report.renamed} images of which {text}", file=sys.stderr)
     if table is not None and table.conflicts:
         print(f"unknown: {table.conflicts} labels of which two rows say the opposite", file=sys.stderr)
     for name, count in table.strange.most_common() if table is not None else ():
