@@ -179,6 +179,14 @@ def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms,
         (HEAD | {"BodyPartExamined": "C-SPINE", "SliceThickness": "1"}, "recognisable face"),
         (HEAD | {"BodyPartExamined": "CAROTID", "SliceThickness": "5"}, None),
         (HEAD | {"BodyPartExamined": "", "SeriesDescription": "Angio Carotis"}, "recognisable face"),
+        *(
+            (HEAD | {"BodyPartExamined": "", "SeriesDescription": text}, "recognisable face")
+            for text in ("Sinus_axial 1mm", "t2 orbits", "HYPOPHYSE cor", "CCT nativ", "cMRT", "NNH2", "IAC 0.6", "tmj")
+        ),
+        *(
+            (HEAD | {"BodyPartExamined": "", "SeriesDescription": text}, None)
+            for text in ("CCTA", "CMR short axis", "sinusoidal test", "cardiac orbiter", "diaphragm", "Adnexe Kieferle")
+        ),
     ],
 )
 def test_the_header_says_what_a_person_must_look_at(tags: dict[str, object], reason: str | None):
