@@ -71,3 +71,17 @@ def test_an_object_that_does_not_come_is_no_unreadable_one_and_comes_once_the_fa
     assert (found.images, found.unreadable, found.failed) == (1, 0, 1)
     found = pulled(DicomWebService(*objects), tmp_path / "out", pseudonyms)
     assert (found.images, found.unreadable, found.failed) == (2, 0, 0)
+
+
+def test_a_search_goes_on_at_the_page_that_was_not_answered_and_says_how_far_it_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("fedmed.intake.dicomweb.PAGE", 2)
+    service = DicomWebService(*(named_object(1, series=n, StudyInstanceUID=f"{STUDY}{n}") for n in range(1, 6)))
+    service.wrong = lambda path, times: (
+        (503, b"") if path in ("studies", f"studies/{STUDY}4/series") and times == 2 else None
+    )
+    found: list[int] = []
+    with dicomweb_of(service) as url:
+        pull(DicomWeb(url), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001, searching=found.append)
+    assert found == [1, 2, 3, 4, 5]
+    assert service.asked.count("studies") == 4 + 1  # three pages, an empty one, and the one without an answer
+    assert service.asked.count(f"studies/{STUDY}1/series") == 2

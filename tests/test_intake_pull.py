@@ -94,7 +94,7 @@ class Index:
 
     asked = 0
 
-    def find(self, query):
+    def find(self, query, patience):
         about = {"modality": "CT", "body_part": None, "description": "", "objects": 100}
         return (Series(study=f"1.{number}", series=f"2.{number}", **about) for number in range(10))
 

@@ -44,8 +44,9 @@ def pull_images(
     wanted = parse_query(query, table)
     archive = _web(dicomweb, ca, certificate) if dicomweb else _dimse(pacs, called, calling, ca, certificate)
     pseudonyms = site_pseudonyms(site, keys, out)
-    with bar("pulling series") as progress:
-        pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress)
+    with bar("finding, then pulling series") as progress:
+        searching = None if progress is None else lambda found: progress(found, None)
+        pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress, searching=searching)
     print(pulled)
     if pulled.failed:
         why = "; ".join(f"{count} × {reason}" for reason, count in pulled.why.most_common(3))

@@ -34,11 +34,26 @@ class Withheld(Unsent):
     """An archive says that it does not send something that it lists. Asking again does not help."""
 
 
+class Patience(Protocol):
+    """How often one question is asked; it is called with the number of the attempt, from 0."""
+
+    def __call__(self, ask: Callable[[int], Answer], /) -> Answer:
+        """The answer."""
+
+
+def at_once(ask: Callable[[int], Answer]) -> Answer:
+    """The answer to a question that is asked once."""
+    return ask(0)
+
+
 class Archive(Protocol):
     """A PACS or a vendor-neutral archive."""
 
-    def find(self, query: Query) -> Iterator[Series]:
-        """Series of the studies that meet a query's study-level conditions; see `Series.refused`."""
+    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
+        """Series of the studies that meet a query's study-level conditions; see `Series.refused`.
+
+        A search asks many questions: each is asked with patience, so that one without an answer does not end them all.
+        """
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""

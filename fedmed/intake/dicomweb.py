@@ -12,6 +12,7 @@ import ssl
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from fedmed.errors import ConfigError, DataError, FedmedError
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Unsent, Withheld, tls
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
@@ -79,17 +80,18 @@ class DicomWeb:
         )
         self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
 
-    def find(self, query: Query) -> Iterator[Series]:
+    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question, first=True):
+            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question, patience, first=True):
                 uid = _text(study, "0020000D")
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
                 try:
-                    told = list(self._pages(self._client.search_for_series, SERIES_FIELDS, {}, study_instance_uid=uid))
+                    search = partial(self._client.search_for_series, study_instance_uid=uid)
+                    told = list(self._pages(search, SERIES_FIELDS, {}, patience))
                 except Unsent as error:
                     yield untold(uid, str(error))
                     continue
@@ -105,8 +107,9 @@ class DicomWeb:
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
-        where = {"study_instance_uid": series.study, "series_instance_uid": series.series}
-        return [_text(one, "00080018") for one in self._pages(self._client.search_for_instances, [], {}, **where)]
+        ask = self._client.search_for_instances
+        search = partial(ask, study_instance_uid=series.study, series_instance_uid=series.series)
+        return [_text(one, "00080018") for one in self._pages(search, [], {})]
 
     def fetch(self, series: Series, take: Callable[[Dataset], None]) -> None:
         """Read a whole series, in the transfer syntax that it is stored in."""
@@ -125,21 +128,22 @@ class DicomWeb:
         search: Callable[..., list[Answer]],
         fields: list[str],
         question: dict[str, str],
+        patience: Patience = at_once,
         *,
         first: bool = False,
-        **where: str,
     ) -> Iterator[Answer]:
         """All answers to a question; `first` as of `_plain`.
 
         Archives cut their answers where they like, and some know no pages at all.
         """
         seen: set[tuple[str, ...]] = set()
-        while True:
+
+        def page(_: int) -> list[Answer]:
             with _plain(first=first):
-                page = search(
-                    limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None, **where
-                )
-            fresh = {key: one for one in page if (key := _key(one)) not in seen}
+                return search(limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None)
+
+        while True:
+            fresh = {key: one for one in patience(page) if (key := _key(one)) not in seen}
             yield from fresh.values()
             if not fresh:
                 return

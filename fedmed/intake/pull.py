@@ -12,9 +12,10 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydicom.dataset import Dataset
@@ -72,6 +73,7 @@ def pull(
     megabytes_per_s: float = 0.0,
     wait_s: float = 1.0,
     progress: Progress | None = None,
+    searching: Callable[[int], None] | None = None,
 ) -> Pulled:
     """Pull what meets a query into `folder/images` and `folder/quarantine`, and write `folder/pulled.csv`.
 
@@ -83,13 +85,14 @@ def pull(
         megabytes_per_s: of pixels, on average at most; 0 = as fast as the archive gives them.
         wait_s: the first wait before an interrupted archive is asked again, seconds.
         progress: called with series done, and all.
+        searching: before that, called with series found so far.
 
     Raises:
         DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written or was
             filled with other keys.
     """
     made_with(pseudonyms, folder)  # before a search that may take long
-    wanted, missing = _wanted(archive, query, wait_s)
+    wanted, missing = _wanted(archive, query, wait_s, searching or (lambda found: None))
     listed = _listed(query, missing)
     if not wanted:
         raise DataError(f"nothing in the archive meets the query{f' ({listed})' if listed else ''}")
@@ -122,7 +125,9 @@ def pull(
         return replace(_counted(folder, why), listed=listed)
 
 
-def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series], list[str]]:
+def _wanted(
+    archive: Archive, query: Query, wait_s: float, searching: Callable[[int], None]
+) -> tuple[list[Series], list[str]]:
     """The series that meet a query, each once, and what of its list has none."""
     single = replace(query, accessions=(), patients=())
     asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
@@ -130,18 +135,25 @@ def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series]
     wanted: dict[tuple[str, str], Series] = {}
     missing = []
     for value, question in asked or [("", query)]:
-        offered = _offered(archive, question, wait_s)
-        fitting = {(series.study, series.series): series for series in offered if meets(query, series)}
-        wanted = fitting | wanted
-        if value and not fitting:
+        found = False
+        for series in _offered(archive, question, wait_s):
+            if meets(query, series):
+                found = True
+                wanted.setdefault((series.study, series.series), series)
+                searching(len(wanted))
+        if value and not found:
             missing.append(value)
     return list(wanted.values()), missing
 
 
-def _offered(archive: Archive, question: Query, wait_s: float) -> list[Series]:
+def _offered(archive: Archive, question: Query, wait_s: float) -> Iterator[Series]:
     """What an archive answers to one question; a warning of pydicom could quote a value of it."""
-    with warnings.catch_warnings(action="ignore"):
-        return patiently(lambda _: list(archive.find(question)), wait_s=wait_s)
+    offered = archive.find(question, partial(patiently, wait_s=wait_s))
+    while True:
+        with warnings.catch_warnings(action="ignore"):
+            if (series := next(offered, None)) is None:
+                return
+        yield series
 
 
 def _listed(query: Query, missing: list[str]) -> str:
