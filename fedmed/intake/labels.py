@@ -25,7 +25,7 @@ from fedmed.intake.tables import Cells, columns_of, table_rows
 
 Join = Literal["accession", "study", "patient", "image"]
 JOINS: dict[Join, tuple[str, ...]] = {  # what names of columns hint at, folded
-    "accession": ("accession", "acc", "zugangsnummer", "auftragsnummer"),
+    "accession": ("accession", "accessionnumber", "accessionno", "acc", "zugangsnummer", "auftragsnummer"),
     "study": ("studyinstanceuid", "studyuid", "study"),
     "patient": ("patientid", "patient", "pid", "mrn", "subject", "recordid"),
     "image": ("image", "path", "file", "filename"),
@@ -235,9 +235,11 @@ def _values_of(table: Path, header: tuple[str, ...]) -> dict[str, set[str]]:
 
 
 def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]:
-    for join, hints in sorted(JOINS.items(), key=lambda item: by_name and item[0] != "image"):
+    exact_first = ((fits, *item) for fits in (str.__eq__, str.startswith) for item in JOINS.items())
+    best = "image" if by_name else "accession"
+    for fits, join, hints in sorted(exact_first, key=lambda each: each[1] != best):
         for name in header:
-            if any(_bare(name).startswith(hint) for hint in hints):
+            if any(fits(_bare(name), hint) for hint in hints):
                 return join, name
     return "accession", header[0]
 
