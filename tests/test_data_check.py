@@ -16,6 +16,7 @@ from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
 
 from fedmed.cli.intake import check_data
 from fedmed.errors import ConfigError, DataError
+from fedmed.federated.phantoms import make_phantoms
 from fedmed.intake.check import check, here
 from fedmed.intake.near_duplicates import near_duplicates
 from fedmed.reporting.data_check import render_check
@@ -191,9 +192,10 @@ def test_images_are_read_with_the_preset_of_the_run_or_one_of_their_modality(tmp
 def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_path):
     plain = {"PatientIdentityRemoved": "YES", "PatientName": None, "Manufacturer": "Maker", "PixelSpacing": [0.2, 0.2]}
     changes: list[dict[str, Any]] = [
-        plain, plain, plain | {"PatientName": SECRET, "PatientIdentityRemoved": None},
+        plain, plain, plain | {"PatientName": SECRET, "PatientID": "7", "PatientIdentityRemoved": None},
         plain | {"SOPClassUID": SecondaryCaptureImageStorage}, plain | {"BurnedInAnnotation": "YES"},
         plain | {"PatientBirthDate": "19340301"}, plain | {"PatientName": "Anonymous"},
+        plain | {"PatientIdentityRemoved": None, "PatientName": "0004cfab", "PatientID": "0004cfab"},  # as RSNA's
     ]  # fmt: skip
     rows = []
     for number, tags in enumerate(changes):
@@ -202,11 +204,19 @@ def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_pa
         rows.append({"patient_id": f"p{number}", "image": f"{number}.dcm", "a": str(number % 2)})
     facts = check(site(tmp_path, rows))
     identity = {finding["said"]: finding["rows"] for finding in facts["findings"] if finding["what"] == "identity"}
-    assert identity["2 images name their patient, hospital or doctor in the header"] == [4, 7]
+    assert identity["2 images with the name of a patient, a doctor or a hospital in the header"] == [4, 7]
+    assert identity["1 image not marked as de-identified"] == [9]
+    assert states(facts)["identity"] == facts["state"] == "fail"
+    assert "fedmed data import dicom" in said(facts, "identity")["do"]
     assert identity["1 image: burned-in annotation, says its header"] == [6]
     assert said(facts, "kinds")["rows"] == [5]
-    assert facts["counts"]["maker"] == {"Maker": 7} and facts["spacing_mm"] == [0.2] * 7
+    assert facts["counts"]["maker"] == {"Maker": 8} and facts["spacing_mm"] == [0.2] * 8
     assert SECRET not in json.dumps(facts)
+
+
+def test_phantoms_name_nobody(tmp_path):
+    make_phantoms(tmp_path / "phantoms", "cxr", sites=2, patients=2, seed=7)
+    assert states(check(tmp_path / "phantoms" / "site-1" / "manifest.csv"))["identity"] == "pass"
 
 
 def test_what_passes_says_what_was_looked_at(tmp_path):

@@ -353,3 +353,11 @@ def test_a_plain_object_without_a_name_is_deidentified_too(pseudonyms: Pseudonym
         cells_of(picture()), PatientID=None, PatientName=None, SeriesInstanceUID="1.2", StudyInstanceUID="1"
     )
     assert cleaned(ds, pseudonyms).PatientID == ""
+
+
+def test_a_name_that_stands_by_chance_in_a_term_of_the_standard_does_not_empty_it(pseudonyms: Pseudonyms):
+    tags = {"ImageType": ["ORIGINAL", "PRIMARY", "MARYLAND"], "BodyPartExamined": "THORAX", "SeriesDescription": ""}
+    clean = cleaned(named_object(PatientName="Mary^Thor", **tags), pseudonyms)
+    assert list(clean.ImageType) == ["ORIGINAL", "PRIMARY", ""] and clean.BodyPartExamined == "THORAX"
+    clean = cleaned(named_object(PatientName="Primary^Thorax", **tags), pseudonyms)
+    assert list(clean.ImageType)[:2] == ["ORIGINAL", ""] and clean.BodyPartExamined == ""

@@ -87,6 +87,40 @@ def test_a_tree_is_joined_with_a_sheet_of_accession_numbers_and_names_nobody(tmp
         assert file.stat().st_mode & 0o077 == 0
 
 
+def test_a_key_that_rows_give_to_two_patients_joins_no_image_and_another_number_in_the_header_is_told(
+    tmp_path, pseudonyms, capsys
+):
+    lines = [
+        "ACC0,MRN 0,pos",
+        "ACC1, mrn 0,pos",
+        "ACC1,MRN 0,",
+        "ACC2,MRN 7,neg",
+        "ACC3,MRN 1,pos",
+        "ACC3,X 1,",
+        "ACC4,,neg",
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["Accession,Patient,Effusion", *lines]) + "\n")
+    (tmp_path / "labels.toml").write_text(
+        'join = "accession"\ncolumn = "Accession"\n[columns]\npatient_id = "Patient"\n'
+        '[labels.effusion]\ncolumns = ["Effusion"]\npositive = ["pos"]\nnegative = ["neg"]\n'
+    )
+    out = tmp_path / "out"
+    import_data(
+        "dicom", archive(tmp_path / "export", 5), out, pseudonyms,
+        table=tmp_path / "labels.csv", labels=tmp_path / "labels.toml", opt_out=None, uncertain="ignore",
+    )  # fmt: skip
+    assert [(row["patient_id"], row["effusion"]) for row in manifest(out)] == [
+        (pseudonyms.patient(patient), label)
+        for patient, label in (("MRN 0", "1"), ("MRN 0", "1"), ("MRN 7", "0"), ("MRN 2", "0"))
+    ]
+    assert "1 images of which the row of the table names another patient" in capsys.readouterr().err
+    with (out / "unmatched.csv").open(newline="") as file:
+        found = [(row["what"], row["where"]) for row in csv.DictReader(file) if row["what"] != "not DICOM"]
+    what = "row whose key another row gives to another patient"
+    assert found[0][0] == "image whose rows in the table name several patients"
+    assert found[1:] == [(what, "row 6 of the table"), (what, "row 7 of the table")]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -32,7 +32,7 @@ from fedmed.intake import tesseract
 from fedmed.intake.burned_in import READ, SHAPED, lines_of_text, text_in
 from fedmed.intake.keep import keep
 from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.intake.quarantine import header_reason, quarantined
+from fedmed.intake.quarantine import header_reason, pixel_reason, quarantined
 from fedmed.intake.tables import table_rows
 
 HEAD = {"SOPClassUID": MRImageStorage, "Modality": "MR", "BodyPartExamined": "BRAIN"}
@@ -179,6 +179,14 @@ def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms,
         (HEAD | {"BodyPartExamined": "C-SPINE", "SliceThickness": "1"}, "recognisable face"),
         (HEAD | {"BodyPartExamined": "CAROTID", "SliceThickness": "5"}, None),
         (HEAD | {"BodyPartExamined": "", "SeriesDescription": "Angio Carotis"}, "recognisable face"),
+        *(
+            (HEAD | {"BodyPartExamined": "", "SeriesDescription": text}, "recognisable face")
+            for text in ("Sinus_axial 1mm", "t2 orbits", "HYPOPHYSE cor", "CCT nativ", "cMRT", "NNH2", "IAC 0.6", "tmj")
+        ),
+        *(
+            (HEAD | {"BodyPartExamined": "", "SeriesDescription": text}, None)
+            for text in ("CCTA", "CMR short axis", "sinusoidal test", "cardiac orbiter", "diaphragm", "Adnexe Kieferle")
+        ),
     ],
 )
 def test_the_header_says_what_a_person_must_look_at(tags: dict[str, object], reason: str | None):
@@ -237,6 +245,19 @@ def test_pixels_that_no_decoder_reads_are_set_apart(pseudonyms: Pseudonyms, tmp_
 def test_text_in_the_last_frame_is_seen():
     frames = np.stack([cells_of(picture((512, 480)))] * 3 + [with_text("QUISLING^WILHELMINA")])
     assert quarantined(named_object(cells=frames)) in (READ, SHAPED)
+
+
+def test_of_a_long_loop_only_the_frames_that_are_looked_at_are_decoded():
+    frames = np.stack([cells_of(picture((512, 480)))] * 6 + [with_text("QUISLING^WILHELMINA")])
+    ds = named_object(cells=frames, syntax=pydicom.uid.JPEGLSLossless)
+    coded = list(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=7))
+    for number in (1, 2, 4, 5):  # which no decoder could read
+        coded[number] = coded[number][:40] + b"\0" * 40
+    ds.PixelData = pydicom.encaps.encapsulate(coded)
+    assert pixel_reason(ds) in (READ, SHAPED)
+    coded[6] = coded[0]
+    ds.PixelData = pydicom.encaps.encapsulate(coded)
+    assert pixel_reason(ds) is None
 
 
 def touching(*pieces: str) -> np.ndarray:

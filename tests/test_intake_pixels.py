@@ -1,6 +1,7 @@
 """Text beside the picture in compressed pixels, wherever a codec allows it: it goes, and the picture stays the same."""
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import gdcm
@@ -24,7 +25,7 @@ from pydicom.uid import (
 
 from fedmed.imaging.reading import read_image
 from fedmed.intake.keep import keep
-from fedmed.intake.pixels import _without_comments
+from fedmed.intake.pixels import _without_comments, cleaned_pixels_
 
 TEXT = NAME.encode()
 
@@ -128,6 +129,22 @@ def test_overlays_in_unused_bits_are_blanked_whatever_the_codec(syntax, cells, b
     found = pydicom.dcmread(kept.path)
     assert (np.frombuffer(found.PixelData, cells.dtype).reshape(cells.shape) == cells).all()
     np.testing.assert_allclose(read_image(kept.path)[0], picture(), atol=1 / 127)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_large_object_is_cleaned_block_by_block_and_not_copied_where_nothing_hides(hidden: bool):
+    cells = np.arange(2**23, dtype=np.uint16) & 0x0FFF  # 16 MiB
+    ds = named_object(cells=cells.reshape(16, 1024, 512), bits=16)
+    ds.BitsStored, ds.HighBit = 12, 11
+    whole = cells.copy()
+    whole[5_000_000] |= 0x8000 if hidden else 0
+    data = ds.PixelData = whole.tobytes()
+    tracemalloc.start()
+    cleaned_pixels_(ds)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (np.frombuffer(ds.PixelData, np.uint16) == cells).all() and (ds.PixelData is data) is not hidden
+    assert peak < len(data) * (1.5 if hidden else 0.5)
 
 
 def test_compressed_pixels_with_nothing_in_their_unused_bits_stay_compressed(tmp_path: Path):

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from intake_files import NUMBER, PLANTED, named_object, pseudonyms_in
 from loopback_archive import ANY, Holdings, archive_of, dimse, everything_in, table_in
+from pydicom.dataset import Dataset
 from pydicom.uid import BasicTextSRStorage, JPEGLSLossless
+from pynetdicom import evt
 
 from fedmed.errors import DataError
 from fedmed.intake.archive import Interrupted
+from fedmed.intake.journal import incomplete
 from fedmed.intake.pull import pull
 from fedmed.intake.query import Query, Series
 
@@ -90,7 +94,7 @@ class Index:
 
     asked = 0
 
-    def find(self, query):
+    def find(self, query, patience):
         about = {"modality": "CT", "body_part": None, "description": "", "objects": 100}
         return (Series(study=f"1.{number}", series=f"2.{number}", **about) for number in range(10))
 
@@ -123,17 +127,57 @@ def test_a_series_that_grew_after_it_was_pulled_is_completed(tmp_path: Path):
             assert holdings.sent == [f"1.2.3.8841907.1.1.{number}"]
 
 
-def test_an_object_that_cannot_be_parsed_is_counted_and_not_asked_for_again(tmp_path: Path):
-    pseudonyms = pseudonyms_in(tmp_path)
+def test_an_object_that_cannot_be_read_is_counted_and_every_pull_asks_for_it_once_more(tmp_path: Path):
+    pseudonyms, out = pseudonyms_in(tmp_path), tmp_path / "out"
     broken = named_object(2)
     del broken.Rows
-    holdings = Holdings(named_object(1), broken)
+    holdings = Holdings(named_object(1), broken, named_object(3))
     with archive_of(holdings) as address:
-        pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms)
-        assert (pulled.images, pulled.unreadable) == (1, 1)
+        pulled = pull(dimse(address), ANY, out, pseudonyms)
+        assert (pulled.images, pulled.unreadable, pulled.failed) == (2, 1, 0)
+        assert len(incomplete(out)) == 1
         holdings.sent.clear()
-        assert str(pull(dimse(address), ANY, tmp_path / "out", pseudonyms)) == str(pulled)
+        assert str(pull(dimse(address), ANY, out, pseudonyms)) == str(pulled)
+        assert holdings.sent == ["1.2.3.8841907.1.1.2"]
+        holdings.objects[1] = named_object(2)  # the fault has passed
+        pulled = pull(dimse(address), ANY, out, pseudonyms)
+        assert (pulled.images, pulled.unreadable) == (3, 0) and not incomplete(out)
+        holdings.sent.clear()
+        assert pull(dimse(address), ANY, out, pseudonyms) == pulled
     assert not holdings.sent
+
+
+def test_an_object_that_is_torn_once_on_its_way_is_asked_for_again_at_once(tmp_path: Path):
+    holdings = Holdings(named_object(1), named_object(2))
+    del holdings.objects[1].PixelData  # as a line that breaks leaves it
+    sent = holdings.get
+
+    def get(event: evt.Event) -> Iterator[object]:
+        yield from sent(event)
+        holdings.objects[1] = named_object(2)
+
+    holdings.get = get
+    with archive_of(holdings) as address:
+        pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms_in(tmp_path))
+    assert (pulled.images, pulled.unreadable, pulled.failed, pulled.quarantined.total()) == (2, 0, 0, 0)
+
+
+def test_a_study_or_series_of_which_the_archive_tells_nothing_keeps_nothing_else_from_coming(tmp_path: Path):
+    forbidden = named_object(1, series=2, StudyInstanceUID="1.2.3.8841907.2")
+    holdings = Holdings(forbidden, named_object(1), named_object(1, series=3))
+    find = holdings.find
+
+    def found(event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        asked = event.identifier
+        study = asked.QueryRetrieveLevel == "SERIES" and asked.StudyInstanceUID == forbidden.StudyInstanceUID
+        series = asked.QueryRetrieveLevel == "IMAGE" and asked.SeriesInstanceUID.endswith(".3")
+        yield from [(0xC001, None)] if study or series else find(event)
+
+    holdings.find = found
+    with archive_of(holdings) as address:
+        pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+    assert (pulled.images, pulled.failed) == (1, 2)
+    assert pulled.why == {"the archive does not answer the search (status C001)": 2}
 
 
 def test_values_that_no_header_may_have_make_nobody_quote_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -120,6 +120,23 @@ def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
     assert len(read_labels(sheet, rules, pseudonyms)) == 20
 
 
+@pytest.mark.parametrize(
+    ("header", "by_name", "guess"),
+    [
+        ("Study Date,Patient Name,Patient ID", False, ("patient", "Patient ID")),
+        ("Accession Date,Accession Number", False, ("accession", "Accession Number")),
+        ("Patient ID,Accession-Number (RIS)", False, ("accession", "Accession-Number (RIS)")),
+        ("Study (text),StudyInstanceUID", False, ("study", "StudyInstanceUID")),
+        ("Patient ID,File name (png)", True, ("image", "File name (png)")),
+    ],
+)
+def test_a_column_of_the_very_name_is_guessed_before_one_that_begins_so(tmp_path, header, by_name, guess):
+    sheet = table(tmp_path / "t.csv", header, ",".join("1" * (header.count(",") + 1)))
+    (tmp_path / "labels.toml").write_text(guessed_rules(sheet, by_name=by_name) + "[labels]\n")
+    rules = read_label_rules(tmp_path / "labels.toml")
+    assert (rules.join, rules.column) == guess
+
+
 def test_a_guess_for_pictures_goes_by_their_names_and_takes_no_strange_split(tmp_path):
     sheet = table(
         tmp_path / "t.csv", "patient_id,path,split,sex,Nodule", "p1,a/1.png,dev,F,1.0", "p2,a/2.png,dev,M,0.0"

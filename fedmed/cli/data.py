@@ -156,12 +156,12 @@ def import_(
 
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """
-    from fedmed.cli.intake import check_archive, import_data
+    from fedmed.cli.intake import check_archive, folders_of, import_data
     from fedmed.cli.pull import site_pseudonyms
 
     check_archive(kind, source)
     if not import_data(
-        kind, source, out, site_pseudonyms(site, keys),
+        kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
         table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
     ):  # fmt: skip
         raise typer.Exit(1)

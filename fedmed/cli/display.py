@@ -18,14 +18,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedmed.types import Event, OnProgress, rounded_up
+from fedmed.types import Event, rounded_up
 
 RECENT = 5  # rounds whose mean time says how long the others take
 
 
 @contextmanager
-def bar(title: str) -> Iterator[OnProgress | None]:
-    """A progress bar for countable work, called with (done, all); None where there is no terminal."""
+def bar(title: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """A bar for countable work, called with (done, all), all = None: not known yet. Without a terminal, None."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -22,6 +22,7 @@ from fedmed.intake.kinds.dicom import is_filled, take_in
 from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import listed, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.same_keys import note_keys
 
 OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
 SIGNS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
@@ -37,6 +38,15 @@ def check_archive(kind: str, source: Path) -> None:
         raise ConfigError(f'"{kind}" is no kind of archive; there are {", ".join(KINDS)}')
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
+
+
+def folders_of(kind: str, source: Path, out: Path) -> tuple[Path, ...]:
+    """Where an import finds pseudonyms, if there are any: in its own folder, and in one that was pulled.
+
+    Raises:
+        DataError: the pull into the source has not ended.
+    """
+    return (out, source) if kind == "dicom" and source != out and is_filled(source) else (out,)
 
 
 def import_data(
@@ -66,6 +76,7 @@ def import_data(
             return False
         known = read_labels(table, read_label_rules(path), pseudonyms)
     filled = kind == "dicom" and is_filled(source)
+    note_keys(pseudonyms, out, source if filled else None)
     withdrawn, rows = remembered(out / OPT_OUT), {}
     if filled and (opt_out is None or opt_out.resolve() != (source / OPT_OUT).resolve()):
         withdrawn |= remembered(source / OPT_OUT)
@@ -108,6 +119,9 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
         print(f"{len(rules.listed) - len(absent)} of {len(rules.listed)} on the opt-out list are here", file=sys.stderr)
     if report.withdrawn:
         print(f"left out: {len(report.withdrawn)} patients who withdrew", file=sys.stderr)
+    if report.renamed:
+        text = "the row of the table names another patient than the header; the table is believed"
+        print(f"read labels.toml again: {report.renamed} images of which {text}", file=sys.stderr)
     if table is not None and table.conflicts:
         print(f"unknown: {table.conflicts} labels of which two rows say the opposite", file=sys.stderr)
     for name, count in table.strange.most_common() if table is not None else ():

@@ -13,6 +13,7 @@ from fedmed.intake.archive import Archive
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.pull import pull
 from fedmed.intake.query import parse_query
+from fedmed.intake.same_keys import holds_pseudonyms, made_with
 from fedmed.privacy.keys import make_keys, read_keys
 
 
@@ -42,23 +43,29 @@ def pull_images(
         raise ConfigError("give either --dicomweb URL or --pacs HOST:PORT")
     wanted = parse_query(query, table)
     archive = _web(dicomweb, ca, certificate) if dicomweb else _dimse(pacs, called, calling, ca, certificate)
-    pseudonyms = site_pseudonyms(site, keys)
-    with bar("pulling series") as progress:
-        pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress)
+    pseudonyms = site_pseudonyms(site, keys, out)
+    with bar("finding, then pulling series") as progress:
+        searching = None if progress is None else lambda found: progress(found, None)
+        pulled = pull(archive, wanted, out, pseudonyms, megabytes_per_s=rate, progress=progress, searching=searching)
     print(pulled)
     if pulled.failed:
-        raise RunFailed(f"{pulled.failed} series did not come in full; the same command asks for what is missing")
+        why = "; ".join(f"{count} × {reason}" for reason, count in pulled.why.most_common(3))
+        text = f"{pulled.failed} series did not come in full ({why}); the same command asks for what is missing"
+        raise RunFailed(text)
 
 
-def site_pseudonyms(site: Path | None, keys: Path | None) -> Pseudonyms:
+def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path) -> Pseudonyms:
     """Pseudonyms under a site's keys, which are made where the folder for them is missing.
 
     Args:
         site: a site.toml, or the folder that holds it.
         keys: the folder of the keys instead.
+        folders: that pseudonyms are read from or written to. Where one has some already, no new keys are made.
 
     Raises:
-        ConfigError: neither or both are given, or the site.toml is wrong.
+        ConfigError: neither or both are given, the site.toml is wrong, or keys are missing with which a folder was
+            filled.
+        DataError: a folder was filled with other keys.
         LedgerUnusable: a key is damaged, others may read it, or it cannot be written.
     """
     if site is not None and keys is None:
@@ -66,7 +73,17 @@ def site_pseudonyms(site: Path | None, keys: Path | None) -> Pseudonyms:
         keys = file.parent / read_site_config(file).keys_dir
     elif site is not None or keys is None:
         raise ConfigError("pseudonyms need the site's key: give --site SITE, or --keys DIR where there is no site.toml")
-    return Pseudonyms(keys=read_keys(keys) if keys.exists() else make_keys(keys))
+    filled = [folder for folder in folders if holds_pseudonyms(folder)]
+    if not keys.exists() and filled:
+        raise ConfigError(f"{keys}: no keys there, and others made the pseudonyms in {filled[0]}; name those")
+    if not keys.exists():
+        print(f"made new keys in {keys}; keep a copy of them in a safe", file=sys.stderr)
+    pseudonyms = Pseudonyms(keys=read_keys(keys) if keys.exists() else make_keys(keys))
+    for folder in filled:
+        if not made_with(pseudonyms, folder):
+            text = "does not say which keys made its pseudonyms; were they others, opt-outs and tables match nobody"
+            print(f"warning: {folder} {text}", file=sys.stderr)
+    return pseudonyms
 
 
 def _web(url: str, ca: Path | None, certificate: Path | None) -> Archive:

@@ -25,6 +25,8 @@ from fedmed.deployment.supernode import try_door
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import read_peers, withdrawn_of
 from fedmed.imaging.manifest import read_columns
+from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.same_keys import made_with
 from fedmed.privacy import keys as site_keys
 from fedmed.types import rounded_up
 
@@ -113,14 +115,15 @@ def versions() -> str:
 
 
 def keys(site: SiteFolder) -> str:
-    """Whether all keys are there, whole, and the owner's alone.
+    """Whether all keys are there, whole, the owner's alone, and those that made the manifest's pseudonyms.
 
     Raises:
-        ConfigError, LedgerUnusable: one is not.
+        ConfigError, DataError, LedgerUnusable: one is not.
     """
     node_keys.read_node_key(site.keys)
-    site_keys.read_keys(site.keys)
-    return "there, and read by their owner only"
+    pseudonyms = Pseudonyms(keys=site_keys.read_keys(site.keys))
+    noted = made_with(pseudonyms, (site.root / site.config.manifest).parent)
+    return "there, and read by their owner only" + ("; the manifest's pseudonyms are by them" if noted else "")
 
 
 def fits(kit: Kit) -> str:

@@ -12,6 +12,7 @@ from fedmed.config import Name, Section, checked, read_toml
 from fedmed.errors import ConfigError
 from fedmed.intake.opt_out import opted_out
 from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.same_keys import made_with
 from fedmed.privacy.keys import read_keys
 from fedmed.privacy.policy import SitePolicy
 
@@ -125,11 +126,13 @@ def withdrawn_of(path: Path) -> frozenset[str]:
 
     Raises:
         ConfigError: the site.toml is missing or wrong.
-        DataError: the list cannot be read.
+        DataError: the list cannot be read, or the manifest's pseudonyms were made with other keys, so that nobody of
+            the list would be found.
         LedgerUnusable: the site's keys, without which nobody's pseudonym is known, cannot be read.
     """
     values = read_site_config(path)
     if not values.opt_out:
         return frozenset()
     pseudonyms = Pseudonyms(keys=read_keys(path.parent / values.keys_dir))
+    made_with(pseudonyms, (path.parent / values.manifest).parent)
     return opted_out(path.parent / values.opt_out, pseudonyms)

@@ -114,3 +114,11 @@ ORGANS = """
     parotid pelvis pharynx prostate rectum rib shoulder skull spine spleen stomach thorax thymus thyroid trachea uterus
 """
 ANATOMY = frozenset(ORGANS.split())  # collections call their patients so too, "PANCREAS_0001"
+WORDS = """
+    original derived primary secondary axial localizer volume mixed none other reformatted resampled projection average
+    addition subtraction division filtered maximum minimum multiplication perfusion diffusion distorted sampled uniform
+    irregular magnitude phase real imaginary flow_encoded proton_density velocity angio spectroscopy tomographic
+    monochrome color true unknown left right anterior posterior lateral oblique portable standard transverse coronal
+    sagittal quantity probability manual automatic semiautomatic
+"""
+TERMS = ANATOMY | frozenset(WORDS.split())  # PS3.3 C.7.6.1.1.2, C.8.16.1: a name may stand in one, as Mary in PRIMARY

@@ -30,11 +30,30 @@ class Unsent(Interrupted):
     """An archive answers, and does not send all that it lists."""
 
 
+class Withheld(Unsent):
+    """An archive says that it does not send something that it lists. Asking again does not help."""
+
+
+class Patience(Protocol):
+    """How often one question is asked; it is called with the number of the attempt, from 0."""
+
+    def __call__(self, ask: Callable[[int], Answer], /) -> Answer:
+        """The answer."""
+
+
+def at_once(ask: Callable[[int], Answer]) -> Answer:
+    """The answer to a question that is asked once."""
+    return ask(0)
+
+
 class Archive(Protocol):
     """A PACS or a vendor-neutral archive."""
 
-    def find(self, query: Query) -> Iterator[Series]:
-        """Series of the studies that meet a query's study-level conditions."""
+    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
+        """Series of the studies that meet a query's study-level conditions; see `Series.refused`.
+
+        A search asks many questions: each is asked with patience, so that one without an answer does not end them all.
+        """
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
@@ -73,7 +92,7 @@ def tls(ca: Path | None, certificate: Path | None) -> ssl.SSLContext:
 
 
 def patiently(ask: Callable[[int], Answer], *, wait_s: float, attempts: int = ATTEMPTS) -> Answer:
-    """The answer to a question that is repeated while the archive is interrupted, after 1, 2, 4 … times a wait.
+    """The answer to a question that is repeated while it may help, after 1, 2, 4 … times a wait.
 
     Args:
         ask: called with the number of the attempt, from 0.
@@ -81,11 +100,13 @@ def patiently(ask: Callable[[int], Answer], *, wait_s: float, attempts: int = AT
         attempts: at most, from 1.
 
     Raises:
-        Interrupted: by the last attempt.
+        Interrupted: by the last attempt, or by one that says that no other helps.
     """
     for attempt in range(attempts):
         try:
             return ask(attempt)
+        except Withheld:
+            raise
         except Interrupted:
             if attempt == attempts - 1:
                 raise

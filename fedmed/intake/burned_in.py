@@ -59,14 +59,9 @@ def shows_text(dataset: Dataset) -> str | None:
         UnreadableImage: they cannot be decoded.
     """
     frames = declared(dataset).frames
-    wanted = {0, frames // 2, frames - 1}
     with plain_errors():
-        for index, frame in enumerate(stored_frames(dataset)):
-            if index in wanted and (judge := text_in(frame)):
-                return judge
-            if index == frames - 1:
-                break
-    return None
+        judged = map(text_in, stored_frames(dataset, wanted=sorted({0, frames // 2, frames - 1})))
+        return next(filter(None, judged), None)
 
 
 def text_in(picture: NDArray[Any]) -> str | None:

@@ -25,7 +25,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
 from fedmed.errors import UnreadableImage
-from fedmed.intake.allowed import ALLOWED, ANATOMY, ENUMERATED, SCHEMES
+from fedmed.intake.allowed import ALLOWED, ANATOMY, ENUMERATED, SCHEMES, TERMS
 from fedmed.intake.pixels import cleaned_pixels_
 from fedmed.intake.pseudonyms import Pseudonyms, registered
 
@@ -186,10 +186,15 @@ def _word(keyword: str, text: str, words: frozenset[str]) -> str:
 
 
 def _names(text: str, words: frozenset[str], least: int) -> bool:
-    """Whether a text holds one of some words, as a word of at least so many letters or within one."""
-    whole = _folded(text)
+    """Whether a text holds one of some words, as a word of at least so many letters or within one.
+
+    Within a term of the standard no word is looked for, only as the whole of it.
+    """
+    whole, is_term = _folded(text), text.casefold() in TERMS
     found = {_folded(part) for part in (*re.split(r"[\W_]+", text), *re.split(r"[^A-Za-z0-9]+", text))} | {whole}
-    return any(word in found if len(word) < SHORTEST_PART else word in whole for word in words if len(word) >= least)
+    return any(
+        word in (found if is_term or len(word) < SHORTEST_PART else whole) for word in words if len(word) >= least
+    )
 
 
 def _words(dataset: Dataset) -> Iterator[str]:

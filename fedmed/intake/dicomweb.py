@@ -12,6 +12,7 @@ import ssl
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from pydicom.dataset import Dataset
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, count_of, questions
+from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
+from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
 CHUNK = 2**16  # bytes read at once: objects are kept as they come, also over a slow line
@@ -38,8 +39,10 @@ ENDED = {  # what a status says, where asking again does not help
     404: "has no DICOMweb service at this address (404)",
     407: "cannot be reached: the proxy wants a user name and password, in HTTPS_PROXY (407)",
 }
+WITHHELD = {403: "does not let this user read it (403)", 404: "does not have what it lists (404)"}
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
+NOT_DICOM = "the archive sent something that is no DICOM"  # a page of a proxy, say: it may pass
 STUDY_FIELDS = ["StudyDescription"]
 SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
@@ -77,16 +80,22 @@ class DicomWeb:
         )
         self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
 
-    def find(self, query: Query) -> Iterator[Series]:
+    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question):
+            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question, patience, first=True):
                 uid = _text(study, "0020000D")
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
-                for series in self._pages(self._client.search_for_series, SERIES_FIELDS, {}, study_instance_uid=uid):
+                try:
+                    search = partial(self._client.search_for_series, study_instance_uid=uid)
+                    told = list(self._pages(search, SERIES_FIELDS, {}, patience))
+                except Unsent as error:
+                    yield untold(uid, str(error))
+                    continue
+                for series in told:
                     yield Series(
                         study=uid,
                         series=_text(series, "0020000E"),
@@ -98,8 +107,9 @@ class DicomWeb:
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
-        where = {"study_instance_uid": series.study, "series_instance_uid": series.series}
-        return [_text(one, "00080018") for one in self._pages(self._client.search_for_instances, [], {}, **where)]
+        ask = self._client.search_for_instances
+        search = partial(ask, study_instance_uid=series.study, series_instance_uid=series.series)
+        return [_text(one, "00080018") for one in self._pages(search, [], {})]
 
     def fetch(self, series: Series, take: Callable[[Dataset], None]) -> None:
         """Read a whole series, in the transfer syntax that it is stored in."""
@@ -114,16 +124,26 @@ class DicomWeb:
         take(dataset)
 
     def _pages(
-        self, search: Callable[..., list[Answer]], fields: list[str], question: dict[str, str], **where: str
+        self,
+        search: Callable[..., list[Answer]],
+        fields: list[str],
+        question: dict[str, str],
+        patience: Patience = at_once,
+        *,
+        first: bool = False,
     ) -> Iterator[Answer]:
-        """All answers to a question. Archives cut their answers where they like, and some know no pages at all."""
+        """All answers to a question; `first` as of `_plain`.
+
+        Archives cut their answers where they like, and some know no pages at all.
+        """
         seen: set[tuple[str, ...]] = set()
+
+        def page(_: int) -> list[Answer]:
+            with _plain(first=first):
+                return search(limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None)
+
         while True:
-            with _plain(searching=True):
-                page = search(
-                    limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None, **where
-                )
-            fresh = {key: one for one in page if (key := _key(one)) not in seen}
+            fresh = {key: one for one in patience(page) if (key := _key(one)) not in seen}
             yield from fresh.values()
             if not fresh:
                 return
@@ -171,11 +191,12 @@ def _credentials() -> AuthBase | None:
 
 
 @contextmanager
-def _plain(*, searching: bool = False) -> Iterator[None]:
+def _plain(*, first: bool = False) -> Iterator[None]:
     """What went wrong, without a URL, a query or a UID.
 
     Args:
-        searching: whether an answer in another form means that this is no DICOMweb at all.
+        first: whether studies are searched for. What is wrong there is wrong with the archive; later it costs no more
+            than the study, the series or the object that was asked for.
     """
     try:
         with warnings.catch_warnings():
@@ -185,10 +206,12 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
         raise
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        if status in ENDED and (searching or status != HTTPStatus.NOT_FOUND):
+        if status in ENDED and (first or status not in WITHHELD):
             raise DataError(f"the archive {ENDED[status]}") from None
-        if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR or not searching:
+        if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise Interrupted(f"the archive answers with status {status}") from None
+        if not first:
+            raise Withheld(f"the archive {WITHHELD.get(status, f'answers with status {status}')}") from None
         raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
                         "DICOMweb service begins?") from None  # fmt: skip
     except requests.exceptions.SSLError:
@@ -200,14 +223,12 @@ def _plain(*, searching: bool = False) -> Iterator[None]:
     except requests.exceptions.ConnectTimeout:
         raise Interrupted("the archive cannot be reached: no answer") from None
     except requests.exceptions.InvalidJSONError:
-        raise DataError(NOT_DICOMWEB) from None
+        raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
     except requests.exceptions.RequestException as error:
         reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
         raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
-    except Exception:  # not JSON, not multipart, not DICOM
-        if searching:
-            raise DataError(NOT_DICOMWEB) from None
-        raise UnreadableImage("the archive sent what is no DICOM object") from None
+    except Exception:  # not JSON, not multipart, not DICOM, or more than the memory holds
+        raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
 
 
 def _text(answer: Answer, tag: str) -> str:

@@ -37,8 +37,8 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, tls
-from fedmed.intake.query import Query, Series, count_of, questions
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, at_once, tls
+from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
 SYNTAXES = (  # each in a context of its own, so that the archive sends what it has and need not recode
@@ -91,17 +91,23 @@ class Dimse:
         self._port, self._called, self._calling = int(port), called, calling
         self._tls = tls(ca, certificate) if ca else None
 
-    def find(self, query: Query) -> Iterator[Series]:
+    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
             asked = {"StudyInstanceUID": "", "StudyDescription": ""} | question
-            for study in self._search("STUDY", asked):
+            for study in self._search("STUDY", asked, patience):
                 uid = _text(study, "StudyInstanceUID")
                 if not uid or uid in seen:
                     continue
                 seen.add(uid)
-                for series in self._search("SERIES", {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")):
+                try:
+                    wanted = {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")
+                    told = self._search("SERIES", wanted, patience)
+                except Unsent as error:
+                    yield untold(uid, str(error))
+                    continue
+                for series in told:
                     yield Series(
                         study=uid,
                         series=_text(series, "SeriesInstanceUID"),
@@ -131,8 +137,17 @@ class Dimse:
         found = self._search("IMAGE", where | {"SOPInstanceUID": "", "SOPClassUID": ""})
         return [(_text(one, "SOPInstanceUID"), _text(one, "SOPClassUID")) for one in found]
 
-    def _search(self, level: str, keys: dict[str, str]) -> list[Dataset]:
-        """All answers to one question."""
+    def _search(self, level: str, keys: dict[str, str], patience: Patience = at_once) -> list[Dataset]:
+        return patience(lambda _: self._found(level, keys))
+
+    def _found(self, level: str, keys: dict[str, str]) -> list[Dataset]:
+        """All answers to one question.
+
+        Raises:
+            DataError: the archive refuses to look for studies, so for any.
+            Unsent: it refuses to tell of one that it listed.
+            Interrupted: it broke off.
+        """
         entity = AE(ae_title=self._calling)
         entity.add_requested_context(FIND)
         association = self._associated(entity)
@@ -144,7 +159,8 @@ class Dimse:
                 if status.Status in PENDING and answer is not None:
                     found.append(answer)
                 elif status.Status != SUCCESS:
-                    raise DataError(f"the archive does not answer the search (status {status.Status:04X})")
+                    said = f"the archive does not answer the search (status {status.Status:04X})"
+                    raise DataError(said) if level == "STUDY" else Unsent(said)
         finally:
             association.release()
         return found

@@ -211,17 +211,15 @@ def _masks(seen: Seen) -> Iterator[Finding]:
 
 def _identity(seen: Seen) -> Iterator[Finding]:
     clean = True
-    for mark, said, do in (
-        (
-            "identified",
-            "name their patient, hospital or doctor in the header",
-            "fedmed data import dicom de-identifies",
-        ),
-        ("unmarked", "are not marked as de-identified", "fedmed data import dicom marks what it has cleaned"),
-    ):
-        if rows := seen.marks.get(mark):
-            clean = False
-            yield _finding("identity", "warn", f"{_many(len(rows), 'image')} {said}", do, seen, rows)
+    if rows := seen.marks.get("identified"):
+        clean = False
+        do = "take them in with fedmed data import dicom, which de-identifies, and name what it wrote in the manifest"
+        said = f"{_many(len(rows), 'image')} with the name of a patient, a doctor or a hospital in the header"
+        yield _finding("identity", "fail", said, do, seen, rows)
+    if rows := seen.marks.get("unmarked"):
+        clean = False
+        said, do = "not marked as de-identified", "fedmed data import dicom marks what it has cleaned"
+        yield _finding("identity", "warn", f"{_many(len(rows), 'image')} {said}", do, seen, rows)
     for mark, rows in seen.marks.items():
         if mark.startswith("quarantine: "):
             clean = False

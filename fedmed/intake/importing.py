@@ -22,6 +22,7 @@ from fedmed.intake.labels import LabelTable
 from fedmed.intake.pseudonyms import Pseudonyms
 
 MANIFEST, UNMATCHED, MASKS = "manifest.csv", "unmatched.csv", "masks"
+SEVERAL = "image whose rows in the table name several patients"
 MASKED = ("brats", "pairs")  # kinds that may have masks
 Uncertain = Literal["ignore", "zeros", "ones"]
 POLICIES: dict[Uncertain, str] = {"ignore": "", "zeros": "0", "ones": "1"}  # U-Ignore, U-Zeros and U-Ones of CheXpert
@@ -44,6 +45,7 @@ class Imported:
 
     images: int = 0
     masks: int = 0
+    renamed: int = 0  # images to which the table gives another patient than their own header
     renumbered: int = 0  # of them, those that were written anew into `MASKS`
     patients: set[str] = field(default_factory=set, repr=False)
     withdrawn: set[str] = field(default_factory=set, repr=False)  # patients who are there and opted out
@@ -122,7 +124,8 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
         if met:
             continue
         if told is None and not each.labels and each.mask is None:
-            yield Unmatched(what="image without row", place=os.fspath(each.image))
+            disputed = rules.table is not None and rules.table.disputes(each)
+            yield Unmatched(what=SEVERAL if disputed else "image without row", place=os.fspath(each.image))
             continue
         if rules.table is None and each.masked and each.mask is None:
             yield Unmatched(what="image without mask", place=os.fspath(each.image))
@@ -130,9 +133,12 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
         report.images += 1
         report.masks += known.mask is not None
         report.patients.add(known.patient)
+        report.renamed += image.pseudonymous and bool(image.patient) and image.patient != known.patient
         yield known
     for number in rules.table.unmatched() if rules.table is not None else ():
         yield Unmatched(what="row without image", place=f"row {number} of the table")
+    for number in rules.table.disputing() if rules.table is not None else ():
+        yield Unmatched(what="row whose key another row gives to another patient", place=f"row {number} of the table")
     for number in rules.table.blank if rules.table is not None else ():
         yield Unmatched(what="row without a key", place=f"row {number} of the table")
 

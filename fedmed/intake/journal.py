@@ -32,16 +32,21 @@ class Journal:
         self._file, self._folder = file, folder
         self.done: dict[str, int] = {}  # series to how many objects it had
         self.objects: dict[str, set[str]] = defaultdict(set)  # of series that are not done
+        self.unreadable: dict[str, set[str]] = {}  # objects, by series, that came and could not be read
         for line in _lines(folder):
             if "done" in line:
                 self._close(line["done"])
-            else:
+            elif not line.get("unreadable"):
                 self.objects[line["series"]].add(line["object"])
+        for line in objects(folder):
+            if line.get("unreadable"):
+                self.unreadable.setdefault(line["series"], set()).add(line["object"])
 
     def open(self, series: str) -> set[str]:
-        """The objects of a series that are there; one that was complete has grown since."""
+        """The objects of a series that are there; one that was complete has grown since, or lacks unreadable ones."""
         if self.done.pop(series, 0):
-            self.objects[series] |= {line["object"] for line in objects(self._folder) if line["series"] == series}
+            here = (line for line in objects(self._folder) if line["series"] == series)
+            self.objects[series] |= {line["object"] for line in here if not line.get("unreadable")}
         return self.objects[series]
 
     def add(self, **line: Any) -> None:
@@ -81,25 +86,30 @@ def open_journal(folder: Path) -> Iterator[Journal]:
 
 
 def objects(folder: Path) -> Iterator[Line]:
-    """Every object that was pulled into a folder, once."""
+    """Every object that was pulled into a folder, once; as unreadable only if it never could be read."""
     seen: set[str] = set()
+    unreadable: dict[str, Line] = {}
     for line in _lines(folder):
-        if (name := line.get("object")) and name not in seen:
-            seen.add(name)
-            yield line
+        if not (name := line.get("object")) or name in seen:
+            continue
+        if line.get("unreadable"):
+            unreadable[name] = line
+            continue
+        seen.add(name)
+        unreadable.pop(name, None)
+        yield line
+    yield from unreadable.values()
 
 
 def incomplete(folder: Path) -> set[str]:
     """Series, keyed, that are not on disk as the archive has them: broken off, or with objects that cannot be read."""
     begun: set[str] = set()
-    unreadable: set[str] = set()
     for line in _lines(folder):
         if "done" in line:
             begun.discard(line["done"])
         elif series := line.get("series"):
             begun.add(series)
-            unreadable |= {series} if line.get("unreadable") else set()
-    return begun | unreadable
+    return begun | {line["series"] for line in objects(folder) if line.get("unreadable")}
 
 
 def write_table(folder: Path) -> None:

@@ -17,6 +17,7 @@ from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
 from fedmed.durable import append, replacing
 from fedmed.errors import DataError, UnreadableImage
+from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.dicom.kinds import kind_of
 from fedmed.imaging.dicom.opening import open_dicom
 from fedmed.imaging.isolation import DecodingProcess
@@ -39,7 +40,7 @@ MASKS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7", RTStructureSetStor
 UNSEEN = "pixels that cannot be looked at"
 
 _noted: dict[Path, tuple[int, set[str]]] = {}  # of each quarantine.csv its bytes, and the files that it names
-_pixels = DecodingProcess(jobs="fedmed.intake.judging")
+_pixels = DecodingProcess(timeout_s=VOLUME_TIMEOUT_S, memory_bytes=VOLUME_BYTES, jobs="fedmed.intake.judging")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ def keep(source: Path | Dataset, folder: Path, pseudonyms: Pseudonyms, withdrawn
         is_mask = str(dataset.get("SOPClassUID") or "") in MASKS
         if not is_mask and (kind.refusal and kind.modality != "capture"):
             return Kept(path=None, reason=kind.refusal)
+        if not is_mask and "PixelData" not in dataset:
+            raise UnreadableImage("an image without its pixels")
         if kind.modality in VOLUMES and is_localizer(dataset.get("ImageType")):
             return Kept(path=None, reason=LOCALIZER)
         if is_ours(dataset):

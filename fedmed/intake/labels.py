@@ -25,7 +25,7 @@ from fedmed.intake.tables import Cells, columns_of, table_rows
 
 Join = Literal["accession", "study", "patient", "image"]
 JOINS: dict[Join, tuple[str, ...]] = {  # what names of columns hint at, folded
-    "accession": ("accession", "acc", "zugangsnummer", "auftragsnummer"),
+    "accession": ("accession", "accessionnumber", "accessionno", "acc", "zugangsnummer", "auftragsnummer"),
     "study": ("studyinstanceuid", "studyuid", "study"),
     "patient": ("patientid", "patient", "pid", "mrn", "subject", "recordid"),
     "image": ("image", "path", "file", "filename"),
@@ -69,6 +69,7 @@ class LabelTable:
     pseudonyms: Pseudonyms
     blank: list[int] = field(default_factory=list)  # rows without a key
     strange: Counter[str] = field(default_factory=Counter)  # label -> cells that say nothing labels.toml knows
+    disputed: dict[str, list[int]] = field(default_factory=dict, repr=False)  # key -> rows that name several patients
     _torn: set[tuple[str, int]] = field(default_factory=set, repr=False)  # key and place of a label that rows dispute
     _rows: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict, repr=False)
     _used: dict[str, Path] = field(default_factory=dict, repr=False)  # key -> the last image that asked for it
@@ -79,19 +80,28 @@ class LabelTable:
         return len(self._torn)
 
     def match(self, found: Found) -> dict[str, str] | None:
-        """Labels, and what else the table says, of an image; None if it has no row."""
+        """Labels, and what else the table says, of an image; None if it has no row, or rows of several patients."""
         key = self._key_of(found)
         row = self._rows.get(key) if key else None
-        if row is None:
+        if row is None or key in self.disputed:
             return None
         if self.join == "image" and self._used.get(key, found.image) != found.image:
             raise DataError(f"row {row[0]} of the table fits two images of one name; give each file a name of its own")
         self._used[key] = found.image
         return dict(zip((*self.names, *self.about), row[1], strict=True))
 
+    def disputes(self, found: Found) -> bool:
+        """Whether rows name several patients for an image, so that nobody knows whose the labels are."""
+        return self._key_of(found) in self.disputed
+
+    def disputing(self) -> list[int]:
+        """Rows of the table, by number, of which others with the same key name another patient."""
+        return sorted(number for numbers in self.disputed.values() for number in numbers)
+
     def unmatched(self) -> list[int]:
         """Rows of the table, by number, that no image asked for."""
-        return sorted(number for key, (number, _) in self._rows.items() if key not in self._used)
+        keys = self._rows.keys() - self._used.keys() - self.disputed.keys()
+        return sorted(self._rows[key][0] for key in keys)
 
     def __len__(self) -> int:
         """How many different keys the table has."""
@@ -114,6 +124,11 @@ class LabelTable:
         first, before = self._rows.get(key, (number, values))
         labels = len(self.names)
         pairs = list(zip(before, values, strict=True))
+        if "patient_id" in self.about:
+            place = labels + self.about.index("patient_id")
+            one, other = before[place], values[place]
+            if one and other and self.pseudonyms.patient(one) != self.pseudonyms.patient(other):
+                self.disputed.setdefault(key, [first]).append(number)
         self._torn |= {(key, place) for place, (a, b) in enumerate(pairs[:labels]) if a and b and a != b}
         merged = tuple("" if (key, place) in self._torn else a or b for place, (a, b) in enumerate(pairs))
         self._rows[key] = first, shared.setdefault(merged, merged)
@@ -220,9 +235,11 @@ def _values_of(table: Path, header: tuple[str, ...]) -> dict[str, set[str]]:
 
 
 def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]:
-    for join, hints in sorted(JOINS.items(), key=lambda item: by_name and item[0] != "image"):
+    exact_first = ((fits, *item) for fits in (str.__eq__, str.startswith) for item in JOINS.items())
+    best = "image" if by_name else "accession"
+    for fits, join, hints in sorted(exact_first, key=lambda each: each[1] != best):
         for name in header:
-            if any(_bare(name).startswith(hint) for hint in hints):
+            if any(fits(_bare(name), hint) for hint in hints):
                 return join, name
     return "accession", header[0]
 

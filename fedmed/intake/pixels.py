@@ -22,6 +22,7 @@ JPEG_START, JPEG_2000_START, JP2_START = b"\xff\xd8", b"\xff\x4f\xff\x51", b"jP 
 JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # of a segment: within scans no such bytes occur
 JPEG_TEXT = {0xFE, *range(0xE1, 0xE8), *range(0xE9, 0xEE), 0xEF}  # COM and APPn; 0, 8 and 14 say how colours are read
 END, JPEG_2000_COMMENT, TILE_PART, DATA = 0xD9, 0x64, 0x90, 0x93  # EOI and EOC; COM, SOT, SOD (ISO 15444-1 A.2)
+BLOCK = 2**20  # bytes of cells that are cleaned at once
 CODESTREAM = b"jp2c"
 BOXES = (JP2_START, b"ftyp", b"jp2h")  # of JP2, that a reader needs
 
@@ -52,7 +53,7 @@ def may_hide_bits(dataset: Dataset) -> bool:
     return claims.syntax.is_encapsulated and claims.stored < claims.allocated
 
 
-def blanked_cells(path: Path) -> bytes:
+def blanked_cells(path: Path) -> bytes | bytearray:
     """The decoded cells of an object that `may_hide_bits`, those bits blanked; nothing if none of them was set.
 
     A lossless codec keeps whole cells, and so what lies in their unused bits (RLE does; JPEG if its own precision says
@@ -66,12 +67,13 @@ def blanked_cells(path: Path) -> bytes:
     if claims.syntax != RLELossless and not any(coded_size(frame).bits > claims.stored for frame in _frames(dataset)):
         return b""
     dataset.BitsStored, dataset.HighBit = claims.allocated, claims.allocated - 1
-    cells, hidden = [], False
+    cells, hidden = bytearray(), False
     for frame in stored_frames(dataset):  # one at a time: the whole may be large
         data = frame.tobytes()
-        cells.append(_without_unused_bits(data, claims))
-        hidden = hidden or cells[-1] != data
-    return b"".join(cells) if hidden else b""
+        clean = _without_unused_bits(data, claims)
+        cells += clean
+        hidden = hidden or clean is not data
+    return cells if hidden else b""
 
 
 def put_cells_(dataset: Dataset, cells: bytes) -> None:
@@ -88,14 +90,23 @@ def put_cells_(dataset: Dataset, cells: bytes) -> None:
 def _without_unused_bits(data: bytes, claims: Declared) -> bytes:
     """Old overlays lie in the bits of a cell that no value uses (PS3.5 8.1.1, retired), and show text.
 
-    Bits above a negative value repeat its sign.
+    Bits above a negative value repeat its sign. Where nothing hides, the same bytes come back: the whole may be large.
     """
+    whole = memoryview(data)
+    blocks = [whole[first : first + BLOCK] for first in range(0, len(whole), BLOCK)]
+    clean = [_clean_cells(block, claims) for block in blocks]
+    return data if all(one is other for one, other in zip(clean, blocks, strict=True)) else b"".join(clean)
+
+
+def _clean_cells(block: memoryview, claims: Declared) -> memoryview | bytes:
+    """Some cells without their unused bits; the block itself if these hold nothing."""
     kind = f"{'<' if claims.syntax.is_little_endian else '>'}{'i' if claims.signed else 'u'}{claims.allocated // 8}"
-    cells = np.frombuffer(data, kind)
+    cells = np.frombuffer(block, kind)
     above, below = claims.allocated - 1 - claims.high, claims.high + 1 - claims.stored
     with np.errstate(all="ignore"):
         clean = np.right_shift(np.left_shift(cells, above), above + below)
-    return bytes(np.left_shift(clean, below).astype(kind))
+    clean = np.left_shift(clean, below).astype(kind)
+    return block if np.array_equal(clean, cells) else clean.tobytes()
 
 
 def _clean_frames_(dataset: Dataset, claims: Declared) -> None:

@@ -42,6 +42,11 @@ class Pseudonyms:
         """By how many days all dates of a patient move back: 1 to 364, so that intervals survive and dates do not."""
         return 1 + int.from_bytes(self.keys.link("days", _plain(patient_id).encode())) % YEAR
 
+    @property
+    def check(self) -> str:
+        """13 letters or digits (65 bits) by which keys are told apart; see `same_keys`."""
+        return self._letters("check", "", 13)
+
     def _letters(self, kind: str, text: str, count: int) -> str:
         return base64.b32encode(self.keys.link(kind, text.encode())).decode()[:count]
 

@@ -1,7 +1,8 @@
 """From an archive to a folder of de-identified images, series by series; killed and started again, it goes on.
 
 Objects are kept as they arrive (`keep`), and a line of a journal says so under keyed names. A series whose last line is
-there is not asked for again; of one that was broken off, only the objects that are missing are.
+there is not asked for again; of one that was broken off, only the objects that are missing are. An object that cannot
+be read may have been torn on its way, so every pull asks for it once more.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import os
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, patiently
+from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
+from fedmed.intake.same_keys import made_with, note_keys
 from fedmed.types import OnProgress
 
 MISSING = "not-found.csv"
@@ -39,8 +43,13 @@ class Pulled:
     left_out: Counter[str]  # objects that are no images, by what they are
     unreadable: int  # objects that could not be parsed
     removed: int  # objects that were kept, and that a person deleted; they do not come again
-    failed: int  # series that the archive did not give in full; pulling again asks for what is missing
+    why: Counter[str]  # series that the archive did not give in full, by reason; pulling again asks for what is missing
     listed: str = ""  # how much of a list was found, in words
+
+    @property
+    def failed(self) -> int:
+        """Series that the archive did not give in full."""
+        return self.why.total()
 
     def __str__(self) -> str:
         """One line."""
@@ -63,6 +72,7 @@ def pull(
     megabytes_per_s: float = 0.0,
     wait_s: float = 1.0,
     progress: OnProgress | None = None,
+    searching: Callable[[int], None] | None = None,
 ) -> Pulled:
     """Pull what meets a query into `folder/images` and `folder/quarantine`, and write `folder/pulled.csv`.
 
@@ -74,29 +84,36 @@ def pull(
         megabytes_per_s: of pixels, on average at most; 0 = as fast as the archive gives them.
         wait_s: the first wait before an interrupted archive is asked again, seconds.
         progress: called with series done, and all.
+        searching: before that, called with series found so far.
 
     Raises:
-        DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written.
+        DataError: the archive refuses or is gone, nothing meets the query, or the folder cannot be written or was
+            filled with other keys.
     """
-    wanted, missing = _wanted(archive, query, wait_s)
+    made_with(pseudonyms, folder)  # before a search that may take long
+    wanted, missing = _wanted(archive, query, wait_s, searching or (lambda found: None))
     listed = _listed(query, missing)
     if not wanted:
         raise DataError(f"nothing in the archive meets the query{f' ({listed})' if listed else ''}")
     make_private(folder)
+    note_keys(pseudonyms, folder)
     if listed:
         _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
     pace = _Pace(megabytes_per_s)
     with open_journal(folder) as journal:
-        failed, unsent, unanswered = 0, 0, 0  # the last two in a row
+        why: Counter[str] = Counter()
+        unsent, unanswered = 0, 0  # in a row
         for number, series in enumerate(wanted, 1):
             try:
                 attempts = ATTEMPTS if unsent < LOST_AFTER else 1  # what it cannot send, it will not in a minute
                 _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s, attempts)
                 unsent = unanswered = 0
-            except Unsent:
-                failed, unsent, unanswered = failed + 1, unsent + 1, 0
+            except Unsent as error:
+                why[str(error)] += 1
+                unsent, unanswered = unsent + (not isinstance(error, Withheld)), 0
             except Interrupted as error:
-                failed, unanswered = failed + 1, unanswered + 1
+                why[str(error)] += 1
+                unanswered += 1
                 if unanswered == min(LOST_AFTER, len(wanted)):
                     write_table(folder)
                     raise DataError(f"{error}; what came so far is kept, the same command goes on from there") from None
@@ -104,28 +121,38 @@ def pull(
                 progress(number, len(wanted))
         write_table(folder)
         write_reasons(folder)
-        return replace(_counted(folder, failed), listed=listed)
+        return replace(_counted(folder, why), listed=listed)
 
 
-def _wanted(archive: Archive, query: Query, wait_s: float) -> tuple[list[Series], list[str]]:
+def _wanted(
+    archive: Archive, query: Query, wait_s: float, searching: Callable[[int], None]
+) -> tuple[list[Series], list[str]]:
     """The series that meet a query, each once, and what of its list has none."""
     single = replace(query, accessions=(), patients=())
     asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
     asked += [(one, replace(single, patients=(one,))) for one in query.patients]
-    wanted: dict[str, Series] = {}
+    wanted: dict[tuple[str, str], Series] = {}
     missing = []
     for value, question in asked or [("", query)]:
-        fitting = {series.series: series for series in _offered(archive, question, wait_s) if meets(query, series)}
-        wanted = fitting | wanted
-        if value and not fitting:
+        found = False
+        for series in _offered(archive, question, wait_s):
+            if meets(query, series):
+                found = True
+                wanted.setdefault((series.study, series.series), series)
+                searching(len(wanted))
+        if value and not found:
             missing.append(value)
     return list(wanted.values()), missing
 
 
-def _offered(archive: Archive, question: Query, wait_s: float) -> list[Series]:
+def _offered(archive: Archive, question: Query, wait_s: float) -> Iterator[Series]:
     """What an archive answers to one question; a warning of pydicom could quote a value of it."""
-    with warnings.catch_warnings(action="ignore"):
-        return patiently(lambda _: list(archive.find(question)), wait_s=wait_s)
+    offered = archive.find(question, partial(patiently, wait_s=wait_s))
+    while True:
+        with warnings.catch_warnings(action="ignore"):
+            if (series := next(offered, None)) is None:
+                return
+        yield series
 
 
 def _listed(query: Query, missing: list[str]) -> str:
@@ -167,10 +194,12 @@ def _pull_series(
     wait_s: float,
     attempts: int,
 ) -> None:
+    if series.refused:
+        raise Withheld(series.refused)
     key = pseudonyms.uid(series.series)
-    if key in journal.done and series.objects <= journal.done[key]:
+    if key in journal.done and series.objects <= journal.done[key] and key not in journal.unreadable:
         return
-    here = journal.open(key)
+    here, torn, unreadable = journal.open(key), set[str](), set[str]()
 
     def take(dataset: Dataset) -> None:
         name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
@@ -179,40 +208,43 @@ def _pull_series(
         try:
             facts = asdict(keep(dataset, folder, pseudonyms))
             del facts["path"]
+            journal.add(series=key, object=name, **facts)
+            here.add(name)
         except UnreadableImage:
-            facts = {"unreadable": True}
-        journal.add(series=key, object=name, **facts)
-        here.add(name)
+            torn.add(name)
         pace(len(dataset.get("PixelData") or b""))
 
     def ask(attempt: int) -> None:
         if not attempt and not here:
-            with suppress(UnreadableImage, Interrupted):  # at which object, only asking for each tells
+            with suppress(Interrupted):  # at which object, only asking for each tells
                 archive.fetch(series, take)
         names = {pseudonyms.uid(uid): uid for uid in archive.objects(series)}
-        asked = 0
+        asked, lost, withheld = 0, False, None
         for name, uid in names.items():  # an archive may say that it sent everything, and have sent nothing
-            if name in here:
+            if name in here | unreadable:
                 continue
             try:
                 archive.fetch_object(series, uid, take)
-            except UnreadableImage:
-                journal.add(series=key, object=name, unreadable=True)
-                here.add(name)
+            except Withheld as error:
+                withheld = error
             except Interrupted:
+                lost = True
                 archive.objects(series)  # raises, if it is the archive that is gone and not this object
+            if name in torn - here:  # also when it was asked for alone
+                journal.add(series=key, object=name, unreadable=True)
+                unreadable.add(name)
             asked += 1
-            if asked >= LOST_AFTER and not here:
+            if asked >= LOST_AFTER and not here | unreadable:
                 break
-        if names.keys() - here:
-            raise Unsent("the archive does not send all objects of a series")
+        if names.keys() - here - unreadable:
+            raise withheld if withheld and not lost else Unsent("the archive does not send all objects of a series")
 
     with warnings.catch_warnings(action="ignore"):
         patiently(ask, wait_s=wait_s, attempts=attempts)
     journal.end(key)
 
 
-def _counted(folder: Path, failed: int) -> Pulled:
+def _counted(folder: Path, why: Counter[str]) -> Pulled:
     studies: set[str] = set()
     counts: Counter[str] = Counter()
     quarantined: Counter[str] = Counter()
@@ -234,5 +266,5 @@ def _counted(folder: Path, failed: int) -> Pulled:
         left_out=left_out,
         unreadable=counts["unreadable"],
         removed=counts[REMOVED],
-        failed=failed,
+        why=why,
     )

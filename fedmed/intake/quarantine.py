@@ -30,7 +30,13 @@ HEAD_PARTS = {
 }  # fmt: skip  # of Body Part Examined (PS3.16 Annex L), and what scanners write instead; a neck has the lower face
 HEAD_WORDS = re.compile(
     r"\b(head|brain|skull|face|facial|neuro|cranial|cerebral|kopf|schädel|schaedel|gehirn|crâne|crane|tête|cerveau|"
-    r"neck|carotid|carotis|c[ -]?spine|hals|hws\b)",
+    r"neck|carotid|carotis|c[ -]?spine|hals|hws\b)"
+    r"|(?<![^\W\d])("  # what follows stands alone: a CCT is a head, a CCTA is a heart
+    r"sinus|sinuses|sinuum|paranasal|nnh|nasennebenhöhlen?|orbits?|orbital|orbitae?|eyes?|augen?|pituitary|hypophyse|"
+    r"hypophysis|sella|iacs?|cpa|felsenbein|felsenbeine|petrous|rochers?|mastoids?|temporal bones?|innenohr|inner ear|"
+    r"tmj|kiefer|kiefergelenke?|mandible|mandibula|maxilla|maxillofacial|mittelgesicht|dental|jaws?|nose|nasal|"
+    r"cct|cmrt|ncct|encephalon|encéphale|encephale|cerebrum|trigeminus|trigeminal|dentascan"
+    r")(?![^\W\d])",
     re.I,
 )
 HEAD_CODES = {  # SCT, SRT

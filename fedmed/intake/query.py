@@ -39,6 +39,7 @@ class Series:
     body_part: str | None  # None = the archive does not say
     description: str  # of study and series
     objects: int = 0  # that it has; 0 = the archive does not say
+    refused: str = ""  # why the archive does not tell of which series the study is; the others are then empty
 
 
 def parse_query(text: str, table: Path | None = None) -> Query:
@@ -101,11 +102,16 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
 def meets(query: Query, series: Series) -> bool:
     """Whether a series meets the conditions that an archive need not know. What it does not say is let through."""
     described = series.description.casefold()
-    return (
+    return bool(series.refused) or (
         (not query.modalities or series.modality in query.modalities)
         and (not query.body_part or series.body_part in (None, "", query.body_part))
         and all(word in described for word in query.description.casefold().split())
     )
+
+
+def untold(study: str, why: str) -> Series:
+    """A study that an archive lists, and of which it does not tell the series."""
+    return Series(study=study, series="", modality="", body_part=None, description="", refused=why)
 
 
 def questions(query: Query) -> list[dict[str, str]]:

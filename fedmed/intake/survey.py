@@ -37,7 +37,6 @@ from fedmed.intake.deidentify import is_ours
 from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
-NAME = "PatientName"  # which de-identification may have replaced by another
 NAMES = ("PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
 EMPTY, OVERLAPPING = "empty", "regions overlap"  # of masks that need not be wrong
 SHOWN = {"mr": "mr", "nuclear": "pet"}  # the preset of a modality; "color" takes all else
@@ -160,10 +159,16 @@ def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
         "photometric": _text(ds.get("PhotometricInterpretation")),
         "syntax": _text(UID(syntax).name),
         "marked": marked,
-        "named": any(str(ds.get(name) or "").strip() for name in (NAMES if marked else (NAME, *NAMES))),
+        "named": any(str(ds.get(name) or "").strip() for name in NAMES) or (not marked and _is_named(ds)),
         "quarantine": "" if ours else header_reason(ds) or (text and pixel_reason(ds)) or "",
         "searched": ours or text,
     }
+
+
+def _is_named(ds: Dataset) -> bool:
+    """Whether there is a patient's name, other than the patient's id once more, as public sets have it."""
+    name = str(ds.get("PatientName") or "").strip()
+    return name not in ("", str(ds.get("PatientID") or "").strip())
 
 
 def _mask(path: Path, seen: Looked, regions: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ shifts signed JPEG 2000 by half its range. GDCM aborts the process on some damag
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -62,7 +62,7 @@ BLOCK = 2**18  # pixels
 NEEDS_GPL = "12-bit JPEG needs a package under GPL-3: pip install 'pylibjpeg-libjpeg>=2.4'"
 
 
-def stored_frames(ds: Dataset, *, gpl: bool = True) -> Iterator[NDArray[Any]]:
+def stored_frames(ds: Dataset, *, gpl: bool = True, wanted: Sequence[int] = ()) -> Iterator[NDArray[Any]]:
     """The frames as the scanner stored them: sign extended, foreign bits removed (PS3.3 C.7.6.3.1.4).
 
     YBR_FULL and YBR_FULL_422 come out as RGB. Where High Bit is Bits Stored - 1, as it should be, the frames are
@@ -71,6 +71,7 @@ def stored_frames(ds: Dataset, *, gpl: bool = True) -> Iterator[NDArray[Any]]:
     Args:
         ds: an object with its pixels.
         gpl: whether a decoder of the gpl-decoders extra may be used if it is installed.
+        wanted: numbers of frames, from 0 and ascending: no other is decoded; () = all.
 
     Yields:
         (H, W) or (H, W, samples), maybe a read-only view of the object's own bytes.
@@ -80,22 +81,23 @@ def stored_frames(ds: Dataset, *, gpl: bool = True) -> Iterator[NDArray[Any]]:
     """
     claims = declared(ds)
     if not claims.syntax.is_encapsulated:
-        yield from _frames_by(ds, claims, "")
+        yield from _frames_by(ds, claims, "", wanted)
         return
     if claims.syntax not in DECODERS:
         raise UnreadableImage("no decoder for its transfer syntax")
-    for frame in _coded_frames(ds, claims):
-        check_codestream(frame, claims)
-    yield from _decompressed(ds, claims, gpl=gpl)
+    for number, frame in enumerate(_coded_frames(ds, claims)):
+        if not wanted or number in wanted:
+            check_codestream(frame, claims)
+    yield from _decompressed(ds, claims, wanted, gpl=gpl)
 
 
-def _decompressed(ds: Dataset, claims: Declared, *, gpl: bool) -> Iterator[NDArray[Any]]:
+def _decompressed(ds: Dataset, claims: Declared, wanted: Sequence[int], *, gpl: bool) -> Iterator[NDArray[Any]]:
     """Each decoder in turn; the next one goes on at the frame where the last one failed."""
     done, names = 0, decoders_of(claims.syntax, gpl=gpl)
     failure: Exception | None = None
     for name in names:
         try:
-            for index, frame in enumerate(_frames_by(ds, claims, name)):
+            for index, frame in enumerate(_frames_by(ds, claims, name, wanted)):
                 if index == done:
                     done += 1
                     yield frame
@@ -121,8 +123,8 @@ def decoders_of(syntax: UID, *, gpl: bool = True) -> list[str]:
     return [name for name in names if name in installed and (gpl or (syntax, name) not in GPL)]
 
 
-def _frames_by(ds: Dataset, claims: Declared, name: str) -> Iterator[NDArray[Any]]:
-    """All frames by one decoder, "" = pydicom's own for plain pixels."""
+def _frames_by(ds: Dataset, claims: Declared, name: str, wanted: Sequence[int]) -> Iterator[NDArray[Any]]:
+    """Those frames that are wanted by one decoder, "" = pydicom's own for plain pixels."""
     decoder = get_decoder(claims.syntax)
     plain = not claims.syntax.is_encapsulated
     cells = plain or claims.syntax == RLELossless  # other codecs carry the value, not the cell
@@ -131,24 +133,26 @@ def _frames_by(ds: Dataset, claims: Declared, name: str) -> Iterator[NDArray[Any
     options: dict[str, Any] = {"view_only": True} if plain and whole else {}
     if shifted:
         options["correct_unused_bits"] = False  # pydicom's correction takes High Bit for granted
-    rgb_already = _already_rgb(ds, claims) if name == "pillow" and claims.samples == 3 else repeat(False)
+    rgb_already = _already_rgb(ds, claims, wanted) if name == "pillow" and claims.samples == 3 else repeat(False)
     count = 0
-    for frame, about in decoder.iter_array(ds, decoding_plugin=name, raw=True, **options):
+    for frame, about in decoder.iter_array(ds, indices=wanted, decoding_plugin=name, raw=True, **options):
         count += 1
         if shifted:
             frame = significant_bits(frame, stored=claims.stored, high=claims.high)
         converted = next(rgb_already, False) or about["photometric_interpretation"] not in CONVERTED
         yield frame if converted else _rgb(frame)
-    if count < claims.frames:
+    if count < (len(wanted) or claims.frames):
         raise UnreadableImage("fewer frames than its header declares")
 
 
-def _already_rgb(ds: Dataset, claims: Declared) -> Iterator[bool]:
-    """Of each JPEG frame whether Pillow makes RGB of it, while pydicom (3.0) goes on to call it YBR.
+def _already_rgb(ds: Dataset, claims: Declared, wanted: Sequence[int]) -> Iterator[bool]:
+    """Of each wanted JPEG frame whether Pillow makes RGB of it, while pydicom (3.0) goes on to call it YBR.
 
     It does where there is Adobe's APP14 segment (ISO 10918-6 6.5.3), unless that says that there is nothing to convert.
     """
-    for frame in _coded_frames(ds, claims):
+    for number, frame in enumerate(_coded_frames(ds, claims)):
+        if wanted and number not in wanted:
+            continue
         with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
             about = image.info
         yield about.get("adobe_transform") == 1 or ("adobe_transform" in about and "jfif" in about)

@@ -89,6 +89,7 @@ def _describe_study_(ds: Dataset, scanner: Scanner, patient: Patient, exposure: 
     ds.SOPClassUID = DigitalXRayImageStorageForPresentation if direct else ComputedRadiographyImageStorage
     ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID = uids.instance, uids.study, uids.series
     ds.PatientID, ds.PatientName = patient.identifier, patient.name
+    ds.PatientIdentityRemoved, ds.DeidentificationMethod = "YES", "a phantom, of nobody"
     ds.PatientBirthDate, ds.PatientSex, ds.PatientAge = "", patient.sex, f"{patient.age:03d}Y"
     ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = "20200101"
     ds.StudyTime = ds.ContentTime = "120000"
