@@ -18,7 +18,7 @@ from fedmed.privacy.central import AdaptiveClip, following_clip, shared_noise
 from fedmed.privacy.noise import InsecureGenerator
 from fedmed.privacy.renyi import ORDERS
 from fedmed.training.clipping import GradientClipper, layers_of
-from fedmed.training.loop import Circumstances
+from fedmed.training.loop import RoundContext
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import train_privately_, units_of
@@ -79,7 +79,7 @@ def clipped_adaptively(data, source, steps: int, **changes) -> float:
     units = units_of(data, np.arange(len(data)), PrivacyConfig())
     trained = train_privately_(
         model, data, units, PLAIN.model_copy(update={"learning_rate": 1e-9}), masked_bce, given,
-        source=source, generator=np.random.default_rng(0), given=Circumstances(),
+        source=source, generator=np.random.default_rng(0), context=RoundContext(),
     )  # fmt: skip
     return float(trained.kept["clip"][0])
 
@@ -108,7 +108,7 @@ def test_a_round_that_was_cut_off_ends_with_the_same_bits_and_the_same_bound(cli
         model = network()
         trained = train_privately_(
             model, data, units, PLAIN, loss, given, source=Chosen(), generator=np.random.default_rng(0),
-            given=Circumstances(unfinished=unfinished),
+            context=RoundContext(unfinished=unfinished),
         )  # fmt: skip
         return model.weights().parameters.tobytes(), float(trained.kept["clip"][0]) if trained.kept else None
 

@@ -12,7 +12,7 @@ from fedmed.privacy.noise import SecureGenerator
 from fedmed.training import private
 from fedmed.training.coupling import require_uncoupled
 from fedmed.training.filling import FEWEST
-from fedmed.training.loop import Circumstances
+from fedmed.training.loop import RoundContext
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import SecretNoiseOptimizer, train_privately_, units_of
@@ -75,7 +75,7 @@ def trained(made: FlatNetwork, *, physical_batch: int = 12, **keys: object) -> F
     given = terms(physical_batch=physical_batch)
     train_privately_(
         made, data(), units_of(data(), np.arange(IMAGES), given), config, masked_bce, given,
-        source=SecureGenerator(), generator=np.random.default_rng(7), given=Circumstances(round=1),
+        source=SecureGenerator(), generator=np.random.default_rng(7), context=RoundContext(round=1),
     )  # fmt: skip
     return made
 

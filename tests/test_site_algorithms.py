@@ -21,7 +21,7 @@ from fedmed.training.gradients import constant, proximal
 from fedmed.training.local_algorithms import Visit
 from fedmed.training.local_algorithms.fedbn import NORM_LAYERS, norm_masks
 from fedmed.training.local_algorithms.scaffold import path_length, scaffold
-from fedmed.training.loop import Circumstances, train_
+from fedmed.training.loop import RoundContext, train_
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.site_round import site_card, train_round
@@ -99,8 +99,8 @@ def corrected_by_nothing(train, correction) -> np.ndarray:
         targets=rng.integers(0, 2, (20, 1)).astype(np.float32),
         patients=tuple(map(str, range(20))),
     )
-    given = Circumstances(correction=correction and correction(network, network.weights().parameters, 0.0))
-    train_(network, data, np.arange(20), config, masked_bce, np.random.default_rng(2), given)
+    context = RoundContext(correction=correction and correction(network, network.weights().parameters, 0.0))
+    train_(network, data, np.arange(20), config, masked_bce, np.random.default_rng(2), context)
     return network.weights().parameters
 
 
@@ -161,9 +161,9 @@ def quadratic_visit(a, b, config, round, w, vectors, kept) -> Visit:
     data = Dataset(images=images, targets=targets, patients=("x", "y", "z"))
 
     def train(*, correction=None, personal=False):
-        loss, given = partial(F.mse_loss, reduction="sum"), Circumstances(round=round, correction=correction)
+        loss, context = partial(F.mse_loss, reduction="sum"), RoundContext(round=round, correction=correction)
         order = np.random.default_rng(0)
-        return train_(network, data, np.arange(3), config.train, lambda z, t: loss(z, t) / 2, order, given)
+        return train_(network, data, np.arange(3), config.train, lambda z, t: loss(z, t) / 2, order, context)
 
     return Visit(
         config=config, round=round, plateau=1.0, network=network, received=received, vectors=vectors, kept=kept,
@@ -227,8 +227,8 @@ def test_the_length_of_the_path_is_how_far_equal_gradients_go(keys):
     network = FlatNetwork(nn.Linear(1, 1, bias=False), torch.device("cpu"))
     before = network.vector.item()
     data = Dataset(images=np.ones((4, 1), np.float32), targets=np.ones((4, 1), np.float32), patients=tuple("abcd"))
-    given = Circumstances(round=2)
-    train_(network, data, np.arange(4), config, lambda logits, _: logits.mean(), np.random.default_rng(0), given)
+    context = RoundContext(round=2)
+    train_(network, data, np.arange(4), config, lambda logits, _: logits.mean(), np.random.default_rng(0), context)
     assert path_length(config, 2, 1.0, 7) == pytest.approx(before - network.vector.item(), rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from fedmed.errors import ConfigError
 from fedmed.federated.progress import Progress
 from fedmed.imaging.dataset import Dataset
 from fedmed.training import precision
-from fedmed.training.loop import Circumstances, train_
+from fedmed.training.loop import RoundContext, train_
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
@@ -42,9 +42,9 @@ def linear() -> FlatNetwork:
     return FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), torch.device("cpu"))
 
 
-def trained(config, *, rows: int = 24, given: Circumstances | None = None) -> np.ndarray:
+def trained(config, *, rows: int = 24, context: RoundContext | None = None) -> np.ndarray:
     network, data = linear(), data_of(rows)
-    train_(network, data, np.arange(rows), config, masked_bce, np.random.default_rng(5), given)
+    train_(network, data, np.arange(rows), config, masked_bce, np.random.default_rng(5), context)
     return network.weights().parameters
 
 
@@ -109,8 +109,8 @@ def test_the_moving_average_is_what_a_site_sends():
 
 def test_early_stopping_keeps_the_best_pass():
     losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
-    given = Circumstances(validation=lambda: next(losses))
-    stopped = trained(train_config(local_epochs=5, patience=2), given=given)
+    context = RoundContext(validation=lambda: next(losses))
+    stopped = trained(train_config(local_epochs=5, patience=2), context=context)
     assert next(losses) == 0.5, "two passes without improvement end the round"
     np.testing.assert_array_equal(stopped, trained(train_config(local_epochs=2)))
 
@@ -125,16 +125,16 @@ def test_patience_judges_after_every_pass_whatever_is_accumulated(accumulate, af
         judged.append(len(taken))
         return 0.0
 
-    given = Circumstances(validation=validation, correction=lambda: taken.append(1))
-    trained(train_config(local_epochs=4, patience=9, accumulate=accumulate), given=given)  # three batches in a pass
+    context = RoundContext(validation=validation, correction=lambda: taken.append(1))
+    trained(train_config(local_epochs=4, patience=9, accumulate=accumulate), context=context)  # three batches in a pass
     assert judged == after
 
 
 def test_the_best_pass_leaves_with_the_statistics_of_that_pass():
     losses = iter([1.0, 2.0, 3.0])
-    given = Circumstances(validation=lambda: next(losses))
+    context = RoundContext(validation=lambda: next(losses))
     sent = []
-    for config, circumstances in ((train_config(local_epochs=3, patience=9), given), (train_config(), None)):
+    for config, circumstances in ((train_config(local_epochs=3, patience=9), context), (train_config(), None)):
         network = with_batch_norm()
         train_(network, data_of(24), np.arange(24), config, masked_bce, np.random.default_rng(5), circumstances)
         sent.append(network.weights())
@@ -191,8 +191,8 @@ def test_a_plateau_needs_a_set_of_the_servers():
 
 def test_a_warm_up_trains_less_in_the_first_round():
     start = linear().weights().parameters
-    warm = trained(train_config(warmup_rounds=2.0), given=Circumstances(round=1))
-    full = trained(train_config(warmup_rounds=2.0), given=Circumstances(round=3))
+    warm = trained(train_config(warmup_rounds=2.0), context=RoundContext(round=1))
+    full = trained(train_config(warmup_rounds=2.0), context=RoundContext(round=3))
     assert np.abs(warm - start).max() < 0.5 * np.abs(full - start).max()
 
 
@@ -294,8 +294,8 @@ def test_a_round_that_was_cut_off_ends_with_the_same_bits(tmp_path, optimizer, a
 
     def go(flat: FlatNetwork, loss, where: Unfinished | None) -> np.ndarray:
         passes = iter(range(9))
-        given = Circumstances(unfinished=where, validation=lambda: float(next(passes)))  # the first is the best
-        train_(flat, data_of(24), np.arange(24), config, loss, np.random.default_rng(5), given)
+        context = RoundContext(unfinished=where, validation=lambda: float(next(passes)))  # the first is the best
+        train_(flat, data_of(24), np.arange(24), config, loss, np.random.default_rng(5), context)
         return np.concatenate([flat.weights().parameters, flat.weights().buffers])
 
     steps = 0

@@ -11,7 +11,7 @@ from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.noise import InsecureGenerator, SecureGenerator
 from fedmed.training.clipping import GradientClipper
-from fedmed.training.loop import Circumstances, Training
+from fedmed.training.loop import RoundContext, Training
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
 from fedmed.training.private import drawn, train_privately_, units_of
@@ -92,7 +92,7 @@ def step(data: Dataset, source, settings: TrainConfig = PLAIN, privacy: PrivacyC
     units = units_of(data, np.arange(len(data)), privacy or PrivacyConfig(mode="none", unit=given.unit))
     train_privately_(
         model, data, units, settings, masked_bce, given,
-        source=source, generator=np.random.default_rng(0), given=Circumstances(),
+        source=source, generator=np.random.default_rng(0), context=RoundContext(),
     )  # fmt: skip
     return (before - model.vector).double() * given.expected_batch
 
@@ -201,7 +201,7 @@ def test_p05_noise_has_the_variance_that_it_is_said_to_have():
     units = units_of(data, np.arange(3), PrivacyConfig())
     train_privately_(
         model, data, units, PLAIN, masked_bce, given,
-        source=SecureGenerator(), generator=np.random.default_rng(0), given=Circumstances(),
+        source=SecureGenerator(), generator=np.random.default_rng(0), context=RoundContext(),
     )  # fmt: skip
     noise = (before - model.vector).double().numpy()
     assert noise.var() == pytest.approx((2.0 * 0.5) ** 2, rel=0.01)
@@ -217,13 +217,11 @@ def test_p05_what_masks_of_dropout_are_drawn_from_is_saved_only_where_noise_prot
     train_privately_(
         FlatNetwork(layers, torch.device("cpu")), data, units_of(data, np.arange(3), PrivacyConfig()), PLAIN,
         masked_bce, terms(data, steps=2), source=source, generator=np.random.default_rng(0),
-        given=Circumstances(unfinished=saved),
+        context=RoundContext(unfinished=saved),
     )  # fmt: skip
     found = saved.load()
     assert found is not None and ("random" in found[1]) is not source.secret
-    training = Training(
-        FlatNetwork(layers, torch.device("cpu")), PLAIN, Circumstances(unfinished=saved), 2, secret=True
-    )
+    training = Training(FlatNetwork(layers, torch.device("cpu")), PLAIN, RoundContext(unfinished=saved), 2, secret=True)
     before = torch.default_generator.get_state()
     training.take_up()
     assert training.step == 1 and torch.equal(torch.default_generator.get_state(), before)
@@ -244,7 +242,7 @@ def test_p05_a_private_round_that_was_cut_off_repeats_no_secret_noise(noise, sam
         train_privately_(
             model, data, units_of(data, np.arange(len(data)), PrivacyConfig()), PLAIN, masked_bce,
             terms(data, steps=5, expected_batch=2.0), source=noise(), generator=np.random.default_rng(0),
-            given=Circumstances(unfinished=where, correction=correction),
+            context=RoundContext(unfinished=where, correction=correction),
         )  # fmt: skip
         return model.weights().parameters
 
@@ -304,7 +302,7 @@ def test_p07_refuses_a_network_that_couples_the_images_of_a_batch():
     with pytest.raises(ModelError, match="BatchNorm"):
         train_privately_(
             model, data, units, PLAIN, masked_bce, terms(data),
-            source=SecureGenerator(), generator=np.random.default_rng(0), given=Circumstances(),
+            source=SecureGenerator(), generator=np.random.default_rng(0), context=RoundContext(),
         )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def opened_account(
     sigma = (
         privacy.noise_multiplier
         or _planned_noise(permit.ledger, run, public, cohort.name)
-        or (kept is None and 1.0)  # of nothing
+        or (kept is None and 1.0)  # unused: no round is trained
         or noise_multiplier_for(
             epsilon=permit.allowance.epsilon,
             delta=permit.allowance.delta,

@@ -32,7 +32,7 @@ from fedmed.metrics import (
     segmentation_measures,
 )
 from fedmed.training.evaluate import predictions, scored_cases
-from fedmed.training.loop import Circumstances
+from fedmed.training.loop import RoundContext
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.own_patients import OwnPatients
 from fedmed.training.sampling import Rows
@@ -96,7 +96,7 @@ def train_baseline(site: Site, watch: OnProgress) -> Path:
     state = SiteState(folder=_rounds_of(state_dir, final.run))
     network.load_(Weights(**state.before()) if state.last_round else first.weights)
     for round in range(state.last_round + 1, config.train.rounds + 1):
-        own.train_(config.train, Circumstances(round=round))
+        own.train_(config.train, RoundContext(round=round))
         trained = network.weights()
         state.keep(round, {"parameters": trained.parameters, "buffers": trained.buffers}, reach=1)
         watch(round, config.train.rounds)

@@ -43,7 +43,7 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circumstances:
+class RoundContext:
     """What besides data and settings decides how a round is trained."""
 
     round: int = 1
@@ -95,7 +95,7 @@ def train_(
     config: TrainConfig,
     loss: Loss,
     generator: np.random.Generator,
-    given: Circumstances | None = None,
+    context: RoundContext | None = None,
 ) -> Trained:
     """Train `network` in place on the given rows of `data`.
 
@@ -104,13 +104,13 @@ def train_(
     """
     if len(rows) == 0:
         raise DataError("no image is left to train on", public="no image is left to train on")
-    given = given or Circumstances()
+    context = context or RoundContext()
     seed = int(generator.integers(2**63))
     network.module.train()
     alone = not mixes_images(network.module)
-    order = list(batches(rows, config, generator, given.weights, alone=alone))
+    order = list(batches(rows, config, generator, context.weights, alone=alone))
     with seeded(seed, network.device):  # dropout inside the network, if it has any
-        training = Training(network, config, given, -(-len(order) // config.accumulate))
+        training = Training(network, config, context, -(-len(order) // config.accumulate))
         training.take_up()
         supervised = deeply_supervised(loss)
         first = training.step * config.accumulate
@@ -171,18 +171,18 @@ class Training:
     """The state of one round's training: the network, its optimizer, and what has been seen so far."""
 
     def __init__(
-        self, network: FlatNetwork, config: TrainConfig, given: Circumstances, steps: int, *, secret: bool = False
+        self, network: FlatNetwork, config: TrainConfig, context: RoundContext, steps: int, *, secret: bool = False
     ) -> None:
         """Begin with a fresh optimizer.
 
         Args:
             network: to be trained.
             config: of the run.
-            given: the round's circumstances.
+            context: what besides data and settings decides the round.
             steps: what the schedule is laid over.
             secret: what the network draws from, for dropout, is neither saved nor restored.
         """
-        self.network, self.config, self.given, self.steps, self.secret = network, config, given, steps, secret
+        self.network, self.config, self.context, self.steps, self.secret = network, config, context, steps, secret
         self.optimizer = optimizer_for(config, network)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.total, self.step = torch.zeros((), device=network.device), 0
@@ -195,8 +195,8 @@ class Training:
         """One optimizer step on the gradient that a function leaves in the parameters; it gives the loss, a scalar."""
         self._set_learning_rate()
         self.total += gradient_()
-        if self.given.correction is not None:
-            self.given.correction()
+        if self.context.correction is not None:
+            self.context.correction()
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
@@ -208,15 +208,15 @@ class Training:
 
     def over(self, *, at_end_of_pass: bool) -> bool:
         """Save if it is time to, and say whether the round is to end early."""
-        if at_end_of_pass and self.config.patience and self.given.validation is not None:
-            value = self.given.validation()
+        if at_end_of_pass and self.config.patience and self.context.validation is not None:
+            value = self.context.validation()
             self.network.module.train()
             if self.best is None or value < self.best[0]:
                 self.best, self.stale = (value, _copied(self.network.state())), 0
             else:
                 self.stale += 1
-        if self.given.unfinished is not None and self.given.unfinished.due and self.step < self.steps:
-            self.given.unfinished.save(*self._state())
+        if self.context.unfinished is not None and self.context.unfinished.due and self.step < self.steps:
+            self.context.unfinished.save(*self._state())
         return 0 < self.config.patience <= self.stale
 
     def result_(self) -> Trained:
@@ -230,7 +230,7 @@ class Training:
 
     def take_up(self) -> None:
         """Go on where a process of this round was killed, if there was one."""
-        saved = self.given.unfinished.load() if self.given.unfinished is not None else None
+        saved = self.context.unfinished.load() if self.context.unfinished is not None else None
         if saved is None:
             return
         numbers, tensors = saved
@@ -276,8 +276,8 @@ class Training:
         return numbers, tensors
 
     def _set_learning_rate(self) -> None:
-        progress = self.given.round - 1 + (self.step + 0.5) / self.steps
-        factor = learning_rate_factor(self.config, progress, self.given.plateau)
+        progress = self.context.round - 1 + (self.step + 0.5) / self.steps
+        factor = learning_rate_factor(self.config, progress, self.context.plateau)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 

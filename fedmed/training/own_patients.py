@@ -21,7 +21,7 @@ from fedmed.models.low_rank import merged
 from fedmed.training.evaluate import mean_loss
 from fedmed.training.local_algorithms.ditto import own_weights
 from fedmed.training.local_algorithms.fine_tune import fine_tuning
-from fedmed.training.loop import Circumstances, Trained, train_
+from fedmed.training.loop import RoundContext, Trained, train_
 from fedmed.training.losses import Loss, loss_for
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import Rows, balanced_positive_weights, balanced_weights
@@ -66,34 +66,42 @@ class OwnPatients:
         """
         return self.data.people(named=self.config.privacy.mode != "none")
 
-    def train_(self, settings: TrainConfig, given: Circumstances, account: Account | None = None) -> Trained:
+    def train_(self, settings: TrainConfig, context: RoundContext, account: Account | None = None) -> Trained:
         """Train the network in place from the weights that it holds; the order of images follows from the round.
 
         Args:
             settings: of the training.
-            given: the round.
+            context: the round.
             account: of a round that is to leave the site under differential privacy; what is trained without one
                 stays there.
         """
         task = self.config.task
-        generator = site_generator(self.config.seed, self.site, given.round)
+        generator = site_generator(self.config.seed, self.site, context.round)
         if account is not None:
             from fedmed.training.private import train_privately_  # heavy: opacus
 
             loss = self._loss(settings)
             terms, source, units = account.terms, account.source, account.units
             return train_privately_(
-                self.network, self.data, units, settings, loss, terms, source=source, generator=generator, given=given
+                self.network,
+                self.data,
+                units,
+                settings,
+                loss,
+                terms,
+                source=source,
+                generator=generator,
+                context=context,
             )
         rows, validation = self._parted(settings)
         balanced = settings.sampling == "balanced"
-        given = replace(
-            given,
+        context = replace(
+            context,
             weights=balanced_weights(self.data, rows, task) if balanced else None,
             validation=self._validation(settings, validation),
         )
         loss = self._loss(settings, self._positive_weights(settings, rows))
-        return train_(self.network, self.data, rows, settings, loss, generator, given)
+        return train_(self.network, self.data, rows, settings, loss, generator, context)
 
     def held_out_loss(self, *, form: Form) -> float:
         """The loss on the patients held out, for an algorithm that has to know it.
@@ -154,7 +162,7 @@ def become_personal_(own: OwnPatients, kept: Mapping[str, FloatVector]) -> bool:
         under Ditto a site that never trained has none but the shared one.
     """
     if own.config.strategy.personal_steps:
-        own.train_(fine_tuning(own.config), Circumstances(round=0))  # no round of the run draws from 0
+        own.train_(fine_tuning(own.config), RoundContext(round=0))  # no round of the run draws from 0
         return True
     if own.config.strategy.name == "ditto" and kept:
         own.network.load_(own_weights(kept))

@@ -32,7 +32,7 @@ from fedmed.privacy.noise import NoiseGenerator
 from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
 from fedmed.training.coupling import require_uncoupled
 from fedmed.training.filling import FEWEST, filled, numbered
-from fedmed.training.loop import Batch, Circumstances, Trained, Training, seeded, training_batch
+from fedmed.training.loop import Batch, RoundContext, Trained, Training, seeded, training_batch
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.precision import settled
@@ -215,7 +215,7 @@ def train_privately_(
     *,
     source: NoiseGenerator,
     generator: np.random.Generator,
-    given: Circumstances,
+    context: RoundContext,
 ) -> Trained:
     """Train `network` in place by DP-SGD; what comes back besides the weights must not leave the site.
 
@@ -229,7 +229,7 @@ def train_privately_(
         source: secret randomness: sampling, draws within a patient, noise.
         generator: of augmentation, from the run's seed. Dropout is drawn for a whole batch at once, so that its masks
             depend on who else is there; they are independent of that only while nobody can predict them.
-        given: the round's circumstances; nothing in them may come from private data.
+        context: what besides data and settings decides the round; nothing in them may come from private data.
 
     Raises:
         ModelError: a layer of the network couples images or cannot be clipped.
@@ -237,7 +237,7 @@ def train_privately_(
     seed = int(generator.integers(2**63))
     buffers = [buffer.clone() for buffer in network.module.buffers()]
     with seeded(int(source.integers(2**62, 1)[0]), network.device):
-        training = Training(network, config, given, terms.steps, secret=source.secret)
+        training = Training(network, config, context, terms.steps, secret=source.secret)
         training.take_up()
         network.module.train()
         terms = replace(terms, max_grad_norm=training.clip or terms.max_grad_norm)

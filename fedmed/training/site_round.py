@@ -26,7 +26,7 @@ from fedmed.training.local_algorithms.fedbn import with_own_norms
 from fedmed.training.local_algorithms.fine_tune import has_personal_network, personal_training
 from fedmed.training.local_baseline import keep_network
 from fedmed.training.local_findings import write_findings
-from fedmed.training.loop import Circumstances, Trained
+from fedmed.training.loop import RoundContext, Trained
 from fedmed.training.masking import Part, key_of_site, masked, part_in_sum, seeds_for
 from fedmed.training.network import FlatNetwork, resident_network
 from fedmed.training.oversight import (
@@ -85,15 +85,15 @@ def train_round(task: Task, site: Site) -> Update:
             keep_network(site.state_dir, "first", task, task.weights)
 
     def train(*, correction: Correction | None = None, personal: bool = False) -> Trained:
-        given = Circumstances(
+        context = RoundContext(
             round=task.round,
             plateau=task.learning_rate_factor,
             unfinished=saves["personal" if personal else "round"],
             correction=correction,
         )
         if personal:
-            return own.train_(personal_training(config), given)
-        return own.train_(config.train, given, account)
+            return own.train_(personal_training(config), context)
+        return own.train_(config.train, context, account)
 
     visit = Visit(
         config=config,
