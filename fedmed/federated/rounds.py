@@ -340,7 +340,7 @@ class Federation:
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
         every = self.config.privacy.mode == "dp-sgd" or has_personal_network(
             self.config.strategy
-        )  # a private site reports its final ε
+        )  # ε too
         nodes = {name: node for name, node in sites.connected().items() if every or sites[name].holds_out}
         answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
         self.site_metrics, failed = metrics_of_sites(answers, self.config.task, self.progress.spent)
