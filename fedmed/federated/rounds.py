@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,16 @@ from fedmed.types import Event, Masking, Task, Update, Weights
 Watch = Callable[[Event], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """What has come of a round's sites."""
+
+    combined: Combiner
+    joined: list[str]  # sites whose updates are in it
+    failed: list[Failure]
+    missing: str | None  # why the round cannot count, or None
+
+
 class Federation:
     """One run: its configuration, its folder, its grid. `federation.run_federation` is the way in."""
 
@@ -81,10 +91,6 @@ class Federation:
         saved = self.progress.round
         if self.noise is not None:
             self.noise.begin(saved, parameters=self.layout.num_parameters)
-        terms = partial(
-            RoundTerms, layout=self.layout, step=self.step, strategy=self.config.strategy, folder=self.folder.spool,
-            noise=self.noise,
-        )  # fmt: skip
         for round in range(saved + 1, self.config.train.rounds + 1):
             if self._stops():
                 break
@@ -98,43 +104,20 @@ class Federation:
             task = self._task("train", round, weights, self.step.outgoing(state), hidden)
 
             # ── exchange, validate, aggregate: one update in memory at a time, in the order of the sites' names ───
-            combined = combiner(terms(
-                sent=weights, state=state, known=len(sites.members), round=round, plateau=task.learning_rate_factor
-            ))  # fmt: skip
-            joined: list[str] = []
-            failed = arrivals.unreachable
-            for failure in failed:
-                self._tell("site_failed", round, **asdict(failure))
-            missing = sites.missing(list(nodes))
-            for site, answer in () if missing else self._answers(task, sites, nodes, joined, failed):
-                try:
-                    update, trained = self._admitted(answer, sites[site], weights)
-                    combined.add(site, update, trained)
-                except UpdateRefused as error:
-                    gone = isinstance(answer, str)  # who answers what cannot be used is still there
-                    reason = str(error)
-                    failed.append(sites.missed(site, reason, round) if gone else Failure(site=site, reason=reason))
-                    self._tell("site_failed" if gone else "update_refused", round, **asdict(failed[-1]))
-                    continue
-                joined.append(site)
-                sites.joined(site)
-                self._tell("update_received", round, site=site, **public_facts(update, self.config.task))
-            missing = (
-                missing or sites.missing(joined, failed) or combined.too_few() or self._closed(combined, task, nodes)
-            )
+            arrived = self._collect(task, sites, nodes, state, arrivals.unreachable)
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            if missing:
-                self.progress.pause(self._entry(round, joined, failed, seconds, {}))
+            if arrived.missing:
+                self.progress.pause(self._entry(round, arrived, seconds, {}))
                 self._save(weights, state, saved)
-                return "paused", missing
-            aggregate = combined.result()
+                return "paused", arrived.missing
+            aggregate = arrived.combined.result()
             weights, state = self.step(weights, aggregate, state)
 
             # ── evaluate, checkpoint, tell ────────────────────────────────────────────────────────────────────────
             judgement = self._judge(round, weights)
             metrics = metrics_json(judgement.metrics) if judgement else {}
-            self.progress.rounds.append(self._entry(round, joined, failed, seconds, metrics))
+            self.progress.rounds.append(self._entry(round, arrived, seconds, metrics))
             last = self._stops() or round == self.config.train.rounds
             if last or round % self.config.strategy.checkpoint_every == 0:
                 saved = self._save(weights, state, saved)
@@ -217,7 +200,7 @@ class Federation:
 
     def _task(
         self,
-        kind: str,
+        kind: Literal["train", "evaluate"],
         round: int,
         weights: Weights,
         vectors: State = MappingProxyType({}),
@@ -226,7 +209,7 @@ class Federation:
         every = self.config.evaluate.sites == "every" and round > 1
         followed = kind == "train" and self.config.strategy.name in FOLLOWS_SERVER
         return Task(
-            kind="train" if kind == "train" else "evaluate",
+            kind=kind,
             round=round,
             settings=self.settings,
             layout=self.layout.hash,
@@ -251,6 +234,45 @@ class Federation:
             retries=self.config.strategy.retries,
             needed=needed,
         )
+
+    def _collect(
+        self, task: Task, sites: Membership, nodes: Mapping[str, int], state: State, failed: list[Failure]
+    ) -> Arrived:
+        """Ask the sites of a round, and add up the updates that can be used."""
+        combined = combiner(
+            RoundTerms(
+                layout=self.layout,
+                sent=task.weights,
+                state=state,
+                step=self.step,
+                strategy=self.config.strategy,
+                known=len(sites.members),
+                round=task.round,
+                plateau=task.learning_rate_factor,
+                noise=self.noise,
+                folder=self.folder.spool,
+            )
+        )
+        joined: list[str] = []
+        for failure in failed:
+            self._tell("site_failed", task.round, **asdict(failure))
+        if missing := sites.missing(list(nodes)):
+            return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
+        for site, answer in self._answers(task, sites, nodes, joined, failed):
+            try:
+                update, trained = self._admitted(answer, sites[site], task.weights)
+                combined.add(site, update, trained)
+            except UpdateRefused as error:
+                gone = isinstance(answer, str)  # who answers what cannot be used is still there
+                reason = str(error)
+                failed.append(sites.missed(site, reason, task.round) if gone else Failure(site=site, reason=reason))
+                self._tell("site_failed" if gone else "update_refused", task.round, **asdict(failed[-1]))
+                continue
+            joined.append(site)
+            sites.joined(site)
+            self._tell("update_received", task.round, site=site, **public_facts(update, self.config.task))
+        missing = sites.missing(joined, failed) or combined.too_few() or self._closed(combined, task, nodes)
+        return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
 
     def _answers(
         self, task: Task, sites: Membership, nodes: Mapping[str, int], joined: list[str], failed: list[Failure]
@@ -297,13 +319,11 @@ class Federation:
         return 0 < self.config.evaluate.patience <= self.progress.stale
 
     @staticmethod
-    def _entry(
-        round: int, joined: list[str], failed: list[Failure], seconds: float, metrics: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _entry(round: int, arrived: Arrived, seconds: float, metrics: dict[str, Any]) -> dict[str, Any]:
         return {
             "round": round,
-            "joined": joined,
-            "failed": [asdict(failure) for failure in failed],
+            "joined": arrived.joined,
+            "failed": [asdict(failure) for failure in arrived.failed],
             "seconds": seconds,
             "server_metrics": metrics,
         }
@@ -338,9 +358,7 @@ class Federation:
         elif no_single_network(self.config.strategy):
             self.server_metrics = {self.config.primary: metric(None)}
         self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
-        every = self.config.privacy.mode == "dp-sgd" or has_personal_network(
-            self.config.strategy
-        )  # ε too
+        every = self.config.privacy.mode == "dp-sgd" or has_personal_network(self.config.strategy)
         nodes = {name: node for name, node in sites.connected().items() if every or sites[name].holds_out}
         answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
         self.site_metrics, failed = metrics_of_sites(answers, self.config.task, self.progress.spent)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
-from scipy.optimize import brentq
-
 from fedmed.errors import ConfigError
 from fedmed.privacy.accounting import rdp_curve, rdp_epsilon, spent
 from fedmed.types import PrivacyEvent
