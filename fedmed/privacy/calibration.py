@@ -87,6 +87,7 @@ def _bracket(epsilon_at: Callable[[float], float], epsilon: float, *, start: flo
 
 def _least(epsilon_at: Callable[[float], float], epsilon: float, bracket: Bracket, *, precision: float) -> float:
     """The smallest σ of the bracket, to a relative precision, at which the falling ε(σ) keeps the budget."""
+    from scipy.optimize import brentq  # heavy: a run without privacy needs none of it
 
     def excess(log_sigma: float) -> float:
         return math.log(min(max(epsilon_at(math.exp(log_sigma)), 1e-12), 1e12) / epsilon)
