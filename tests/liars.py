@@ -1,5 +1,6 @@
-"""Data of sites whose own code lies: in the place of their network's values they send others, and too many."""
+"""Data of sites whose own code misbehaves when it sends their update: too many values, or far too late."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,18 @@ from fedmed.imaging.dataset import Dataset
 from fedmed.types import Weights
 
 SIZES = {"wide": 1_000, "huge": 20_000_000}  # values, by what the site's name begins with
+LATE_S = 150.0
 
 
 def dataset(reference: Path, config) -> Dataset:
     """Toy data, in the process that will encode the update."""
-    honest, count = wire._network, SIZES[reference.name.partition("-")[0]]
+    honest, kind = wire._network, reference.name.partition("-")[0]
 
     def lie(weights: Weights, copy: bool) -> ArrayRecord:
-        return honest(replace(weights, parameters=np.zeros(count, np.float32)), copy)
+        if kind == "late":
+            time.sleep(LATE_S)
+            return honest(weights, copy)
+        return honest(replace(weights, parameters=np.zeros(SIZES[kind], np.float32)), copy)
 
     wire._network = lie
     return toy.dataset(reference, config)

@@ -374,12 +374,13 @@ def test_a_network_of_125_megabytes_passes_both_ways(consortium, tmp_path):
 
 @pytest.mark.slow
 def test_updates_that_cannot_be_used_are_refused_over_the_link_too(consortium, tmp_path):
-    """More sites are let in: one's update is not finite, one's is of another network, one's has 80 MB.
+    """More sites are let in: one's update is not finite, one's is of another network, one's has 80 MB, one's is late.
 
     What else is refused, the tests of the local engine show. Both engines hand the same records to the same function,
     after which nothing knows where they came from.
     """
-    folders = [consortium.root.parent / "nan-30", make_site(tmp_path, "wide-30"), make_site(tmp_path, "huge-30")]
+    folders = [consortium.root.parent / "nan-30"]
+    folders += [make_site(tmp_path, name) for name in ("wide-30", "huge-30", "late-30")]
     for folder in folders[1:]:
         (folder / "site.toml").write_text((folder / "site.toml").read_text().replace("toy:dataset", "liars:dataset"))
     command("server", "provision", consortium.root, *(folder / "card.json" for folder in folders))
@@ -390,17 +391,18 @@ def test_updates_that_cannot_be_used_are_refused_over_the_link_too(consortium, t
     names = [folder.name for folder in folders]
     try:
         wait_for(lambda: online(consortium) == {*SITES, *names}, 300, lambda: f"only {online(consortium)} came")
-        folder = submit(consortium, tmp_path)
+        folder = submit(consortium, tmp_path, RUN.replace("rounds = 2", "rounds = 1") + "round-timeout-s = 120\n")
     finally:
         ended = [each.stop() for each in started]
         for name in names:
             (consortium.cards / f"{name}.json").unlink()
-    assert ended == [(0, [])] * 3
+    assert ended == [(0, [])] * 4
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "degraded" and "nan-30: the update's parameters are not finite" in result["reason"]
     for name, size in (("wide-30", 1_000), ("huge-30", 20_000_000)):
         assert f"{name}: the update has ({size}, 0) values" in result["reason"]
-    assert [entry["joined"] for entry in result["rounds_log"]] == [list(SITES)] * 2
+    assert "late-30: the task was not done at the round's deadline" in result["reason"]
+    assert [entry["joined"] for entry in result["rounds_log"]] == [list(SITES)]
 
 
 LONG = RUN.replace("rounds = 2", "rounds = 6")

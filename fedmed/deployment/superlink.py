@@ -222,7 +222,7 @@ def renewed(folder: ServerFolder, used: x509.Certificate) -> bool:
     """Whether there is another certificate of the server than the one in use, whole and good."""
     try:
         return require_usable(folder) != used
-    except ConfigError:  # between the writing of a certificate and of its key
+    except (ConfigError, OSError):  # between the writing of a certificate and of its key
         return False
 
 
