@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from dicom_files import written
+from import_files import picture, rows
 from intake_files import named_object
 from loopback_archive import Holdings, archive_of
 from real_consortium import command
@@ -83,3 +84,19 @@ def test_a_site_with_other_keys_than_its_manifest_neither_passes_its_check_nor_t
     (site / "chest" / CHECK).write_text(f"{Pseudonyms(keys=read_keys(site / 'keys')).check}\n")
     assert "pseudonyms are by them" in look_at_keys(read_site_folder(site))
     assert len(withdrawn_of(site / "site.toml")) == 2
+
+
+def test_an_import_for_a_site_leaves_out_whom_its_site_toml_lists(tmp_path, capsys):
+    site = tmp_path / "north"
+    site.mkdir()
+    make_keys(site / "keys")
+    (site / "site.toml").write_text('name = "north"\nmanifest = "chest/manifest.csv"\nopt-out = "withdrawn.csv"\n')
+    (site / "withdrawn.csv").write_text("patient_id\nb\n")
+    for name in ("images/a", "images/b", "masks/a", "masks/b"):
+        picture(tmp_path / "set" / f"{name}.png")
+    words = ("data", "import", "pairs", tmp_path / "set", "--out", site / "chest", "--site", site)
+    command(*words)
+    assert "left out: 1 patients who withdrew" in capsys.readouterr().err and len(rows(site / "chest")) == 1
+    (site / "withdrawn.csv").unlink()
+    with pytest.raises(DataError, match="withdrew"):  # as a task would say
+        command(*words)

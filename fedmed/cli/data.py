@@ -140,7 +140,10 @@ def import_(
         Path | None, typer.Option("--labels", metavar="TOML", help="what the table means, else DIR/labels.toml")
     ] = None,
     opt_out: Annotated[
-        Path | None, typer.Option("--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym")
+        Path | None,
+        typer.Option(
+            "--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym; else site.toml's"
+        ),
     ] = None,
     uncertain: Annotated[Uncertain, typer.Option(help="what uncertain labels become")] = Uncertain.ignore,
     site: Annotated[
@@ -157,12 +160,12 @@ def import_(
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """
     from fedmed.cli.intake import check_archive, folders_of, import_data
-    from fedmed.cli.pull import site_pseudonyms
+    from fedmed.cli.pull import site_opt_out, site_pseudonyms
 
     check_archive(kind, source)
     if not import_data(
         kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
-        table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
+        table=table, labels=labels, opt_out=opt_out or site_opt_out(site), uncertain=uncertain.value,
     ):  # fmt: skip
         raise typer.Exit(1)
 
