@@ -80,10 +80,21 @@ def hospital(folder: Path, first: int) -> Archive:
     return archive
 
 
-@pytest.fixture
-def pacs(tmp_path, monkeypatch):
-    """A PACS, where Orthanc is installed; else None."""
-    if MISSING:
+@pytest.fixture(
+    params=[
+        "export",
+        pytest.param(
+            "pacs",
+            marks=[
+                pytest.mark.pacs,
+                pytest.mark.skipif(MISSING, reason="orthanc, orthanc-dicomweb or dcmtk is missing"),
+            ],
+        ),
+    ]
+)
+def pacs(request, tmp_path, monkeypatch):
+    """A PACS for the north, or None: its archive is an export on a disk, as the south's is."""
+    if request.param == "export":
         yield None
         return
     monkeypatch.setenv("FEDMED_PACS_USER", USER)

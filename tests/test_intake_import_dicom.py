@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import cells_of, image_object, picture, written
 from image_sets import REAL
 from phantom_series import Acquisition, phantom_body, slice_objects
+from pydicom.uid import SecondaryCaptureImageStorage
 
 from fedmed.cli.intake import import_data
 from fedmed.errors import DataError
@@ -189,6 +191,23 @@ def test_slices_become_one_row_and_a_series_without_all_its_slices_none(tmp_path
     rules = Rules(pseudonyms=pseudonyms, table=sheet(tmp_path / "l.csv", pseudonyms, range(2)))
     with pytest.raises(DataError, match="nothing of"):
         import_images("dicom", out, out, rules)
+
+
+@pytest.mark.parametrize(
+    ("tags", "images"), [({"SOPClassUID": SecondaryCaptureImageStorage}, 1), ({"BurnedInAnnotation": "YES"}, 0)]
+)
+def test_a_capture_that_a_person_deleted_was_no_slice_of_its_series(tags, images, tmp_path, pseudonyms):
+    source, out = series(tmp_path / "export"), tmp_path / "out"
+    shown = pydicom.dcmread(source / "4.dcm")
+    shown.SOPInstanceUID = "1.2.3.99"
+    for keyword, value in tags.items():
+        setattr(shown, keyword, value)
+    written(shown, source / "shown.dcm")
+    take_in(source, out, pseudonyms)
+    assert not [each for each in KINDS["dicom"](out) if isinstance(each, Found)]  # it waits for a person
+    (apart,) = (out / "quarantine").iterdir()
+    apart.unlink()
+    assert len([each for each in KINDS["dicom"](out) if isinstance(each, Found)]) == images
 
 
 def test_what_a_pull_set_apart_is_counted_as_in_quarantine_and_its_row_has_an_image(tmp_path, pseudonyms):

@@ -1,9 +1,11 @@
 """Under other keys tables and lists of who withdrew match nobody, so other keys are refused wherever they are used."""
 
+import json
 from pathlib import Path
 
 import pytest
 from dicom_files import written
+from import_files import picture, rows
 from intake_files import named_object
 from loopback_archive import Holdings, archive_of
 from real_consortium import command
@@ -13,6 +15,7 @@ from fedmed.deployment.node_keys import make_node_key
 from fedmed.deployment.site_folder import read_site_folder
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated.site_config import withdrawn_of
+from fedmed.intake.check import here
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.same_keys import CHECK, made_with
 from fedmed.privacy.keys import make_keys, read_keys
@@ -83,3 +86,44 @@ def test_a_site_with_other_keys_than_its_manifest_neither_passes_its_check_nor_t
     (site / "chest" / CHECK).write_text(f"{Pseudonyms(keys=read_keys(site / 'keys')).check}\n")
     assert "pseudonyms are by them" in look_at_keys(read_site_folder(site))
     assert len(withdrawn_of(site / "site.toml")) == 2
+
+
+def test_an_import_for_a_site_leaves_out_whom_its_site_toml_lists(tmp_path, capsys):
+    site = tmp_path / "north"
+    site.mkdir()
+    make_keys(site / "keys")
+    (site / "site.toml").write_text('name = "north"\nmanifest = "chest/manifest.csv"\nopt-out = "withdrawn.csv"\n')
+    (site / "withdrawn.csv").write_text("patient_id\nb\n")
+    for name in ("images/a", "images/b", "masks/a", "masks/b"):
+        picture(tmp_path / "set" / f"{name}.png")
+    words = ("data", "import", "pairs", tmp_path / "set", "--out", site / "chest", "--site", site)
+    command(*words)
+    assert "left out: 1 patients who withdrew" in capsys.readouterr().err and len(rows(site / "chest")) == 1
+    (site / "withdrawn.csv").unlink()
+    with pytest.raises(DataError, match="withdrew"):  # as a task would say
+        command(*words)
+
+
+def test_a_check_and_a_card_for_a_site_count_nobody_who_withdrew(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmed.intake.check.apart", here)
+    site = tmp_path / "north"
+    site.mkdir()
+    make_keys(site / "keys")
+    (site / "site.toml").write_text('name = "north"\nmanifest = "set/manifest.csv"\nopt-out = "withdrawn.csv"\n')
+    (site / "withdrawn.csv").write_text("patient_id\n")
+    lines = [f"p{number},{picture(site / 'set' / f'{number}.png', number).name},{number % 2}" for number in range(4)]
+    (site / "set" / "manifest.csv").write_text("\n".join(["patient_id,image,a", *lines]) + "\n")
+    words = ("set", "--site", site)
+    monkeypatch.chdir(site)
+    command("data", "check", *words)
+    (site / "withdrawn.csv").write_text("patient_id\np1\n")
+    with pytest.raises(DataError, match="check again with --site"):
+        command("data", "card", *words, "--out", "card.json")
+    command("data", "check", *words)
+    facts = json.loads((site / "set" / "check.json").read_text())
+    assert (facts["patients"], facts["images"], facts["labels"]["a"]["positive"]) == (3, 3, 1)
+    command("data", "card", *words, "--out", "card.json")
+    make_keys(tmp_path / "others")
+    (site / "set" / CHECK).write_text(f"{Pseudonyms(keys=read_keys(tmp_path / 'others')).check}\n")
+    with pytest.raises(DataError, match=OTHERS):
+        command("data", "check", *words)

@@ -17,6 +17,11 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="DIR|CSV", help="a folder with a manifest.csv, or the manifest")]
 
 
+Site = Annotated[
+    Path | None, typer.Option("--site", metavar="SITE", help="the site: whom its opt-out list names is not counted")
+]
+
+
 class Uncertain(enum.StrEnum):
     """What becomes of a label of which CheXpert's labeler was not sure."""
 
@@ -140,7 +145,10 @@ def import_(
         Path | None, typer.Option("--labels", metavar="TOML", help="what the table means, else DIR/labels.toml")
     ] = None,
     opt_out: Annotated[
-        Path | None, typer.Option("--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym")
+        Path | None,
+        typer.Option(
+            "--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym; else site.toml's"
+        ),
     ] = None,
     uncertain: Annotated[Uncertain, typer.Option(help="what uncertain labels become")] = Uncertain.ignore,
     site: Annotated[
@@ -157,12 +165,12 @@ def import_(
     Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
     """
     from fedmed.cli.intake import check_archive, folders_of, import_data
-    from fedmed.cli.pull import site_pseudonyms
+    from fedmed.cli.pull import site_opt_out, site_pseudonyms
 
     check_archive(kind, source)
     if not import_data(
         kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
-        table=table, labels=labels, opt_out=opt_out, uncertain=uncertain.value,
+        table=table, labels=labels, opt_out=opt_out or site_opt_out(site), uncertain=uncertain.value,
     ):  # fmt: skip
         raise typer.Exit(1)
 
@@ -177,14 +185,16 @@ def check(
     preset: Annotated[str, typer.Option(metavar="PRESET", help="data.preset of the run; else any that fits")] = "",
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="the page with pictures, too")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON, for a program")] = False,
+    site: Site = None,
 ) -> None:
     """Look at every image of a manifest: pass, or what to do. Exit 1 when training would be wrong.
 
     Example: fedmed data check chest --html chest/check.html
     """
-    from fedmed.cli.intake import check_data
+    from fedmed.cli.intake import check_data, withdrawn_at
 
-    if not check_data(place, labels=task or (), preset=preset, html=html, as_json=as_json):
+    withdrawn = withdrawn_at(site, place) or frozenset()
+    if not check_data(place, labels=task or (), preset=preset, html=html, as_json=as_json, withdrawn=withdrawn):
         raise typer.Exit(1)
 
 
@@ -192,11 +202,12 @@ def check(
 def card(
     place: Folder,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="the card")],
+    site: Site = None,
 ) -> None:
     """Write what may leave before the site joins: rounded counts and percentiles of a checked data set.
 
     Example: fedmed data card chest --out north-data.json
     """
-    from fedmed.cli.intake import write_card
+    from fedmed.cli.intake import withdrawn_at, write_card
 
-    write_card(place, out)
+    write_card(place, out, withdrawn_at(site, place))

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedmed.cli.display import bar, console
+from fedmed.cli.pull import site_opt_out, site_pseudonyms
 from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError, DataError
 from fedmed.intake.card import card_of, read_card, read_facts
@@ -20,7 +21,7 @@ from fedmed.intake.importing import MANIFEST, MASKS, UNMATCHED, Imported, Rules,
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import is_filled, take_in
 from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
-from fedmed.intake.opt_out import listed, remember, remembered
+from fedmed.intake.opt_out import listed, opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.same_keys import note_keys
 
@@ -129,7 +130,15 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
     print(f"wrote {out / MANIFEST}; next: fedmed data check {out}")
 
 
-def check_data(place: Path, *, labels: Sequence[str], html: Path | None, as_json: bool, preset: str = "") -> bool:
+def check_data(
+    place: Path,
+    *,
+    labels: Sequence[str],
+    html: Path | None,
+    as_json: bool,
+    preset: str = "",
+    withdrawn: frozenset[str] = frozenset(),
+) -> bool:
     """Check a data set, show the page, and keep the facts beside the manifest; whether a training would be right.
 
     Raises:
@@ -142,7 +151,7 @@ def check_data(place: Path, *, labels: Sequence[str], html: Path | None, as_json
     manifest = _manifest(place)
     with bar("looking") as shown:
         told = None if shown is None else lambda _, done, of: shown(done, of)
-        facts = check(manifest, labels=labels, preset=preset, progress=told)
+        facts = check(manifest, labels=labels, preset=preset, withdrawn=withdrawn, progress=told)
     if html is not None:
         write_check(facts, html)
     del facts["pictures"]
@@ -184,15 +193,25 @@ def _print(facts: dict[str, Any]) -> None:
     out.print(f"{SIGNS[facts['state']]}  {words[facts['state']]}")
 
 
-def write_card(place: Path, out: Path) -> None:
+def write_card(place: Path, out: Path, withdrawn: frozenset[str] | None = None) -> None:
     """Write the card of a data set that was checked.
 
+    Args:
+        place: the manifest, or its folder.
+        out: the card.
+        withdrawn: whatever patients who withdrew may be called, none of whom it may count; None = as at the check.
+
     Raises:
-        DataError: it was not checked, or has changed since.
+        DataError: it was not checked, or has changed since, or somebody has withdrawn since.
     """
+    from fedmed.intake.check import who_withdrew  # heavy
+
     manifest = _manifest(place)
     digest = sha256_of(manifest)
-    card = card_of(read_facts(manifest.with_name(CHECKED), digest))
+    facts = read_facts(manifest.with_name(CHECKED), digest)
+    if withdrawn is not None and facts.get("withdrawn") != who_withdrew(manifest, withdrawn):
+        raise DataError(f"{place}: its check left out others than the opt-out list does now; check again with --site")
+    card = card_of(facts)
     out.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     print(f"wrote {out}; read it: it is all that leaves, and holds nothing of fewer than 10 patients")
 
@@ -220,6 +239,19 @@ def show_feasibility(paths: Sequence[Path], *, as_json: bool) -> None:
         console().print(f"[yellow]warn[/]  {escape(warning)}", soft_wrap=True)
     if not warnings:
         console().print("[green]pass[/]  the sites fit each other")
+
+
+def withdrawn_at(site: Path | None, place: Path) -> frozenset[str] | None:
+    """Whatever a manifest may call those who withdrew, by the list that a site.toml names; None without a site.
+
+    Raises:
+        FedmedError: a file is missing or wrong, or other keys made the manifest's pseudonyms.
+    """
+    if site is None:
+        return None
+    pseudonyms = site_pseudonyms(site, None, _manifest(place).parent)
+    path = site_opt_out(site)
+    return opted_out(path, pseudonyms) if path else frozenset()
 
 
 def _manifest(place: Path) -> Path:

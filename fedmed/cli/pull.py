@@ -86,6 +86,19 @@ def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path) -> Pse
     return pseudonyms
 
 
+def site_opt_out(site: Path | None) -> Path | None:
+    """The list of who withdrew that a site.toml names; None without one.
+
+    Raises:
+        ConfigError: the site.toml is wrong.
+    """
+    if site is None:
+        return None
+    file = site / "site.toml" if site.is_dir() else site
+    named = read_site_config(file).opt_out
+    return file.parent / named if named else None
+
+
 def _web(url: str, ca: Path | None, certificate: Path | None) -> Archive:
     from fedmed.deployment.processes import LOOPBACK
     from fedmed.intake.dicomweb import DicomWeb  # heavy

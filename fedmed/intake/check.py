@@ -6,6 +6,7 @@ says, and `seen` holds.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.errors import UnreadableImage
+from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.manifest import ABOUT, images_of, read_columns
@@ -45,6 +46,7 @@ def check(
     *,
     labels: Sequence[str] = (),
     preset: str = "",
+    withdrawn: frozenset[str] = frozenset(),
     processes: int = 2,
     progress: Told | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def check(
         labels: of the task; () = every column that holds only 0, 1 and nothing. Where rows have masks and no label is
             a column, the regions of a segmentation.
         preset: that the run reads images with, or one for each modality; "" = any that shows them.
+        withdrawn: whatever patients who withdrew may be called; it is as if the manifest did not name them.
         processes: that decode, at most.
         progress: told what is done and how far.
 
@@ -68,7 +71,7 @@ def check(
     """
     if preset:
         presets_named(preset)
-    seen, jobs = _table(manifest, tuple(labels), preset)
+    seen, jobs = _table(manifest, tuple(labels), preset, withdrawn)
     regions = () if seen.labels or not seen.masked else tuple(labels)
     task = () if regions else tuple(labels) or tuple(seen.labels)
     read = as_read(manifest, task, masked=seen.masked)  # before there are thumbnails: it takes as much memory
@@ -79,12 +82,27 @@ def check(
     )  # fmt: skip
     found = (read, *findings(seen, alike, task))
     told = {"state": verdict(found), "findings": [finding.facts() for finding in found]}
-    return told | facts_of(seen, manifest)
+    return told | facts_of(seen, manifest) | {"withdrawn": who_withdrew(manifest, withdrawn)}
 
 
-def _table(manifest: Path, labels: tuple[str, ...], preset: str) -> tuple[Seen, list[Job]]:
-    """What a manifest says of its rows, and its images."""
+def who_withdrew(manifest: Path, withdrawn: frozenset[str]) -> str:
+    """A digest of the patients of a manifest who withdrew, so that a check before and one after are told apart.
+
+    Raises:
+        DataError: the manifest cannot be read.
+    """
+    here = sorted({*read_columns(manifest)[1]["patient_id"]} & withdrawn)
+    return hashlib.sha256("\n".join(here).encode()).hexdigest()
+
+
+def _table(manifest: Path, labels: tuple[str, ...], preset: str, withdrawn: frozenset[str]) -> tuple[Seen, list[Job]]:
+    """What a manifest says of the rows of those who have not withdrawn, and their images."""
     lines, columns = read_columns(manifest)
+    kept = [row for row, patient in enumerate(columns["patient_id"]) if patient not in withdrawn]
+    if not kept:
+        raise DataError("every patient of the manifest has opted out")
+    lines = tuple(lines[row] for row in kept)
+    columns = {name: tuple(values[row] for row in kept) for name, values in columns.items()}
     count = len(lines)
     chosen = labels or tuple(name for name in columns if name not in ABOUT and _is_label(columns[name]))
     masks = columns.get("mask", ("",) * count)

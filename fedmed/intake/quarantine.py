@@ -45,6 +45,7 @@ HEAD_CODES = {  # SCT, SRT
 }  # fmt: skip
 DESCRIPTIONS = ("StudyDescription", "SeriesDescription", "ProtocolName", "RequestedProcedureDescription")
 IN_SPACE = (XRay3DAngiographicImageStorage, XRay3DCraniofacialImageStorage)  # X-ray volumes, as a CT is one
+CAPTURE, SCREEN = "secondary capture", "screen save"  # no slices, whatever series they stand in
 SCREENS = {"SCREEN SAVE", "SCREENSHOT", "SCREEN CAPTURE", "SCREENSAVE", "CAPTURE"}
 
 
@@ -71,9 +72,9 @@ def header_reason(dataset: Dataset) -> str | None:
     if burned == "YES":
         return "burned-in annotation, says its header"
     if modality == "capture":
-        return "secondary capture"
+        return CAPTURE
     if {str(value).upper() for value in _values(dataset.get("ImageType"))} & SCREENS:
-        return "screen save"
+        return SCREEN
     if modality == "us" and burned != "NO":
         return "ultrasound that does not say it is free of text"
     return _face(dataset, modality)

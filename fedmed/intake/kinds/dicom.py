@@ -27,6 +27,7 @@ from fedmed.intake.keep import APART, REASONS, REMOVED, WITHDREW, keep, where_no
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
+from fedmed.intake.quarantine import CAPTURE, SCREEN
 from fedmed.intake.tables import table_rows
 from fedmed.types import OnProgress
 
@@ -127,12 +128,15 @@ def _apart(source: Path) -> Iterator[Unmatched]:
 def _incomplete(source: Path) -> set[str]:
     """Series whose objects are not all among the images: what is left is not the volume that was acquired.
 
-    One is in quarantine, cannot be read, or has not been pulled yet.
+    One is in quarantine, cannot be read, or has not been pulled yet. A picture of a screen that a person deleted there
+    was none of the slices.
     """
     series = incomplete(source) if (source / JOURNAL).is_file() else set()
     if (source / REASONS).is_file():
-        apart = (Path(row["image"]) for _, row in table_rows(source / REASONS))
-        series |= {image.parent.name for image in apart if not (source / image).exists()}
+        for _, row in table_rows(source / REASONS):
+            now = where_now(source, row["image"])
+            if now == APART or (now == REMOVED and row["reason"] not in (CAPTURE, SCREEN)):
+                series.add(Path(row["image"]).parent.name)
     if source / TAKEN in _tables(source):
         series |= {row["series_uid"] for _, row in table_rows(source / TAKEN) if row["reason"].startswith(UNREADABLE)}
     return series - {""}
