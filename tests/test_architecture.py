@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -123,3 +124,9 @@ def test_every_room_says_what_it_is_for() -> None:
     for room in (ROOT / "fedmed").iterdir():
         if (room / "__init__.py").exists():
             assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), f"{room.name} has no docstring"
+
+
+def test_a_run_without_privacy_imports_nothing_that_only_privacy_needs() -> None:
+    code = "import fedmed.federated.simulation, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert not {"opacus", "dp_accounting", "scipy.optimize", "sympy"} & set(done.stdout.split())

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fedmed.errors import ModelError
 from fedmed.models.small_cnn import small_cnn
-from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
+from fedmed.training.clipping import GradientClipper
+from fedmed.training.clipping.optimizer import ClippedSumOptimizer
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -29,7 +29,8 @@ from fedmed.errors import ModelError
 from fedmed.imaging.dataset import Dataset
 from fedmed.privacy.central import following_clip
 from fedmed.privacy.noise import NoiseGenerator
-from fedmed.training.clipping import ClippedSumOptimizer, GradientClipper
+from fedmed.training.clipping import GradientClipper
+from fedmed.training.clipping.optimizer import ClippedSumOptimizer
 from fedmed.training.coupling import require_uncoupled
 from fedmed.training.filling import FEWEST, filled, numbered
 from fedmed.training.loop import Batch, RoundContext, Trained, Training, seeded, training_batch
