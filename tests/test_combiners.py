@@ -234,7 +234,7 @@ def test_the_streamed_mean_with_a_share_is_numpys_average_with_lowered_weights(c
     found = combined_of(config, *updates)
     expected = np.average(changes(updates), axis=0, weights=weights)
     np.testing.assert_allclose(found.change, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.second, expected * sum(weights) / 0.5, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(found.scaled_sum, expected * sum(weights) / 0.5, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose([each.weight for each in found.contributions], weights)
     assert found.facts.get("capped", []) == [e.site for e, w in zip(updates, weights, strict=True) if e.images > w]
 

@@ -588,3 +588,15 @@ def test_a_site_that_does_not_approve_the_app_stays_out_and_a_killed_task_is_ask
     assert [entry["joined"] for entry in result["rounds_log"]] == [["a-40", "c-20"]] * 2
     said = (folder / "events.jsonl").read_text() + json.dumps(result)
     assert "not one that this site approves of (approved-apps)" in said
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_nginx_shows_a_renewed_certificate_and_the_sites_come_back(consortium):
+    """The last test here: the SuperLink is started again."""
+    address = ("127.0.0.1", consortium.consortium.port)
+    certificates.make_server_certificate(consortium.tls, consortium.consortium.names, 60)
+    renewed = (consortium.tls / "server.crt").read_text()
+    out = consortium.root.parent / "server.out"
+    wait_for(lambda: ssl.get_server_certificate(address) == renewed, 120, out.read_text)
+    wait_for(lambda: "the server's certificate was renewed" in out.read_text(), 120, out.read_text)
+    wait_for(lambda: online(consortium) == set(SITES), 240, out.read_text)

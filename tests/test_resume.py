@@ -101,6 +101,7 @@ def test_a_paused_run_that_is_resumed_while_its_sites_are_still_away_is_paused_a
             again = run_on(grid, config, folder, lambda event: None)
         assert (again["status"], again["rounds"]) == ("paused", 0)
         assert again["reason"].startswith(f"{len(nodes)} sites are connected")
+        assert [site["site"] for site in again["sites"]] == ["a-20", "nan-20"], "those that are away are still told"
         assert (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes() == network
     result = go_on(folder, changed(config, "strategy", min_sites=1))
     assert (result["status"], result["rounds"]) == ("degraded", 2)

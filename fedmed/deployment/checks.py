@@ -93,6 +93,8 @@ def _look(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what=what, ok=True, said=look())
     except FedmedError as error:
         return Finding(what=what, ok=False, said=str(error))
+    except OSError as error:
+        return Finding(what=what, ok=False, said=f"{error.filename or 'a file'}: {error.strerror or 'cannot be used'}")
 
 
 def versions() -> str:

@@ -141,7 +141,8 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
     if known is not None and known.coordinator == kit.coordinator and kit.made < known.made:
         raise ConfigError(
             f"the kit was made on {kit.made:%Y-%m-%d %H:%M}, before the one that this site joined with "
-            f"({known.made:%Y-%m-%d %H:%M}); ask the coordinator for the newest"
+            f"({known.made:%Y-%m-%d %H:%M}); ask the coordinator for the newest. If its clock was wrong then, delete "
+            f"{site.kit} and join again"
         )
     make_folder(site.kit)
     write_atomically(site.kit / CERTIFICATE, kit.certificate)

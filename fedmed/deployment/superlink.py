@@ -184,6 +184,9 @@ def _serve(
             return "the SuperLink ended by itself"
         if launcher.gone():
             return "what starts the SuperLink's tasks ended"
+        if folder.consortium.loopback_port and (there := _doors(folder)) != doors:
+            against, doors = proxy.read_again(), there
+            say(f"the list of coordinators stays as it was: {against}" if against else "nginx read its list again")
         listed = _stamps(folder.cards, "*.json"), _stamps(folder.tls, "server.crt")
         now = time.monotonic()
         if listed != known or now - looked > LOST_S:
@@ -193,9 +196,9 @@ def _serve(
                 with control(own_entrance(folder)) as client:
                     news += agree(client, cards, damaged)
                     known, looked = listed, now
-                    every = runs(client)
-                    earlier = under_way(every, began) if earlier is None else earlier
+                    earlier = under_way(runs(client), began) if earlier is None else earlier
                     news += continue_lost(client, folder, earlier)
+                    every = runs(client)
             except (FedmedError, OSError) as error:  # the server is not there yet
                 news += [f"{error}; tried again"] if link.running else []
             if renewed(folder, used):
@@ -210,9 +213,6 @@ def _serve(
             told = set(news)
         if said := proxy.look({link.pid} | descendants(link.pid)):
             say(said)
-        if folder.consortium.loopback_port and (there := _doors(folder)) != doors:
-            against, doors = proxy.read_again(), there
-            say(f"the list of coordinators stays as it was: {against}" if against else "nginx read its list again")
         reap(keep={link.pid} | proxy.pids)
         stop.wait(LOOK_S)
     return ""

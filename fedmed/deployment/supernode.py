@@ -83,7 +83,10 @@ def write_door(site: SiteFolder) -> Path:
     """
     folder = make_folder(site.flower / "bin")
     lead = [sys.executable, "-I", "-S", door.__file__, str(site.flower)]
-    for name, words in {**dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), lead), LAUNCHER: [program(LAUNCHER)]}.items():
+    for name, words in {
+        **dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), lead),
+        LAUNCHER: [sys.executable, program(LAUNCHER)],
+    }.items():
         path, content = folder / name, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode()
         if not os.access(path, os.X_OK) or path.read_bytes() != content:  # a check as root leaves a site's own alone
             write_atomically(path, content, mode=0o700)
@@ -103,7 +106,12 @@ def try_door(site: SiteFolder) -> str:
     for name in TASK_TYPE_TO_COMMAND.values():
         try:
             tried = subprocess.run(
-                [name, door.TRY], env={"PATH": path}, capture_output=True, text=True, timeout=TRY_S, check=False
+                [name, door.TRY],
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+                timeout=TRY_S,
+                check=False,
             )
             said = tried.stdout.strip()
         except (OSError, subprocess.TimeoutExpired) as error:

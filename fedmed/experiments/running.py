@@ -23,7 +23,7 @@ from fedmed.errors import FedmedError, RunFailed
 from fedmed.experiments.arms import Trial
 from fedmed.experiments.predictions import write_predictions
 from fedmed.experiments.reuse import folder_of, result_of
-from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.run_folder import RunFolder, only_writer
 from fedmed.federated.simulation import GPU_PROCESSES, check, devices, local_grid, prepare_fork, run_on, worker_count
 
 POLL_S = 0.05
@@ -244,7 +244,7 @@ def _run(trial: Trial, path: Path, parent: int, threads: int) -> None:
 
     if result_of(path) is None:
         folder = RunFolder(path) if (path / "run.toml").exists() else RunFolder.create(path, trial.config)
-        with local_grid(trial.config, folder) as grid:
+        with only_writer(path), local_grid(trial.config, folder) as grid:
             run_on(grid, trial.config, folder, watch, threads=threads)
     if result_of(path) is not None:
         write_predictions(path, trial.judged)

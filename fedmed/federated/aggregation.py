@@ -34,7 +34,7 @@ class Aggregate:
 
     change: FloatVector  # combined (site's parameters - sent parameters), (layout.num_parameters,)
     buffers: FloatVector  # pooled buffers themselves, (layout.num_buffers,)
-    second: FloatVector | None = None  # Σ fᵢ·Δᵢ with `ServerStep.second_factor`, where the algorithm asks for it
+    scaled_sum: FloatVector | None = None  # Σ fᵢ·Δᵢ with `ServerStep.scaled_sum_factor`, where it is asked for
     contributions: tuple[Contribution, ...] = ()  # of whom, with the weights that counted in the end
     known: int = 0  # sites of the federation, whether they took part in this round or not
     facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # for the log: who was discarded
@@ -48,33 +48,33 @@ class WeightedMean:
     (`num_batches_tracked`) as their maximum.
     """
 
-    def __init__(self, layout: Layout, current: Weights, *, second: bool = False) -> None:
+    def __init__(self, layout: Layout, current: Weights, *, scaled_sum: bool = False) -> None:
         """Start from nothing.
 
         Args:
             layout: of the network.
             current: that the sites were sent.
-            second: whether the changes are added up once more, each times another factor.
+            scaled_sum: whether the changes are added up once more, each times another factor.
         """
         self._layout, self._current = layout, current
         self._change = np.zeros(layout.num_parameters, np.float32)
-        self._second = np.zeros(layout.num_parameters, np.float32) if second else None
+        self._scaled_sum = np.zeros(layout.num_parameters, np.float32) if scaled_sum else None
         self._moments = np.zeros(layout.num_buffers, np.float64)
         self._largest = np.full(layout.num_buffers, -np.inf, np.float32)
         self._scratch = np.empty(CHUNK, np.float32)
         self.total = 0.0
 
-    def add(self, weights: Weights, weight: float, *, scale: float = 1.0, second: float = 0.0) -> None:
+    def add(self, weights: Weights, weight: float, *, scale: float = 1.0, factor: float = 0.0) -> None:
         """Add one site's network with its weight; `scale` is of its change alone. `weights` is only read.
 
-        `second` is what the change is multiplied by, without weight and scale, in the second sum.
+        `factor` is what the change is multiplied by, without weight and scale, in the scaled sum.
         """
         for part in chunks(self._change.size):
             sent = self._current.parameters[part]
             change = np.subtract(weights.parameters[part], sent, out=self._scratch[: len(sent)])
             saxpy(change, self._change[part], a=weight * scale)  # in place; numpy needs two passes for it
-            if self._second is not None:
-                saxpy(change, self._second[part], a=second)
+            if self._scaled_sum is not None:
+                saxpy(change, self._scaled_sum[part], a=factor)
         self._moments += weight * second_moments(weights.buffers, self._layout).astype(np.float64)
         np.maximum(self._largest, weights.buffers, out=self._largest)
         self.total += weight
@@ -92,7 +92,7 @@ class WeightedMean:
         for entry in self._layout.buffers:
             if entry.integer:
                 buffers[entry.span] = self._largest[entry.span]
-        return Aggregate(change=self._change, buffers=buffers, second=self._second)
+        return Aggregate(change=self._change, buffers=buffers, scaled_sum=self._scaled_sum)
 
 
 def chunks(size: int) -> Iterator[slice]:

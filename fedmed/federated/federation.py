@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import suppress
@@ -85,11 +86,20 @@ def run_federation(
             peak_mib=peak_memory_mib(processes),
             central=_central_privacy(federation),
         )
+        result["sites"] = _with_earlier(result["sites"], folder)
         with suppress(OSError):  # on a full disk the first error is the one to tell
             folder.write_json("result.json", result)
             watch(folder.event("run_finished", result["rounds"], status=status, reason=result["reason"]))
         folder.close()
     return result
+
+
+def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[str, Any]]:
+    """The sites of a result, and those of the same run's earlier processes that have not come back, with their ε."""
+    earlier: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, KeyError):  # the first process of the run
+        earlier = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))["sites"]
+    return sorted({site["site"]: site for site in [*earlier, *sites]}.values(), key=lambda site: site["site"])
 
 
 def _central_privacy(federation: Federation | None) -> dict[str, Any] | None:

@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from fedmed.errors import RunFailed
@@ -56,6 +58,8 @@ class ForkServer:
 
     def close(self) -> None:
         """End all workers and then the process itself."""
+        with suppress(OSError):  # it is gone
+            self._channel.shutdown(socket.SHUT_RDWR)  # for whoever was forked since and holds a copy, too
         self._channel.close()
         self._process.join()
 
@@ -104,6 +108,7 @@ def _live(life: Life, channel: socket.socket, device: str) -> NoReturn:
         life(channel, device)
     except BaseException:
         traceback.print_exc()
+        sys.stderr.flush()  # a file, in an experiment
         os._exit(1)
     os._exit(0)
 

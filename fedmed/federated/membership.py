@@ -191,10 +191,11 @@ class Membership:
     def needs(self, asked: Collection[str], failed: Collection[Failure], site: str) -> bool:
         """Whether a round, of whose sites these have failed already, would have too few without this one.
 
-        Those whose answers are still to come are taken to answer. A turn that one does not take is another's.
+        Those whose answers are still to come are taken to answer. Where sites take turns, one is
+        needed only if nobody else is left to take it.
         """
         if self._turns:
-            return set(self.connected()) <= {site}
+            return set(self.connected()) - {failure.site for failure in failed} <= {site}
         others = set(asked) - {failure.site for failure in failed} - {site}
         return (self.missing(others) or too_few_sites(self._strategy, len(others))) is not None
 

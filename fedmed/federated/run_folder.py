@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fedmed.errors import RunFailed
 from fedmed.models.low_rank import merged
 from fedmed.privacy.chain import now
 from fedmed.types import FloatVector, Layout, Weights
+
+ALONE_S = 5.0  # that a resumed run waits for the processes of a killed one to end
 
 
 @dataclass(frozen=True)
@@ -231,9 +234,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         RunFailed: another process is.
     """
-    descriptor = locked(folder)
-    if descriptor is None:
-        raise RunFailed(f"{folder}: another process still trains this run; wait for its end, or end it")
+    deadline = time.monotonic() + ALONE_S
+    while (descriptor := locked(folder)) is None:  # workers of a killed process hold it until they have ended
+        if time.monotonic() > deadline:
+            raise RunFailed(f"{folder}: another process still trains this run; wait for its end, or end it")
+        time.sleep(0.1)
     try:
         yield
     finally:

@@ -50,6 +50,8 @@ GPU_PROCESSES = 4  # worker processes that share one GPU, at most
 def simulate(config: RunConfig, out: str | Path, *, watch: Watch = lambda event: None) -> dict[str, Any]:
     """Run a whole federation in worker processes of this machine, as `fedmed simulate` does.
 
+    Workers are forked: with a GPU, or `train.threads` above 1, each simulation needs a Python process of its own.
+
     Args:
         config: the run, with every path absolute, as `fedmed.load` gives it; phantom hospitals if it names no sites.
         out: the run folder to make.
@@ -180,9 +182,15 @@ def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -
 
 
 def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:
-    """Fork the workers of a simulation; call it before any thread or progress display is started."""
+    """Fork the workers of a simulation; call it before any thread or progress display is started.
+
+    Raises:
+        ConfigError: CUDA was used in this process.
+    """
     prepare_fork(config)
     places = devices(config)
+    if places != ["cpu"] and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise ConfigError("this process uses CUDA already, so it can fork no workers; simulate in a process of its own")
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(
         client,

@@ -57,16 +57,15 @@ def steps_allowed(config: RunConfig, examples: int) -> range:
         examples: training images of the site; under DP-SGD its training patients.
 
     Returns:
-        From the fewest to the most: the last image of a pass may be a batch or not, patients do not say how many images
-        are units, and a site that may stop early can have as few as one.
+        From the fewest to the most: the last image of a pass may be a batch or not, and a site that may stop early can
+        have as few as one.
     """
     train, privacy = config.train, config.privacy
     if train.local_steps:
         fewest = most = train.local_steps
     elif privacy.mode == "dp-sgd":
         units = examples * (privacy.images_per_patient if privacy.unit == "image" else 1)
-        most = train.local_epochs * -(-units // min(train.batch_size * train.accumulate, units))
-        fewest = most if privacy.unit == "patient" else 1
+        fewest = most = train.local_epochs * -(-units // min(train.batch_size * train.accumulate, units))
     else:
         batches = -(-examples // train.batch_size)
         joined = train.batch_size > 1 and examples % train.batch_size == 1 < examples

@@ -30,7 +30,7 @@ class Mean:
     def __init__(self, terms: RoundTerms) -> None:
         """Start from nothing."""
         self._terms = terms
-        self._mean = WeightedMean(terms.layout, terms.sent, second=terms.step.second)
+        self._mean = WeightedMean(terms.layout, terms.sent, scaled_sum=terms.step.scaled_sum)
         share = terms.strategy.max_weight_share
         self._room = math.floor(1 / share) if share < 1 else 0
         self._held: list[Held] = []
@@ -73,10 +73,10 @@ class Mean:
         )
 
     def _pour(self, new: Contribution, weights: Weights) -> None:
-        step, terms, second = self._terms.step, self._terms, 0.0
-        if step.second:
-            second = step.second_factor(new, terms.state, round=terms.round, plateau=terms.plateau)
-        self._mean.add(weights, new.weight, scale=new.scale, second=second)
+        step, terms, factor = self._terms.step, self._terms, 0.0
+        if step.scaled_sum:
+            factor = step.scaled_sum_factor(new, terms.state, round=terms.round, plateau=terms.plateau)
+        self._mean.add(weights, new.weight, scale=new.scale, factor=factor)
 
 
 def weight_limit(weights: Sequence[float], share: float) -> float:

@@ -50,11 +50,13 @@ def server_step(config: RunConfig) -> ServerStep:
         raise ConfigError(f'strategy.name = "{name}": no such algorithm; did you mean "{near}"?')
     step = own_step(name, config) if ":" in name else STRATEGIES[name](config)
     why = (
-        "a robust rule would choose among updates, and gives no sum of all of them" if step.second
+        "a robust rule would choose among updates, and gives no sum of all of them" if step.scaled_sum
         else "the algorithm itself says what each site counts for" if step.weighs
         else "there is one site in a round, and nothing to combine" if step.turns
         else ""
     )  # fmt: skip
+    if step.scaled_sum and step.weighs:
+        raise ConfigError(f'strategy.name = "{name}": an algorithm that says what sites count for has no scaled sum')
     if why and strategy.combine != "mean":
         raise ConfigError(f'strategy.name = "{name}" needs strategy.combine = "mean": {why}')
     alone = why or type(step).admit is not ServerStep.admit

@@ -23,7 +23,7 @@ class ServerStep(ABC):
     run goes on with the same bits.
     """
 
-    second: ClassVar[bool] = False  # whether the changes are added up once more, with `second_factor`
+    scaled_sum: ClassVar[bool] = False  # whether the changes are added up once more, with `scaled_sum_factor`
     turns: ClassVar[bool] = False  # one site at a time, each in its turn
     weighs: ClassVar[bool] = False  # whether `shares` says what each site counts for, and not strategy.weight-by
 
@@ -56,8 +56,8 @@ class ServerStep(ABC):
         """What each site counts for, by name, where `weighs` is true; only ratios matter."""
         return {each.site: each.weight for each in contributions}
 
-    def second_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
-        """What a site's change is multiplied by in `aggregate.second`, where `second` is true.
+    def scaled_sum_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
+        """What a site's change is multiplied by in `aggregate.scaled_sum`, where `scaled_sum` is true.
 
         Args:
             contribution: of the site, with the weight that counts in the end.

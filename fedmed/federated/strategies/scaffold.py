@@ -32,7 +32,7 @@ class Scaffold(ServerStep):
     the others do on average.
     """
 
-    second: ClassVar[bool] = True
+    scaled_sum: ClassVar[bool] = True
     config: RunConfig
     learning_rate: float = 1.0  # η, the paper's global step
 
@@ -66,7 +66,7 @@ class Scaffold(ServerStep):
         require_steps(self.config, update)
         return 1.0
 
-    def second_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
+    def scaled_sum_factor(self, contribution: Contribution, state: State, *, round: int, plateau: float) -> float:
         """kᵢ / (K·η)."""
         weight = _weights(state).get(contribution.site, contribution.weight)
         return weight / path_length(self.config.train, round, plateau, int(contribution.facts["steps"]))
@@ -80,14 +80,14 @@ class Scaffold(ServerStep):
         Raises:
             RunFailed: the changes were not added up for it.
         """
-        if aggregate.second is None:
+        if aggregate.scaled_sum is None:
             raise RunFailed("scaffold needs the sum of the changes by their steps")
         before = _weights(state)
         after = {each.site: each.weight for each in aggregate.contributions} | before
         sites = max(aggregate.known, int(state["sites"][0]), len(after))
         total = _total(after, sites)
         rest = _total(before, int(state["sites"][0])) - sum(after[each.site] for each in aggregate.contributions)
-        control = np.float32(rest / total) * state["control"] - aggregate.second * np.float32(1 / total)
+        control = np.float32(rest / total) * state["control"] - aggregate.scaled_sum * np.float32(1 / total)
         change = np.multiply(aggregate.change, np.float32(self.learning_rate), out=aggregate.change)
         parameters: FloatVector = np.add(current.parameters, change, out=change)
         kept = {f"weight/{site}": np.array([weight], np.float32) for site, weight in after.items()}
