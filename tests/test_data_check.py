@@ -196,6 +196,9 @@ def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_pa
         plain | {"SOPClassUID": SecondaryCaptureImageStorage}, plain | {"BurnedInAnnotation": "YES"},
         plain | {"PatientBirthDate": "19340301"}, plain | {"PatientName": "Anonymous"},
         plain | {"PatientIdentityRemoved": None, "PatientName": "0004cfab", "PatientID": "0004cfab"},  # as RSNA's
+        plain | {"PatientIdentityRemoved": None, "PatientName": "Anonymous", "PatientBirthDate": "19000101"},
+        plain | {"InstitutionName": "ANONYMIZED", "PatientBirthDate": "19000101"},
+        plain | {"PatientIdentityRemoved": None, "InstitutionName": SECRET},
     ]  # fmt: skip
     rows = []
     for number, tags in enumerate(changes):
@@ -204,14 +207,26 @@ def test_dicom_that_names_somebody_is_a_secondary_capture_or_shows_a_name(tmp_pa
         rows.append({"patient_id": f"p{number}", "image": f"{number}.dcm", "a": str(number % 2)})
     facts = check(site(tmp_path, rows))
     identity = {finding["said"]: finding["rows"] for finding in facts["findings"] if finding["what"] == "identity"}
-    assert identity["2 images with the name of a patient, a doctor or a hospital in the header"] == [4, 7]
-    assert identity["1 image not marked as de-identified"] == [9]
+    assert identity["2 images with the name of a patient, a doctor or a hospital in the header"] == [4, 12]
+    assert identity["2 images not marked as de-identified"] == [9, 10]
+    marked = "marked as de-identified, with a birth date, other id, doctor or hospital in the header"
+    assert identity[f"2 images {marked}"] == [7, 11]
     assert states(facts)["identity"] == facts["state"] == "fail"
     assert "fedmed data import dicom" in said(facts, "identity")["do"]
     assert identity["1 image: burned-in annotation, says its header"] == [6]
     assert said(facts, "kinds")["rows"] == [5]
-    assert facts["counts"]["maker"] == {"Maker": 8} and facts["spacing_mm"] == [0.2] * 8
+    assert facts["counts"]["maker"] == {"Maker": 11} and facts["spacing_mm"] == [0.2] * 11
     assert SECRET not in json.dumps(facts)
+
+
+def test_dummies_of_marked_images_do_not_fail_a_check(tmp_path):
+    tags = {"PatientIdentityRemoved": "YES", "InstitutionName": "ANONYMIZED", "PatientBirthDate": "19000101"}
+    rows = []
+    for number in range(2):
+        cells = np.roll(cells_of(picture()), 9 * number, axis=1)
+        written(image_object(cells, **tags), tmp_path / f"{number}.dcm")
+        rows.append({"patient_id": f"p{number}", "image": f"{number}.dcm", "a": str(number)})
+    assert states(check(site(tmp_path, rows)))["identity"] == "warn"
 
 
 def test_phantoms_name_nobody(tmp_path):

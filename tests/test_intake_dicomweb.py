@@ -85,3 +85,11 @@ def test_a_search_goes_on_at_the_page_that_was_not_answered_and_says_how_far_it_
     assert found == [1, 2, 3, 4, 5]
     assert service.asked.count("studies") == 4 + 1  # three pages, an empty one, and the one without an answer
     assert service.asked.count(f"studies/{STUDY}1/series") == 2
+
+
+def test_a_search_that_finds_a_page_at_three_studies_in_a_row_ends(tmp_path: Path):
+    service = DicomWebService(*(named_object(1, series=n, StudyInstanceUID=f"{STUDY}{n}") for n in range(1, 9)))
+    service.wrong = lambda path, times: (200, PAGE) if path.endswith("/series") else None
+    with pytest.raises(DataError, match="something that is no DICOM, at 3 studies in a row"):
+        pulled(service, tmp_path / "out", pseudonyms_in(tmp_path))
+    assert len(service.asked) == 1 + 3 * 5

@@ -17,7 +17,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.imaging.volumes.volume import Volume
-from fedmed.intake.importing import Rules, import_images
+from fedmed.intake.importing import SEVERAL, Rules, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.nih import LABELS as NIH_LABELS
 from fedmed.intake.labels import LabelRules, read_labels
@@ -246,6 +246,21 @@ def test_who_withdrew_is_left_out_also_under_the_images_own_name(tmp_path, pseud
     names = opted_out(table(tmp_path / "optout.csv", "patient_id", "0"), pseudonyms)
     import_images("pairs", source, tmp_path / "out", replace(rules, withdrawn=names))
     assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"1", "2", "3"}
+
+
+def test_an_image_that_the_table_gives_to_two_patients_stays_out_also_with_a_mask(tmp_path, pseudonyms):
+    for name in ("images/a.png", "images/b.png", "masks/a.png", "masks/b.png"):
+        picture(tmp_path / "set" / name)
+    by_name = LabelRules(join="image", column="name", columns={"patient_id": "number"}, labels={})
+    known = read_labels(
+        table(tmp_path / "t.csv", "name,number", "a.png,17", "a.png,18", "b.png,19"), by_name, pseudonyms
+    )
+    withdrawn = opted_out(table(tmp_path / "optout.csv", "patient_id", "18"), pseudonyms)
+    report = import_images(
+        "pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn)
+    )
+    assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"b"}
+    assert report.unmatched[SEVERAL] == 1
 
 
 def test_who_is_on_the_list_and_not_in_the_archive_is_told(tmp_path, pseudonyms, capsys):

@@ -185,8 +185,26 @@ def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms,
         ),
         *(
             (HEAD | {"BodyPartExamined": "", "SeriesDescription": text}, None)
-            for text in ("CCTA", "CMR short axis", "sinusoidal test", "cardiac orbiter", "diaphragm", "Adnexe Kieferle")
+            for text in (
+                "CCTA",
+                "CMR short axis",
+                "sinusoidal test",
+                "cardiac orbiter",
+                "diaphragm",
+                "Adnexe Kieferle",
+                "NCCT THORAX",
+            )
         ),
+        *(
+            (HEAD | {"BodyPartExamined": part, "SeriesDescription": text}, None)
+            for part, text in (
+                ("CHEST", "NCCT"),
+                ("HEART", "Sinus of Valsalva"),
+                ("FOOT", "sinus tarsi"),
+                ("HEART", "CCT"),
+            )
+        ),
+        (HEAD | {"BodyPartExamined": "CHEST", "SeriesDescription": "head and chest"}, "recognisable face"),
     ],
 )
 def test_the_header_says_what_a_person_must_look_at(tags: dict[str, object], reason: str | None):

@@ -180,6 +180,26 @@ def test_a_study_or_series_of_which_the_archive_tells_nothing_keeps_nothing_else
     assert pulled.why == {"the archive does not answer the search (status C001)": 2}
 
 
+def test_a_search_that_is_refused_asks_once_and_one_without_resources_ends_it(tmp_path: Path):
+    holdings = Holdings(*(named_object(1, series=n, StudyInstanceUID=f"1.2.3.8841907.{n}") for n in range(1, 7)))
+    find, asked, status, pseudonyms = holdings.find, list[str](), 0xC001, pseudonyms_in(tmp_path)
+
+    def found(event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        series = event.identifier.QueryRetrieveLevel == "SERIES"
+        asked.extend([event.identifier.StudyInstanceUID] if series else [])
+        yield from [(status, None)] if series else find(event)
+
+    holdings.find = found
+    with archive_of(holdings) as address:
+        pulled = pull(dimse(address), ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
+        assert (pulled.failed, len(asked)) == (6, 6)
+        asked.clear()
+        status = 0xA700
+        with pytest.raises(DataError, match=r"status A700\), at 3 studies in a row"):
+            pull(dimse(address), ANY, tmp_path / "out", pseudonyms, wait_s=0.001)
+    assert len(asked) == 3 * 5
+
+
 def test_values_that_no_header_may_have_make_nobody_quote_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     odd = named_object(1, BodyPartExamined="thorax of Wilhelmina", Modality="dx of Quisling", StudyDate="in 1934")
     with archive_of(Holdings(odd)) as address:

@@ -127,3 +127,13 @@ def test_a_check_and_a_card_for_a_site_count_nobody_who_withdrew(tmp_path, monke
     (site / "set" / CHECK).write_text(f"{Pseudonyms(keys=read_keys(tmp_path / 'others')).check}\n")
     with pytest.raises(DataError, match=OTHERS):
         command("data", "check", *words)
+
+
+@pytest.mark.parametrize("words", [("check",), ("card", "--out", "card.json")])
+def test_a_check_and_a_card_make_no_keys(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.toml").write_text('name = "north"\nmanifest = "rows.csv"\n')
+    (tmp_path / "rows.csv").write_text("patient_id,image\np1,1.png\n")  # beside which no pull or import left anything
+    with pytest.raises(ConfigError, match="no keys there"):
+        command("data", words[0], tmp_path / "rows.csv", "--site", tmp_path, *words[1:])
+    assert not (tmp_path / "keys").exists()

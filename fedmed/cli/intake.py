@@ -249,7 +249,7 @@ def withdrawn_at(site: Path | None, place: Path) -> frozenset[str] | None:
     """
     if site is None:
         return None
-    pseudonyms = site_pseudonyms(site, None, _manifest(place).parent)
+    pseudonyms = site_pseudonyms(site, None, _manifest(place).parent, make=False)
     path = site_opt_out(site)
     return opted_out(path, pseudonyms) if path else frozenset()
 

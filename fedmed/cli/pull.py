@@ -54,17 +54,18 @@ def pull_images(
         raise RunFailed(text)
 
 
-def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path) -> Pseudonyms:
+def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path, make: bool = True) -> Pseudonyms:
     """Pseudonyms under a site's keys, which are made where the folder for them is missing.
 
     Args:
         site: a site.toml, or the folder that holds it.
         keys: the folder of the keys instead.
         folders: that pseudonyms are read from or written to. Where one has some already, no new keys are made.
+        make: whether new keys may be made at all.
 
     Raises:
         ConfigError: neither or both are given, the site.toml is wrong, or keys are missing with which a folder was
-            filled.
+            filled or that may not be made.
         DataError: a folder was filled with other keys.
         LedgerUnusable: a key is damaged, others may read it, or it cannot be written.
     """
@@ -76,6 +77,8 @@ def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path) -> Pse
     filled = [folder for folder in folders if holds_pseudonyms(folder)]
     if not keys.exists() and filled:
         raise ConfigError(f"{keys}: no keys there, and others made the pseudonyms in {filled[0]}; name those")
+    if not keys.exists() and not make:
+        raise ConfigError(f"{keys}: no keys there; give the --site whose keys made the pseudonyms")
     if not keys.exists():
         print(f"made new keys in {keys}; keep a copy of them in a safe", file=sys.stderr)
     pseudonyms = Pseudonyms(keys=read_keys(keys) if keys.exists() else make_keys(keys))

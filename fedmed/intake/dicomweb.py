@@ -93,7 +93,7 @@ class DicomWeb:
                     search = partial(self._client.search_for_series, study_instance_uid=uid)
                     told = list(self._pages(search, SERIES_FIELDS, {}, patience))
                 except Unsent as error:
-                    yield untold(uid, str(error))
+                    yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
                     continue
                 for series in told:
                     yield Series(

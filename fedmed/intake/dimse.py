@@ -37,7 +37,7 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, at_once, tls
+from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
@@ -54,6 +54,7 @@ TIMEOUT_S = 60
 CONNECT_S = 10
 WORD_S = 2  # in which an archive that refuses a certificate says so
 PENDING, SUCCESS = (0xFF00, 0xFF01), 0x0000
+BUSY = (0xA700,)  # out of resources (PS3.4 C.4.1.1.4): worth asking again
 REFUSED = {  # diagnostic of a rejected association (PS3.8 9.3.4), for the service user
     3: "does not know this machine: ask for an entry with the calling AE title given by --calling",
     7: "has another name than --called",
@@ -105,7 +106,7 @@ class Dimse:
                     wanted = {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")
                     told = self._search("SERIES", wanted, patience)
                 except Unsent as error:
-                    yield untold(uid, str(error))
+                    yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
                     continue
                 for series in told:
                     yield Series(
@@ -145,7 +146,8 @@ class Dimse:
 
         Raises:
             DataError: the archive refuses to look for studies, so for any.
-            Unsent: it refuses to tell of one that it listed.
+            Unsent: it cannot tell of one that it listed, for now.
+            Withheld: it refuses to.
             Interrupted: it broke off.
         """
         entity = AE(ae_title=self._calling)
@@ -160,7 +162,9 @@ class Dimse:
                     found.append(answer)
                 elif status.Status != SUCCESS:
                     said = f"the archive does not answer the search (status {status.Status:04X})"
-                    raise DataError(said) if level == "STUDY" else Unsent(said)
+                    if level == "STUDY":
+                        raise DataError(said)
+                    raise Unsent(said) if status.Status in BUSY else Withheld(said)
         finally:
             association.release()
         return found

@@ -216,6 +216,11 @@ def _identity(seen: Seen) -> Iterator[Finding]:
         do = "take them in with fedmed data import dicom, which de-identifies, and name what it wrote in the manifest"
         said = f"{_many(len(rows), 'image')} with the name of a patient, a doctor or a hospital in the header"
         yield _finding("identity", "fail", said, do, seen, rows)
+    if rows := seen.marks.get("marked, and named"):
+        clean = False
+        said = "marked as de-identified, with a birth date, other id, doctor or hospital in the header"
+        do = "look whether they are dummies, as many programs write; else take them in with fedmed data import dicom"
+        yield _finding("identity", "warn", f"{_many(len(rows), 'image')} {said}", do, seen, rows)
     if rows := seen.marks.get("unmarked"):
         clean = False
         said, do = "not marked as de-identified", "fedmed data import dicom marks what it has cleaned"

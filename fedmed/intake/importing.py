@@ -62,8 +62,9 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: fr
 
     Masks that number their classes otherwise than other years of their set are written anew into `out`/masks.
 
-    An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask. Where nothing
-    can be imported, the former manifest stays, and `unmatched.csv` says what was left out and why.
+    An image is left out if nothing is known of it: no row in the table, no labels of its own and no mask. So it is if
+    rows of the table name several patients for it. Where nothing can be imported, the former manifest stays, and
+    `unmatched.csv` says what was left out and why.
 
     Args:
         kind: a key of `KINDS`.
@@ -123,9 +124,11 @@ def _chosen(found: Iterator[Found | Unmatched], rules: Rules, report: Imported) 
             continue
         if met:
             continue
+        if rules.table is not None and rules.table.disputes(each):  # one of the several may have withdrawn
+            yield Unmatched(what=SEVERAL, place=os.fspath(each.image))
+            continue
         if told is None and not each.labels and each.mask is None:
-            disputed = rules.table is not None and rules.table.disputes(each)
-            yield Unmatched(what=SEVERAL if disputed else "image without row", place=os.fspath(each.image))
+            yield Unmatched(what="image without row", place=os.fspath(each.image))
             continue
         if rules.table is None and each.masked and each.mask is None:
             yield Unmatched(what="image without mask", place=os.fspath(each.image))

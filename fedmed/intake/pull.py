@@ -30,7 +30,7 @@ from fedmed.intake.same_keys import made_with, note_keys
 from fedmed.types import OnProgress
 
 MISSING = "not-found.csv"
-LOST_AFTER = 3  # series in a row without an answer until an archive is taken as gone, or objects until a series is
+LOST_AFTER = 3  # series in a row, or studies in a search, until an archive is taken as gone; objects until a series is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +127,25 @@ def pull(
 def _wanted(
     archive: Archive, query: Query, wait_s: float, searching: Callable[[int], None]
 ) -> tuple[list[Series], list[str]]:
-    """The series that meet a query, each once, and what of its list has none."""
+    """The series that meet a query, each once, and what of its list has none.
+
+    Raises:
+        DataError: `LOST_AFTER` studies in a row are listed, and nothing usable is told of them.
+    """
     single = replace(query, accessions=(), patients=())
     asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
     asked += [(one, replace(single, patients=(one,))) for one in query.patients]
     wanted: dict[tuple[str, str], Series] = {}
     missing = []
+    untold = 0  # studies in a row of which it was asked many times what they hold
     for value, question in asked or [("", query)]:
         found = False
         for series in _offered(archive, question, wait_s):
+            untold = untold + 1 if series.may_pass else 0
+            if untold == LOST_AFTER:
+                raise DataError(
+                    f"{series.refused}, at {LOST_AFTER} studies in a row; give the same command again later"
+                )
             if meets(query, series):
                 found = True
                 wanted.setdefault((series.study, series.series), series)

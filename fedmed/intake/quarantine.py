@@ -30,12 +30,15 @@ HEAD_PARTS = {
 }  # fmt: skip  # of Body Part Examined (PS3.16 Annex L), and what scanners write instead; a neck has the lower face
 HEAD_WORDS = re.compile(
     r"\b(head|brain|skull|face|facial|neuro|cranial|cerebral|kopf|schädel|schaedel|gehirn|crâne|crane|tête|cerveau|"
-    r"neck|carotid|carotis|c[ -]?spine|hals|hws\b)"
-    r"|(?<![^\W\d])("  # what follows stands alone: a CCT is a head, a CCTA is a heart
+    r"neck|carotid|carotis|c[ -]?spine|hals|hws\b)",
+    re.I,
+)
+LONE_WORDS = re.compile(  # of an object without Body Part Examined: other parts have sinuses and orbits, too
+    r"(?<![^\W\d])("  # they stand alone: a CCT is a head, a CCTA is a heart
     r"sinus|sinuses|sinuum|paranasal|nnh|nasennebenhöhlen?|orbits?|orbital|orbitae?|eyes?|augen?|pituitary|hypophyse|"
     r"hypophysis|sella|iacs?|cpa|felsenbein|felsenbeine|petrous|rochers?|mastoids?|temporal bones?|innenohr|inner ear|"
     r"tmj|kiefer|kiefergelenke?|mandible|mandibula|maxilla|maxillofacial|mittelgesicht|dental|jaws?|nose|nasal|"
-    r"cct|cmrt|ncct|encephalon|encéphale|encephale|cerebrum|trigeminus|trigeminal|dentascan"
+    r"cct|cmrt|encephalon|encéphale|encephale|cerebrum|trigeminus|trigeminal|dentascan"
     r")(?![^\W\d])",
     re.I,
 )
@@ -119,7 +122,8 @@ def _is_head(dataset: Dataset) -> bool:
     regions += anatomy.get("AnatomicRegionSequence") or () if anatomy is not None else ()
     codes = {str(region.get("CodeValue") or "") for region in regions}
     described = " ".join(str(dataset.get(name) or "") for name in DESCRIPTIONS).replace("_", " ")
-    return bool(parts & HEAD_PARTS or codes & HEAD_CODES or HEAD_WORDS.search(described))
+    named = HEAD_WORDS.search(described) or (not part.strip() and LONE_WORDS.search(described))
+    return bool(parts & HEAD_PARTS or codes & HEAD_CODES or named)
 
 
 def _slice_mm(dataset: Dataset) -> float:

@@ -40,6 +40,7 @@ class Series:
     description: str  # of study and series
     objects: int = 0  # that it has; 0 = the archive does not say
     refused: str = ""  # why the archive does not tell of which series the study is; the others are then empty
+    may_pass: bool = False  # what it refused so, it may tell later
 
 
 def parse_query(text: str, table: Path | None = None) -> Query:
@@ -109,9 +110,11 @@ def meets(query: Query, series: Series) -> bool:
     )
 
 
-def untold(study: str, why: str) -> Series:
+def untold(study: str, why: str, *, may_pass: bool) -> Series:
     """A study that an archive lists, and of which it does not tell the series."""
-    return Series(study=study, series="", modality="", body_part=None, description="", refused=why)
+    return Series(
+        study=study, series="", modality="", body_part=None, description="", refused=why, may_pass=may_pass
+    )  # fmt: skip
 
 
 def questions(query: Query) -> list[dict[str, str]]:

@@ -75,7 +75,8 @@ def add_(seen: Seen, number: int, row: int, arrays: Arrays) -> None:
     seen.searched += facts.get("searched", False)
     seen.sizes.append(float(max(facts["size"][-2:])))
     for mark, odd in (
-        ("identified", facts.get("named")),
+        ("identified", facts.get("named") and not facts["marked"]),
+        ("marked, and named", facts.get("named") and facts["marked"]),
         ("unmarked", not facts.get("marked", True) and not facts.get("named")),
         (f"quarantine: {facts.get('quarantine')}", facts.get("quarantine")),
         ("secondary capture", facts.get("capture")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ from fedmed.intake.quarantine import header_reason, pixel_reason
 
 SIDE = 24  # of a thumbnail that is compared, pixels
 NAMES = ("PatientBirthDate", "OtherPatientIDs", "ReferringPhysicianName", "InstitutionName")
+DUMMY = re.compile(  # what stands in the place of a name or a birth date (PS3.15 E.1)
+    r"(anon(ym(ous|i[sz]ed|e|isiert|isé)?)?|de-?identified|removed|unknown|none)[\W\d]*|19000101", re.I
+)
 EMPTY, OVERLAPPING = "empty", "regions overlap"  # of masks that need not be wrong
 SHOWN = {"mr": "mr", "nuclear": "pet"}  # the preset of a modality; "color" takes all else
 FAINT = 2**13  # highest value of a picture of 16 bits that uses less than an eighth of them, as 12 bits unscaled do
@@ -159,16 +163,21 @@ def _header(ds: Dataset, *, text: bool) -> dict[str, Any]:
         "photometric": _text(ds.get("PhotometricInterpretation")),
         "syntax": _text(UID(syntax).name),
         "marked": marked,
-        "named": any(str(ds.get(name) or "").strip() for name in NAMES) or (not marked and _is_named(ds)),
+        "named": any(map(_said, map(ds.get, NAMES))) if marked else _is_named(ds),
         "quarantine": "" if ours else header_reason(ds) or (text and pixel_reason(ds)) or "",
         "searched": ours or text,
     }
 
 
 def _is_named(ds: Dataset) -> bool:
-    """Whether there is a patient's name, other than the patient's id once more, as public sets have it."""
-    name = str(ds.get("PatientName") or "").strip()
-    return name not in ("", str(ds.get("PatientID") or "").strip())
+    """Whether an unmarked object names anybody: with more than dummies, or the patient's id again as public sets do."""
+    said = {_said(ds.get("PatientName"))} - {_said(ds.get("PatientID"))}
+    said |= {_said(ds.get(name)) for name in NAMES}
+    return any(text and not DUMMY.fullmatch(text) for text in said)
+
+
+def _said(value: object) -> str:
+    return str(value or "").strip()
 
 
 def _mask(path: Path, seen: Looked, regions: tuple[str, ...]) -> str:
