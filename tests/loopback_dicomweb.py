@@ -14,7 +14,8 @@ from fedmed.imaging.plain_errors import plain_errors
 
 TAGS = {"StudyInstanceUID": "0020000D", "SeriesInstanceUID": "0020000E", "SOPInstanceUID": "00080018"}
 LEVELS = ("studies", "series", "instances")
-Wrong = tuple[int, bytes]  # status and body
+MULTIPART = 'multipart/related; type="application/dicom"; boundary=part'
+Wrong = tuple[int, bytes] | tuple[int, bytes, str]  # status, body, and its kind where it is no page
 
 
 class DicomWebService(ThreadingHTTPServer):
@@ -36,7 +37,7 @@ class _Answers(BaseHTTPRequestHandler):
         times = service.asked.count(path)
         service.asked.append(path)
         if wrong := service.wrong(path, times):
-            self._answer(wrong[0], wrong[1], "text/html")
+            self._answer(wrong[0], wrong[1], wrong[2] if len(wrong) == 3 else "text/html")
             return
         words = path.split("/")
         wanted = dict(zip(TAGS, words[1::2], strict=False))
@@ -53,7 +54,7 @@ class _Answers(BaseHTTPRequestHandler):
         with plain_errors():
             contents = [content_of(ds) for ds in found]
         bodies = [b"--part\r\nContent-Type: application/dicom\r\n\r\n" + content + b"\r\n" for content in contents]
-        self._answer(200, b"".join(bodies) + b"--part--", 'multipart/related; type="application/dicom"; boundary=part')
+        self._answer(200, b"".join(bodies) + b"--part--", MULTIPART)
 
     def _answer(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from intake_files import named_object, pseudonyms_in
 from loopback_archive import ANY
-from loopback_dicomweb import DicomWebService, dicomweb_of
+from loopback_dicomweb import MULTIPART, DicomWebService, dicomweb_of
 
 from fedmed.errors import DataError
 from fedmed.intake.dicomweb import DicomWeb
@@ -93,3 +93,18 @@ def test_a_search_that_finds_a_page_at_three_studies_in_a_row_ends(tmp_path: Pat
     with pytest.raises(DataError, match="something that is no DICOM, at 3 studies in a row"):
         pulled(service, tmp_path / "out", pseudonyms_in(tmp_path))
     assert len(service.asked) == 1 + 3 * 5
+
+
+def test_objects_that_are_no_dicom_are_unreadable_and_every_pull_asks_for_each_once_more(tmp_path: Path):
+    service, pseudonyms = [DicomWebService(*map(named_object, (1, 2, 3))) for _ in range(3)], pseudonyms_in(tmp_path)
+    noise = b"--part\r\nContent-Type: application/dicom\r\n\r\n" + b"noise" * 99 + b"\r\n--part--"
+    torn = rf"studies/.*{STUDY}\.1(/instances/.*\.[23])?"
+    for each in service[:2]:
+        each.wrong = lambda path, times: (200, noise, MULTIPART) if re.fullmatch(torn, path) else None
+    found = pulled(service[0], tmp_path / "out", pseudonyms)
+    assert (found.images, found.unreadable, found.failed) == (1, 2, 0)
+    assert str(pulled(service[1], tmp_path / "out", pseudonyms)) == str(found)
+    alone = [[path for path in each.asked if re.fullmatch(r".*/instances/.*\.[23]", path)] for each in service[:2]]
+    assert [len(paths) for paths in alone] == [4, 2]
+    found = pulled(service[2], tmp_path / "out", pseudonyms)
+    assert (found.images, found.unreadable, found.failed) == (3, 0, 0)

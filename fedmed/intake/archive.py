@@ -62,7 +62,11 @@ class Archive(Protocol):
         """Read a whole series, object by object."""
 
     def fetch_object(self, series: Series, uid: str, take: Callable[[Dataset], None]) -> None:
-        """Read one object."""
+        """Read one object.
+
+        Raises:
+            UnreadableImage: what came is no object that can be parsed.
+        """
 
 
 def tls(ca: Path | None, certificate: Path | None) -> ssl.SSLContext:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,10 +23,11 @@ from urllib.parse import urlsplit
 import requests
 from dicomweb_client.web import DICOMwebClient
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
 from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
@@ -43,6 +46,7 @@ WITHHELD = {403: "does not let this user read it (403)", 404: "does not have wha
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
 NOT_DICOM = "the archive sent something that is no DICOM"  # a page of a proxy, say: it may pass
+TORN = (InvalidDicomError, EOFError, NotImplementedError, struct.error, zlib.error)  # of `dcmread`, not of a page
 STUDY_FIELDS = ["StudyDescription"]
 SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
@@ -118,9 +122,16 @@ class DicomWeb:
                 take(dataset)
 
     def fetch_object(self, series: Series, uid: str, take: Callable[[Dataset], None]) -> None:
-        """Read one object of a series, as it is stored."""
+        """Read one object of a series, as it is stored.
+
+        Raises:
+            UnreadableImage: what came as DICOM is none that can be parsed.
+        """
         with _plain():
-            dataset = self._client.retrieve_instance(series.study, series.series, uid, media_types=AS_STORED)
+            try:
+                dataset = self._client.retrieve_instance(series.study, series.series, uid, media_types=AS_STORED)
+            except TORN:
+                raise UnreadableImage(NOT_DICOM) from None
         take(dataset)
 
     def _pages(

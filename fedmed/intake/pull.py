@@ -210,6 +210,7 @@ def _pull_series(
     if key in journal.done and series.objects <= journal.done[key] and key not in journal.unreadable:
         return
     here, torn, unreadable = journal.open(key), set[str](), set[str]()
+    known = journal.unreadable.get(key, set())  # by an earlier pull
 
     def take(dataset: Dataset) -> None:
         name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
@@ -224,6 +225,15 @@ def _pull_series(
             torn.add(name)
         pace(len(dataset.get("PixelData") or b""))
 
+    def ask_for(name: str, uid: str) -> None:
+        for _ in range(1 if name in torn | known else 2):  # in this pull, it was never asked for, or came torn once
+            try:
+                archive.fetch_object(series, uid, take)
+            except UnreadableImage:
+                torn.add(name)
+            if name not in torn - here:
+                return
+
     def ask(attempt: int) -> None:
         if not attempt and not here:
             with suppress(Interrupted):  # at which object, only asking for each tells
@@ -234,7 +244,7 @@ def _pull_series(
             if name in here | unreadable:
                 continue
             try:
-                archive.fetch_object(series, uid, take)
+                ask_for(name, uid)
             except Withheld as error:
                 withheld = error
             except Interrupted:
