@@ -202,7 +202,7 @@ def descendants(pid: int) -> set[int]:
 
 def kill(pids: set[int]) -> None:
     """Kill processes, and wait for those that became ours; not for ever for one that a dead disk or GPU holds."""
-    for pid in pids:
+    for pid in sorted(pids):  # whoever started others first, else it starts another in the place of one that is killed
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     left, deadline = pids, time.monotonic() + KILL_S
