@@ -156,7 +156,7 @@ def test_every_public_name_is_there_and_no_other():
     assert {name for name in fedmed.__all__ if callable(getattr(fedmed, name))} == set(fedmed.__all__)
     assert set(dir(fedmed)) == {*fedmed.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
-        fedmed.simulat  # noqa: B018
+        fedmed.simulat  # noqa: B018  # to look it up is the test
 
 
 def test_own_network_and_data_example_runs(fedmed_process, tmp_path):

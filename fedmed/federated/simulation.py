@@ -189,7 +189,7 @@ def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_
     """
     prepare_fork(config)
     places = devices(config)
-    if places != ["cpu"] and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if places != ["cpu"] and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch says no types
         raise ConfigError("this process uses CUDA already, so it can fork no workers; simulate in a process of its own")
     folder.spool.mkdir(exist_ok=True)
     return LocalGrid(
