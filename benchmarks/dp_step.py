@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -175,13 +174,18 @@ def serve(name: str, side: int, engine: str) -> None:
     torch.set_num_threads(1)
     network, images, targets = prepared(name, side, BATCH)
     step = step_of(engine, network, images, targets)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib()
     for _ in sys.stdin:
         started = time.process_time()
         step()
         cpu = time.process_time() - started
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(json.dumps([cpu, peak]), flush=True)
+        print(json.dumps([cpu, (peak_kib() - before) / 1024]), flush=True)
+
+
+def peak_kib() -> int:
+    """The most memory that this process has had; `ru_maxrss` would begin with that of the process that started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def error_of(name: str, side: int) -> float:

@@ -58,9 +58,10 @@ def test_of_a_label_that_few_patients_have_or_have_not_nothing_leaves() -> None:
 
 def test_refuses_unknown_forms_and_scores_that_cannot_be_judged() -> None:
     logits, targets, patients = site(0)
-    with pytest.raises(ConfigError, match="histogram, none"):
-        sums_to_send("exact", logits, targets, patients)
-    with pytest.raises(ModelError, match="diverged"):
-        sums_to_send("histogram", logits * np.inf, targets, patients)
-    with pytest.raises(DataError, match="patient ids"):
-        sums_to_send("histogram", logits, targets, patients[1:])
+    with pytest.raises(ConfigError, match="exact, histogram, none"):
+        sums_to_send("all", logits, targets, patients)
+    for form in ("exact", "histogram"):
+        with pytest.raises(ModelError, match="diverged"):
+            sums_to_send(form, logits * np.inf, targets, patients)
+        with pytest.raises(DataError, match="patient ids"):
+            sums_to_send(form, logits, targets, patients[1:])

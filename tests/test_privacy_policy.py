@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from fedmed.privacy.policy import (
 )
 from fedmed.privacy.verification import examine, exported
 from fedmed.reporting import write_model_card
+from fedmed.training.oversight import form_of
 from fedmed.training.site_round import evaluate_round, train_round
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +206,33 @@ def test_a_refusal_is_told_recorded_and_makes_the_run_degraded(under):
     assert [(r.body["task"], r.body["allowed"], r.body["rule"]) for r in found.audit] == [
         ("card", False, "policy.training.min-patients")
     ]
+
+
+@pytest.mark.simulation
+@pytest.mark.parametrize("form", ["exact", "histogram", "none"])
+def test_the_policy_says_in_which_form_metrics_leave(under, form):
+    rules = f'[policy.metrics]\nform = "{form}"\nmin-patients = 0\n'
+    result, folder = under(rules, "a-80", "b-80", evaluate={"bootstrap": 100})
+    (left,) = (record.body for record in records_of(folder, "a-80").egress if record.body["task"] == "evaluate")
+    found = result["sites"][0]["metrics"].get("accuracy", {})
+    assert ("low" in found and found["low"] is not None) == (form == "exact")
+    assert ("bound" in result["sites"][0]["metrics"].get("auroc", {})) == (form == "histogram")
+    sent = {row["name"] for row in left["left"] if row["kind"] == "sums"}
+    assert ("patient" in sent, "positives" in sent) == (form == "exact", form == "histogram")
+    words = {"exact": "metrics as scores of images", "histogram": "metrics as histograms", "none": "no metrics"}
+    assert words[form] in left["controls"]
+
+
+@pytest.mark.parametrize(
+    ("site", "policy", "form"),
+    [("exact", "histogram", "histogram"), ("histogram", "exact", "histogram"), ("none", "exact", "none")],
+)
+def test_the_stricter_form_of_site_and_policy_wins(toy_config, site, policy, form):
+    decision = decide(SitePolicy(metrics=MetricRules(form=policy)), ASKED, NOTHING)
+    permit = SimpleNamespace(allowance=decision.allowance)
+    assert form_of(permit, site, toy_config("a-40")) == form
+    assert form_of(None, site, toy_config("a-40")) == site
+    assert form_of(permit, site, toy_config("a-40", privacy={"mode": "dp-sgd", "epsilon": 3.0})) == "none"
 
 
 @pytest.mark.simulation

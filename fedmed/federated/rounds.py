@@ -361,7 +361,9 @@ class Federation:
         every = self.config.privacy.mode == "dp-sgd" or has_personal_network(self.config.strategy)
         nodes = {name: node for name, node in sites.connected().items() if every or sites[name].holds_out}
         answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
-        self.site_metrics, failed = metrics_of_sites(answers, self.config.task, self.progress.spent)
+        self.site_metrics, failed = metrics_of_sites(
+            answers, self.config.task, self.progress.spent, replicates=self.config.evaluate.bootstrap
+        )
         self._absent(failed, round)
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:

@@ -44,8 +44,11 @@ class SiteConfig(Section):
     ] = "state"
     device: Annotated[str, Field(description='where it trains: "cpu", "cuda", or "cuda:1"')] = "cpu"
     metrics: Annotated[
-        Literal["histogram", "none"],
-        Field(description='in which form evaluations of its patients may leave: "histogram" or "none"'),
+        Literal["exact", "histogram", "none"],
+        Field(
+            description="in which form evaluations of its patients may leave: `histogram`, sums and histograms of "
+            "scores; `exact`, label and score of every image; `none`"
+        ),
     ] = "histogram"
     networks: Annotated[
         tuple[str, ...],

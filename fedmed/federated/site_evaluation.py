@@ -20,6 +20,8 @@ def metrics_of_sites(
     answers: Iterable[tuple[str, RecordDict | str]],
     task: TaskConfig,
     spent: Callable[[str, dict[str, Any] | None], None],
+    *,
+    replicates: int,
 ) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
     """Every site's metrics as `result.json` holds them, and the sites that gave none.
 
@@ -27,6 +29,7 @@ def metrics_of_sites(
         answers: (site, the content of its reply or why there is none).
         task: what the sums have to be about.
         spent: told what each site says of its patients' budget.
+        replicates: of the bootstrap by patient, for sites that send the scores of their images.
     """
     metrics: dict[str, dict[str, Any]] = {}
     failures: list[Failure] = []
@@ -42,15 +45,15 @@ def metrics_of_sites(
             f"{prefix}{name}": found
             for prefix, part in (("", shared), (PERSONAL, own))
             if part
-            for name, found in _metrics(part, task).items()
+            for name, found in _metrics(part, task, replicates).items()
         }
     return metrics, failures
 
 
-def _metrics(sums: Sums, task: TaskConfig) -> dict[str, Any]:
+def _metrics(sums: Sums, task: TaskConfig, replicates: int) -> dict[str, Any]:
     """The metrics of one network at one site, with bounds of histograms, and intervals or noise where it gave any."""
-    n, bounds, intervals = int(sums["patients"][0]), bounds_from(sums, task), intervals_from(sums, task)
-    noise = noise_from(sums, task)
+    n, bounds, noise = int(sums["patients"][0]), bounds_from(sums, task), noise_from(sums, task)
+    intervals = intervals_from(sums, task, replicates=replicates)
     found = {}
     for name, value in metrics_from(sums, task).items():
         low, high = intervals.get(name, (None, None))

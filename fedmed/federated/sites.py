@@ -116,6 +116,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
             cache_dir=cache_folder(),
             cache_gib=config.data.cache_gib,
             device=device,
+            metrics="exact" if policy else "histogram",  # no stricter than the policy
             policy=policy,
             virtual=True,
         )

@@ -23,6 +23,7 @@ from fedmed.metrics.comparison import (
     paired_difference,
     seed_moves,
 )
+from fedmed.metrics.exact import check_exact, exact_metrics, is_exact
 from fedmed.metrics.form import Form, sums_to_send
 from fedmed.metrics.histograms import bin_centres
 from fedmed.metrics.noised import (
@@ -67,6 +68,7 @@ __all__ = [
     "auroc_variances",
     "bin_centres",
     "bootstrap_patients",
+    "check_exact",
     "check_noised",
     "check_variances",
     "classification_bounds",
@@ -75,8 +77,10 @@ __all__ = [
     "classification_metrics",
     "classification_sums",
     "clustered_auroc",
+    "exact_metrics",
     "holm",
     "interval_of_variance",
+    "is_exact",
     "is_noised",
     "join_cases",
     "label_counts",

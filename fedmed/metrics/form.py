@@ -1,4 +1,7 @@
-"""In which form a site's policy lets its classification scores leave: `histogram` or `none`."""
+"""In which form a site's policy lets its classification scores leave: `exact`, `histogram` or `none`.
+
+Sums of a segmentation are exact in every form, so that only `none` differs there.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from numpy.typing import NDArray
 
 from fedmed.errors import ConfigError
 from fedmed.metrics.classification import classification_sums
+from fedmed.metrics.exact import exact_scores
 from fedmed.metrics.site_variance import auroc_variances
 from fedmed.metrics.sums import Array, check_cases, check_patients
 
-Form = Literal["histogram", "none"]
+Form = Literal["exact", "histogram", "none"]  # from the one that tells most
 
 
 def sums_to_send(
@@ -36,7 +40,7 @@ def sums_to_send(
         fewest: Patients with a label, and without it, below which that label counts as unknown for everybody.
 
     Returns:
-        Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`.
+        Nothing for `none`; `classification_sums` and `auroc_variances` for `histogram`; `exact_scores` for `exact`.
 
     Raises:
         ConfigError: If the form is unknown.
@@ -50,6 +54,8 @@ def sums_to_send(
     check_cases(logits, targets, unknown=True)
     check_patients(patients, len(logits))
     told = _withheld(targets, patients, fewest)
+    if form == "exact":
+        return exact_scores(logits, told, patients)
     return {**classification_sums(logits, told, patients, centres), **auroc_variances(logits, told, patients)}
 
 

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from fedmed.config import PrivacyConfig, Section, checked, read_toml
 from fedmed.privacy.accounting import Spent
 
-Form = Literal["histogram", "none"]
+Form = Literal["exact", "histogram", "none"]
 HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 
 
@@ -57,9 +57,10 @@ class TrainingRules(Section):
 class MetricRules(Section):
     """What of an evaluation of the site's patients may leave."""
 
-    form: Annotated[Form, Field(description="`histogram`: sums and histograms of scores; `none`: nothing")] = (
-        "histogram"
-    )
+    form: Annotated[
+        Form,
+        Field(description="`exact`: label and score of every image; `histogram`: sums and histograms; `none`: nothing"),
+    ] = "histogram"
     min_patients: Annotated[
         int,
         Field(

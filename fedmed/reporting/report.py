@@ -47,6 +47,7 @@ def render(run: RunFacts) -> str:
     metrics, found = _ordered(run), run.evaluation
     segments = found is not None and found.kind == "segmentation"
     labels, prevalences = words.prevalences(run)
+    intervals_of_sites = [found for site in run.sites for found in site.metrics.values() if found.low is not None]
     return fill(
         "report.html.j2",
         run=run,
@@ -59,9 +60,8 @@ def render(run: RunFacts) -> str:
         sites=[(site, words.privacy(site.privacy, run)) for site in run.sites],
         bounded=any(site.metrics.get(run.primary, Estimate()).bound is not None for site in run.sites),
         noised=any(found.noise is not None for site in run.sites for found in site.metrics.values()),
-        sent_variance=any(
-            found.low is not None for site in run.sites for name, found in site.metrics.items() if "auroc" in name
-        ),
+        sent_variance=any(found.bound is not None for found in intervals_of_sites),
+        sent_scores=any(found.bound is None for found in intervals_of_sites),
         prevalence_labels=labels,
         prevalences=prevalences,
         rounds_plot=figures.per_round(run),

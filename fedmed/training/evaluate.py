@@ -16,11 +16,14 @@ from fedmed.metrics import (
     Form,
     add_sums,
     auroc_intervals,
+    check_exact,
     check_noised,
     check_variances,
     classification_bounds,
     classification_metrics,
     classification_sums,
+    exact_metrics,
+    is_exact,
     is_noised,
     join_cases,
     noised_metrics,
@@ -105,7 +108,7 @@ def evaluation_sums(
     spacing_mm: tuple[float, ...] = (),
     fewest: int = 0,
 ) -> Sums:
-    """What a site sends of its evaluation: counts, histograms, summed losses and variances, never a case.
+    """What a site sends of its evaluation: counts, histograms, summed losses and variances; cases where it says so.
 
     Made once from all cases and not added up over batches: a patient with images in two batches counts once.
 
@@ -114,7 +117,7 @@ def evaluation_sums(
         data: the site's images.
         rows: of the held-out patients; without any there is nothing to send.
         task: classification or segmentation.
-        form: in which the site lets scores leave; "none" = nothing at all.
+        form: in which the site lets scores leave; "exact" = those of single images, "none" = nothing at all.
         centres: logits around which histograms are finest, one for each label; empty = 0.
         spacing_mm: of voxels; distances of surfaces are only measured where it is known.
         fewest: of a classification, patients with a label, and without it, below which nothing of that label is sent.
@@ -178,6 +181,9 @@ def checked_sums(sums: Sums, task: TaskConfig) -> Sums:
     if is_noised(sums):
         check_noised(sums, task.kind, labels)
         return sums
+    if task.kind == "classification" and is_exact(sums):
+        check_exact(sums, labels)
+        return sums
     if task.kind == "segmentation":
         empty = segmentation_sums(score_cases(np.zeros((0, labels, 1, 1)), np.zeros((0, labels, 1, 1))), [])
     else:
@@ -211,20 +217,32 @@ def metrics_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """The ratios that sums amount to, named as in `result.json`; undefined ones are None."""
     if is_noised(sums):
         return {name: each.value for name, each in noised_metrics(sums, task.kind, task.labels).items()}
+    if is_exact(sums):
+        return {name: each.value for name, each in exact_metrics(sums, task.labels).items()}
     ratios = classification_metrics if task.kind == "classification" else segmentation_metrics
     return ratios(sums, task.labels)
 
 
-def intervals_from(sums: Sums, task: TaskConfig) -> Mapping[str, tuple[float, float]]:
-    """The 95 % intervals of the AUROCs of one site, from the variances that it sent; of no other metric."""
-    exact = task.kind == "classification" and not is_noised(sums)
-    return auroc_intervals(sums, task.labels) if exact else {}
+def intervals_from(sums: Sums, task: TaskConfig, *, replicates: int) -> Mapping[str, tuple[float, float]]:
+    """The 95 % intervals of one site: of its AUROCs from the variances that it sent, of all metrics from its scores.
+
+    Args:
+        sums: of one site.
+        task: what they are about.
+        replicates: of the bootstrap by patient, where the site sent scores.
+    """
+    if task.kind != "classification" or is_noised(sums):
+        return {}
+    if is_exact(sums):
+        found = exact_metrics(sums, task.labels, replicates)
+        return {name: (i.low, i.high) for name, i in found.items() if i.low is not None and i.high is not None}
+    return auroc_intervals(sums, task.labels)
 
 
 def bounds_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:
     """How far metrics that were made of histograms can be from those of the scores; the other metrics are exact."""
-    exact = task.kind == "classification" and not is_noised(sums)
-    return classification_bounds(sums, task.labels) if exact else {}
+    counted = task.kind == "classification" and not is_noised(sums) and not is_exact(sums)
+    return classification_bounds(sums, task.labels) if counted else {}
 
 
 def noise_from(sums: Sums, task: TaskConfig) -> Mapping[str, float | None]:

@@ -16,11 +16,12 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast, get_args
 
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, LedgerUnusable, PolicyRefused
 from fedmed.imaging.dataset import Dataset
+from fedmed.metrics import is_exact
 from fedmed.privacy.accounting import Spent
 from fedmed.privacy.audit_log import keep_decision
 from fedmed.privacy.egress import Departure, keep_departure, with_head
@@ -201,7 +202,8 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     """In which form evaluations may leave: the stricter of site and policy; none under DP, but see `NoisedSums`."""
     if config.privacy.mode != "none":
         return "none"
-    return site if permit is None or site == "none" else permit.allowance.metrics
+    forms = [site] if permit is None else [site, permit.allowance.metrics]
+    return max(forms, key=get_args(Form).index)
 
 
 def fewest_of(permit: Permit | None) -> int:
@@ -305,7 +307,10 @@ def _controls(permit: Permit, update: Update) -> Sequence[str]:
         return ["seeds of masks, for one sum alone"]
     allowance = permit.allowance
     noised = permit.private == "dp-sgd"
-    form = "clipped and noised (differential privacy)" if noised else f"as {allowance.metrics}s"
+    exact = is_exact(update.metrics)
+    form = (
+        "clipped and noised (differential privacy)" if noised else "as scores of images" if exact else "as histograms"
+    )
     said = [f"metrics {form}" if update.metrics else "no metrics"]
     said += [] if allowance.training_loss else ["training loss withheld"]
     said += [] if update.masked is None else ["under masks: the server learns a sum of several sites alone"]

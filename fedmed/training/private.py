@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from fedmed.training.precision import settled
 from fedmed.training.sampling import Rows
 from fedmed.training.terms import CLIP, Terms
 
+NOISE_AT_ONCE = 1_000_000  # values, 4 MB, unless a single parameter has more
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -141,13 +143,25 @@ class SecretNoiseOptimizer(ClippedSumOptimizer):
         scale = self.noise_multiplier * self.max_grad_norm
         if not SMALLEST <= scale <= LARGEST:
             raise ModelError(f"noise of standard deviation {scale:g} is lost in float32; change privacy.max-grad-norm")
-        sums = [parameter.summed_grad for parameter in self.params]
-        sizes = [each.numel() for each in sums]
-        noise = torch.from_numpy(self.source.normal(sum(sizes))).to(sums[0].device)
-        parts = [part.view_as(each) for part, each in zip(torch.split(noise, sizes), sums, strict=True)]
-        torch._foreach_add_(sums, parts, alpha=scale)
-        for parameter, total in zip(self.params, sums, strict=True):
-            parameter.grad, parameter.summed_grad = total, None
+        for some in _in_parts(self.params):
+            sums = [parameter.summed_grad for parameter in some]
+            sizes = [each.numel() for each in sums]
+            noise = torch.from_numpy(self.source.normal(sum(sizes))).to(sums[0].device)
+            parts = [part.view_as(each) for part, each in zip(torch.split(noise, sizes), sums, strict=True)]
+            torch._foreach_add_(sums, parts, alpha=scale)
+            for parameter, total in zip(some, sums, strict=True):
+                parameter.grad, parameter.summed_grad = total, None
+
+
+def _in_parts(parameters: Sequence[Any]) -> Iterator[list[Any]]:
+    """Parameters in their order, so many together that their noise takes no memory worth mentioning."""
+    part: list[Any] = []
+    for parameter in parameters:
+        if part and sum(each.numel() for each in part) + parameter.numel() > NOISE_AT_ONCE:
+            yield part
+            part = []
+        part.append(parameter)
+    yield part
 
 
 class PrivateGradient:
@@ -173,7 +187,7 @@ class PrivateGradient:
         """One Poisson sample: g. Returns the mean loss over its images, which must not leave the site."""
         device = self.network.device
         for parameter in self.network.parameters:
-            parameter.grad = torch.zeros_like(parameter)  # of nobody, if nobody was drawn
+            parameter.grad = None
         losses = [torch.zeros(0, device=device)]
         balance = 0.0  # Σ ±½ over the sampled units: + for a gradient that came through as it was
         rows = min(FEWEST, self.terms.physical_batch)
@@ -191,6 +205,9 @@ class PrivateGradient:
             if self.terms.adaptive:
                 norms = clipped.norms[: part.units[-1] + 1]
                 balance += float((norms <= self.clip).sum()) - len(norms) / 2
+        for parameter in self.network.parameters:
+            if parameter.grad is None:  # nobody was drawn
+                parameter.grad = torch.zeros_like(parameter)
         self.noised.pre_step()
         self._follow(balance)
         return torch.cat(losses).sum() / max(sum(map(len, losses)), 1)
