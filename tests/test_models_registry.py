@@ -129,7 +129,6 @@ def test_a_class_with_monais_keywords_is_called_by_them_and_made_ready_for_priva
         build(ModelConfig(name="own_networks:Foreign", width=8), outputs=5, seed=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", ["BasicUNet", "DenseNet121", "SegResNet"])
 def test_builds_monais_networks(name: str, dimensions: int) -> None:
