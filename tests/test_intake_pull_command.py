@@ -140,6 +140,49 @@ def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_pa
     assert not meets(query, series)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said", "expected"),
+    [
+        ({"accessions": ("A7",)}, {"accession": "A7"}, True),
+        ({"accessions": ("A7",)}, {"accession": "a7"}, True),
+        ({"accessions": ("A7",)}, {"accession": "A71"}, False),
+        ({"accessions": ("A7",)}, {"accession": ""}, True),
+        ({"accessions": ("A7",)}, {}, True),
+        ({"patients": ("7", "8")}, {"patient": "8"}, True),
+        ({"patients": ("7", "8")}, {"patient": "9"}, False),
+        ({"dates": "20240131"}, {"date": "20240131"}, True),
+        ({"dates": "20240131"}, {"date": "20240201"}, False),
+        ({"dates": "20240101-20241231"}, {"date": "20250101"}, False),
+        ({"dates": "20240101-20241231"}, {"date": "20240615"}, True),
+        ({"dates": "20240101-"}, {"date": "20231231"}, False),
+        ({"dates": "20240101-"}, {"date": "20991231"}, True),
+        ({"dates": "-20241231"}, {"date": "19990101"}, True),
+        ({"dates": "-20241231"}, {"date": "20250101"}, False),
+    ],
+)
+def test_what_an_archive_does_not_match_is_compared_here(asked, said, expected):
+    series = Series(study="1", series="2", modality="DX", body_part=None, description="", **said)
+    assert meets(Query(**asked), series) is expected
+
+
+def test_an_archive_that_takes_no_notice_of_a_list_gives_no_other_patient(tmp_path: Path):
+    class Deaf:
+        def find(self, query, patience):
+            about = {"modality": "DX", "body_part": None, "description": ""}
+            return (Series(study=f"1.{n}", series=f"2.{n}", patient=str(n), **about) for n in range(5))
+
+        def objects(self, series):
+            assert series.study == "1.3"
+            return []
+
+        def fetch(self, series, take):
+            assert series.study == "1.3"
+
+    pulled = pull(Deaf(), Query(patients=("3", "77")), tmp_path / "out", pseudonyms_in(tmp_path))
+    assert pulled.listed == "1 of 2 patients found" and pulled.failed == 0
+    assert (tmp_path / "out" / "not-found.csv").read_text() == "patient\n77\n"
+
+
 def test_a_series_meets_a_query_by_words_in_any_order_and_by_what_the_archive_does_not_say():
     series = Series(study="1", series="2", modality="DX", body_part=None, description="Thorax  PA  im Stehen")
     assert meets(Query(description="pa thorax", body_part="CHEST", modalities=("DX",)), series)

@@ -47,7 +47,7 @@ AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
 NOT_DICOM = "the archive sent something that is no DICOM"  # a page of a proxy, say: it may pass
 TORN = (InvalidDicomError, EOFError, NotImplementedError, struct.error, zlib.error)  # of `dcmread`, not of a page
-STUDY_FIELDS = ["StudyDescription"]
+STUDY_FIELDS = ["StudyDescription", "AccessionNumber", "PatientID", "StudyDate"]
 SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
 Answer = dict[str, dict[str, Any]]  # DICOM JSON: tag to VR and Value
@@ -106,6 +106,9 @@ class DicomWeb:
                         modality=_text(series, "00080060").upper(),
                         body_part=_text(series, "00180015").upper() if "00180015" in series else None,
                         description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
+                        accession=_text(study, "00080050"),
+                        patient=_text(study, "00100020"),
+                        date=_text(study, "00080020"),
                         objects=count_of(_text(series, "00201209")),
                     )
 

@@ -46,6 +46,7 @@ SYNTAXES = (  # each in a context of its own, so that the archive sends what it 
     JPEGBaseline8Bit, JPEG2000, JPEGExtended12Bit, JPEGLossless, JPEGLSNearLossless, DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 )  # fmt: skip
+STUDY_FIELDS = ("StudyInstanceUID", "StudyDescription", "AccessionNumber", "PatientID", "StudyDate")
 SERIES_FIELDS = (
     "SeriesInstanceUID", "Modality", "SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances",
 )  # fmt: skip
@@ -96,7 +97,7 @@ class Dimse:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            asked = {"StudyInstanceUID": "", "StudyDescription": ""} | question
+            asked = dict.fromkeys(STUDY_FIELDS, "") | question
             for study in self._search("STUDY", asked, patience):
                 uid = _text(study, "StudyInstanceUID")
                 if not uid or uid in seen:
@@ -115,6 +116,9 @@ class Dimse:
                         modality=_text(series, "Modality").upper(),
                         body_part=_text(series, "BodyPartExamined").upper() or None,
                         description=f"{_text(study, 'StudyDescription')} {_text(series, 'SeriesDescription')}",
+                        accession=_text(study, "AccessionNumber"),
+                        patient=_text(study, "PatientID"),
+                        date=_text(study, "StudyDate"),
                         objects=count_of(_text(series, "NumberOfSeriesRelatedInstances")),
                     )
 

@@ -146,7 +146,7 @@ def _wanted(
                 raise DataError(
                     f"{series.refused}, at {LOST_AFTER} studies in a row; give the same command again later"
                 )
-            if meets(query, series):
+            if meets(question, series):
                 found = True
                 wanted.setdefault((series.study, series.series), series)
                 searching(len(wanted))

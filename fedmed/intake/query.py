@@ -38,6 +38,9 @@ class Series:
     modality: str
     body_part: str | None  # None = the archive does not say
     description: str  # of study and series
+    accession: str | None = None  # None = the archive does not say, as for the two below
+    patient: str | None = None
+    date: str | None = None  # of the study, YYYYMMDD
     objects: int = 0  # that it has; 0 = the archive does not say
     refused: str = ""  # why the archive does not tell of which series the study is; the others are then empty
     may_pass: bool = False  # what it refused so, it may tell later
@@ -101,13 +104,25 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
 
 
 def meets(query: Query, series: Series) -> bool:
-    """Whether a series meets the conditions that an archive need not know. What it does not say is let through."""
+    """Whether a series meets a query: an archive need not know every condition. What it does not say is let through."""
     described = series.description.casefold()
     return bool(series.refused) or (
-        (not query.modalities or series.modality in query.modalities)
+        _among(query.accessions, series.accession)
+        and _among(query.patients, series.patient)
+        and _within(query.dates, series.date)
+        and (not query.modalities or series.modality in query.modalities)
         and (not query.body_part or series.body_part in (None, "", query.body_part))
         and all(word in described for word in query.description.casefold().split())
     )
+
+
+def _among(wanted: tuple[str, ...], said: str | None) -> bool:
+    return not wanted or not said or said.casefold() in {one.strip().casefold() for one in wanted}
+
+
+def _within(dates: str, said: str | None) -> bool:
+    first, dash, last = dates.partition("-")
+    return not dates or not said or first <= said <= ((last or said) if dash else first)
 
 
 def untold(study: str, why: str, *, may_pass: bool) -> Series:
