@@ -1,5 +1,8 @@
 """A site's training in one round: optimizer steps, schedules, averages, early stopping, and going on after a kill."""
 
+import multiprocessing
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,8 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
-from toy import FRAGILE
+from toy import FRAGILE, PLANTED
+from visits import Visits, flat
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
@@ -21,6 +25,7 @@ from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
 from fedmed.training.schedule import learning_rate_factor, plateau_factor
 from fedmed.training.site import settings_for_sites, settings_from
+from fedmed.training.site_round import train_round
 from fedmed.training.unfinished import Unfinished
 
 SGD = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 8}
@@ -334,3 +339,22 @@ def test_a_site_killed_inside_a_round_goes_on_in_that_round(toy_config, simulate
         assert not list((folder.path / "sites").glob("*/unfinished*")), "a finished round leaves no state"
     assert (tmp_path / "marker").read_text() == "killed"
     np.testing.assert_array_equal(parameters["killed"], parameters["whole"])
+
+
+def test_nothing_is_left_of_a_patient_who_withdrew_between_a_kill_and_the_retry(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setenv(FRAGILE, str(tmp_path / "marker"))
+    train = {"local_epochs": 2, "save_every_s": 1e-6, "batch_size": 4}
+    config = toy_config("a-40", model={"name": "toy:fragile"}, train=train, evaluate={"site_share": 0.2})
+    sent = {}
+    for name in ("killed", "anew"):
+        visits = Visits(config, tmp_path / name)
+        task, site = visits.task(1, flat(config).weights()), visits.site("a-40")
+        if name == "killed":  # after 14 of 16 steps
+            process = multiprocessing.get_context("fork").Process(target=train_round, args=(task, site))
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        assert (tmp_path / name / "a-40" / "unfinished-round.safetensors").exists() == (name == "killed")
+        sent[name] = train_round(task, replace(site, withdrawn=frozenset({f"{PLANTED}-a-3"})))
+    assert sent["killed"].num_examples == sent["anew"].num_examples == 30
+    np.testing.assert_array_equal(sent["killed"].weights.parameters, sent["anew"].weights.parameters)

@@ -119,7 +119,7 @@ class Dataset:
         rows = np.flatnonzero(keep)
         return replace(
             self,
-            targets=self._labelled[rows] if self._labelled is not None else self.targets,
+            targets=self.labelled[rows] if self.labelled is not None else self.targets,
             patients=tuple(self.patients[row] for row in rows),
             evaluation=self.evaluation[rows],
             order=self._order[rows],
@@ -140,8 +140,8 @@ class Dataset:
         )
 
     @property
-    def _labelled(self) -> NDArray[Any] | None:
-        """The targets of a classification, which follow the items; masks stay where they are, as pixels do."""
+    def labelled(self) -> NDArray[Any] | None:
+        """The targets of a classification (N, labels), one row per item; None for masks, which lie as pixels do."""
         return self.targets if isinstance(self.targets, np.ndarray) and self.targets.ndim == 2 else None
 
     @property
@@ -154,7 +154,7 @@ class Dataset:
 
     def _targets(self, rows: Numbers, stored: Numbers, corners: Numbers | None, margin: int) -> NDArray[np.float32]:
         if isinstance(self.targets, np.ndarray):
-            values: NDArray[np.float32] = self.targets[stored if self._labelled is None else rows].astype(np.float32)
+            values: NDArray[np.float32] = self.targets[stored if self.labelled is None else rows].astype(np.float32)
             return values
         classes = _gathered(self.targets, stored, corners, margin, scaled=False)  # (n, 1, …)
         if self.labels == 1:
