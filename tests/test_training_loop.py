@@ -321,6 +321,23 @@ def test_a_round_that_was_cut_off_ends_with_the_same_bits(tmp_path, optimizer, a
     assert unfinished("another").load() is None
 
 
+def test_a_round_that_early_stopping_had_ended_before_a_kill_trains_no_further(tmp_path):
+    config = train_config(local_epochs=5, patience=2, momentum=0.9)
+    steps, judged = [], iter([1.0, 2.0, 3.0, 0.5, 0.4])
+
+    def go(where: Unfinished | None) -> np.ndarray:
+        context = RoundContext(unfinished=where, validation=lambda: next(judged), correction=lambda: steps.append(1))
+        return trained(config, context=context)
+
+    saved = Unfinished(path=tmp_path / "round.safetensors", identify=lambda: "this", every_s=0.0)
+    whole = go(saved)
+    assert len(steps) == 9, "three passes of three batches"
+    assert saved.load()[0]["stale"] == 2, "it is killed before the state is cleared"
+    np.testing.assert_array_equal(go(saved), whole)
+    assert len(steps) == 9
+    assert next(judged) == 0.5
+
+
 def test_an_unreadable_state_of_a_round_is_ignored(tmp_path):
     path = tmp_path / "round.safetensors"
     path.write_bytes(b"torn")

@@ -117,10 +117,9 @@ def train_(
         numbered = enumerate(order[first:], start=first)
         margin = network.margin_voxels
         parts = (training_batch(data, chosen, config, (seed, number), margin) for number, chosen in numbered)
-        while group := list(islice(parts, config.accumulate)):
+        while not training.stopped and (group := list(islice(parts, config.accumulate))):
             training.step_(partial(_mean_gradient_, network, config, supervised, group))
-            if training.over(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config)):
-                break
+            training.end_step(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config))
     return training.result_()
 
 
@@ -206,8 +205,13 @@ class Training:
                 else:
                     self.average[name].copy_(tensor)
 
-    def over(self, *, at_end_of_pass: bool) -> bool:
-        """Save if it is time to, and say whether the round is to end early."""
+    @property
+    def stopped(self) -> bool:
+        """Whether the round is to end early: so many passes have brought nothing better."""
+        return 0 < self.config.patience <= self.stale
+
+    def end_step(self, *, at_end_of_pass: bool) -> None:
+        """Judge the network at the end of a pass, and save if it is time to."""
         if at_end_of_pass and self.config.patience and self.context.validation is not None:
             value = self.context.validation()
             self.network.module.train()
@@ -217,7 +221,6 @@ class Training:
                 self.stale += 1
         if self.context.unfinished is not None and self.context.unfinished.due and self.step < self.steps:
             self.context.unfinished.save(*self._state())
-        return 0 < self.config.patience <= self.stale
 
     def result_(self) -> Trained:
         """Leave the network with the weights that the site is to send."""
