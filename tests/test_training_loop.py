@@ -278,6 +278,19 @@ def test_balanced_class_weights_by_hand():
     np.testing.assert_allclose(balanced_positive_weights(data, np.arange(4)), [2, 1])  # no negative: left alone
 
 
+def test_labels_are_counted_without_reading_an_image():
+    class Unread(Dataset):
+        def batch(self, rows, **keys):
+            raise AssertionError("an image was read")
+
+    whole, rows = data_of(200), np.arange(0, 200, 3)
+    task = run_file.validate({"task": {"labels": ["a"]}}).task
+    unread = Unread(whole.images, whole.targets, whole.patients)
+    positive = whole.targets[rows].mean()
+    np.testing.assert_allclose(balanced_positive_weights(unread, rows), [(1 - positive) / positive], rtol=1e-6)
+    assert balanced_weights(unread, rows, task).sum() == pytest.approx(2)
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
