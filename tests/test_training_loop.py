@@ -107,9 +107,24 @@ def test_the_moving_average_is_what_a_site_sends():
     config = train_config(ema=0.5, batch_size=8)
     path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
     average = linear().weights().parameters
-    for weights in path:
-        average = 0.5 * average + 0.5 * weights
+    for weights, decay in zip(path, (2 / 11, 3 / 12, 4 / 13), strict=True):  # all below 0.5
+        average = decay * average + (1 - decay) * weights
     np.testing.assert_allclose(trained(config), average, atol=1e-6)
+
+
+def test_the_decay_of_the_moving_average_rises_to_what_was_asked_for():
+    low = 0.25  # from the second step on
+    path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
+    average = linear().weights().parameters
+    for weights, decay in zip(path, (2 / 11, low, low), strict=True):
+        average = decay * average + (1 - decay) * weights
+    np.testing.assert_allclose(trained(train_config(ema=low)), average, atol=1e-6)
+
+
+def test_a_short_round_with_a_slow_average_sends_what_it_learned():
+    start, last = linear().weights().parameters, trained(train_config(local_steps=10))
+    sent = trained(train_config(local_steps=10, ema=0.999))
+    assert np.linalg.norm(sent - last) < 0.2 * np.linalg.norm(start - last)
 
 
 def test_early_stopping_keeps_the_best_pass():
@@ -153,7 +168,7 @@ def test_the_moving_average_is_of_running_statistics_too():
     train_(network, data_of(24), np.arange(24), config, masked_bce, np.random.default_rng(5))
     images, start = torch.from_numpy(data_of(24).images), with_batch_norm().module
     last = 0.9 * start[1].running_mean + 0.1 * start[0](images).mean((0, 2, 3))
-    torch.testing.assert_close(network.module[1].running_mean, (0.5 * last).detach())
+    torch.testing.assert_close(network.module[1].running_mean, (9 / 11 * last).detach())
     assert int(network.module[1].num_batches_tracked) == 1
 
 

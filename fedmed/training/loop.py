@@ -199,9 +199,10 @@ class Training:
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
+            kept = _ema_decay(self.config.ema, self.step)
             for name, tensor in self.network.state().items():
                 if tensor.is_floating_point():
-                    self.average[name].lerp_(tensor, 1 - self.config.ema)
+                    self.average[name].lerp_(tensor, 1 - kept)
                 else:
                     self.average[name].copy_(tensor)
 
@@ -283,6 +284,15 @@ class Training:
         factor = learning_rate_factor(self.config, progress, self.context.plateau)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+def _ema_decay(most: float, step: int) -> float:
+    """min(most, (1 + k) / (10 + k)) after step k of a round, from 1.
+
+    As TensorFlow's ExponentialMovingAverage does with `num_updates`. An average begins anew in every round. With one
+    decay from its first step on, a round of few steps would send little but what it received: 0.999¹⁰ is 99 %.
+    """
+    return min(most, (1 + step) / (10 + step))
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
