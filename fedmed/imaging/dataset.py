@@ -75,7 +75,12 @@ class Dataset:
         return len(self.patients)
 
     def batch(
-        self, rows: NDArray[np.int64], *, generator: np.random.Generator | None = None, margin: int = 0
+        self,
+        rows: NDArray[np.int64],
+        *,
+        generator: np.random.Generator | None = None,
+        margin: int = 0,
+        keep_foreground: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some items as tensors.
 
@@ -85,6 +90,7 @@ class Dataset:
                 every batch; nothing else changes. For training.
             margin: voxels around an item that come with it, in images and masks: what lies around a box in its
                 volume, and 0 beyond that.
+            keep_foreground: whether a box whose mask would lose all of its classes by moving stays in its place.
 
         Returns:
             Images (n, C, …) float32 in [0, 1], and targets float32: (n, labels) or masks (n, labels, …).
@@ -92,6 +98,8 @@ class Dataset:
         stored = self._order[rows]
         images = self._images
         corners = images.jittered(stored, generator) if isinstance(images, Tiles) and generator is not None else None
+        if keep_foreground and corners is not None and isinstance(self.targets, Tiles):
+            corners = self.targets.keeping_foreground(stored, corners)
         around = margin if isinstance(images, Tiles) else 0
         pixels = torch.from_numpy(_gathered(images, stored, corners, around))
         if self.channels > pixels.shape[1]:

@@ -127,12 +127,14 @@ def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple
     """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone.
 
     Images bring a margin of so many voxels for a network that wants one; it moves with them, and targets have none.
+    Where patches with foreground are to come up more often, none loses all of it by being cut elsewhere.
     """
     if not config.augment:
         images, targets = data.batch(chosen, margin=margin)
         return images, within(targets, margin)
     generator = np.random.default_rng(seed)
-    images, targets = data.batch(chosen, generator=generator, margin=margin)
+    balanced = config.sampling == "balanced"
+    images, targets = data.batch(chosen, generator=generator, margin=margin, keep_foreground=balanced)
     drawn = augment.sample(config.augment, images.shape[1:], len(images), generator)
     if targets.ndim == images.ndim:
         images, targets = augment.apply(images, targets, drawn)
