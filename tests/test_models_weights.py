@@ -117,6 +117,15 @@ def test_a_file_for_other_labels_leaves_the_head_as_initialized(state: State, tm
     )
 
 
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_kept_head_is_reported_with_its_order_of_labels(state: State, tmp_path: Path, labels: int) -> None:
+    config = ModelConfig(**SMALL, weights=str(save(state, tmp_path / "weights.safetensors")))
+    built = build_with_report(config, outputs=labels, seed=1)
+    assert built.loaded is not None
+    assert set(built.loaded.head) == ({"classifier.weight", "classifier.bias"} if labels == 2 else set())
+    assert ("head kept, its outputs in the file's order of labels" in str(built)) == (labels == 2)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(3, 1), (1, 3), (3, 2), (1, 4)])
 def test_a_gray_image_excites_the_first_convolution_as_before(theirs: int, ours: int, tmp_path: Path) -> None:
     source = small_cnn(in_channels=theirs, norm="group", width=4)
@@ -218,6 +227,7 @@ def test_knows_public_densenets_and_their_range(layout: str, change: Callable[[S
     changed = () if layout == "own" else ("features.conv0.weight", "features.norm0.running_mean")
     assert built.loaded.rescaled == changed and not set(changed) & set(built.loaded.matched)
     assert ("the first layer rescaled from images" in str(built)) == (layout != "own")
+    assert "head kept, its outputs in the file's order of labels" in str(built)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

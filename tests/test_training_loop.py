@@ -1,5 +1,8 @@
 """A site's training in one round: optimizer steps, schedules, averages, early stopping, and going on after a kill."""
 
+import multiprocessing
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,8 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
-from toy import FRAGILE
+from toy import FRAGILE, PLANTED
+from visits import Visits, flat
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
@@ -21,6 +25,7 @@ from fedmed.training.network import FlatNetwork, channels_innermost
 from fedmed.training.sampling import balanced_positive_weights, balanced_weights, batches
 from fedmed.training.schedule import learning_rate_factor, plateau_factor
 from fedmed.training.site import settings_for_sites, settings_from
+from fedmed.training.site_round import train_round
 from fedmed.training.unfinished import Unfinished
 
 SGD = {"optimizer": "sgd", "learning-rate": 0.1, "weight-decay": 0.0, "batch-size": 8}
@@ -102,9 +107,24 @@ def test_the_moving_average_is_what_a_site_sends():
     config = train_config(ema=0.5, batch_size=8)
     path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
     average = linear().weights().parameters
-    for weights in path:
-        average = 0.5 * average + 0.5 * weights
+    for weights, decay in zip(path, (2 / 11, 3 / 12, 4 / 13), strict=True):  # all below 0.5
+        average = decay * average + (1 - decay) * weights
     np.testing.assert_allclose(trained(config), average, atol=1e-6)
+
+
+def test_the_decay_of_the_moving_average_rises_to_what_was_asked_for():
+    low = 0.25  # from the second step on
+    path = [trained(train_config(local_steps=steps)) for steps in (1, 2, 3)]
+    average = linear().weights().parameters
+    for weights, decay in zip(path, (2 / 11, low, low), strict=True):
+        average = decay * average + (1 - decay) * weights
+    np.testing.assert_allclose(trained(train_config(ema=low)), average, atol=1e-6)
+
+
+def test_a_short_round_with_a_slow_average_sends_what_it_learned():
+    start, last = linear().weights().parameters, trained(train_config(local_steps=10))
+    sent = trained(train_config(local_steps=10, ema=0.999))
+    assert np.linalg.norm(sent - last) < 0.2 * np.linalg.norm(start - last)
 
 
 def test_early_stopping_keeps_the_best_pass():
@@ -148,7 +168,7 @@ def test_the_moving_average_is_of_running_statistics_too():
     train_(network, data_of(24), np.arange(24), config, masked_bce, np.random.default_rng(5))
     images, start = torch.from_numpy(data_of(24).images), with_batch_norm().module
     last = 0.9 * start[1].running_mean + 0.1 * start[0](images).mean((0, 2, 3))
-    torch.testing.assert_close(network.module[1].running_mean, (0.5 * last).detach())
+    torch.testing.assert_close(network.module[1].running_mean, (9 / 11 * last).detach())
     assert int(network.module[1].num_batches_tracked) == 1
 
 
@@ -273,6 +293,19 @@ def test_balanced_class_weights_by_hand():
     np.testing.assert_allclose(balanced_positive_weights(data, np.arange(4)), [2, 1])  # no negative: left alone
 
 
+def test_labels_are_counted_without_reading_an_image():
+    class Unread(Dataset):
+        def batch(self, rows, **keys):
+            raise AssertionError("an image was read")
+
+    whole, rows = data_of(200), np.arange(0, 200, 3)
+    task = run_file.validate({"task": {"labels": ["a"]}}).task
+    unread = Unread(whole.images, whole.targets, whole.patients)
+    positive = whole.targets[rows].mean()
+    np.testing.assert_allclose(balanced_positive_weights(unread, rows), [(1 - positive) / positive], rtol=1e-6)
+    assert balanced_weights(unread, rows, task).sum() == pytest.approx(2)
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
@@ -316,6 +349,23 @@ def test_a_round_that_was_cut_off_ends_with_the_same_bits(tmp_path, optimizer, a
     assert unfinished("another").load() is None
 
 
+def test_a_round_that_early_stopping_had_ended_before_a_kill_trains_no_further(tmp_path):
+    config = train_config(local_epochs=5, patience=2, momentum=0.9)
+    steps, judged = [], iter([1.0, 2.0, 3.0, 0.5, 0.4])
+
+    def go(where: Unfinished | None) -> np.ndarray:
+        context = RoundContext(unfinished=where, validation=lambda: next(judged), correction=lambda: steps.append(1))
+        return trained(config, context=context)
+
+    saved = Unfinished(path=tmp_path / "round.safetensors", identify=lambda: "this", every_s=0.0)
+    whole = go(saved)
+    assert len(steps) == 9, "three passes of three batches"
+    assert saved.load()[0]["stale"] == 2, "it is killed before the state is cleared"
+    np.testing.assert_array_equal(go(saved), whole)
+    assert len(steps) == 9
+    assert next(judged) == 0.5
+
+
 def test_an_unreadable_state_of_a_round_is_ignored(tmp_path):
     path = tmp_path / "round.safetensors"
     path.write_bytes(b"torn")
@@ -334,3 +384,22 @@ def test_a_site_killed_inside_a_round_goes_on_in_that_round(toy_config, simulate
         assert not list((folder.path / "sites").glob("*/unfinished*")), "a finished round leaves no state"
     assert (tmp_path / "marker").read_text() == "killed"
     np.testing.assert_array_equal(parameters["killed"], parameters["whole"])
+
+
+def test_nothing_is_left_of_a_patient_who_withdrew_between_a_kill_and_the_retry(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setenv(FRAGILE, str(tmp_path / "marker"))
+    train = {"local_epochs": 2, "save_every_s": 1e-6, "batch_size": 4}
+    config = toy_config("a-40", model={"name": "toy:fragile"}, train=train, evaluate={"site_share": 0.2})
+    sent = {}
+    for name in ("killed", "anew"):
+        visits = Visits(config, tmp_path / name)
+        task, site = visits.task(1, flat(config).weights()), visits.site("a-40")
+        if name == "killed":  # after 14 of 16 steps
+            process = multiprocessing.get_context("fork").Process(target=train_round, args=(task, site))
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        assert (tmp_path / name / "a-40" / "unfinished-round.safetensors").exists() == (name == "killed")
+        sent[name] = train_round(task, replace(site, withdrawn=frozenset({f"{PLANTED}-a-3"})))
+    assert sent["killed"].num_examples == sent["anew"].num_examples == 30
+    np.testing.assert_array_equal(sent["killed"].weights.parameters, sent["anew"].weights.parameters)

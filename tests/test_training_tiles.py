@@ -87,6 +87,45 @@ def test_tiles_with_foreground_come_up_as_often_as_those_without(volumes):
     assert weights[0] == pytest.approx(weights[1:].sum())
 
 
+def lonely_voxels() -> Dataset:
+    """Two volumes, each with a single voxel of foreground, at the edge of a box or in its middle."""
+    masks = [np.zeros((1, 12, 12, 12), np.uint8) for _ in range(2)]
+    masks[0][0, 0, 0, 0] = masks[1][0, 6, 6, 6] = 1
+    images = [mask / np.float32(2) for mask in masks]
+    tiles = Tiles.over(images, BOX)
+    patients = tuple(map(str, tiles.volume))
+    return Dataset(tiles, Tiles.over(masks, BOX), patients, rows=tiles.volume, labels=1)
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_balanced_patches_keep_their_foreground_where_augmentation_moves_them(margin):
+    data = lonely_voxels()
+    rows = np.arange(len(data))
+    held = data.batch(rows)[1].flatten(1).any(1)
+    images, masks, stayed = {}, {}, {}
+    for sampling in ("shuffle", "balanced"):
+        train = run_file.validate({"train": {"augment": ["flip"], "sampling": sampling}}).train
+        drawn = [training_batch(data, rows, train, (7, step), margin) for step in range(30)]
+        images[sampling], masks[sampling] = (torch.stack(each) for each in zip(*drawn, strict=True))
+        stayed[sampling] = masks[sampling].flatten(2).any(2)
+        torch.testing.assert_close(within(images[sampling][0], margin) * 2, masks[sampling][0])  # they move together
+    assert stayed["balanced"][:, held].all()
+    assert not stayed["shuffle"][:, held].all()
+    same = stayed["shuffle"] | ~held  # no other box is cut elsewhere than without
+    assert torch.equal(images["balanced"][same], images["shuffle"][same])
+
+
+def test_where_a_box_stays_depends_on_no_other_box_and_follows_from_the_seed():
+    data = lonely_voxels()
+    train = run_file.validate({"train": {"augment": ["flip"], "sampling": "balanced"}}).train
+    rows = np.arange(len(data))
+    once, again = (training_batch(data, rows, train, (7, 3)) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+    corners = data.images.jittered(rows, np.random.default_rng(1))
+    alone = [data.targets.keeping_foreground(rows[n : n + 1], corners[n : n + 1]) for n in rows]
+    np.testing.assert_array_equal(data.targets.keeping_foreground(rows, corners), np.concatenate(alone))
+
+
 @pytest.mark.parametrize("margin", [0, 1, 5])
 def test_boxes_bring_what_lies_around_them_and_zeros_from_beyond_their_volume(volumes, margin):
     images, masks, data = volumes

@@ -130,7 +130,13 @@ class TrainConfig(Section):
     ] = 3
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
     ema: Annotated[
-        float, Field(ge=0, lt=1, description="decay of the moving average of weights that a site sends; 0 = none")
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="decay of the moving average of weights that a site sends, less in a round's first steps; "
+            "0 = none",
+        ),
     ] = 0.0
     patience: Annotated[
         Count, Field(description="local epochs without improvement at the site before it stops; 0 = never")

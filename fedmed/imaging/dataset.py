@@ -75,7 +75,12 @@ class Dataset:
         return len(self.patients)
 
     def batch(
-        self, rows: NDArray[np.int64], *, generator: np.random.Generator | None = None, margin: int = 0
+        self,
+        rows: NDArray[np.int64],
+        *,
+        generator: np.random.Generator | None = None,
+        margin: int = 0,
+        keep_foreground: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some items as tensors.
 
@@ -85,6 +90,7 @@ class Dataset:
                 every batch; nothing else changes. For training.
             margin: voxels around an item that come with it, in images and masks: what lies around a box in its
                 volume, and 0 beyond that.
+            keep_foreground: whether a box whose mask would lose all of its classes by moving stays in its place.
 
         Returns:
             Images (n, C, …) float32 in [0, 1], and targets float32: (n, labels) or masks (n, labels, …).
@@ -92,6 +98,8 @@ class Dataset:
         stored = self._order[rows]
         images = self._images
         corners = images.jittered(stored, generator) if isinstance(images, Tiles) and generator is not None else None
+        if keep_foreground and corners is not None and isinstance(self.targets, Tiles):
+            corners = self.targets.keeping_foreground(stored, corners)
         around = margin if isinstance(images, Tiles) else 0
         pixels = torch.from_numpy(_gathered(images, stored, corners, around))
         if self.channels > pixels.shape[1]:
@@ -119,7 +127,7 @@ class Dataset:
         rows = np.flatnonzero(keep)
         return replace(
             self,
-            targets=self._labelled[rows] if self._labelled is not None else self.targets,
+            targets=self.labelled[rows] if self.labelled is not None else self.targets,
             patients=tuple(self.patients[row] for row in rows),
             evaluation=self.evaluation[rows],
             order=self._order[rows],
@@ -140,8 +148,8 @@ class Dataset:
         )
 
     @property
-    def _labelled(self) -> NDArray[Any] | None:
-        """The targets of a classification, which follow the items; masks stay where they are, as pixels do."""
+    def labelled(self) -> NDArray[Any] | None:
+        """The targets of a classification (N, labels), one row per item; None for masks, which lie as pixels do."""
         return self.targets if isinstance(self.targets, np.ndarray) and self.targets.ndim == 2 else None
 
     @property
@@ -154,7 +162,7 @@ class Dataset:
 
     def _targets(self, rows: Numbers, stored: Numbers, corners: Numbers | None, margin: int) -> NDArray[np.float32]:
         if isinstance(self.targets, np.ndarray):
-            values: NDArray[np.float32] = self.targets[stored if self._labelled is None else rows].astype(np.float32)
+            values: NDArray[np.float32] = self.targets[stored if self.labelled is None else rows].astype(np.float32)
             return values
         classes = _gathered(self.targets, stored, corners, margin, scaled=False)  # (n, 1, …)
         if self.labels == 1:

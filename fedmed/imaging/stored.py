@@ -150,6 +150,23 @@ class Tiles:
         inside: Numbers = np.clip(moved, 0, room)
         return inside
 
+    def keeping_foreground(self, rows: Numbers, corners: Numbers) -> Numbers:
+        """Corners (n, 3) as given, but a box's own one where only there it holds a class.
+
+        Args:
+            rows: (n,) indices below `len(self)`, of masks.
+            corners: (n, 3) that the boxes were moved to.
+        """
+        at_home, moved = (self._holds_a_class(rows, places) for places in (self.corner[rows], corners))
+        return np.where((at_home & ~moved)[:, None], self.corner[rows], corners)
+
+    def _holds_a_class(self, rows: Numbers, corners: Numbers) -> NDArray[np.bool_]:
+        found = np.zeros(len(rows), bool)
+        for place, (number, corner) in enumerate(zip(self.volume[rows], corners.tolist(), strict=True)):
+            box = tuple(slice(at, at + side) for at, side in zip(corner, self.size, strict=True))
+            found[place] = self.volumes[number][:, *box].any()
+        return found
+
     def gather(self, rows: Numbers, *, scaled: bool = True, corners: Numbers | None = None, margin: int = 0) -> Floats:
         """Boxes as float32, a copy.
 

@@ -32,6 +32,7 @@ class Loaded:
     input: str = ""  # the range of images that the file was for, if it is known not to be that
     folded: tuple[str, ...] = ()  # group normalizations that took in BatchNorm statistics
     fresh: tuple[str, ...] = ()  # the head, for other labels: as initialized
+    head: tuple[str, ...] = ()  # the head, for as many labels: among `matched`
     unused: tuple[str, ...] = ()  # in the file only
 
     def __str__(self) -> str:
@@ -41,6 +42,7 @@ class Loaded:
         parts += [f"the first layer rescaled from {self.input} to [0, 1]"] if self.input else []
         parts += [f"{len(self.folded)} normalizations made of BatchNorm layers"] if self.folded else []
         parts += [f"{', '.join(self.fresh)} left as initialized, for other labels"] if self.fresh else []
+        parts += ["head kept, its outputs in the file's order of labels"] if self.head else []
         parts += [f"{len(self.unused)} tensors of the file not used"] if self.unused else []
         return f"weights ({self.layout} names): {'; '.join(parts)}"
 
@@ -50,7 +52,8 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
 
     Everything must fit but three things that fine-tuning changes. The first convolution may have another number of
     channels: each of ours gets the mean of the file's, times its number over ours, so that a gray image, repeated or
-    not, excites it as before. The head may have another number of labels: it stays as initialized. A file with
+    not, excites it as before. The head may have another number of labels: it stays as initialized. One for as many
+    labels is kept, and what is returned says so: tensors do not tell which label an output is for. A file with
     BatchNorm statistics fits a network with GroupNorm or InstanceNorm: see `conversion.folded`. A network of late
     fusion takes the file of one encoder into each of its encoders. Names may be those of `layouts.renamed`; what was
     made for another range of images than [0, 1] is rescaled by `input_range.for_unit_range`.
@@ -91,6 +94,7 @@ def load_weights(network: nn.Module, path: str | Path) -> Loaded:
         input=rescaled.source,
         folded=tuple(fit.folded),
         fresh=tuple(fit.fresh),
+        head=tuple(name for name in fit.head if name in fit.matched),
         unused=(*fit.unused, *found.dropped),
     )
 

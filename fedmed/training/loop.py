@@ -117,10 +117,9 @@ def train_(
         numbered = enumerate(order[first:], start=first)
         margin = network.margin_voxels
         parts = (training_batch(data, chosen, config, (seed, number), margin) for number, chosen in numbered)
-        while group := list(islice(parts, config.accumulate)):
+        while not training.stopped and (group := list(islice(parts, config.accumulate))):
             training.step_(partial(_mean_gradient_, network, config, supervised, group))
-            if training.over(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config)):
-                break
+            training.end_step(at_end_of_pass=_ends_a_pass(training.step, len(order) // config.local_epochs, config))
     return training.result_()
 
 
@@ -128,12 +127,14 @@ def training_batch(data: Dataset, chosen: Rows, config: TrainConfig, seed: tuple
     """Images and targets of a step, changed at random if the run asks for it; the change depends on the seed alone.
 
     Images bring a margin of so many voxels for a network that wants one; it moves with them, and targets have none.
+    Where patches with foreground are to come up more often, none loses all of it by being cut elsewhere.
     """
     if not config.augment:
         images, targets = data.batch(chosen, margin=margin)
         return images, within(targets, margin)
     generator = np.random.default_rng(seed)
-    images, targets = data.batch(chosen, generator=generator, margin=margin)
+    balanced = config.sampling == "balanced"
+    images, targets = data.batch(chosen, generator=generator, margin=margin, keep_foreground=balanced)
     drawn = augment.sample(config.augment, images.shape[1:], len(images), generator)
     if targets.ndim == images.ndim:
         images, targets = augment.apply(images, targets, drawn)
@@ -200,14 +201,20 @@ class Training:
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
+            kept = _ema_decay(self.config.ema, self.step)
             for name, tensor in self.network.state().items():
                 if tensor.is_floating_point():
-                    self.average[name].lerp_(tensor, 1 - self.config.ema)
+                    self.average[name].lerp_(tensor, 1 - kept)
                 else:
                     self.average[name].copy_(tensor)
 
-    def over(self, *, at_end_of_pass: bool) -> bool:
-        """Save if it is time to, and say whether the round is to end early."""
+    @property
+    def stopped(self) -> bool:
+        """Whether the round is to end early: so many passes have brought nothing better."""
+        return 0 < self.config.patience <= self.stale
+
+    def end_step(self, *, at_end_of_pass: bool) -> None:
+        """Judge the network at the end of a pass, and save if it is time to."""
         if at_end_of_pass and self.config.patience and self.context.validation is not None:
             value = self.context.validation()
             self.network.module.train()
@@ -217,7 +224,6 @@ class Training:
                 self.stale += 1
         if self.context.unfinished is not None and self.context.unfinished.due and self.step < self.steps:
             self.context.unfinished.save(*self._state())
-        return 0 < self.config.patience <= self.stale
 
     def result_(self) -> Trained:
         """Leave the network with the weights that the site is to send."""
@@ -280,6 +286,15 @@ class Training:
         factor = learning_rate_factor(self.config, progress, self.context.plateau)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+def _ema_decay(most: float, step: int) -> float:
+    """min(most, (1 + k) / (10 + k)) after step k of a round, from 1.
+
+    As TensorFlow's ExponentialMovingAverage does with `num_updates`. An average begins anew in every round. With one
+    decay from its first step on, a round of few steps would send little but what it received: 0.999¹⁰ is 99 %.
+    """
+    return min(most, (1 + step) / (10 + step))
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

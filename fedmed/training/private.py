@@ -269,7 +269,7 @@ def train_privately_(
             group = ((part, *_batch(data, part, config, (seed, training.step), margin)) for part in parts)
             training.step_(partial(gradient_, group))
             training.clip = gradient_.clip
-            training.over(at_end_of_pass=False)
+            training.end_step(at_end_of_pass=False)
     trained = training.result_()
     for buffer, before in zip(network.module.buffers(), buffers, strict=True):  # what they gathered has no noise
         buffer.copy_(before)

@@ -97,7 +97,11 @@ def balanced_positive_weights(data: Dataset, rows: Rows) -> NDArray[np.float32]:
     Returns:
         (labels,).
     """
-    counts = [_counts(data.batch(rows[start : start + SCANNED])[1].numpy()) for start in range(0, len(rows), SCANNED)]
+    if data.labelled is not None:
+        counts = [_counts(data.labelled[rows])]
+    else:
+        starts = range(0, len(rows), SCANNED)
+        counts = [_counts(data.batch(rows[start : start + SCANNED])[1].numpy()) for start in starts]
     negatives, positives = np.sum(counts, axis=0)
     ratio = negatives / np.maximum(positives, 1)
     defined = (positives > 0) & (negatives > 0)
@@ -112,8 +116,8 @@ def _counts(targets: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _positive(data: Dataset, rows: Rows, task: TaskConfig) -> NDArray[np.bool_]:
     """(n, labels): whether an item has a label."""
-    if task.kind == "classification" and isinstance(data.targets, np.ndarray):
-        known: NDArray[np.bool_] = data.targets[rows] == 1
+    if task.kind == "classification" and data.labelled is not None:
+        known: NDArray[np.bool_] = data.labelled[rows] == 1
         return known
     parts = []
     for start in range(0, len(rows), SCANNED):

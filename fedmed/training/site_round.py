@@ -76,7 +76,7 @@ def train_round(task: Task, site: Site) -> Update:
     _take_up_own_norms_(network, task, config, kept)
     metrics = _held_out_sums(network, data, config, task, permit, site) if task.evaluate else {}
     own = OwnPatients(network=network, data=data, config=config, site=site.name)
-    saves = {part: unfinished(task, site.state_dir, config.train, part) for part in ("round", "personal")}
+    saves = {part: unfinished(task, data, site.state_dir, config.train, part) for part in ("round", "personal")}
     account = account_of(task, site, permit, own, kept) if config.privacy.mode == "dp-sgd" else None
     if config.privacy.mode == "central" and permit is not None:
         charge_central(task, site, permit, own)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedmed.config import TrainConfig
 from fedmed.durable import write_atomically
 from fedmed.errors import DataError
+from fedmed.imaging.dataset import Dataset
 from fedmed.types import Task
 
 
@@ -74,13 +75,15 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def unfinished(task: Task, folder: Path | None, train: TrainConfig, part: str) -> Unfinished | None:
-    """Where a long round is saved: known again by its settings, its number and the very weights that it began with.
+def unfinished(task: Task, data: Dataset, folder: Path | None, train: TrainConfig, part: str) -> Unfinished | None:
+    """Where a long round is saved: known again by its settings, number, received weights and patients.
 
-    What the site itself kept need not be told apart: in a round of this number it is always the same.
+    What the site kept of the rounds before need not be told apart: in a round of this number it is always the same.
+    Its patients are not: one may have withdrawn since, or the manifest may list others.
 
     Args:
         task: of the round.
+        data: of the site.
         folder: of the site's state; None = it keeps nothing.
         train: how often to save.
         part: of the round, as several networks may be trained in it.
@@ -92,6 +95,9 @@ def unfinished(task: Task, folder: Path | None, train: TrainConfig, part: str) -
         digest = hashlib.sha256(f"{task.settings}/{task.round}/{task.layout}/{task.learning_rate_factor}/".encode())
         for vector in (task.weights.parameters, task.weights.buffers, *task.vectors.values()):
             digest.update(np.ascontiguousarray(vector).data)
+        digest.update(json.dumps([*map(str, data.patients)]).encode())
+        for of_items in (data.rows, data.evaluation, *([] if data.labelled is None else [data.labelled])):
+            digest.update(np.ascontiguousarray(of_items).data)
         return digest.hexdigest()
 
     return Unfinished(path=folder / f"unfinished-{part}.safetensors", identify=identity, every_s=train.save_every_s)
