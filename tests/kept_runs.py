@@ -55,12 +55,14 @@ class Picky(nn.Module):
         return self.head(images.flatten(2).mean(dim=2))
 
 
-def kept_run(path: Path, model: dict, task: dict, **data: object) -> Path:
-    """A run folder with an untrained network."""
+def kept_run(path: Path, model: dict, task: dict, *, modalities: int = 0, **data: object) -> Path:
+    """A run folder with an untrained network; without a number of modalities one as it was before runs kept it."""
     config = run_file.validate({"model": model, "task": task, "data": data})
     network = network_of(config)
     folder = RunFolder.create(path, config)
-    folder.save_model(network.weights(), network.layout, model_facts(config, 3, network.layout.hash))
+    folder.save_model(
+        network.weights(), network.layout, model_facts(config, 3, network.layout.hash, modalities=modalities)
+    )
     folder.close()
     return path
 

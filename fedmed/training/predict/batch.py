@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.manifest import images_of
-from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import BETWEEN
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.models import gate_maps
@@ -102,18 +101,21 @@ def predict_images(
             yield replace(blank, error=str(error))
 
 
-def _files(path: Path, kept: Kept) -> str | list[str]:
-    """An image, or the modalities of one, named as in a cell of a manifest."""
-    if BETWEEN not in str(path) or path.exists():
-        return str(path.absolute())
-    found = ["" if image is None else str(image) for image in images_of(str(path), Path.cwd())]
-    each = 1 if kept.recipe.depth else presets_named(kept.recipe.preset)[0].channels
-    if len(found) * each != kept.config.model.in_channels:
-        raise ConfigError(
-            f"{len(found)} modalities, but the network reads {kept.config.model.in_channels} channels; "
-            f'leave the place of a missing one empty, as in "a{BETWEEN}{BETWEEN}c"'
-        )
-    return found
+def _files(path: Path, kept: Kept) -> list[str]:
+    """The modalities of an image, named as in a cell of a manifest.
+
+    Raises:
+        ConfigError: they are more or fewer than the network reads.
+    """
+    one = BETWEEN not in str(path) or path.exists()
+    images = (path.absolute(),) if one else images_of(str(path), Path.cwd())
+    if len(images) not in kept.modalities:
+        named = "1 modality" if len(images) == 1 else f"{len(images)} modalities"
+        wanted = max(kept.modalities)
+        example = BETWEEN.join("abcdefgh"[:wanted])
+        how = f'; name them as in a manifest, "{example}", and leave the place of a missing one empty'
+        raise ConfigError(f"{named}, but the network reads {wanted}{how if wanted > 1 else ''}")
+    return ["" if image is None else str(image) for image in images]
 
 
 Decode = Callable[..., dict[str, NDArray[Any]]]
