@@ -145,11 +145,11 @@ def _classified(
 def _segmented(
     kept: Kept, blank: Prediction, decode: Decode, place: Path, *, heat_maps: bool, labels: Sequence[str]
 ) -> Prediction:
-    """A mask of class numbers: of the labels with more than one half, the most probable; and what it looks like."""
+    """A mask of class numbers, of the likeliest label where one is likelier than none, and what it looks like."""
     images = decode("item", mask="")["images"]
     logits = image_maps(kept, images, kept.network)
     original = _original(kept, decode)
-    classes = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
+    classes = classes_of(likelihoods(logits), original)
     at = _most(original.shown(classes))
     drawn = [*_masks(classes, original, place), _overlay(classes, original, at, place)]
     if heat_maps:
@@ -168,27 +168,43 @@ def _segmented(
     )
 
 
+def likelihoods(logits: Maps) -> Iterator[Maps]:
+    """Probabilities of labels that exclude each other, label by label: a softmax over them and the background's 0.
+
+    So two labels of which a sigmoid makes 1 each still differ.
+
+    Args:
+        logits: (labels, …).
+    """
+    together = np.zeros_like(logits[0])  # log Σ exp
+    for each in logits:
+        np.logaddexp(together, each, out=together)
+    return (np.exp(each - together) for each in logits)
+
+
 def classes_of(probabilities: Iterator[Maps], original: Original) -> NDArray[np.uint8]:
     """Class numbers in the image's own geometry.
 
     Probabilities are interpolated, and decided upon afterwards, so that borders do not follow the coarser grid.
 
     Args:
-        probabilities: label by label, each (n, S, S) or (D, H, W) as the network was shown the image.
+        probabilities: label by label, each (n, S, S) or (D, H, W) as the network was shown the image; the background
+            has what they leave of 1.
         original: the image.
 
     Returns:
-        (n, H, W) or (D, H, W), 0 = no label above one half.
+        (n, H, W) or (D, H, W), 0 = no label is likelier than the background.
     """
     classes = np.zeros(0, np.uint8)
-    best = np.zeros(0, np.float32)
+    best = rest = np.zeros(0, np.float32)
     for number, each in enumerate(probabilities, start=1):
         there = original.back(each)
         if number == 1:
-            classes, best = np.zeros(there.shape, np.uint8), np.full(there.shape, 0.5, np.float32)
-        better = there > best
-        classes[better] = number
+            classes, best, rest = np.zeros(there.shape, np.uint8), np.zeros_like(there), np.ones_like(there)
+        classes[there > best] = number
         np.maximum(best, there, out=best)
+        rest -= there
+    classes[best <= rest] = 0
     return classes
 
 
