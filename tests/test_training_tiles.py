@@ -10,7 +10,14 @@ from fedmed.config import ModelConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Slots, Tiles
 from fedmed.models import build
-from fedmed.training.evaluate import evaluation_sums, likeliest_alone, mean_loss, predictions
+from fedmed.training.evaluate import (
+    checked_sums,
+    evaluation_sums,
+    likeliest_alone,
+    mean_loss,
+    metrics_from,
+    predictions,
+)
 from fedmed.training.loop import training_batch
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import balanced_weights
@@ -181,3 +188,15 @@ def test_labels_exclude_each_other_where_masks_are_class_numbers_and_may_overlap
     sums = evaluation_sums(FlatNetwork(Both(), torch.device("cpu")), data, np.arange(2), task)
     assert (sums["intersection"] / 32).tolist() == ([0, 1] if numbers else [1, 1])
     assert (sums["total"] / 32).tolist() == ([0, 2] if numbers else [2, 2])
+
+
+def test_a_site_sends_nothing_of_a_label_that_few_held_out_patients_have():
+    masks = np.ones((3, 2, 4, 4), np.float32)
+    masks[1:, 1] = 0
+    data = Dataset(np.ones((3, 1, 4, 4), np.float32), masks, ("p", "q", "r"))
+    task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a", "rare"]}}).task
+    network = FlatNetwork(nn.Conv2d(1, 2, 1).requires_grad_(False), torch.device("cpu"))
+    sums = checked_sums(evaluation_sums(network, data, np.arange(3), task, fewest=2), task)
+    assert sums["cases"].tolist() == [3, 0] and sums["lesions"].tolist() == [3, 0]
+    assert metrics_from(sums, task)["dice/rare"] is None
+    assert evaluation_sums(network, data, np.arange(3), task, fewest=1)["lesions"].tolist() == [3, 1]

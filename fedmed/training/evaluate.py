@@ -120,7 +120,7 @@ def evaluation_sums(
         form: in which the site lets scores leave; "exact" = those of single images, "none" = nothing at all.
         centres: logits around which histograms are finest, one for each label; empty = 0.
         spacing_mm: of voxels; distances of surfaces are only measured where it is known.
-        fewest: of a classification, patients with a label, and without it, below which nothing of that label is sent.
+        fewest: patients with a label below which nothing of that label is sent; in a classification also without it.
     """
     if form == "none" or len(rows) == 0:
         return {}
@@ -129,7 +129,7 @@ def evaluation_sums(
         for chosen, logits, targets in predictions(network, data, rows):
             scored.append(scored_cases(logits, targets, spacing_mm))
             patients += [data.patients[row] for row in chosen]
-        return segmentation_sums(join_cases(scored), patients)
+        return segmentation_sums(join_cases(scored), patients, fewest=fewest)
     batches = list(predictions(network, data, rows))
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])
