@@ -170,8 +170,24 @@ def test_of_exclusive_labels_only_the_likeliest_stays_above_zero(shape):
     assert torch.equal(likeliest_alone(logits[:, :1]), logits[:, :1])
 
 
-def test_equally_likely_labels_have_no_place():
-    assert not (likeliest_alone(torch.ones(1, 2, 2, 2)) > 0).any()
+@pytest.mark.parametrize("value", [-3.0, 0.0, 0.1, 1.0, 5.0, 37.7, 1e4])
+@pytest.mark.parametrize("labels", [2, 3, 7])
+def test_equally_likely_labels_have_no_place(value, labels):
+    assert not (likeliest_alone(torch.full((1, labels, 2, 2), value)) > 0).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_logits_of_exclusive_labels_are_the_log_odds_of_their_softmax(scale):
+    logits = scale * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    wide = torch.cat([torch.zeros(4, 1, 8, 8), logits], 1).double()
+    expected = torch.stack(
+        [wide[:, k] - wide[:, [j for j in range(4) if j != k]].logsumexp(1) for k in (1, 2, 3)], dim=1
+    )
+    best = wide.argmax(1, keepdim=True) == torch.tensor([1, 2, 3]).view(-1, 1, 1)
+    expected = torch.where(best, expected.clamp(min=0), expected)  # the likeliest has the place
+    found = likeliest_alone(logits)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 + 1e-7 * scale)
 
 
 @pytest.mark.parametrize("numbers", [True, False])
@@ -188,6 +204,9 @@ def test_labels_exclude_each_other_where_masks_are_class_numbers_and_may_overlap
     sums = evaluation_sums(FlatNetwork(Both(), torch.device("cpu")), data, np.arange(2), task)
     assert (sums["intersection"] / 32).tolist() == ([0, 1] if numbers else [1, 1])
     assert (sums["total"] / 32).tolist() == ([0, 2] if numbers else [2, 2])
+    one, two = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0)[1:] if numbers else torch.tensor([1.0, 2.0]).sigmoid()
+    expected = -(torch.log(1 - one if numbers else one) + torch.log(two)) / 2
+    assert sums["loss"] / 2 == pytest.approx(expected.item())
 
 
 def test_a_site_sends_nothing_of_a_label_that_few_held_out_patients_have():
