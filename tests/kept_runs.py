@@ -32,6 +32,15 @@ def outline(*, in_channels: int, outputs: int, norm: str, width: int, dimensions
     return convolution
 
 
+def sure(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:
+    """Logits 18 and 30 of what is bright, and -18 and -30 of what is dark."""
+    convolution = nn.Conv2d(in_channels, outputs, 1)
+    with torch.no_grad():
+        convolution.weight[:] = torch.tensor([36.0, 60.0]).view(-1, 1, 1, 1)
+        convolution.bias[:] = torch.tensor([-18.0, -30.0])
+    return convolution
+
+
 def spot(*, in_channels: int, outputs: int, norm: str, width: int, dimensions: int = 2) -> nn.Module:
     """The mean of bright pixels speaks for the first label, and that of dark ones for the second."""
     convolution = (nn.Conv2d if dimensions == 2 else nn.Conv3d)(in_channels, outputs, 1)
@@ -55,12 +64,14 @@ class Picky(nn.Module):
         return self.head(images.flatten(2).mean(dim=2))
 
 
-def kept_run(path: Path, model: dict, task: dict, **data: object) -> Path:
-    """A run folder with an untrained network."""
+def kept_run(path: Path, model: dict, task: dict, *, modalities: int = 0, **data: object) -> Path:
+    """A run folder with an untrained network; without a number of modalities one as it was before runs kept it."""
     config = run_file.validate({"model": model, "task": task, "data": data})
     network = network_of(config)
     folder = RunFolder.create(path, config)
-    folder.save_model(network.weights(), network.layout, model_facts(config, 3, network.layout.hash))
+    folder.save_model(
+        network.weights(), network.layout, model_facts(config, 3, network.layout.hash, modalities=modalities)
+    )
     folder.close()
     return path
 

@@ -103,12 +103,21 @@ def test_in_late_fusion_the_encoders_maps_count_as_one():
     torch.testing.assert_close(grad_cam(network, images, [1]), enlarged(expected, images), rtol=1e-4, atol=1e-9)
 
 
-def test_a_series_has_a_map_over_all_its_slices():
-    network, images = network_of("cnn-lstm", dimensions=3, width=4), images_of(2, 1, 5, 16, 16)
-    found = grad_cam(network, images, [0, 1])
-    assert found.shape == (2, 2, 5, 16, 16)
-    assert found.min() >= 0 and found.isfinite().all()
-    assert not torch.equal(found[:, 0], found[:, 1])
+def test_of_a_series_it_is_the_map_of_the_fourth_block_over_all_its_slices():
+    network, images = network_of("cnn-lstm", dimensions=3, width=4), images_of(1, 1, 5, 16, 24)
+    with torch.no_grad():
+        pool, early = network.pool, images
+        for each in (network.block1, network.block2, network.block3):
+            early = pool(each(early))
+    features = network.block4(early).detach().requires_grad_()
+    sequence, count = features.mean(dim=(3, 4)).transpose(1, 2), torch.tensor([5])
+    ends = network.forwards(sequence, count), network.backwards(sequence.flip(1), count)
+    logits = network.classifier(torch.cat(ends, dim=1))
+    torch.testing.assert_close(logits.detach(), network(images).detach())
+    expected = torch.stack([by_hand(logits[0, label], features) for label in (2, 0, 1)])[None]
+    assert expected.shape[2:] == (5, 2, 3) and (expected.flatten(2).amax(dim=2) > 0).any()
+    found = grad_cam(network, images, [2, 0, 1])
+    torch.testing.assert_close(found, enlarged(expected, images), rtol=1e-4, atol=1e-9)
 
 
 class Own(nn.Module):

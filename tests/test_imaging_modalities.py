@@ -237,8 +237,65 @@ def test_a_kept_network_is_given_modalities_as_a_manifest_names_them(tmp_path: P
     with decoder("images") as process:
         found = list(predict_images(kept, cells, tmp_path / "out", process))
     assert [dict(each.voxels) for each in found] == [{"lung": 256}, {"lung": 128}, {"lung": 128}, {}, {}]
-    assert "3 modalities, but the network reads 2 channels" in found[3].error
+    assert '3 modalities, but the network reads 2; name them as in a manifest, "a;b"' in found[3].error
     assert found[4].error == "none of its modalities is there"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "modalities"),
+    [
+        ({"name": "kept_runs:outline"}, {"preset": "mr", "items": "volumes", "volume-size": [6, 8, 10]}, 2),
+        ({"name": "kept_runs:outline"}, {"preset": "cxr;mr", "image-size": 16}, 0),
+        ({"name": "unet", "width": 2, "fusion": "late", "modalities": 2}, {"image-size": 16}, 0),
+    ],
+)
+def test_a_single_file_is_refused_where_the_network_reads_two_modalities(tmp_path, model, data, modalities) -> None:
+    run = kept_run(tmp_path / "run", {**model, "in-channels": 2}, LUNG, modalities=modalities, **data)
+    scans = [Path(nifti(tmp_path / f"{name}.nii.gz", RAMP)) for name in ("flair", "t1c")]
+    pictures(tmp_path, "ab")
+    kept = load_kept(run)
+    images = scans if kept.recipe.depth else [tmp_path / "a.png", tmp_path / "b.png"]
+    (tmp_path / "out").mkdir()
+    with decoder(kept.recipe.items) as process:
+        *alone, both = predict_images(kept, [*images, Path(";".join(map(str, images)))], tmp_path / "out", process)
+    line = (
+        '1 modality, but the network reads 2; name them as in a manifest, "a;b", and leave the place of a missing one'
+    )
+    assert [(each.error, dict(each.voxels)) for each in alone] == [(f"{line} empty", {})] * 2
+    assert not both.error and both.voxels
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_a_run_keeps_how_many_modalities_its_manifests_name(tmp_path: Path, simulate, server: bool) -> None:
+    for name in ("north", "south", "server"):
+        (tmp_path / name).mkdir()
+        pictures(tmp_path / name, "abcdefgh")
+        table(tmp_path / name, ["a.png;b.png", "c.png;d.png", "e.png;", "g.png;h.png"])
+    data = {"sites": [str(tmp_path / name / "manifest.csv") for name in ("north", "south")], "image-size": 16}
+    config = run_file.validate(
+        {
+            "model": {"name": "small-cnn", "width": 2, "in-channels": 2},
+            "task": {"labels": ["a", "b"]},
+            "data": {**data, "server": str(tmp_path / "server" / "manifest.csv") if server else ""},
+            "train": {"rounds": 1, "local-steps": 1},
+            "simulation": {"workers": 1, "device": "cpu"},
+        }
+    )
+    _, folder = simulate(config)
+    assert load_kept(folder.path).modalities == (2,)
+
+
+def test_what_the_manifests_held_decides_whether_a_file_is_repeated_to_all_channels(tmp_path: Path) -> None:
+    pictures(tmp_path, "a")
+    for said, errors in ((0, [""]), (1, [""]), (3, ["1 modality, but the network reads 3"])):
+        run = kept_run(
+            tmp_path / f"run-{said}", {"name": "kept_runs:outline", "in-channels": 3}, LUNG, modalities=said,
+            **{"image-size": 16},
+        )  # fmt: skip
+        (tmp_path / f"out-{said}").mkdir()
+        with decoder("images") as process:
+            found = list(predict_images(load_kept(run), [tmp_path / "a.png"], tmp_path / f"out-{said}", process))
+        assert [each.error.partition(";")[0] for each in found] == errors
 
 
 def test_dealt_and_pooled_manifests_keep_every_place(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class Hospitals:
 
 
 def card(name: str, **changes: object) -> dict:
-    counts = {"patients": 10, "images": 20, "holds-out": True, "unreadable": 0, "reasons": ""}
+    counts = {"patients": 10, "images": 20, "holds-out": True, "modalities": 1, "unreadable": 0, "reasons": ""}
     return {"site": name, "version": fedmed.__version__, "code": package_hash(), "problem": "", **counts, **changes}
 
 

@@ -105,6 +105,28 @@ def test_spacing_may_differ_from_case_to_case() -> None:
     assert score_cases(logits, masks, 2).hd95[:2, 0].tolist() == [2, 0]
 
 
+def test_of_a_label_that_few_patients_have_nothing_leaves() -> None:
+    logits, masks = volumes()  # patients a (twice) and b have it; it was outlined in a alone
+    logits = np.concatenate((logits, logits, logits), axis=1)
+    masks = np.concatenate((masks, np.ones_like(masks), np.zeros_like(masks)), axis=1)
+    cases, patients, labels = score_cases(logits, masks), list("aabcd"), ["rare", "common", "absent"]
+    whole, some = segmentation_sums(cases, patients), segmentation_sums(cases, patients, fewest=3)
+    for name, values in some.items():
+        if len(values) == 1:
+            assert values == whole[name]
+        else:
+            distances = name in ("hd95", "assd", "measured")
+            common = 0 if distances else whole[name][1]
+            assert values.tolist() == [0, common, whole[name][2]], name
+    unchanged = segmentation_sums(cases, patients, fewest=2)
+    assert unchanged["lesions"].tolist() == whole["lesions"].tolist()
+    assert unchanged["hd95"][0] == unchanged["measured"][0] == 0 < whole["measured"][0], "of one patient"
+    metrics = segmentation_metrics(add_sums([segmentation_sums(score_cases(logits[:0], masks[:0]), []), some]), labels)
+    assert {value for name, value in metrics.items() if name.endswith("/rare")} == {None}
+    assert metrics["dice"] == pytest.approx((metrics["dice/common"] + metrics["dice/absent"]) / 2)
+    assert metrics["micro-dice"] == pytest.approx(2 * some["intersection"].sum() / some["total"].sum())
+
+
 @pytest.mark.parametrize("spacing", [0, -1, np.nan, np.inf, (1, 1), (1, 0, 1), np.ones((4, 3))])
 def test_refuses_a_spacing_that_is_none(spacing: object) -> None:
     with pytest.raises(DataError, match="spacing"):

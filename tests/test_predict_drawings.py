@@ -15,8 +15,9 @@ from fedmed.imaging.reading import read_mask
 from fedmed.imaging.resize import letterbox
 from fedmed.imaging.volumes.nifti import read_nifti, write_nifti
 from fedmed.imaging.volumes.volume import Volume
-from fedmed.training.predict.batch import Drawn, Prediction, predict_images
-from fedmed.training.predict.geometry import without_letterbox
+from fedmed.training.evaluate import likeliest_alone
+from fedmed.training.predict.batch import Drawn, Prediction, classes_of, likelihoods, predict_images
+from fedmed.training.predict.geometry import Frames, without_letterbox
 from fedmed.training.predict.inputs import decoder
 from fedmed.training.predict.kept import load_kept
 from fedmed.training.predict.pictures import LONGEST, heat_colours, heat_overlay, region_overlay
@@ -213,6 +214,23 @@ def test_the_likeliest_label_alone_has_the_pixel(tmp_path, drawn):
     expected = np.select([values > 200, values > 100], [2, 1])
     assert np.array_equal(read_mask(folder / found.drawn[0].file), expected)
     assert found.voxels == {"tissue": 64, "bone": 64}
+
+
+def test_of_two_labels_that_both_seem_certain_the_likelier_has_the_pixel(tmp_path, drawn):
+    values = np.zeros((32, 32))
+    values[4:12, 4:12] = 255
+    task = {"kind": "segmentation", "labels": ["tissue", "bone"]}
+    (found,), _ = drawn("sure", task, grey_png(tmp_path / "image.png", values), **{"image-size": 32})
+    assert found.voxels == {"tissue": 0, "bone": 64}, "as in evaluation, though a sigmoid in float32 is 1 of both"
+
+
+@given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([0.3, 3.0, 30.0]))
+def test_a_pixel_has_the_label_that_it_has_in_the_evaluation(labels, seed, scale):
+    logits = np.random.default_rng(seed).normal(0, scale, (labels, 1, 8, 8)).astype(np.float32)
+    above = likeliest_alone(torch.from_numpy(logits)[None])[0].numpy() > 0
+    original = Frames(planes=np.zeros((1, 1, 8, 8), np.uint8), aspect=1.0)
+    found = classes_of(likelihoods(logits), original)
+    assert np.array_equal(found, np.where(above.any(0), above.argmax(0) + 1, 0))
 
 
 # Pictures

@@ -10,7 +10,14 @@ from fedmed.config import ModelConfig
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.stored import Slots, Tiles
 from fedmed.models import build
-from fedmed.training.evaluate import evaluation_sums, likeliest_alone, mean_loss, predictions
+from fedmed.training.evaluate import (
+    checked_sums,
+    evaluation_sums,
+    likeliest_alone,
+    mean_loss,
+    metrics_from,
+    predictions,
+)
 from fedmed.training.loop import training_batch
 from fedmed.training.network import FlatNetwork
 from fedmed.training.sampling import balanced_weights
@@ -202,8 +209,24 @@ def test_of_exclusive_labels_only_the_likeliest_stays_above_zero(shape):
     assert torch.equal(likeliest_alone(logits[:, :1]), logits[:, :1])
 
 
-def test_equally_likely_labels_have_no_place():
-    assert not (likeliest_alone(torch.ones(1, 2, 2, 2)) > 0).any()
+@pytest.mark.parametrize("value", [-3.0, 0.0, 0.1, 1.0, 5.0, 37.7, 1e4])
+@pytest.mark.parametrize("labels", [2, 3, 7])
+def test_equally_likely_labels_have_no_place(value, labels):
+    assert not (likeliest_alone(torch.full((1, labels, 2, 2), value)) > 0).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_logits_of_exclusive_labels_are_the_log_odds_of_their_softmax(scale):
+    logits = scale * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    wide = torch.cat([torch.zeros(4, 1, 8, 8), logits], 1).double()
+    expected = torch.stack(
+        [wide[:, k] - wide[:, [j for j in range(4) if j != k]].logsumexp(1) for k in (1, 2, 3)], dim=1
+    )
+    best = wide.argmax(1, keepdim=True) == torch.tensor([1, 2, 3]).view(-1, 1, 1)
+    expected = torch.where(best, expected.clamp(min=0), expected)  # the likeliest has the place
+    found = likeliest_alone(logits)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 + 1e-7 * scale)
 
 
 @pytest.mark.parametrize("numbers", [True, False])
@@ -220,3 +243,18 @@ def test_labels_exclude_each_other_where_masks_are_class_numbers_and_may_overlap
     sums = evaluation_sums(FlatNetwork(Both(), torch.device("cpu")), data, np.arange(2), task)
     assert (sums["intersection"] / 32).tolist() == ([0, 1] if numbers else [1, 1])
     assert (sums["total"] / 32).tolist() == ([0, 2] if numbers else [2, 2])
+    one, two = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0)[1:] if numbers else torch.tensor([1.0, 2.0]).sigmoid()
+    expected = -(torch.log(1 - one if numbers else one) + torch.log(two)) / 2
+    assert sums["loss"] / 2 == pytest.approx(expected.item())
+
+
+def test_a_site_sends_nothing_of_a_label_that_few_held_out_patients_have():
+    masks = np.ones((3, 2, 4, 4), np.float32)
+    masks[1:, 1] = 0
+    data = Dataset(np.ones((3, 1, 4, 4), np.float32), masks, ("p", "q", "r"))
+    task = run_file.validate({"task": {"kind": "segmentation", "labels": ["a", "rare"]}}).task
+    network = FlatNetwork(nn.Conv2d(1, 2, 1).requires_grad_(False), torch.device("cpu"))
+    sums = checked_sums(evaluation_sums(network, data, np.arange(3), task, fewest=2), task)
+    assert sums["cases"].tolist() == [3, 0] and sums["lesions"].tolist() == [3, 0]
+    assert metrics_from(sums, task)["dice/rare"] is None
+    assert evaluation_sums(network, data, np.arange(3), task, fewest=1)["lesions"].tolist() == [3, 1]

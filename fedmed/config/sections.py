@@ -80,15 +80,24 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=8, le=4096)] = 64
     items: Annotated[
         Literal["images", "slices", "volumes", "patches"],
-        Field(description="what one row of a batch is; slices, volumes and patches are cut from 3D images"),
+        Field(
+            description="what one row of a batch is; slices, volumes and patches are cut from 3D images. With slices a "
+            "case of the metrics is one slice"
+        ),
     ] = "images"
     spacing_mm: Annotated[
         Triple[Annotated[float, Field(gt=0, strict=False)]],
-        Field(description="volumes are resampled to this spacing along depth, height, width; empty = as acquired"),
+        Field(
+            description="volumes are resampled to this spacing along depth, height, width; empty = as acquired. HD95 "
+            "and ASSD need it, and items = volumes or patches"
+        ),
     ] = ()
     volume_size: Annotated[
         Triple[Annotated[int, Field(ge=1, strict=False)]],
-        Field(description="depth, height, width in voxels of a volume, cropped or padded at its centre, or of a patch"),
+        Field(
+            description="depth, height, width in voxels of a volume, cropped or padded at its centre, or of a patch; "
+            "metrics of volumes are of what the crop leaves"
+        ),
     ] = ()
     max_unreadable: Annotated[Fraction, Field(description="share of unreadable images above which a run refuses")] = (
         0.05

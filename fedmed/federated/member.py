@@ -30,6 +30,7 @@ class Member:
     holds_out: bool  # patients whom it does not train on
     unreadable: int  # images that were left out
     reasons: str  # why, and how many for each reason
+    modalities: int = 0  # in a row of its manifest; 0 = it has none
     masking: tuple[str, str] = ("", "")  # its key for secure sums and its signature of it, which other sites check
 
 
@@ -70,7 +71,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             )
         if problem:  # of the same code: another would have others
             raise CannotJoin(problem, site=name)
-        counts = {key: int(card[key]) for key in ("patients", "images", "unreadable")}
+        counts = {key: int(card[key]) for key in ("patients", "images", "unreadable", "modalities")}
         if min(counts.values()) < 0:
             raise ValueError
         return Member(
@@ -80,6 +81,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             images=counts["images"],
             holds_out=bool(card["holds-out"]),
             unreadable=counts["unreadable"],
+            modalities=counts["modalities"],
             reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
             masking=_masking(str(card.get("masking-key", "")), str(card.get("masking-signature", ""))),
         )

@@ -99,10 +99,16 @@ def build_result(
     }
 
 
-def model_facts(config: RunConfig, round: int, layout_hash: str) -> dict[str, Any]:
+def model_facts(config: RunConfig, round: int, layout_hash: str, *, modalities: int = 0) -> dict[str, Any]:
     """`model.json`: how to build the network, what it predicts, and how its images are prepared.
 
     Corrections of low rank are merged into the network that is saved, so the plain one is described.
+
+    Args:
+        config: of the run.
+        round: after which the network is kept.
+        layout_hash: of the network that was trained.
+        modalities: places in a row of the manifests; 0 = not known.
     """
     model = config.model.model_copy(update={"low_rank": 0, "weights": ""})
     if config.model.low_rank:
@@ -113,6 +119,7 @@ def model_facts(config: RunConfig, round: int, layout_hash: str) -> dict[str, An
         "model": model.model_dump(mode="json", by_alias=True, exclude={"weights"}),
         "task": {"kind": config.task.kind, "labels": list(config.task.labels)},
         "preprocessing": config.data.model_dump(mode="json", by_alias=True, include=PREPROCESSING),
+        "modalities": modalities or None,
         "strategy": config.strategy.name,
         "round": round,
         "layout": layout_hash,

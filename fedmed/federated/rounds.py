@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -357,7 +358,8 @@ class Federation:
             self.folder.write_json("evaluation.json", self.evaluation.details(judgement))
         elif no_single_network(self.config.strategy):
             self.server_metrics = {self.config.primary: metric(None)}
-        self.folder.save_model(kept, self.layout, model_facts(self.config, round, self.layout.hash))
+        facts = model_facts(self.config, round, self.layout.hash, modalities=self._modalities(sites))
+        self.folder.save_model(kept, self.layout, facts)
         every = self.config.privacy.mode == "dp-sgd" or has_personal_network(self.config.strategy)
         nodes = {name: node for name, node in sites.connected().items() if every or sites[name].holds_out}
         answers = self._ask(self._task("evaluate", round, kept), nodes) if nodes else ()
@@ -365,6 +367,13 @@ class Federation:
             answers, self.config.task, self.progress.spent, replicates=self.config.evaluate.bootstrap
         )
         self._absent(failed, round)
+
+    def _modalities(self, sites: Membership) -> int:
+        """Places in a row of the manifests, by the server's own or else the most common number; 0 = nobody has any."""
+        if self.evaluation is not None and self.evaluation.data.modalities:
+            return self.evaluation.data.modalities
+        said = Counter(member.modalities for member in sites.members if member.modalities)
+        return min(said, key=lambda number: (-said[number], number), default=0)
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:
         self.watch(self.folder.event(kind, round, **facts))

@@ -55,6 +55,7 @@ class Dataset:
     rows: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) manifest row that an item is of
     labels: int = 0  # of masks kept as class numbers
     reasons: Mapping[str, int] = field(default_factory=dict)  # why rows were left out, and how many for each reason
+    modalities: int = 0  # places in a row of the manifest; 0 = there is none
     # Every patient of the manifest, with an item or without, and whether held out; empty = nobody but those with one
     named: Mapping[str, bool] = field(default_factory=dict, repr=False)
 
@@ -254,6 +255,7 @@ def _assembled(
         "unreadable": tuple(sorted(stored.unreadable)),
         "reasons": MappingProxyType(dict(Counter(stored.unreadable.values()).most_common())),
         "named": MappingProxyType(dict(zip(manifest.patients, held.tolist(), strict=True))),
+        "modalities": manifest.modalities,
     }
     if not readable:
         return replace(_nothing(recipe, volume_size, in_channels, len(manifest.rows[0].labels)), **facts)

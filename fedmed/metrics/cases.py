@@ -1,7 +1,7 @@
 """Scores of each segmented case: overlap, distances of surfaces, lesions.
 
-A case is one image or volume. A voxel, or pixel, belongs to a label if its logit is above 0 (probability above ½). Of
-labels that exclude each other, one logit at most must be above 0 when it comes here (`training.evaluate`).
+A case is one image, slice or volume. A voxel, or pixel, belongs to a label if its logit is above 0 (probability above
+½). Of labels that exclude each other, one logit at most must be above 0 when it comes here (`training.evaluate`).
 The Dice coefficient and the IoU of two empty masks are 1 by convention: finding nothing where nothing is, is right.
 Surfaces have a distance only where both masks hold something. A case in which both are empty counts for no distance;
 one in which exactly one is empty neither, and is counted as excluded: its distance would be infinite.
@@ -25,7 +25,7 @@ from fedmed.metrics.surfaces import surface_scores
 class Cases:
     """Scores of N cases and L labels. Small, whatever the size of the images; it never leaves a site."""
 
-    loss: Array  # (N,) mean cross-entropy over voxels and labels
+    loss: Array  # (N,) mean binary cross-entropy over voxels and labels
     intersection: Array  # (N, L) voxels |A ∩ B| of predicted mask A and true mask B
     predicted: Array  # (N, L) voxels |A|
     true: Array  # (N, L) voxels |B|

@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmed.metrics.cases import Cases, overlap
 from fedmed.metrics.sums import Array, Metrics, by_label, check_labels, check_patients, quotient, ratio
 from fedmed.types import Sums
 
 
-def segmentation_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]:
+def segmentation_sums(cases: Cases, patients: Sequence[str], *, fewest: int = 0) -> dict[str, Array]:
     """Returns what a site contributes to the metrics; sums over sites equal the sums of the pooled cases.
+
+    Args:
+        cases: Scores of all cases.
+        patients: One for each case.
+        fewest: Patients with a label, but for nobody, below which the sums of that label are those of no case; and
+            patients whose surfaces have a distance, below which distances are. They would tell of single patients.
 
     Returns:
         `loss` (1,), each case's mean over voxels and labels, summed over cases; `known` (1,) and `images` (1,), the
@@ -30,25 +37,34 @@ def segmentation_sums(cases: Cases, patients: Sequence[str]) -> dict[str, Array]
     """
     check_patients(patients, len(cases.loss))
     count = np.array([len(cases.loss)], dtype=np.float64)
+    told = _enough(cases.true > 0, patients, fewest)  # (L,) 0 or 1
+    near = told * _enough(cases.measured, patients, fewest)
     return {
         "loss": np.array([cases.loss.sum()]),
         "known": count,
-        "cases": np.full(cases.dice.shape[1], count[0]),
-        "dice": cases.dice.sum(axis=0),
-        "dice-square": np.square(cases.dice).sum(axis=0),
-        "iou": cases.iou.sum(axis=0),
-        "intersection": cases.intersection.sum(axis=0),
-        "total": cases.total.sum(axis=0),
-        "hd95": np.nansum(cases.hd95, axis=0),
-        "assd": np.nansum(cases.assd, axis=0),
-        "measured": cases.measured.sum(axis=0).astype(np.float64),
-        "excluded": cases.excluded.sum(axis=0).astype(np.float64),
-        "lesions": cases.lesions.sum(axis=0),
-        "lesions-found": cases.lesions_found.sum(axis=0),
-        "lesions-invented": cases.lesions_invented.sum(axis=0),
+        "cases": told * count[0],
+        "dice": told * cases.dice.sum(axis=0),
+        "dice-square": told * np.square(cases.dice).sum(axis=0),
+        "iou": told * cases.iou.sum(axis=0),
+        "intersection": told * cases.intersection.sum(axis=0),
+        "total": told * cases.total.sum(axis=0),
+        "hd95": near * np.nansum(cases.hd95, axis=0),
+        "assd": near * np.nansum(cases.assd, axis=0),
+        "measured": near * cases.measured.sum(axis=0),
+        "excluded": told * cases.excluded.sum(axis=0),
+        "lesions": told * cases.lesions.sum(axis=0),
+        "lesions-found": told * cases.lesions_found.sum(axis=0),
+        "lesions-invented": told * cases.lesions_invented.sum(axis=0),
         "patients": np.array([len(set(patients))], dtype=np.float64),
         "images": count.copy(),
     }
+
+
+def _enough(cases: NDArray[np.bool_], patients: Sequence[str], fewest: int) -> Array:
+    """Returns 1 for each label of whose cases (N, L) nobody or at least so many patients have one, else 0."""
+    ids = np.array(patients, dtype=np.str_)
+    people = np.array([len(np.unique(ids[cases[:, k]])) for k in range(cases.shape[1])])
+    return np.where((people == 0) | (people >= fewest), 1.0, 0.0)
 
 
 def segmentation_metrics(sums: Sums, labels: Sequence[str]) -> Metrics:

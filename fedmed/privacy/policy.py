@@ -65,8 +65,8 @@ class MetricRules(Section):
         int,
         Field(
             ge=0,
-            description="held-out patients, below which no metric leaves; and below which, of those with a label or of "
-            "those without it, nothing of that label does (classification)",
+            description="held-out patients, below which no metric leaves; and below which, of those with a label, and "
+            "in a classification of those without it, nothing of that label does",
         ),
     ] = 10
     training_loss: Annotated[bool, Field(description="whether the mean loss of training may leave")] = True

@@ -66,18 +66,25 @@ def predictions(
 
 
 def likeliest_alone(logits: Tensor) -> Tensor:
-    """Logits of labels that exclude each other, each less the largest of the others and of the background's 0.
+    """Logits of labels that exclude each other: log-odds of the softmax over them and the background's 0.
 
-    One is above 0 where its label is likelier than every other and than none: at most one in a place.
+    One is above 0 where its label is likelier than every other and than none: at most one in a place. Where that label
+    has less than one half, its logit is the smallest number above 0, so a loss takes it as one half.
 
     Args:
         logits: (n, labels, …); of a single label they are returned as they are.
     """
     if logits.shape[1] == 1:
         return logits
-    best, second = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).topk(2, dim=1).values.unbind(1)
-    others = torch.where(logits == best[:, None], second[:, None], best[:, None])
-    return logits - others
+    everything = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+    (best, second), (place, _) = (part.unbind(1) for part in everything.topk(2, dim=1))
+    rest = everything.scatter_(1, place[:, None], -torch.inf).logsumexp(1)
+    gap = torch.logaddexp(best, rest)[:, None] - logits  # -log p, at least log 2 of all but the likeliest
+    others = -(gap + torch.log1p(-torch.exp(-gap))).clamp(min=0)
+    odds = best - rest
+    likeliest = torch.where(best > second, odds.clamp(min=torch.finfo(odds.dtype).tiny), odds.clamp(max=0))
+    labels = torch.arange(1, everything.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    return torch.where(place[:, None] == labels, likeliest[:, None], others)
 
 
 def mean_loss(network: FlatNetwork, data: Dataset, rows: NDArray[np.int64], loss: Loss) -> float:
@@ -120,7 +127,7 @@ def evaluation_sums(
         form: in which the site lets scores leave; "exact" = those of single images, "none" = nothing at all.
         centres: logits around which histograms are finest, one for each label; empty = 0.
         spacing_mm: of voxels; distances of surfaces are only measured where it is known.
-        fewest: of a classification, patients with a label, and without it, below which nothing of that label is sent.
+        fewest: patients with a label below which nothing of that label is sent; in a classification also without it.
     """
     if form == "none" or len(rows) == 0:
         return {}
@@ -129,7 +136,7 @@ def evaluation_sums(
         for chosen, logits, targets in predictions(network, data, rows):
             scored.append(scored_cases(logits, targets, spacing_mm))
             patients += [data.patients[row] for row in chosen]
-        return segmentation_sums(join_cases(scored), patients)
+        return segmentation_sums(join_cases(scored), patients, fewest=fewest)
     batches = list(predictions(network, data, rows))
     logits = np.concatenate([logits for _, logits, _ in batches])
     targets = np.concatenate([targets for _, _, targets in batches])

@@ -205,6 +205,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "unreadable": 0 if private else len(data.unreadable),
         "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
         "holds-out": judged > 0,
+        "modalities": data.modalities,
         **key,
     }
 

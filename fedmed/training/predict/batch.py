@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.manifest import images_of
-from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import BETWEEN
 from fedmed.imaging.volumes.nifti import write_nifti
 from fedmed.models import gate_maps
@@ -102,18 +101,21 @@ def predict_images(
             yield replace(blank, error=str(error))
 
 
-def _files(path: Path, kept: Kept) -> str | list[str]:
-    """An image, or the modalities of one, named as in a cell of a manifest."""
-    if BETWEEN not in str(path) or path.exists():
-        return str(path.absolute())
-    found = ["" if image is None else str(image) for image in images_of(str(path), Path.cwd())]
-    each = 1 if kept.recipe.depth else presets_named(kept.recipe.preset)[0].channels
-    if len(found) * each != kept.config.model.in_channels:
-        raise ConfigError(
-            f"{len(found)} modalities, but the network reads {kept.config.model.in_channels} channels; "
-            f'leave the place of a missing one empty, as in "a{BETWEEN}{BETWEEN}c"'
-        )
-    return found
+def _files(path: Path, kept: Kept) -> list[str]:
+    """The modalities of an image, named as in a cell of a manifest.
+
+    Raises:
+        ConfigError: they are more or fewer than the network reads.
+    """
+    one = BETWEEN not in str(path) or path.exists()
+    images = (path.absolute(),) if one else images_of(str(path), Path.cwd())
+    if len(images) not in kept.modalities:
+        named = "1 modality" if len(images) == 1 else f"{len(images)} modalities"
+        wanted = max(kept.modalities)
+        example = BETWEEN.join("abcdefgh"[:wanted])
+        how = f'; name them as in a manifest, "{example}", and leave the place of a missing one empty'
+        raise ConfigError(f"{named}, but the network reads {wanted}{how if wanted > 1 else ''}")
+    return ["" if image is None else str(image) for image in images]
 
 
 Decode = Callable[..., dict[str, NDArray[Any]]]
@@ -143,11 +145,11 @@ def _classified(
 def _segmented(
     kept: Kept, blank: Prediction, decode: Decode, place: Path, *, heat_maps: bool, labels: Sequence[str]
 ) -> Prediction:
-    """A mask of class numbers: of the labels with more than one half, the most probable; and what it looks like."""
+    """A mask of class numbers, of the likeliest label where one is likelier than none, and what it looks like."""
     images = decode("item", mask="")["images"]
     logits = image_maps(kept, images, kept.network)
     original = _original(kept, decode)
-    classes = classes_of((torch.sigmoid(torch.from_numpy(each)).numpy() for each in logits), original)
+    classes = classes_of(likelihoods(logits), original)
     at = _most(original.shown(classes))
     drawn = [*_masks(classes, original, place), _overlay(classes, original, at, place)]
     if heat_maps:
@@ -166,27 +168,43 @@ def _segmented(
     )
 
 
+def likelihoods(logits: Maps) -> Iterator[Maps]:
+    """Probabilities of labels that exclude each other, label by label: a softmax over them and the background's 0.
+
+    So two labels of which a sigmoid makes 1 each still differ.
+
+    Args:
+        logits: (labels, …).
+    """
+    together = np.zeros_like(logits[0])  # log Σ exp
+    for each in logits:
+        np.logaddexp(together, each, out=together)
+    return (np.exp(each - together) for each in logits)
+
+
 def classes_of(probabilities: Iterator[Maps], original: Original) -> NDArray[np.uint8]:
     """Class numbers in the image's own geometry.
 
     Probabilities are interpolated, and decided upon afterwards, so that borders do not follow the coarser grid.
 
     Args:
-        probabilities: label by label, each (n, S, S) or (D, H, W) as the network was shown the image.
+        probabilities: label by label, each (n, S, S) or (D, H, W) as the network was shown the image; the background
+            has what they leave of 1.
         original: the image.
 
     Returns:
-        (n, H, W) or (D, H, W), 0 = no label above one half.
+        (n, H, W) or (D, H, W), 0 = no label is likelier than the background.
     """
     classes = np.zeros(0, np.uint8)
-    best = np.zeros(0, np.float32)
+    best = rest = np.zeros(0, np.float32)
     for number, each in enumerate(probabilities, start=1):
         there = original.back(each)
         if number == 1:
-            classes, best = np.zeros(there.shape, np.uint8), np.full(there.shape, 0.5, np.float32)
-        better = there > best
-        classes[better] = number
+            classes, best, rest = np.zeros(there.shape, np.uint8), np.zeros_like(there), np.ones_like(there)
+        classes[there > best] = number
         np.maximum(best, there, out=best)
+        rest -= there
+    classes[best <= rest] = 0
     return classes
 
 

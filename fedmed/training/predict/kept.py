@@ -32,6 +32,7 @@ class Kept:
     config: RunConfig  # of which [model], [task] and what prepares images are the run's; the rest are defaults
     recipe: Recipe
     round: int  # after which it was kept
+    modalities: tuple[int, ...]  # how many an image may have; several where the run did not say
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,18 +63,24 @@ def load_kept(run: str | Path, *, device: str = "cpu", site: str = "") -> Kept:
         ConfigError: the run's images are read by a function of its own, or in a way that this fedmed does not know.
     """
     network, config, round = kept_network(run, device=device, site=site)
+    said = _facts(Path(run)).get("modalities")
     data = config.data
     if data.dataset:
         raise ConfigError(
             "the run's images came from a function of its own (data.dataset), which says nothing about image files; "
             "call the network from Python instead"
         )
-    presets_named(data.preset)
+    presets = presets_named(data.preset)
     recipe = Recipe.of(
         preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
         volume_size=data.volume_size, labels=(),
     )  # fmt: skip
-    return Kept(network=network, config=config, recipe=recipe, round=round)
+    several = config.model.in_channels // (1 if recipe.depth else presets[0].channels)
+    if len(presets) > 1 or config.model.fusion == "late":
+        modalities: tuple[int, ...] = (several,)
+    else:  # runs did not always say; one modality may be repeated to all channels
+        modalities = (said,) if said in (1, several) else (1, several)
+    return Kept(network=network, config=config, recipe=recipe, round=round, modalities=modalities)
 
 
 def kept_network(run: str | Path, *, device: str = "cpu", site: str = "") -> tuple[FlatNetwork, RunConfig, int]:
