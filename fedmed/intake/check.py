@@ -131,6 +131,8 @@ def _jobs(folder: Path, images: Sequence[str], masks: Sequence[str], preset: str
 
 def _look_(seen: Seen, jobs: Sequence[Job], regions: tuple[str, ...], processes: int, progress: Told | None) -> None:
     """Look at every image, and add what is seen."""
+    if not jobs:
+        return
     shown, read = (_spread(len(jobs), most) for most in (PICTURES, TEXT_SAMPLE))
     seen.images = len(jobs)
     seen.thumbnails = np.zeros((len(jobs), SIDE, SIDE), np.uint8)
