@@ -21,11 +21,12 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
 from fedmed.federated.central import check_central
 from fedmed.federated.combiners import too_few_sites
-from fedmed.federated.federation import Watch, run_federation
+from fedmed.federated.federation import run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record
+from fedmed.federated.rounds import Watch
 from fedmed.federated.run_folder import RunFolder, only_writer
 from fedmed.federated.selection import sample_size
 from fedmed.federated.sites import SIMULATION, site_names
