@@ -22,8 +22,7 @@ from fedmed.config import RunConfig, to_toml
 from fedmed.durable import append, write_all, write_atomically, write_json
 from fedmed.errors import RunFailed
 from fedmed.models.low_rank import merged
-from fedmed.privacy.chain import now
-from fedmed.types import FloatVector, Layout, Weights
+from fedmed.types import FloatVector, Layout, Weights, now
 
 ALONE_S = 5.0  # that a resumed run waits for the processes of a killed one to end
 
@@ -243,6 +242,12 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def stamped(*parts: str) -> str:
+    """What a new run folder is called: the present second in UTC, and these."""
+    second = now()[:19].replace(":", "").replace("-", "")
+    return "-".join((second, *parts)).replace(" ", "-")
 
 
 def folder_of(runs: Path, series: int) -> Path | None:
