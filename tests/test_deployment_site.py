@@ -140,7 +140,7 @@ def test_an_answer_that_lies_in_a_file_of_the_tasks_own_choice_is_not_read(site,
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, RUN_ID)
     question = Message(RecordDict(), 1, "train")
-    reply = task.Worker(read_site_folder(site))(question, Context(1, 1, {}, RecordDict(), {}))
+    reply = task.ConfinedWorker(read_site_folder(site))(question, Context(1, 1, {}, RecordDict(), {}))
     assert (reply.error.code if reply.has_error() else 0) == code
 
 

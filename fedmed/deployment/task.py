@@ -43,7 +43,7 @@ QUESTION, ANSWER = "question", "answer"  # files that both processes map
 SAY_S = 2.0  # for a task that is ended to print where it was
 
 
-class Worker:
+class ConfinedWorker:
     """The process that sees the patients. Made before the other one starts a thread, and it waits for its message.
 
     It is the worker of a simulation (`fedmed.federated.local_worker`), confined: headers go through a socket, arrays
@@ -95,13 +95,13 @@ class Worker:
             TimeoutError: it hangs, or is late.
             ConnectionError: it is dead.
         """
-        watch = Watch(self.pid, stalls_after_s=self._site.config.task_stalls_after_s)
+        stall = Stall(self.pid, stalls_after_s=self._site.config.task_stalls_after_s)
         self._channel.settimeout(LOOK_S)
         while True:
             try:
                 answer = self._channel.recv(HEADER_LIMIT)
             except TimeoutError:
-                why = watch.look(deadline)
+                why = stall.look(deadline)
                 if why:
                     os.kill(self.pid, signal.SIGABRT)  # it prints where it stands
                     _wait(self.pid, SAY_S)
@@ -121,7 +121,7 @@ def limit_s(run_config: Mapping[str, Any]) -> float:
     return min(max(asked, 1.0), LONGEST_S) if math.isfinite(asked) else LONGEST_S
 
 
-class Watch:
+class Stall:
     """Whether a process and its children get on: they compute, read or write."""
 
     def __init__(self, pid: int, *, stalls_after_s: float) -> None:

@@ -210,7 +210,7 @@ class RunFolder:
                 os.close(self.__dict__.pop(log))
 
 
-def locked(folder: Path) -> int | None:
+def take_lock(folder: Path) -> int | None:
     """Take the lock of a run's folder, which its one writer holds: a descriptor to keep open, None if another has it.
 
     On a file system without locks everybody has it.
@@ -234,7 +234,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         RunFailed: another process is.
     """
     deadline = time.monotonic() + ALONE_S
-    while (descriptor := locked(folder)) is None:  # workers of a killed process hold it until they have ended
+    while (descriptor := take_lock(folder)) is None:  # workers of a killed process hold it until they have ended
         if time.monotonic() > deadline:
             raise RunFailed(f"{folder}: another process still trains this run; wait for its end, or end it")
         time.sleep(0.1)

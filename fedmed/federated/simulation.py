@@ -176,10 +176,15 @@ def devices(config: RunConfig) -> list[str]:
 
 
 def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -> int:
-    """How many worker processes: as asked, else one per core, and on GPUs a few per GPU; never more than sites."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = config.simulation.workers or (cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices)))
+    """How many worker processes: as asked, else as many as keep the machine busy; never more than sites."""
+    asked = config.simulation.workers or most_workers(devices)
     return max(1, min(asked, sites or len(config.data.sites)))
+
+
+def most_workers(devices: Sequence[str]) -> int:
+    """How many worker processes keep this machine busy: one per core, and on GPUs a few per GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices))
 
 
 def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:
