@@ -1,4 +1,4 @@
-"""The values that pass between the rooms: layouts, tasks and updates, frozen; numpy only. And how ε is written."""
+"""The values that pass between rooms: layouts, tasks, updates, frozen; numpy only. And how ε and times are written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
@@ -21,6 +22,11 @@ Scalar = str | int | float | bool
 Event = Mapping[str, Any]  # a line of events.jsonl: "time", "round", "kind", and more by kind
 OnProgress = Callable[[int, int], None]  # is told (how many are done, of how many)
 SMALL = 10  # patients below whom no count is told, as it comes close to single ones
+
+
+def now() -> str:
+    """The present time as RFC 3339 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def question(network: str) -> Message:
 def ask(site: SiteFolder, message: Message, *, deadline_s: float = 60.0, **limits: object) -> Message:
     """The answer of a worker with these limits."""
     config = site.config.model_copy(update=limits)
-    worker = task.Worker(replace(site, config=config))
+    worker = task.ConfinedWorker(replace(site, config=config))
     context = Context(1, 2, {"site": str(site.file)}, RecordDict(), {"strategy.round-timeout-s": deadline_s})
     reply = worker(message, context)
     kept = list((site.flower / "tmp").glob("task-*"))

@@ -126,6 +126,15 @@ def test_every_room_says_what_it_is_for() -> None:
             assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), f"{room.name} has no docstring"
 
 
+@pytest.mark.parametrize("room", ["training", "federated", "imaging"])
+def test_the_map_of_a_room_names_what_is_there(room: str) -> None:
+    folder = ROOT / "fedmed" / room
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    named = re.findall(r"`(\w+)`", text)
+    assert len(named) > 10
+    assert not [name for name in named if not ((folder / f"{name}.py").exists() or (folder / name).is_dir())]
+
+
 def test_a_run_without_privacy_imports_nothing_that_only_privacy_needs() -> None:
     code = "import fedmed.federated.simulation, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

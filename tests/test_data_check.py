@@ -318,6 +318,12 @@ def test_json_holds_no_pictures_and_the_page_is_for_its_owner_alone(tmp_path, ca
     assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "page.html", place / "check.json"))
 
 
+def test_a_manifest_that_names_no_image_is_not_ready_and_says_what_to_do(tmp_path, fedmed):
+    done = fedmed("data", "check", site(tmp_path, [{**row, "image": ""} for row in good()]))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert 'images: no row names one → fill the column "image"' in done.stdout
+
+
 def test_the_command_ends_with_1_when_training_would_be_wrong(tmp_path, fedmed):
     rows = good()
     rows[5]["image"] = rows[0]["image"].copy()

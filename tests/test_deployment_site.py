@@ -18,11 +18,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flwr.app import Context, Message, RecordDict
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
+from flwr.supercore.task_identity import TaskIdentity
 from full_disks import MOUNTS, mounted
 from real_consortium import free_port, make_site
 
-from fedmed.deployment import confinement, door, launcher, node, processes
+from fedmed.deployment import confinement, door, launcher, node, processes, task
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.confinement import Confinement
 from fedmed.deployment.health import health_endpoint, site_facts
@@ -30,6 +32,7 @@ from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.site_folder import read_site_folder
 from fedmed.deployment.task import limit_s
 from fedmed.errors import ConfigError
+from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, answer
 
 HERE = Path(__file__).parent
 
@@ -124,6 +127,21 @@ def test_a_task_without_room_on_the_disk_says_so_and_names_no_place(probe, site)
 
 def test_no_task_stays(probe):
     assert not any(probe["left"])
+
+
+@pytest.mark.parametrize(("slot", "code"), [(task.ANSWER, 0), ("../manifest.csv", 8)])
+def test_an_answer_that_lies_in_a_file_of_the_tasks_own_choice_is_not_read(site, monkeypatch, slot, code):
+    def work(site, channel, other, folder):
+        channel.recv(HEADER_LIMIT)
+        channel.sendall(answer(json.dumps({"slot": slot, "size": 0, "records": []}).encode()))
+        os._exit(0)
+
+    monkeypatch.setattr(task, "_work", work)
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, RUN_ID)
+    question = Message(RecordDict(), 1, "train")
+    reply = task.ConfinedWorker(read_site_folder(site))(question, Context(1, 1, {}, RecordDict(), {}))
+    assert (reply.error.code if reply.has_error() else 0) == code
 
 
 CONFINE = """

@@ -26,7 +26,7 @@ DOCUMENTS = sorted(
     path for pattern in ("*.md", "docs/*.md", "simulations/*/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern)
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 SMALL_RUN = """
 [model]
 name = "small-cnn"
@@ -85,11 +85,26 @@ def test_readme_shows_every_command():
     assert {f"fedmed {command}" for command in typer.main.get_command(app).commands} <= shown
 
 
+def anchors(path: Path) -> set[str]:
+    """What a link to a part of this page may say: its headings in the form that GitHub gives them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", LINK.sub(r"\1", heading)).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_relative_links_lead_somewhere(path):
-    for target in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
-        if not re.match(r"[a-z]+:|#", target):
-            assert (path.parent / target.partition("#")[0]).exists(), target
+    for _, target in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        if not re.match(r"[a-z]+:", target):
+            page, _, anchor = target.partition("#")
+            there = path.parent / page if page else path
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A run's *first* day\n```\n# no heading\n```\n## `privacy.mode`, [ε](x.md) & more\n")
+    assert anchors(page) == {"a-runs-first-day", "privacymode-ε--more"}
 
 
 def test_configuration_table_is_the_configuration():

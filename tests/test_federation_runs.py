@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from toy import PLANTED
 from fedmed import config as run_file
 from fedmed.errors import RunFailed
 from fedmed.federated.progress import Progress
-from fedmed.federated.run_folder import RunFolder
+from fedmed.federated.run_folder import RunFolder, stamped
 from fedmed.federated.simulation import local_grid, run_on
 
 pytestmark = pytest.mark.simulation
@@ -34,6 +35,10 @@ KINDS = {
 
 def events(folder: RunFolder) -> list[dict]:
     return [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_new_run_folder_is_called_by_its_time_and_its_run():
+    assert re.fullmatch(r"\d{8}T\d{6}-my-run-7", stamped("my run", "7"))
 
 
 def test_run_folder_is_as_agreed(toy_config, simulate):

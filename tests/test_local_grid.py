@@ -6,12 +6,13 @@ import time
 
 import psutil
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedmed.errors import RunFailed
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_pool import Given, WorkerPool
+from fedmed.federated.local_worker import answer, read_answer
 from fedmed.federated.wire import _record, decode_vector, encode_vector
 
 pytestmark = pytest.mark.simulation
@@ -70,6 +71,12 @@ def test_every_node_answers_from_a_worker(grid):
     replies = exchange(grid, dict.fromkeys(range(1, 7), shared))
     assert {reply.content["who"]["node"] for reply in replies.values()} == set(range(1, 7))
     assert {reply.content["who"]["pid"] for reply in replies.values()} <= set(grid.worker_pids)
+
+
+@pytest.mark.parametrize("said", [b'{"slot": "slot-1"}', b"error\n2 is", Error(2, "no room, é\nat all"), Error(8, "")])
+def test_what_a_worker_says_is_read_as_it_was_meant(said):
+    heard = read_answer(answer(said))
+    assert vars(heard) == vars(said) if isinstance(said, Error) else heard == said
 
 
 def test_slots_are_used_again(grid, tmp_path):

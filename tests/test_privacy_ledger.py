@@ -156,7 +156,7 @@ def test_p03_what_a_run_says_counts_such_a_person_as_the_ledger_does(tmp_path, k
     ledger.reserve(RUN, 1, [step(8.0, 1.0, 1)], twice)
     terms = Terms(unit="patient", units=3, expected_batch=1.0, steps=5, noise_multiplier=2.0, max_grad_norm=1.0,
                   images_per_patient=1, augmentations=1, physical_batch=8)  # fmt: skip
-    account = Account(run=RUN, round=1, delta=1e-6, terms=terms, units=[], source=SecureGenerator(), ledger=ledger,
+    account = Account(run=RUN, delta=1e-6, terms=terms, units=[], source=SecureGenerator(), ledger=ledger,
                       cohort=twice.name)  # fmt: skip
     said = json.loads(account.facts()["privacy"])
     assert said["epsilon"] == said["epsilon_total"] == pytest.approx(ledger.spent().epsilon, abs=1e-3)

@@ -54,9 +54,8 @@ def simulate(
 
     # A misspelt key is answered by now; what follows takes seconds to import.
     from fedmed.federated.phantoms import with_phantoms
-    from fedmed.federated.run_folder import RunFolder, only_writer
+    from fedmed.federated.run_folder import RunFolder, only_writer, stamped
     from fedmed.federated.simulation import begin
-    from fedmed.privacy.chain import now
 
     with bar("phantom hospitals") as progress:
         config = with_phantoms(config, progress, explicit=run_file.explicit_keys(config))
@@ -75,8 +74,7 @@ def simulate(
             return
         if hospitals is not None and not (quiet or as_json):
             _show_hospitals(config, hospitals)
-        stamp = now()[:19].replace(":", "").replace("-", "")
-        place = out or Path("runs") / f"{stamp}-{config.name}".replace(" ", "-")
+        place = out or Path("runs") / stamped(config.name)
         effective, folder = begin(config, place, hospitals)
         with only_writer(folder.path):
             result = _run(effective, folder, engine, log, quiet=quiet)

@@ -24,7 +24,7 @@ def clear_scratch(site: SiteFolder) -> None:
     A dry round that is under way needs its files: then all stays until the next time.
     """
     folder = scratch(site)
-    with locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+    with folder_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
         for left in folder.iterdir() if alone else ():
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
@@ -35,12 +35,12 @@ def clear_scratch(site: SiteFolder) -> None:
 @contextmanager
 def in_use(site: SiteFolder) -> Iterator[Path]:
     """The folder, which nobody clears meanwhile."""
-    with locked(scratch(site), fcntl.LOCK_SH):
+    with folder_lock(scratch(site), fcntl.LOCK_SH):
         yield scratch(site)
 
 
 @contextmanager
-def locked(folder: Path, how: int) -> Iterator[bool]:
+def folder_lock(folder: Path, how: int) -> Iterator[bool]:
     """Hold a lock on a folder (flock(2)), which ends with the process; gives whether it could be had."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

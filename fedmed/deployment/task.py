@@ -33,7 +33,7 @@ from fedmed.deployment.processes import descendants, kill
 from fedmed.deployment.scratch import scratch
 from fedmed.deployment.site_folder import SiteFolder
 from fedmed.federated.client_app import app, public_reason
-from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, work
+from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, channel_pair, question, read_answer, work
 from fedmed.federated.spool import Spool
 
 LONGEST_S = 86_400.0
@@ -43,7 +43,7 @@ QUESTION, ANSWER = "question", "answer"  # files that both processes map
 SAY_S = 2.0  # for a task that is ended to print where it was
 
 
-class Worker:
+class ConfinedWorker:
     """The process that sees the patients. Made before the other one starts a thread, and it waits for its message.
 
     It is the worker of a simulation (`fedmed.federated.local_worker`), confined: headers go through a socket, arrays
@@ -54,10 +54,7 @@ class Worker:
         """Fork it."""
         self._site = site
         self._folder = Path(tempfile.mkdtemp(prefix="task-", dir=scratch(site)))
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self._channel, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
+        self._channel, theirs = channel_pair()
         self.pid = os.fork()
         if self.pid == 0:
             _work(site, theirs, self._channel, self._folder)
@@ -71,14 +68,13 @@ class Worker:
         spool = Spool(self._folder)
         try:
             deadline = time.monotonic() + limit_s(context.run_config)
-            self._channel.sendall(_envelope(message) + b"\n" + spool.write(QUESTION, message.content))
-            kind, _, body = self._hear(deadline).partition(b"\n")
-            if kind == b"error":
-                code, _, reason = body.decode().partition(" ")
-                return _failure(Error(int(code), reason), message)
-            if json.loads(body)["slot"] != ANSWER:  # it may write to its own files; this process could to others
+            self._channel.sendall(question(message, spool.write(QUESTION, message.content), ANSWER))
+            said = read_answer(self._hear(deadline))
+            if isinstance(said, Error):
+                return _failure(said, message)
+            if json.loads(said)["slot"] != ANSWER:  # it may write to its own files; this process could to others
                 raise ConnectionError
-            return Message(_owned(spool.read(body)), reply_to=message)
+            return Message(_owned(spool.read(said)), reply_to=message)
         except OSError as problem:  # a TimeoutError among them
             return _failure(_ended(problem), message)
         finally:
@@ -99,13 +95,13 @@ class Worker:
             TimeoutError: it hangs, or is late.
             ConnectionError: it is dead.
         """
-        watch = Watch(self.pid, stalls_after_s=self._site.config.task_stalls_after_s)
+        stall = Stall(self.pid, stalls_after_s=self._site.config.task_stalls_after_s)
         self._channel.settimeout(LOOK_S)
         while True:
             try:
                 answer = self._channel.recv(HEADER_LIMIT)
             except TimeoutError:
-                why = watch.look(deadline)
+                why = stall.look(deadline)
                 if why:
                     os.kill(self.pid, signal.SIGABRT)  # it prints where it stands
                     _wait(self.pid, SAY_S)
@@ -125,7 +121,7 @@ def limit_s(run_config: Mapping[str, Any]) -> float:
     return min(max(asked, 1.0), LONGEST_S) if math.isfinite(asked) else LONGEST_S
 
 
-class Watch:
+class Stall:
     """Whether a process and its children get on: they compute, read or write."""
 
     def __init__(self, pid: int, *, stalls_after_s: float) -> None:
@@ -208,13 +204,6 @@ def _work(site: SiteFolder, channel: socket.socket, other: socket.socket, folder
     finally:
         sys.stdout.flush()
         os._exit(code)
-
-
-def _envelope(message: Message) -> bytes:
-    """What `local_worker.work` has to know of a message besides its content."""
-    about = message.metadata
-    known = {"id": about.message_id, "node": about.dst_node_id, "type": about.message_type, "group": about.group_id}
-    return json.dumps({**known, "slot": ANSWER}).encode()
 
 
 def _owned(content: RecordDict) -> RecordDict:

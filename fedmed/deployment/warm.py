@@ -32,7 +32,7 @@ from fedmed.deployment import door
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.node import keep_server_time
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import Worker, confine_task
+from fedmed.deployment.task import ConfinedWorker, confine_task
 from fedmed.errors import ConfigError, FedmedError, PolicyRefused
 from fedmed.federated.client_app import public_reason
 from fedmed.federated.identity import package_hash
@@ -111,7 +111,8 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
         random.seed()
         answer: App
         try:
-            answer = worker = Worker(read_site_folder(site.file))  # anew: what the hospital changed holds from now on
+            anew = read_site_folder(site.file)  # what the hospital changed holds from now on
+            answer = worker = ConfinedWorker(anew)
         except (FedmedError, OSError) as error:
             print(f"no task can be made: {error}", file=sys.stderr, flush=True)
             answer = failed(error)
@@ -135,7 +136,7 @@ def _run(site: SiteFolder, arguments: list[str], connection: socket.socket) -> N
             os._exit(code)
 
 
-def _end_with(connection: socket.socket, worker: Worker | None) -> None:
+def _end_with(connection: socket.socket, worker: ConfinedWorker | None) -> None:
     """End this task when the door is closed: the launcher that started it is gone, and nobody waits for its answer."""
     connection.settimeout(None)
     with suppress(OSError):

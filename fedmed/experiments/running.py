@@ -24,7 +24,7 @@ from fedmed.experiments.arms import Trial
 from fedmed.experiments.predictions import write_predictions
 from fedmed.experiments.reuse import folder_of, result_of
 from fedmed.federated.run_folder import RunFolder, only_writer
-from fedmed.federated.simulation import GPU_PROCESSES, check, devices, local_grid, prepare_fork, run_on, worker_count
+from fedmed.federated.simulation import check, devices, local_grid, most_workers, prepare_fork, run_on, worker_count
 
 POLL_S = 0.05
 GUESS_MIB = 1500  # of a run, before one of the experiment has told
@@ -146,12 +146,10 @@ def _start(state: _Experiment, folder: Path, jobs: int) -> bool:
 def _room(state: _Experiment, workers: int, jobs: int, config: RunConfig) -> bool:
     if jobs:
         return len(state.working) < jobs
-    places = devices(config)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = cores if places == ["cpu"] else min(cores, GPU_PROCESSES * len(places))
     taken = sum(run.workers for run in state.working)
     free = free_memory_mib()
-    return taken + workers <= most and (free is None or free > 1.2 * (state.memory_mib or GUESS_MIB))
+    enough = free is None or free > 1.2 * (state.memory_mib or GUESS_MIB)
+    return enough and taken + workers <= most_workers(devices(config))
 
 
 def _advance(state: _Experiment) -> bool:

@@ -15,11 +15,9 @@ from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, RunFailed
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, build_result, peak_memory_mib
-from fedmed.federated.rounds import Federation, Watch
+from fedmed.federated.rounds import Rounds, Watch
 from fedmed.federated.run_folder import RunFolder
 from fedmed.models.low_rank import require_trunk
-
-__all__ = ["Watch", "run_federation"]
 
 
 def run_federation(
@@ -54,12 +52,12 @@ def run_federation(
     started = time.perf_counter()
     status: Status = "failed"
     reason: str | None = None
-    federation: Federation | None = None
+    rounds: Rounds | None = None
     folder.event("run_started", 0, name=config.name)
     try:
         require_trunk(config.model)
-        federation = Federation(grid, config, folder, watch, cache_dir)
-        status, reason = federation.run()
+        rounds = Rounds(grid, config, folder, watch, cache_dir)
+        status, reason = rounds.run()
     except KeyboardInterrupt:
         reason = "interrupted by the user"
         raise
@@ -75,16 +73,16 @@ def run_federation(
     finally:
         result = build_result(
             config,
-            federation.progress if federation else Progress(),
-            federation.members if federation else [],
+            rounds.progress if rounds else Progress(),
+            rounds.members if rounds else [],
             run_id=folder.path.name,
             status=status,
             reason=reason or (None if status != "failed" else "an unexpected error; see the terminal"),
-            server_metrics=federation.server_metrics if federation else {},
-            site_metrics=federation.site_metrics if federation else {},
-            total_s=federation.total_s if federation else time.perf_counter() - started,
+            server_metrics=rounds.server_metrics if rounds else {},
+            site_metrics=rounds.site_metrics if rounds else {},
+            total_s=rounds.total_s if rounds else time.perf_counter() - started,
             peak_mib=peak_memory_mib(processes),
-            central=_central_privacy(federation),
+            central=_central_privacy(rounds),
         )
         result["sites"] = _with_earlier(result["sites"], folder)
         with suppress(OSError):  # on a full disk the first error is the one to tell
@@ -102,10 +100,10 @@ def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[s
     return sorted({site["site"]: site for site in [*earlier, *sites]}.values(), key=lambda site: site["site"])
 
 
-def _central_privacy(federation: Federation | None) -> dict[str, Any] | None:
+def _central_privacy(rounds: Rounds | None) -> dict[str, Any] | None:
     """What the server's noise has cost every site, from the record of all processes of the run; None without any."""
-    if federation is None or federation.noise is None:
+    if rounds is None or rounds.noise is None:
         return None
     with suppress(FedmedError):  # a damaged record, which the run's own error tells
-        return federation.noise.facts()
+        return rounds.noise.facts()
     return None

@@ -25,7 +25,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.federated.local_pool import Given, Worker, WorkerPool
-from fedmed.federated.local_worker import RUN_ID, work
+from fedmed.federated.local_worker import RUN_ID, question, read_answer, work
 from fedmed.federated.spool import Spool
 
 SPOOL_LIMIT = 1 << 30  # bytes of replies that wait to be pulled, above which workers rest; one site may be very slow
@@ -209,15 +209,7 @@ class LocalGrid(Grid):
             if self._waiting and worker.has_room and (not full or self._waiting[0] in self._wanted):
                 given = Given(self._waiting.popleft(), self._slot())
                 sent = self._sent[given.number]
-                metadata = sent.message.metadata
-                envelope = {
-                    "id": given.number,
-                    "node": metadata.dst_node_id,
-                    "type": metadata.message_type,
-                    "group": metadata.group_id,
-                    "slot": given.slot,
-                }
-                self._pool.give(worker, given, json.dumps(envelope).encode() + b"\n" + sent.header)
+                self._pool.give(worker, given, question(sent.message, sent.header, given.slot))
 
     def _receive(self, timeout_s: float) -> bool:
         """Wait for one worker to answer or to die; False when none did in time."""
@@ -225,21 +217,19 @@ class LocalGrid(Grid):
         for worker, data in self._pool.answers(timeout_s):
             heard = True
             if data:
-                well = not data.startswith(b"error\n")
-                self._answered(self._pool.finished(worker, well=well), data)
+                said = read_answer(data)
+                self._answered(self._pool.finished(worker, well=not isinstance(said, Error)), said)
             else:
                 self._replace(worker)
         self._dispatch()
         return heard
 
-    def _answered(self, given: Given, data: bytes) -> None:
-        kind, _, body = data.partition(b"\n")
-        if kind == b"error":
-            code, _, reason = body.decode().partition(" ")
+    def _answered(self, given: Given, said: bytes | Error) -> None:
+        if isinstance(said, Error):
             self._free.append(given.slot)
-            self._settle(given.number, Reply(error=Error(int(code), reason)))
+            self._settle(given.number, Reply(error=said))
         else:
-            self._settle(given.number, Reply(header=body, slot=given.slot, size=int(json.loads(body)["size"])))
+            self._settle(given.number, Reply(header=said, slot=given.slot, size=int(json.loads(said)["size"])))
 
     def _settle(self, number: str, reply: Reply) -> None:
         self._replies[number] = reply

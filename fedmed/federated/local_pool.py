@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fedmed.federated.local_fork_server import ForkServer, Life
-from fedmed.federated.local_worker import HEADER_LIMIT
+from fedmed.federated.local_worker import HEADER_LIMIT, channel_pair
 
 QUICK_S = 0.05  # a worker whose tasks take less is sent one ahead, so that it need not wait for the next
 
@@ -104,10 +104,7 @@ class WorkerPool:
         return status
 
     def _fork(self, device: str) -> Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
+        ours, theirs = channel_pair()
         with theirs:
             pid = self._fork_server.fork(theirs, device)
         worker = Worker(pid, ours, device)

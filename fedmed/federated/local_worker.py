@@ -1,4 +1,8 @@
-"""The other end of `LocalGrid`: what a worker process does between its fork and its end."""
+"""The other end of `LocalGrid`: what a worker process does between its fork and its end, and how it is spoken to.
+
+A question is a line of JSON and the header of a content, whose arrays lie in the spool; so is an answer, after a line
+that says `reply`. An error is a line `error`, its code and its reason.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
@@ -53,17 +57,50 @@ def work(
         context = Context(RUN_ID, node, {**nodes[node], "device": device}, RecordDict(), dict(run_config))
         try:
             reply = client(message, context)
-            if reply.has_error():
-                answer = f"error\n{reply.error.code} {reply.error.reason}".encode()
-            else:
-                answer = b"reply\n" + spool.write(envelope["slot"], reply.content)
+            said = reply.error if reply.has_error() else spool.write(envelope["slot"], reply.content)
         except Exception as error:  # an app's own exception is its node's failure, not the worker's end
             reason = public_reason(error) if isinstance(error, OSError) else type(error).__name__
-            answer = f"error\n{ErrorCode.CLIENT_APP_RAISED_EXCEPTION} {reason}".encode()
+            said = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
         try:
-            channel.sendall(answer)
+            channel.sendall(answer(said))
         except ConnectionError:  # the grid was closed while this worker was busy
             return
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a channel that takes a question or an answer at once."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, HEADER_LIMIT)
+    return ends
+
+
+def question(message: Message, header: bytes, slot: str) -> bytes:
+    """A message as `work` reads it.
+
+    Args:
+        message: whose content lies in the spool.
+        header: of that content.
+        slot: of the spool, for the content of the answer.
+    """
+    about = message.metadata
+    known = {"id": about.message_id, "node": about.dst_node_id, "type": about.message_type, "group": about.group_id}
+    return json.dumps({**known, "slot": slot}).encode() + b"\n" + header
+
+
+def answer(said: bytes | Error) -> bytes:
+    """What `work` says: the header of an answer's content, or the error in its place."""
+    return f"error\n{said.code} {said.reason}".encode() if isinstance(said, Error) else b"reply\n" + said
+
+
+def read_answer(data: bytes) -> bytes | Error:
+    """The inverse of `answer`."""
+    kind, _, body = data.partition(b"\n")
+    if kind != b"error":
+        return body
+    code, _, reason = body.decode().partition(" ")
+    return Error(int(code), reason)
 
 
 def keep_freed_memory() -> None:

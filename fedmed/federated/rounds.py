@@ -47,7 +47,7 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.training.network import FlatNetwork, network_of, weights_report
 from fedmed.training.schedule import plateau_factor
 from fedmed.training.site import settings_for_sites
-from fedmed.types import Event, Masking, Task, Update, Weights
+from fedmed.types import Event, Layout, Masking, Task, Update, Weights
 
 Watch = Callable[[Event], None]
 
@@ -62,8 +62,8 @@ class Arrived:
     missing: str | None  # why the round cannot count, or None
 
 
-class Federation:
-    """One run: its configuration, its folder, its grid. `federation.run_federation` is the way in."""
+class Rounds:
+    """The rounds of one run: its configuration, its folder, its grid. `federation.run_federation` is the way in."""
 
     def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder, watch: Watch, cache_dir: Path | None) -> None:
         """Nothing is built or asked before `run`."""
@@ -73,6 +73,8 @@ class Federation:
         self.noise = ServerNoise(config, folder) if config.privacy.mode == "central" else None
         self.settings = settings_for_sites(config)
         self.progress = Progress()
+        self.layout: Layout  # of the network, which `run` builds
+        self.evaluation: ServerEvaluation | None = None
         self.sites: Membership | None = None
         self.server_metrics: dict[str, Any] = {}
         self.site_metrics: dict[str, dict[str, Any]] = {}
@@ -98,7 +100,7 @@ class Federation:
             # ── welcome, select, configure ────────────────────────────────────────────────────────────────────────
             started = time.perf_counter()
             arrivals = sites.welcome(round)
-            self._absent(arrivals.refused, round)
+            self._note_absent(arrivals.refused, round)
             nodes = sites.asked(round)
             self._tell("round_started", round, sites=sorted(nodes), **self._preamble(sites, round, arrivals.joined))
             hidden = masking_of(map(sites.__getitem__, nodes)) if self.config.strategy.secure_sum else None
@@ -171,7 +173,7 @@ class Federation:
         sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
         self.sites = sites
         absent = sites.gather(self._greeted)
-        self._absent(absent, 0)
+        self._note_absent(absent, 0)
         if missing := sites.missing([member.name for member in sites.members]):
             raise TooFewSites(f"{missing}. {summary_of(absent) or ''}".strip())
         return sites
@@ -180,7 +182,7 @@ class Federation:
         """For a display alone: the run's events begin with the first round."""
         self.watch({"kind": "greeted", "round": 0, "site": site, "done": done, "all": all})
 
-    def _absent(self, failures: Sequence[Failure], round: int) -> None:
+    def _note_absent(self, failures: Sequence[Failure], round: int) -> None:
         self.progress.note_absent(failures)
         for failure in failures:
             self._tell("site_failed", round, **asdict(failure))
@@ -224,7 +226,9 @@ class Federation:
             counted=self.progress.last_joined() if followed else {},
         )
 
-    def _ask(self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False) -> Any:
+    def _ask(
+        self, task: Task, nodes: Mapping[str, int], needed: Callable[[str], bool] = lambda site: False
+    ) -> Iterator[tuple[str, RecordDict | str]]:
         return ask(
             self.grid,
             encode_task(task, copy=not isinstance(self.grid, LocalGrid)),
@@ -237,7 +241,7 @@ class Federation:
         )
 
     def _collect(
-        self, task: Task, sites: Membership, nodes: Mapping[str, int], state: State, failed: list[Failure]
+        self, task: Task, sites: Membership, nodes: Mapping[str, int], state: State, unreachable: Sequence[Failure]
     ) -> Arrived:
         """Ask the sites of a round, and add up the updates that can be used."""
         combined = combiner(
@@ -255,11 +259,12 @@ class Federation:
             )
         )
         joined: list[str] = []
+        failed = [*unreachable]
         for failure in failed:
             self._tell("site_failed", task.round, **asdict(failure))
         if missing := sites.missing(list(nodes)):
             return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
-        for site, answer in self._answers(task, sites, nodes, joined, failed):
+        for site, answer in self._answers(task, sites, nodes, failed, done=lambda: bool(joined)):
             try:
                 update, trained = self._admitted(answer, sites[site], task.weights)
                 combined.add(site, update, trained)
@@ -272,18 +277,24 @@ class Federation:
             joined.append(site)
             sites.joined(site)
             self._tell("update_received", task.round, site=site, **public_facts(update, self.config.task))
-        missing = sites.missing(joined, failed) or combined.too_few() or self._closed(combined, task, nodes)
+        missing = sites.missing(joined, failed) or combined.too_few() or self._opened(combined, task, nodes)
         return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
 
     def _answers(
-        self, task: Task, sites: Membership, nodes: Mapping[str, int], joined: list[str], failed: list[Failure]
+        self,
+        task: Task,
+        sites: Membership,
+        nodes: Mapping[str, int],
+        failed: Sequence[Failure],
+        done: Callable[[], bool],
     ) -> Iterator[tuple[str, RecordDict | str]]:
-        """What the sites of a round answer; where they take turns, until one has joined."""
+        """What the sites of a round answer; where they take turns, until `done`."""
         passed: set[str] = set()
         while nodes:
+            # Whoever takes these answers adds to `failed` and settles `done` before the next one is asked for.
             yield from self._ask(task, nodes, partial(sites.needs, nodes, failed))
             passed |= set(nodes)
-            nodes = sites.asked(task.round, passed) if self.step.turns and not joined else {}
+            nodes = sites.asked(task.round, passed) if self.step.turns and not done() else {}
 
     def _admitted(self, answer: RecordDict | str, member: Member, sent: Weights) -> tuple[Update, Weights]:
         update = decoded_update(answer, self.config.task)
@@ -294,8 +305,8 @@ class Federation:
             return update, sent
         return update, validated_weights(update, self.layout, sent=sent, max_norm=self.config.strategy.max_update_norm)
 
-    def _closed(self, combined: Combiner, task: Task, nodes: Mapping[str, int]) -> str | None:
-        """Have the sites open a secure sum. Why it stays closed, or None."""
+    def _opened(self, combined: Combiner, task: Task, nodes: Mapping[str, int]) -> str | None:
+        """Have the sites open a secure sum; why it stays closed, or None."""
         if not isinstance(combined, MaskedSum) or task.masking is None:
             return None
         inside = {site: nodes[site] for site in combined.sites}
@@ -366,7 +377,7 @@ class Federation:
         self.site_metrics, failed = metrics_of_sites(
             answers, self.config.task, self.progress.spent, replicates=self.config.evaluate.bootstrap
         )
-        self._absent(failed, round)
+        self._note_absent(failed, round)
 
     def _modalities(self, sites: Membership) -> int:
         """Places in a row of the manifests, by the server's own or else the most common number; 0 = nobody has any."""

@@ -22,8 +22,7 @@ from fedmed.config import RunConfig, to_toml
 from fedmed.durable import append, write_all, write_atomically, write_json
 from fedmed.errors import RunFailed
 from fedmed.models.low_rank import merged
-from fedmed.privacy.chain import now
-from fedmed.types import FloatVector, Layout, Weights
+from fedmed.types import FloatVector, Layout, Weights, now
 
 ALONE_S = 5.0  # that a resumed run waits for the processes of a killed one to end
 
@@ -211,7 +210,7 @@ class RunFolder:
                 os.close(self.__dict__.pop(log))
 
 
-def locked(folder: Path) -> int | None:
+def take_lock(folder: Path) -> int | None:
     """Take the lock of a run's folder, which its one writer holds: a descriptor to keep open, None if another has it.
 
     On a file system without locks everybody has it.
@@ -235,7 +234,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         RunFailed: another process is.
     """
     deadline = time.monotonic() + ALONE_S
-    while (descriptor := locked(folder)) is None:  # workers of a killed process hold it until they have ended
+    while (descriptor := take_lock(folder)) is None:  # workers of a killed process hold it until they have ended
         if time.monotonic() > deadline:
             raise RunFailed(f"{folder}: another process still trains this run; wait for its end, or end it")
         time.sleep(0.1)
@@ -243,6 +242,12 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def stamped(*parts: str) -> str:
+    """What a new run folder is called: the present second in UTC, and these."""
+    second = now()[:19].replace(":", "").replace("-", "")
+    return "-".join((second, *parts)).replace(" ", "-")
 
 
 def folder_of(runs: Path, series: int) -> Path | None:

@@ -15,9 +15,8 @@ from fedmed.errors import NO_ROOM, ConfigError, RunFailed, RunInterrupted
 from fedmed.federated.federation import run_federation
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record, take_up
-from fedmed.federated.run_folder import RunFolder, folder_of, locked
+from fedmed.federated.run_folder import RunFolder, folder_of, stamped, take_lock
 from fedmed.imaging.cache import cache_folder
-from fedmed.privacy.chain import now
 from fedmed.types import Event
 
 app = ServerApp()
@@ -80,7 +79,7 @@ def be_alone(folder: Path, wait_s: float = ALONE_S) -> None:
     """
     deadline = time.monotonic() + wait_s
     said = False
-    while locked(folder) is None:  # the descriptor is never closed: the lock is the process's
+    while take_lock(folder) is None:  # the descriptor is never closed: the lock is the process's
         if not said:
             print("an earlier process of this run still writes its folder; waiting for its end", flush=True)
         if time.monotonic() > deadline:
@@ -90,8 +89,7 @@ def be_alone(folder: Path, wait_s: float = ALONE_S) -> None:
 
 
 def _new_folder(config: RunConfig, series: int) -> RunFolder:
-    stamp = now()[:19].replace(":", "").replace("-", "")
-    folder = RunFolder.create(runs_folder() / f"{stamp}-{config.name}-{series}".replace(" ", "-"), config)
+    folder = RunFolder.create(runs_folder() / stamped(config.name, str(series)), config)
     record(folder, config)
     return folder
 

@@ -21,11 +21,12 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
 from fedmed.federated.central import check_central
 from fedmed.federated.combiners import too_few_sites
-from fedmed.federated.federation import Watch, run_federation
+from fedmed.federated.federation import run_federation
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.resume import record
+from fedmed.federated.rounds import Watch
 from fedmed.federated.run_folder import RunFolder, only_writer
 from fedmed.federated.selection import sample_size
 from fedmed.federated.sites import SIMULATION, site_names
@@ -175,10 +176,15 @@ def devices(config: RunConfig) -> list[str]:
 
 
 def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -> int:
-    """How many worker processes: as asked, else one per core, and on GPUs a few per GPU; never more than sites."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = config.simulation.workers or (cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices)))
+    """How many worker processes: as asked, else as many as keep the machine busy; never more than sites."""
+    asked = config.simulation.workers or most_workers(devices)
     return max(1, min(asked, sites or len(config.data.sites)))
+
+
+def most_workers(devices: Sequence[str]) -> int:
+    """How many worker processes keep this machine busy: one per core, and on GPUs a few per GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices))
 
 
 def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:

@@ -22,7 +22,6 @@ from fedmed.privacy.policy import read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site import Site
 
-__all__ = ["SIMULATION", "read_site", "site_name", "site_names", "site_of", "virtual_sites"]
 SIMULATION = "FEDMED_SIMULATION"  # environment: the run file of a simulation on Flower's engines
 
 

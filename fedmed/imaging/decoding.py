@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +12,7 @@ from fedmed.errors import UnfitRow, UnreadableImage
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.items import item
 from fedmed.imaging.manifest import Row
+from fedmed.imaging.ordered import in_order
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.recipe import Recipe
 
@@ -60,37 +58,17 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
     Raises:
         DataError: the decoding process does not start.
     """
-    if not rows:
-        return
-    with ExitStack() as stack:
-        idle: SimpleQueue[Decode] = SimpleQueue()
-        for _ in range(min(processes, len(rows))):
-            idle.put(stack.enter_context(apart(recipe)))
 
-        def one(row: Row) -> Outcome:
-            decode = idle.get()
-            try:
-                return decode(row)
-            except UnreadableImage as error:
-                return error
-            except UnfitRow as error:
-                text = f"row {row.number}: {error}"
-                return UnfitRow(text, public=text)
-            finally:
-                idle.put(decode)
+    def one(decode: Decode, row: Row) -> Outcome:
+        try:
+            return decode(row)
+        except UnreadableImage as error:
+            return error
+        except UnfitRow as error:
+            text = f"row {row.number}: {error}"
+            return UnfitRow(text, public=text)
 
-        if processes == 1:
-            yield from map(one, rows)
-            return
-        pool = ThreadPoolExecutor(processes)  # its threads only wait for the processes
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting: deque[Future[Outcome]] = deque()
-        for row in rows:
-            waiting.append(pool.submit(one, row))
-            if len(waiting) >= AHEAD * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    yield from in_order(rows, one, lambda: apart(recipe), processes=processes, ahead=AHEAD)
 
 
 def _job(row: Row, recipe: Recipe) -> dict[str, Any]:

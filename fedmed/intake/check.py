@@ -7,12 +7,10 @@ says, and `seen` holds.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
 from fedmed.imaging.manifest import ABOUT, images_of, read_columns
+from fedmed.imaging.ordered import in_order
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.reading import presets_named
 from fedmed.imaging.recipe import BETWEEN
@@ -137,26 +136,18 @@ def _look_(seen: Seen, jobs: Sequence[Job], regions: tuple[str, ...], processes:
     seen.of_row = np.array([row for row, *_ in jobs], np.int64)
     seen.prints = np.zeros(len(jobs), np.uint64)
     processes = min(processes, -(-len(jobs) // PAYS))
-    with ExitStack() as stack:
-        idle: SimpleQueue[Look] = SimpleQueue()
-        for _ in range(processes):
-            idle.put(stack.enter_context(apart()))
 
-        def one(number: int) -> Arrays | UnreadableImage:
-            look = idle.get()
-            try:
-                _, image, mask, preset = jobs[number]
-                side = PICTURE_SIDE if number in shown else 0
-                text = number in read
-                return look(image=image, mask=mask, side=side, text=text, regions=regions, preset=preset)
-            except UnreadableImage as error:
-                return error
-            finally:
-                idle.put(look)
+    def one(look: Look, number: int) -> Arrays | UnreadableImage:
+        _, image, mask, preset = jobs[number]
+        side = PICTURE_SIDE if number in shown else 0
+        text = number in read
+        try:
+            return look(image=image, mask=mask, side=side, text=text, regions=regions, preset=preset)
+        except UnreadableImage as error:
+            return error
 
-        pool = ThreadPoolExecutor(processes)  # its threads only wait for the processes
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for number, outcome in enumerate(_in_order(pool, one, len(jobs), AHEAD * processes)):
+    with closing(in_order(range(len(jobs)), one, apart, processes=processes, ahead=AHEAD)) as outcomes:
+        for number, outcome in enumerate(outcomes):
             if isinstance(outcome, UnreadableImage):
                 seen.unreadable[jobs[number][0]] = str(outcome)
             else:
@@ -186,16 +177,6 @@ def here() -> Iterator[Look]:
 def _spread(count: int, most: int) -> set[int]:
     """At most so many of `count` numbers, evenly spread."""
     return set(np.linspace(0, count - 1, min(most, count)).astype(int).tolist())
-
-
-def _in_order(pool: ThreadPoolExecutor, one: Callable[[int], Any], count: int, ahead: int) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
-    for number in range(count):
-        waiting.append(pool.submit(one, number))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _is_label(column: Sequence[str]) -> bool:

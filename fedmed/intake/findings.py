@@ -92,6 +92,8 @@ def as_read(manifest: Path, labels: tuple[str, ...], *, masked: bool) -> Finding
 
 def _unreadable(seen: Seen) -> Finding:
     count = len(seen.unreadable)
+    if not seen.images:
+        return _finding("images", "fail", "no row names one", 'fill the column "image", or import again')
     if not count:
         return _finding("images", "pass", f"all {seen.images} can be read")
     reasons = "; ".join(f"{reason}: {many}" for reason, many in Counter(seen.unreadable.values()).most_common(6))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmed.privacy.chain import Record, now
+from fedmed.privacy.chain import Record
 from fedmed.privacy.chain_file import ChainFile
 from fedmed.privacy.keys import SiteKeys
 from fedmed.privacy.policy import Decision
+from fedmed.types import now
 
 AUDIT = "audit"
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from fedmed.errors import LedgerUnusable
@@ -45,11 +44,6 @@ class Record:
         """One line of JSON without spaces, keys sorted: what is stored, and what a witness keeps."""
         facts = {"chain": self.chain, "previous": self.previous, "body": self.body, **vars(self.anchor)}
         return canonical(facts)
-
-
-def now() -> str:
-    """The present time as RFC 3339 in UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def canonical(value: Any) -> str:

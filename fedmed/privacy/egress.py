@@ -9,10 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fedmed.privacy.chain import Anchor, Record, now
+from fedmed.privacy.chain import Anchor, Record
 from fedmed.privacy.chain_file import ChainFile
 from fedmed.privacy.keys import SiteKeys
-from fedmed.types import Scalar, Update
+from fedmed.types import Scalar, Update, now
 
 EGRESS = "egress"
 HEAD = ("ledger-sequence", "ledger-hash", "ledger-signature")  # facts of an update: the ledger's newest anchor

@@ -17,7 +17,7 @@ from typing import Any
 from fedmed.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmed.privacy.accounting import Spent
 from fedmed.privacy.balance import Balance, Charge, known_cohorts, within, written_events
-from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, now, read
+from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, read
 from fedmed.privacy.chain_file import Witness, forked, witness_path
 from fedmed.privacy.cohort import Cohort
 from fedmed.privacy.keys import SiteKeys
@@ -25,7 +25,7 @@ from fedmed.privacy.policy import SitePolicy
 from fedmed.privacy.rdp_filter import orders_for
 from fedmed.privacy.refusals import check_plan, over_budget, passes
 from fedmed.privacy.storage import Rows, Storage
-from fedmed.types import PrivacyEvent
+from fedmed.types import PrivacyEvent, now
 
 CHAIN, DATABASE = "ledger", "ledger.sqlite"
 

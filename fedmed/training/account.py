@@ -36,7 +36,6 @@ class Account:
     """Leave to train one round by DP-SGD."""
 
     run: str
-    round: int
     delta: float
     terms: Terms
     units: Sequence[Unit]
@@ -167,7 +166,6 @@ def opened_account(
         terms = replace(terms, max_grad_norm=float(kept[CLIP][0]))
     return Account(
         run=run,
-        round=round,
         delta=permit.allowance.delta,
         terms=terms,
         units=units,

@@ -47,7 +47,7 @@ Which = Literal["first", "final"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class KeptNetwork:
     """A network of a run, as a task brought it."""
 
     weights: Weights
@@ -154,12 +154,12 @@ def _measures(network: FlatNetwork, data: Dataset, rows: Rows, config: RunConfig
     return segmentation_measures(join_cases(cases), config.task.labels), ids
 
 
-def _kept(state_dir: Path, which: Which) -> Kept:
+def _kept(state_dir: Path, which: Which) -> KeptNetwork:
     try:
         with safe_open(state_dir / FOLDER / f"{which}.safetensors", framework="np") as file:
             facts = file.metadata() or {}
             weights = Weights(parameters=file.get_tensor("parameters"), buffers=file.get_tensor("buffers"))
-        return Kept(weights=weights, settings=facts["settings"], run=facts["run"])
+        return KeptNetwork(weights=weights, settings=facts["settings"], run=facts["run"])
     except (OSError, SafetensorError, KeyError):
         missing = {
             "first": "this site was not in the first round of any run",

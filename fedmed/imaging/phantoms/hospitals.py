@@ -34,7 +34,7 @@ LABELS = tuple(FINDINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hospital:
+class PhantomHospital:
     """One folder to be written."""
 
     name: str
@@ -69,8 +69,8 @@ def synthesize(
     if task not in ("cxr", "lung-seg"):
         raise ConfigError(f'task = "{task}" is unknown; there are cxr, lung-seg')
     units = tuple(SCANNERS[index % len(SCANNERS)] for index in range(sites))
-    hospitals = [Hospital(name=f"site-{i + 1}", number=i + 1, scanners=(unit,)) for i, unit in enumerate(units)]
-    hospitals.append(Hospital(name="server", number=0, scanners=units))
+    hospitals = [PhantomHospital(name=f"site-{i + 1}", number=i + 1, scanners=(unit,)) for i, unit in enumerate(units)]
+    hospitals.append(PhantomHospital(name="server", number=0, scanners=units))
     done, total = 0, round(2.5 * patients * len(hospitals))
     with _mapping(patients * len(hospitals)) as over_patients:
         for hospital in hospitals:
@@ -94,7 +94,7 @@ def _mapping(patients: int) -> Iterator[Callable[..., Iterator[Any]]]:
         yield partial(pool.map, chunksize=4)
 
 
-def patient_labels(hospital: Hospital, patients: int, seed: int) -> NDArray[np.bool_]:
+def patient_labels(hospital: PhantomHospital, patients: int, seed: int) -> NDArray[np.bool_]:
     """Which patient has which finding, (patients, labels): a fixed share, from .35 to .55, in random order.
 
     A hospital with several scanners has the same share throughout, so that no scanner tells of a finding.
@@ -108,7 +108,12 @@ def patient_labels(hospital: Hospital, patients: int, seed: int) -> NDArray[np.b
 
 
 def _write_hospital(
-    folder: Path, hospital: Hospital, task: str, patients: int, seed: int, over_patients: Callable[..., Iterator[Any]]
+    folder: Path,
+    hospital: PhantomHospital,
+    task: str,
+    patients: int,
+    seed: int,
+    over_patients: Callable[..., Iterator[Any]],
 ) -> Iterator[int]:
     """Yields the number of a patient's images after each patient."""
     segmentation = task == "lung-seg"
@@ -125,14 +130,14 @@ def _write_hospital(
             yield len(rows)
 
 
-def _drawn(hospital: Hospital, number: int, seed: int) -> tuple[np.random.Generator, Patient, int]:
+def _drawn(hospital: PhantomHospital, number: int, seed: int) -> tuple[np.random.Generator, Patient, int]:
     """A patient, how many exposures there are, and the generator that draws those."""
     rng = np.random.default_rng([seed, hospital.number, number])
     return rng, Patient.random(hospital.number, number, seed, rng), int(rng.integers(2, 4))
 
 
 def _write_patient(
-    folder: Path, hospital: Hospital, task: str, seed: int, number: int, labels: NDArray[np.bool_], before: int
+    folder: Path, hospital: PhantomHospital, task: str, seed: int, number: int, labels: NDArray[np.bool_], before: int
 ) -> list[list[object]]:
     """Write a patient's images, numbered after the `before` of others. Returns their rows of the manifest."""
     rng, patient, exposures = _drawn(hospital, number, seed)
