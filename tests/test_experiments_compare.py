@@ -219,10 +219,22 @@ def test_refuses_what_cannot_be_compared_before_training(toy_config, tmp_path) -
         ({"site-share": 0.0}, "nobody"),
     ):
         config = toy_config(str(tmp_path / "a-40"), str(tmp_path / "b-40"), evaluate={"seeds": 1, **keys})
-        if "site-share" not in keys:
+        with pytest.raises(ConfigError, match=text):
+            compare(config, tmp_path / "out")
+        if "compare" not in keys:
             with pytest.raises(ConfigError, match=text):
-                compare(config, tmp_path / "out")
+                sweep(config, ["train.rounds=1,2"], tmp_path / "out")
     assert not list((tmp_path / "out").glob("runs/*"))
+
+
+def test_refuses_manifests_that_hold_nobody_out_before_training(tmp_path) -> None:
+    model: dict[str, object] = {"name": "small-cnn", "width": 4}
+    config = images(tmp_path, hospital, {"labels": ["a", "b"]}, model, **{"site-share": 0.0})
+    with pytest.raises(ConfigError, match="nobody"):
+        compare(config, tmp_path / "out")
+    with pytest.raises(ConfigError, match="nobody"):
+        sweep(config, ["evaluate.site-share=0.2,0.0"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweep_is_one_tidy_table(toy_config, tmp_path) -> None:

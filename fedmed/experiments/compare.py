@@ -21,7 +21,7 @@ from fedmed.experiments.judging import (
     mean_of,
     site_places,
 )
-from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
+from fedmed.experiments.predictions import SERVER, Place, check_endpoint, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of, untold
@@ -51,8 +51,7 @@ def compare(
         FedmedError: the configuration or the data cannot be used, or a run failed.
     """
     folder, pairs = Path(folder), comparisons(config)
-    if config.evaluate.endpoint == "server" and not config.data.server:
-        raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
+    check_endpoint(config)
     config = dealt(config, folder)
     trials = trials_of(config, folder)
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)

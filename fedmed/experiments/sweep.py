@@ -17,7 +17,7 @@ from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import Bench, Drawn, check_same_split, intervals_of, mean_of, site_places
-from fedmed.experiments.predictions import SERVER, read_predictions
+from fedmed.experiments.predictions import SERVER, check_endpoint, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 
@@ -111,7 +111,10 @@ def sweep(
     Raises:
         FedmedError: a key or a value cannot work, the data cannot be used, or a run failed.
     """
-    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary, home)]
+    points = list(points_of(config, vary, home))
+    for point in points:
+        check_endpoint(point.config)
+    points = [replace(point, config=dealt(point.config, folder)) for point in points]
     paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch)
     summary, rows = [], []
     for point in points:
