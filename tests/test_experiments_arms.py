@@ -20,7 +20,7 @@ from fedmed.experiments.pooling import pooled
 from fedmed.experiments.predictions import Judged
 from fedmed.experiments.reuse import digest, folder_of
 from fedmed.experiments.subgroups import groups_of, untold
-from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.manifest import read_manifest, read_table
 from fedmed.imaging.split import evaluation_rows
 
 SITES = ("north", "south")
@@ -225,6 +225,15 @@ def test_subgroups_come_from_the_columns_of_the_manifest(tmp_path) -> None:
     assert groups_of(tmp_path / "no-manifest", np.array([1])) == {}
     (tmp_path / "plain.csv").write_text("patient_id,image\np,x.png\n")
     assert groups_of(tmp_path / "plain.csv", np.array([2])) == {}
+
+
+@pytest.mark.parametrize(("first", "sign"), [("", ","), ("", ";"), ("", "\t"), ("sep=;\n", ";")])
+def test_subgroups_are_read_as_the_manifest_is(tmp_path, first: str, sign: str) -> None:
+    lines = ["patient_id,image,sex", "a,1,F", "b,2,M"]
+    (tmp_path / "m.csv").write_text(first + "\n".join(lines).replace(",", sign))
+    rows = [number for number, _ in read_table(tmp_path / "m.csv")[1]]
+    found = groups_of(tmp_path / "m.csv", np.array(rows))["sex"]
+    assert {group: keep.tolist() for group, keep in found.items()} == {"F": [True, False], "M": [False, True]}
 
 
 def test_ages_in_words_of_dicom_are_understood(tmp_path) -> None:
