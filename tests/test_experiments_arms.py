@@ -105,6 +105,17 @@ def test_pooled_rounds_take_the_steps_of_all_sites(hospitals, tmp_path) -> None:
     assert len({found.train.batch_size for found in by_arm.values()}) == 1
 
 
+@pytest.mark.parametrize("section", ["train", "evaluate"])
+def test_early_stopping_gives_no_arm_another_budget(hospitals, tmp_path, section: str) -> None:
+    config = hospitals(**{section: {"patience": 2}})
+    with pytest.raises(ConfigError, match=f"{section}.patience ends each training"):
+        trials_of(config, tmp_path)
+    arms = {"evaluate": {**run_file.nested(config)["evaluate"], "compare": ["fedavg", "fedavgm"]}}
+    federated = run_file.validate({**run_file.nested(config), **arms})
+    assert trials_of(federated, tmp_path)
+    assert f"{section}.patience may end a training before" in budget_of(federated)
+
+
 def test_two_manifests_with_one_image_cannot_be_pooled_unseen(hospitals, tmp_path) -> None:
     twin = tmp_path / "twin" / "manifest.csv"
     original = Path(hospitals().data.sites[0])
