@@ -144,7 +144,10 @@ def test_varied_paths_are_relative_to_the_run_file(tmp_path: Path) -> None:
 
 def test_a_sweep_never_shows_less_than_was_spent(capsys) -> None:
     estimate = {"value": 0.5, "low": None, "high": None, "n": 30}
-    points = [{"values": {"seed": 1}, "endpoint": estimate, "epsilon": value} for value in (1.2301, None)]
+    points = [
+        {"values": {"seed": 1}, "status": "completed", "endpoint": estimate, "epsilon": value}
+        for value in (1.2301, None)
+    ]
     found = {"primary": "auroc", "endpoint": "sites", "keys": ["seed"], "seeds": [1], "intervals": "x"}
     show_sweep({**found, "points": points})
     shown = capsys.readouterr().out
