@@ -17,7 +17,7 @@ from fedmed.errors import ConfigError
 from fedmed.experiments.arms import budget_of, comparisons, seeds_of, trials_of
 from fedmed.experiments.judging import check_paired
 from fedmed.experiments.pooling import pooled
-from fedmed.experiments.predictions import Judged
+from fedmed.experiments.predictions import Judged, _mark
 from fedmed.experiments.reuse import digest, folder_of
 from fedmed.experiments.subgroups import groups_of, untold
 from fedmed.imaging.manifest import read_manifest, read_table
@@ -215,6 +215,14 @@ def test_runs_are_known_by_what_they_train(hospitals, tmp_path) -> None:
     (trial, *_) = trials_of(config, tmp_path)
     (tmp_path / f"called-otherwise-{digest(trial.config)}").mkdir()
     assert folder_of(trial, tmp_path).name.startswith("called-otherwise")
+
+
+def test_runs_and_predictions_of_other_code_are_made_anew(hospitals, monkeypatch) -> None:
+    before = digest(hospitals()), _mark(hospitals(), False)
+    assert before == (digest(hospitals()), _mark(hospitals(), False))
+    for module in ("reuse", "predictions"):
+        monkeypatch.setattr(f"fedmed.experiments.{module}.package_hash", lambda: "of other code")
+    assert digest(hospitals()) != before[0] and _mark(hospitals(), False) != before[1]
 
 
 def test_refuses_to_compare_networks_judged_on_other_patients() -> None:

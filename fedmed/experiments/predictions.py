@@ -24,6 +24,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.durable import sha256_of, write_atomically
 from fedmed.errors import ConfigError
+from fedmed.federated.identity import package_hash
 from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
 from fedmed.imaging.cache import cache_folder
@@ -197,7 +198,7 @@ def _predicted(
 def _mark(config: RunConfig, own: bool) -> str:
     """What the predictions of a network depend on besides the network."""
     values = run_file.nested(config)
-    facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
+    facts = [package_hash(), values["data"], values["task"], config.split_seed, config.evaluate.site_share]
     facts += [config.evaluate.selection_share, *(["own networks"] if own else [])]
     facts += [sha256_of(Path(p.path)) for p in places_of(config) if Path(p.path).is_file()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

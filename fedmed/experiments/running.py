@@ -85,7 +85,7 @@ def run_trials(
 ) -> dict[tuple[str, int], Path]:
     """Train every trial that is not finished, and have every network predict for all held-out patients.
 
-    A finished run of the same configuration, data and version is taken as it is; one that was cut off goes on after its
+    A finished run of the same configuration, data and code is taken as it is; one that was cut off goes on after its
     last checkpoint.
 
     Args:
