@@ -170,7 +170,7 @@ def test_dry_run_checks_everything_and_writes_nothing(fedmed, hospitals):
     before = sorted(hospitals.rglob("*"))
     done = fedmed("simulate", hospitals / "run.toml", "--dry-run", cwd=hospitals)
     assert done.returncode == 0, done.stderr
-    assert "97,073 parameters" in done.stdout or "parameters" in done.stdout
+    assert "97,521 parameters" in done.stdout
     assert sorted(hospitals.rglob("*")) == before
 
 
@@ -247,8 +247,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(toy_config, tmp_path
         ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     line = refused(done)
-    assert "No space left on device" in line or "disk" in line
+    assert "No space left on device" in line
     assert (tmp_path / "kept" / "run" / "run.toml").exists()
+    result = json.loads((tmp_path / "kept" / "run" / "result.json").read_text())
+    assert (result["status"], result["reason"]) == ("failed", "No space left on device")
     assert not list((tmp_path / "kept").rglob("*.partial"))
 
 

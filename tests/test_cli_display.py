@@ -56,7 +56,7 @@ def test_an_undefined_metric_and_a_missing_loss_are_said(capsys: pytest.CaptureF
         event("round_finished", 1, seconds=1.0),
     ):
         lines(each)
-    assert capsys.readouterr().err == "round 1/1  1 site  auroc null (one class)  1.0 s\n"
+    assert capsys.readouterr().err == "round 1/1  1 site  auroc null (one class, or too few patients)  1.0 s\n"
 
 
 def test_the_live_display_shows_rounds_sites_and_names_as_they_are() -> None:

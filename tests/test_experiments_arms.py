@@ -17,10 +17,10 @@ from fedmed.errors import ConfigError
 from fedmed.experiments.arms import budget_of, comparisons, seeds_of, trials_of
 from fedmed.experiments.judging import check_paired
 from fedmed.experiments.pooling import pooled
-from fedmed.experiments.predictions import Judged
+from fedmed.experiments.predictions import Judged, _mark
 from fedmed.experiments.reuse import digest, folder_of
 from fedmed.experiments.subgroups import groups_of, untold
-from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.manifest import read_manifest, read_table
 from fedmed.imaging.split import evaluation_rows
 
 SITES = ("north", "south")
@@ -103,6 +103,17 @@ def test_pooled_rounds_take_the_steps_of_all_sites(hospitals, tmp_path) -> None:
     }
     assert by_arm["local"].strategy.min_sites == by_arm["pooled"].strategy.min_sites == 1
     assert len({found.train.batch_size for found in by_arm.values()}) == 1
+
+
+@pytest.mark.parametrize("section", ["train", "evaluate"])
+def test_early_stopping_gives_no_arm_another_budget(hospitals, tmp_path, section: str) -> None:
+    config = hospitals(**{section: {"patience": 2}})
+    with pytest.raises(ConfigError, match=f"{section}.patience ends each training"):
+        trials_of(config, tmp_path)
+    arms = {"evaluate": {**run_file.nested(config)["evaluate"], "compare": ["fedavg", "fedavgm"]}}
+    federated = run_file.validate({**run_file.nested(config), **arms})
+    assert trials_of(federated, tmp_path)
+    assert f"{section}.patience may end a training before" in budget_of(federated)
 
 
 def test_two_manifests_with_one_image_cannot_be_pooled_unseen(hospitals, tmp_path) -> None:
@@ -206,6 +217,14 @@ def test_runs_are_known_by_what_they_train(hospitals, tmp_path) -> None:
     assert folder_of(trial, tmp_path).name.startswith("called-otherwise")
 
 
+def test_runs_and_predictions_of_other_code_are_made_anew(hospitals, monkeypatch) -> None:
+    before = digest(hospitals()), _mark(hospitals(), False)
+    assert before == (digest(hospitals()), _mark(hospitals(), False))
+    for module in ("reuse", "predictions"):
+        monkeypatch.setattr(f"fedmed.experiments.{module}.package_hash", lambda: "of other code")
+    assert digest(hospitals()) != before[0] and _mark(hospitals(), False) != before[1]
+
+
 def test_refuses_to_compare_networks_judged_on_other_patients() -> None:
     one = Judged(row=np.arange(3), patient=np.array([0, 0, 1]), scores={})
     other = Judged(row=np.arange(1, 4), patient=np.array([0, 0, 1]), scores={})
@@ -225,6 +244,15 @@ def test_subgroups_come_from_the_columns_of_the_manifest(tmp_path) -> None:
     assert groups_of(tmp_path / "no-manifest", np.array([1])) == {}
     (tmp_path / "plain.csv").write_text("patient_id,image\np,x.png\n")
     assert groups_of(tmp_path / "plain.csv", np.array([2])) == {}
+
+
+@pytest.mark.parametrize(("first", "sign"), [("", ","), ("", ";"), ("", "\t"), ("sep=;\n", ";")])
+def test_subgroups_are_read_as_the_manifest_is(tmp_path, first: str, sign: str) -> None:
+    lines = ["patient_id,image,sex", "a,1,F", "b,2,M"]
+    (tmp_path / "m.csv").write_text(first + "\n".join(lines).replace(",", sign))
+    rows = [number for number, _ in read_table(tmp_path / "m.csv")[1]]
+    found = groups_of(tmp_path / "m.csv", np.array(rows))["sex"]
+    assert {group: keep.tolist() for group, keep in found.items()} == {"F": [True, False], "M": [False, True]}
 
 
 def test_ages_in_words_of_dicom_are_understood(tmp_path) -> None:

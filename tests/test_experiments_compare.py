@@ -87,7 +87,7 @@ def test_too_few_seeds_give_no_p_value_and_say_so(compared) -> None:
     ]
     for one in report["comparisons"]:
         assert one["p"] is None and one["p_holm"] is None
-        assert one["low"] <= one["difference"] <= one["high"]
+        assert one["difference"] is not None and (one["low"], one["high"]) == (None, None), "four patients of b-40"
     assert "no p-value" in report["notes"][0]
 
 
@@ -99,6 +99,13 @@ def test_site_learns_what_its_patients_gained(compared) -> None:
     gain = rows["federated"]["gain_over_local"]["value"]
     assert gain == pytest.approx(rows["federated"]["value"] - rows["local"]["value"])
     assert rows["local"]["gain_over_local"] is None
+
+
+def test_exact_counts_of_a_site_are_for_their_owner_alone(compared) -> None:
+    _, folder, _ = compared
+    for path in (folder / "sites").glob("*/comparison.json"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert (folder / "comparison.json").stat().st_mode & 0o044
 
 
 def test_second_comparison_trains_nothing_again(compared, tmp_path) -> None:
@@ -177,6 +184,7 @@ def test_five_seeds_give_corrected_p_values(toy_config, tmp_path) -> None:
     report = compare(config, tmp_path / "out")
     (one,) = report["comparisons"]
     assert one["p_holm"] == one["p"] and 0 < one["p"] <= 1
+    assert one["low"] <= one["difference"] <= one["high"]
     assert report["notes"] == [] and len(report["arms"][0]["by_seed"]) == 5
     values = {arm["arm"]: arm["endpoint"]["value"] for arm in report["arms"]}
     assert one["difference"] == pytest.approx(values["pooled"] - values["federated"])
@@ -218,10 +226,39 @@ def test_refuses_what_cannot_be_compared_before_training(toy_config, tmp_path) -
         ({"site-share": 0.0}, "nobody"),
     ):
         config = toy_config(str(tmp_path / "a-40"), str(tmp_path / "b-40"), evaluate={"seeds": 1, **keys})
-        if "site-share" not in keys:
+        with pytest.raises(ConfigError, match=text):
+            compare(config, tmp_path / "out")
+        if "compare" not in keys:
             with pytest.raises(ConfigError, match=text):
-                compare(config, tmp_path / "out")
+                sweep(config, ["train.rounds=1,2"], tmp_path / "out")
     assert not list((tmp_path / "out").glob("runs/*"))
+
+
+def test_without_data_phantom_hospitals_are_compared(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FEDMED_PHANTOMS", str(tmp_path / "phantoms"))
+    seen = []
+
+    def noted(config: run_file.RunConfig, folder: Path) -> tuple[()]:
+        seen.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("fedmed.federated.phantoms.SITES", 2)
+    monkeypatch.setattr("fedmed.federated.phantoms.PATIENTS", 4)
+    monkeypatch.setattr("fedmed.experiments.compare.trials_of", noted)
+    with pytest.raises(ConfigError, match="enough"):
+        compare(run_file.RunConfig(), tmp_path / "out")
+    (config,) = seen
+    assert len(config.data.sites) == 2 and config.data.server and config.task.labels
+
+
+def test_refuses_manifests_that_hold_nobody_out_before_training(tmp_path) -> None:
+    model: dict[str, object] = {"name": "small-cnn", "width": 4}
+    config = images(tmp_path, hospital, {"labels": ["a", "b"]}, model, **{"site-share": 0.0})
+    with pytest.raises(ConfigError, match="nobody"):
+        compare(config, tmp_path / "out")
+    with pytest.raises(ConfigError, match="nobody"):
+        sweep(config, ["evaluate.site-share=0.2,0.0"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweep_is_one_tidy_table(toy_config, tmp_path) -> None:
@@ -244,6 +281,24 @@ def test_sweep_is_one_tidy_table(toy_config, tmp_path) -> None:
     assert said[-1].reused == 2, "the federated arm of the comparison is a point of the sweep"
 
 
+def test_a_point_that_diverges_ends_no_other(toy_config, tmp_path, capsys) -> None:
+    run = tmp_path / "run.toml"
+    config = toy(toy_config, tmp_path, evaluate={"seeds": 1}, train={"rounds": 1, "optimizer": "sgd"})
+    run.write_text(to_toml(config))
+    words = ["sweep", run, "--vary", "train.learning-rate=1e30,0.1", "--jobs", 1, "--out", tmp_path / "out", "--quiet"]
+    assert app_command(*words) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: train.learning-rate=1e+30") and "failed" in out
+    diverged, kept = json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]
+    assert (diverged["status"], diverged["endpoint"]["value"], diverged["by_seed"]) == ("failed", None, [None])
+    assert kept["status"] == "completed" and kept["endpoint"]["value"] is not None
+    rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").read_text().splitlines()))
+    assert [row["value"] for row in rows if row["status"] == "failed"] == [""]
+    assert {row["train.learning-rate"] for row in rows if row["status"] == "completed"} == {"0.1"}
+    assert ">failed<" in (tmp_path / "out" / "sweep.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("vary", "text"),
     [
@@ -251,6 +306,11 @@ def test_sweep_is_one_tidy_table(toy_config, tmp_path) -> None:
         (["train.rounds="], "KEY=a,b,c"),
         (["train.rounds=1", "train.rounds=2"], "twice"),
         (["seed=1,2"], "cannot be varied"),
+        (["evaluate.primary=auroc,accuracy"], "judged alike"),
+        (["evaluate.endpoint=sites,server"], "judged alike"),
+        (["evaluate.resplit=true,false"], "judged alike"),
+        (["evaluate.compare=local,pooled"], "judged alike"),
+        (["evaluate.family=local vs pooled"], "judged alike"),
         (["train.round=1,2"], "did you mean train.rounds"),
         (["train.rounds=0"], "train.rounds"),
         ([], "missing"),
@@ -261,13 +321,18 @@ def test_refuses_a_grid_that_is_none(vary: list[str], text: str) -> None:
         points_of(run_file.validate({"task": {"labels": ["a"]}}), vary)
 
 
+def app_command(*words: object) -> object:
+    """The command's exit status, if it gives one."""
+    return typer.main.get_command(app).main([str(word) for word in words], standalone_mode=False)
+
+
 def test_commands_show_a_table_and_write_pages(toy_config, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     run = tmp_path / "run.toml"
     run.write_text(to_toml(toy(toy_config, tmp_path, evaluate={"seeds": 1})))
 
     def fedmed(*words: object) -> tuple[str, str]:
-        typer.main.get_command(app).main([str(word) for word in words], standalone_mode=False)
+        app_command(*words)
         return capsys.readouterr()
 
     out, _ = fedmed("compare", run, "--out", tmp_path / "out")

@@ -43,6 +43,31 @@ def test_few_patients_of_a_class_bear_no_interval_and_no_test() -> None:
         assert found.value is not None and (found.low, found.high, found.p) == (None, None, None)
 
 
+@pytest.mark.parametrize(("patients", "told"), [(9, False), (10, True)])
+def test_few_patients_bear_no_interval_and_no_test_under_dice(patients: int, told: bool) -> None:
+    seeds = np.array([0.7, 0.8, 0.75, 0.74, 0.71])
+    first = drawn(*seeds, patients=patients, fewest=np.inf)
+    second = drawn(*(seeds - 0.05), patients=patients, fewest=np.inf)
+    assert (bench(5).estimate(first)["low"] is not None) == told
+    found = bench(5).difference(first, second, test=True)
+    assert found.value is not None and [end is not None for end in (found.low, found.high, found.p)] == [told] * 3
+
+
+def test_resamples_that_differ_by_the_same_bear_no_interval_and_no_test() -> None:
+    found = bench(1).difference(drawn(0.75, spread=0.0), drawn(0.5, spread=0.0), test=True)
+    assert (found.value, found.low, found.high, found.p) == (0.25, None, None, None)
+
+
+def test_a_mean_over_sites_has_an_interval_where_each_bears_its_own_resampling() -> None:
+    few = mean_of([drawn(0.7, fewest=2.0)] * 9, together=True)
+    assert bench(1).estimate(few)["low"] is None, "two of the rarer class at each of nine sites"
+    undefined = drawn(np.nan, fewest=0.0)
+    both = mean_of([drawn(0.7), undefined], together=True)
+    assert bench(1).estimate(both)["low"] is not None, "a site without the class does not count"
+    dice = mean_of([drawn(0.8, patients=5, smallest=5, fewest=np.inf)] * 2, together=True)
+    assert bench(1).estimate(dice)["low"] is not None, "ten patients of two sites"
+
+
 def test_an_interval_ends_where_its_metric_does_and_has_a_width() -> None:
     wide = bench(2).estimate(drawn(0.9, 0.95, highest=1.0))
     assert 0 <= wide["low"] < 0.92 < wide["high"] == 1.0, "Student's t of two seeds is wide"
@@ -54,7 +79,7 @@ def test_an_interval_ends_where_its_metric_does_and_has_a_width() -> None:
 def test_a_sum_over_places_does_not_tell_a_small_one() -> None:
     places = [drawn(0.7), drawn(0.8, patients=4, smallest=4, fewest=2.0)]
     both = mean_of(places, together=True)
-    assert (both.patients, both.fewest) == (34, 17) and bench(1).estimate(both)["n"] is None
+    assert (both.patients, both.fewest) == (34, 2) and bench(1).estimate(both)["n"] is None
     assert bench(1).estimate(mean_of([places[0]] * 2, together=True))["n"] == 60
     assert bench(1).estimate(mean_of([places[0]] * 2, together=False))["n"] == 30
 
@@ -119,7 +144,10 @@ def test_varied_paths_are_relative_to_the_run_file(tmp_path: Path) -> None:
 
 def test_a_sweep_never_shows_less_than_was_spent(capsys) -> None:
     estimate = {"value": 0.5, "low": None, "high": None, "n": 30}
-    points = [{"values": {"seed": 1}, "endpoint": estimate, "epsilon": value} for value in (1.2301, None)]
+    points = [
+        {"values": {"seed": 1}, "status": "completed", "endpoint": estimate, "epsilon": value}
+        for value in (1.2301, None)
+    ]
     found = {"primary": "auroc", "endpoint": "sites", "keys": ["seed"], "seeds": [1], "intervals": "x"}
     show_sweep({**found, "points": points})
     shown = capsys.readouterr().out

@@ -72,6 +72,16 @@ def test_few_patients_bear_no_interval(toy_config, tmp_path):
         assert arm["arm"] == "local" or arm["gain_over_local"]["low"] is None
 
 
+@pytest.mark.parametrize(("count", "told"), [(9, False), (10, True)])
+def test_few_patients_bear_no_interval_of_any_metric(toy_config, tmp_path, count, told):
+    site = f"a-{10 * count}"  # of ten images the two of one patient are held out
+    config = toy_config(site, train={"rounds": 1}, evaluate={"primary": "accuracy"})
+    visits = Visits(config, tmp_path)
+    visits.evaluate(site, 1, visits.train(site, 1, flat(config).weights()).weights)
+    for arm in json.loads(train_baseline(visits.site(site), lambda *_: None).read_text())["arms"]:
+        assert (arm["n"], arm["low"] is not None) == (count, told)
+
+
 def test_a_killed_comparison_goes_on_after_its_last_round_and_a_new_run_begins_anew(ended, monkeypatch):
     visits, weights = ended
 

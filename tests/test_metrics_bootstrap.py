@@ -36,7 +36,7 @@ def images(count: int = 40, seed: int = 2) -> tuple[np.ndarray, np.ndarray, list
     return logits, targets, [f"p{i}" for i in rng.integers(count // 2, size=count)]
 
 
-def segmented(count: int = 20) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def segmented(count: int = 26) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng(1)
     masks = (rng.random((count, 2, 4, 4)) < 0.2).astype(np.float64)
     masks[:3, 0] = 0
@@ -116,11 +116,12 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
         ends = percentiles([r[name] for r in looped])
-        assert (interval.low, interval.high) == (pytest.approx(ends, abs=1e-12) if ends[0] < ends[1] else (None, None))
         metric, _, label = name.partition("/")
         has = counted.get(metric, np.ones_like(true))
         of_label = has[:, LABELS.index(label)] if label else has.any(axis=1)
         assert interval.n == len({patient for patient, has_it in zip(patients, of_label, strict=True) if has_it})
+        told = ends[0] < ends[1] and interval.n >= 10
+        assert (interval.low, interval.high) == (pytest.approx(ends, abs=1e-12) if told else (None, None)), name
 
 
 def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +163,28 @@ def test_no_image_has_no_value() -> None:
 
 
 def test_no_interval_if_fewer_than_half_of_the_replicates_are_defined() -> None:
-    patients = list("abcd")
+    patients = list("abcdefghijkl")
 
-    def undefined_without_a_and_b(weights: np.ndarray) -> np.ndarray:  # P(a and b drawn) is 0.46 of four
+    def undefined_without_a_and_b(weights: np.ndarray) -> np.ndarray:  # P(a and b drawn) is 0.41 of twelve
         return np.where((weights[0] > 0) & (weights[1] > 0), weights[0], np.nan)
 
-    def undefined_without_a(weights: np.ndarray) -> np.ndarray:  # P(a drawn) is 0.68
+    def undefined_without_a(weights: np.ndarray) -> np.ndarray:  # P(a drawn) is 0.65
         return np.where(weights[0] > 0, weights[0], np.nan)
 
     rng = np.random.default_rng(0)
     assert bootstrap_patients(undefined_without_a_and_b, patients, 2000, rng) == (None, None)
     assert bootstrap_patients(undefined_without_a, patients, 2000, rng) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(("patients", "told"), [(9, False), (10, True)])
+def test_few_patients_have_no_interval_of_any_metric(patients: int, told: bool) -> None:
+    logits, masks, _ = segmented(2 * patients)
+    ids = [f"p{i // 2}" for i in range(2 * patients)]
+    rng = np.random.default_rng(0)
+    found = segmentation_intervals(score_cases(logits, masks), ids, LABELS, 50, rng)
+    found |= classification_intervals(logits[:, :, 0, 0], masks[:, :, 0, 0], ids, LABELS, 50, rng)
+    for name in ("dice", "iou", "micro-dice", "hd95/nodule", "loss", "accuracy", "f1", "brier"):
+        assert found[name].value is not None and (found[name].low is not None) == told, name
 
 
 @pytest.mark.parametrize(("positives", "ranked"), [(9, False), (10, True)])

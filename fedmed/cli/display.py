@@ -194,7 +194,7 @@ def interval(metric: Mapping[str, Any] | None) -> str:
     if metric is None:
         return "null (not evaluated)"
     if metric["value"] is None:
-        return "null (noise)" if "noise" in metric else "null (one class)"
+        return "null (noise)" if "noise" in metric else "null (one class, or too few patients)"
     if metric.get("noise") is not None:
         return f"{metric['value']:.3f} (noise ± {metric['noise']:.3f})"
     if metric["low"] is None:

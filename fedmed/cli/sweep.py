@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,10 @@ def sweep(
     else:
         _show(report)
         print(f"table: {folder / 'sweep.csv'}\npage: {page}")
+    for one in report["failures"]:
+        print(f"error: {one['reason']}", file=sys.stderr)
+    if report["failures"]:
+        raise typer.Exit(1)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -53,6 +58,7 @@ def _show(report: dict[str, Any]) -> None:
     table = Table(*report["keys"], f"{report['primary']}, {where}", *(["ε spent"] if private else []), box=None)
     for point in report["points"]:
         spent = [epsilon(point["epsilon"])] if private else []
-        table.add_row(*(str(point["values"][key]) for key in report["keys"]), interval(point["endpoint"]), *spent)
+        value = "failed" if point["status"] == "failed" else interval(point["endpoint"])
+        table.add_row(*(str(point["values"][key]) for key in report["keys"]), value, *spent)
     print(f"95 % intervals: {report['intervals']}, seeds: {len(report['seeds'])}")
     console().print(table)

@@ -3,7 +3,8 @@
 With `train.local-epochs` the budget is images: every arm trains `rounds x local-epochs` passes over its own images, so
 each training image is used equally often. With `train.local-steps` it is steps: a pooled round takes as many as all
 sites take together in a federated one, on batches of the same size; images of a small site are used more often than in
-the pooled arm. Arms in which only some sites train in a round are refused beside local and pooled ones.
+the pooled arm. Early stopping, and arms in which only some sites train in a round, are refused beside local and pooled
+ones.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Trial:
     @property
     def label(self) -> str:
         """A name for folders and progress."""
-        return f"{re.sub(r'[^A-Za-z0-9.=]+', '-', self.network).strip('-')[:60]}-seed{self.seed}"
+        return f"{re.sub(r'[^A-Za-z0-9.=+]+', '-', self.network).strip('-')[:60]}-seed{self.seed}"
 
 
 def kind_of(arm: str) -> Kind:
@@ -116,6 +117,7 @@ def trials_of(config: RunConfig, folder: Path) -> tuple[Trial, ...]:
 def budget_of(config: RunConfig) -> str:
     """What every arm may spend, in words."""
     rests = f"; but {resting} lets sites rest in a round" if (resting := _resting(config)) else ""
+    rests += f"; but {' and '.join(stopping)} may end a training before" if (stopping := _stopping(config)) else ""
     if config.train.local_steps:
         return f"every arm takes equally many steps: a pooled round as many as all sites together{rests}"
     passes = "train.rounds times train.local-epochs passes"
@@ -123,18 +125,30 @@ def budget_of(config: RunConfig) -> str:
 
 
 def check_same_budget(config: RunConfig) -> None:
-    """Refuse arms in which some sites rest in a round beside those in which all data are trained on in every round.
+    """Refuse local and pooled arms beside what lets one arm train more than another: early stopping, or resting sites.
 
     Raises:
         ConfigError: there are both.
     """
     others = [arm for arm in arms_of(config) if kind_of(arm) != "federated"]
+    stopping = _stopping(config)
+    if others and stopping:
+        raise ConfigError(
+            f"{stopping[0]} ends each training at a time of its own, so {' and '.join(others)} would not have "
+            "the budget of a federated arm; set it to 0, or leave these out of evaluate.compare"
+        )
     resting = _resting(config)
     if others and resting:
         raise ConfigError(
             f"{resting} lets sites rest in a round, so {' and '.join(others)} would train on more images than a "
             "federated arm; use another, or leave these out of evaluate.compare"
         )
+
+
+def _stopping(config: RunConfig) -> list[str]:
+    """What may end a training early."""
+    counts = {"train.patience": config.train.patience, "evaluate.patience": config.evaluate.patience}
+    return [key for key, count in counts.items() if count]
 
 
 def _resting(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.durable import write_json
 from fedmed.errors import ConfigError
@@ -21,10 +22,11 @@ from fedmed.experiments.judging import (
     mean_of,
     site_places,
 )
-from fedmed.experiments.predictions import SERVER, Place, places_of, read_predictions
+from fedmed.experiments.predictions import SERVER, Place, check_endpoint, places_of, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 from fedmed.experiments.subgroups import groups_of, untold
+from fedmed.federated.phantoms import with_phantoms
 from fedmed.metrics import ENOUGH_SEEDS, holm
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.types import SMALL
@@ -39,7 +41,7 @@ def compare(
     """Train all arms of `[evaluate]`, judge every network everywhere, and write `comparison.json`.
 
     Args:
-        config: the run, with every path absolute.
+        config: the run, with every path absolute; phantom hospitals if it names no sites.
         folder: of the experiment; finished runs in it are reused.
         jobs: runs at once; 0 = as many as cores and memory allow.
         watch: called whenever the grid of runs has come further.
@@ -50,9 +52,9 @@ def compare(
     Raises:
         FedmedError: the configuration or the data cannot be used, or a run failed.
     """
+    config = with_phantoms(config, explicit=run_file.explicit_keys(config))
     folder, pairs = Path(folder), comparisons(config)
-    if config.evaluate.endpoint == "server" and not config.data.server:
-        raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
+    check_endpoint(config)
     config = dealt(config, folder)
     trials = trials_of(config, folder)
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)
@@ -95,7 +97,7 @@ def compare(
     }
     _write(folder / RESULT, report)
     for site in table.sites:
-        _write(folder / "sites" / site / RESULT, table.of_site(site, config))
+        _write(folder / "sites" / site / RESULT, table.of_site(site, config), mode=0o600)  # it has exact counts
     return report
 
 
@@ -258,6 +260,6 @@ def _notes_on_algorithms(trials: Sequence[Trial]) -> list[str]:
     return notes
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, value: dict[str, Any], *, mode: int = 0o644) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value)
+    write_json(path, value, mode=mode)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedmed.config import RunConfig
 from fedmed.errors import DataError
 from fedmed.experiments.predictions import SERVER, Judged
-from fedmed.metrics import MINIMUM, Difference, over_seeds, paired_difference, percentiles, replicate, seed_moves
+from fedmed.metrics import MINIMUM, Difference, interval_ends, over_seeds, paired_difference, replicate, seed_moves
 from fedmed.types import SMALL
 
 Array = NDArray[np.float64]
@@ -31,13 +31,13 @@ class Drawn:
     replicates: Array  # (S, R) of each seed and resample of the patients
     patients: int
     smallest: int  # patients of the smallest place in it; a sum would tell a small one apart
-    fewest: float  # of them in the rarer class, for what ranks one class above the other
+    fewest: float  # of them in the rarer class, for what ranks one class above the other; 0 of a single patient
     highest: float  # value that it can have; the lowest is 0
 
     @property
     def enough(self) -> bool:
         """Whether there are enough patients to resample."""
-        return self.patients >= 2 and self.fewest >= MINIMUM
+        return self.patients >= MINIMUM and self.fewest >= MINIMUM
 
     @property
     def value(self) -> float:
@@ -72,7 +72,7 @@ class Bench:
                 replicates=drawn[:, k],
                 patients=len(everyone),
                 smallest=len(everyone),
-                fewest=float(fewest[k]),
+                fewest=float(fewest[k]) if len(everyone) > 1 else 0.0,
                 highest=float(measures[0].highest[k]),
             )
             for k, name in enumerate(measures[0].names)
@@ -82,18 +82,15 @@ class Bench:
         """Value and 95 % interval, over patients, and over seeds too where there are several."""
         value = None if np.isnan(drawn.value) else drawn.value
         n = None if suppress and drawn.smallest < SMALL else drawn.patients
-        low = high = None
-        if value is not None and drawn.enough:
-            low, high = percentiles(np.clip(self._over_seeds(drawn), 0, drawn.highest))
-        if low == high:  # all resamples are alike, and say nothing of other patients
-            low = high = None
+        resampled = np.clip(self._over_seeds(drawn), 0, drawn.highest)
+        low, high = interval_ends(resampled, enough=value is not None and drawn.enough)
         return {"value": value, "low": low, "high": high, "n": n}
 
     def difference(self, first: Drawn, second: Drawn, *, test: bool) -> Difference:
         """The first minus the second, in pairs."""
         pair = (self._over_seeds(first), self._over_seeds(second))
-        found = paired_difference((first.value, second.value), pair, test=test)
-        return found if first.enough and second.enough else replace(found, low=None, high=None, p=None)
+        enough = first.enough and second.enough
+        return paired_difference((first.value, second.value), pair, test=test, enough=enough)
 
     def _over_seeds(self, drawn: Drawn) -> Array:
         rng = np.random.default_rng(_number(f"{self.config.split_seed}/seeds"))
@@ -109,12 +106,13 @@ def mean_of(parts: Sequence[Drawn], *, together: bool) -> Drawn:
         together: whether they are of different patients, who add up; else they are all of the same.
     """
     add = sum if together else min
+    defined = [part for part in parts if not np.isnan(part.values).all()]
     return Drawn(
         values=_mean(np.stack([part.values for part in parts])),
         replicates=_mean(np.stack([part.replicates for part in parts])),
         patients=add(part.patients for part in parts),
         smallest=min(part.smallest for part in parts),
-        fewest=add(part.fewest for part in parts),
+        fewest=min((part.fewest for part in defined), default=0.0),  # each has to bear its own resampling
         highest=parts[0].highest,
     )
 

@@ -24,10 +24,13 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.durable import sha256_of, write_atomically
 from fedmed.errors import ConfigError
+from fedmed.federated.identity import package_hash
 from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
 from fedmed.imaging.cache import cache_folder
 from fedmed.imaging.dataset import Dataset
+from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.split import evaluation_rows
 from fedmed.metrics import Cases, Measures, classification_measures, join_cases, segmentation_measures
 from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.local_algorithms.fine_tune import has_personal_network
@@ -89,6 +92,25 @@ def places_of(config: RunConfig) -> tuple[Place, ...]:
     return (*places, *server)
 
 
+def check_endpoint(config: RunConfig) -> None:
+    """Refuse a declared endpoint that nobody could judge, before anything is trained.
+
+    A data set of the user's own is trusted to hold somebody out, and asked only if `evaluate.site-share` is 0.
+
+    Args:
+        config: the run, with every path absolute.
+
+    Raises:
+        ConfigError: the server has no set, or no site holds anybody out.
+        DataError: a manifest cannot be used.
+    """
+    if config.evaluate.endpoint == "server":
+        if not config.data.server:
+            raise ConfigError('evaluate.endpoint = "server", but data.server names no set')
+    elif not any(_holds_out(place, config) for place in places_of(config) if place.kind == "site"):
+        raise ConfigError('evaluate.endpoint = "sites", but nobody is held out at any site; set evaluate.site-share')
+
+
 def write_predictions(run: Path, judged: RunConfig) -> None:
     """Predict for all held-out patients with the network that a run kept, unless that was done before.
 
@@ -120,6 +142,14 @@ def read_predictions(run: Path, judged: RunConfig) -> dict[str, Judged]:
             if mine:
                 found[place.name] = Judged(row=mine.pop("row"), patient=mine.pop("patient"), scores=mine)
     return found
+
+
+def _holds_out(place: Place, config: RunConfig) -> bool:
+    share = config.evaluate.site_share
+    if config.data.dataset:
+        return share > 0 or len(_held_out(place, config)[1]) > 0
+    manifest = read_manifest(Path(place.path), config.task)
+    return bool(evaluation_rows(manifest, share, config.split_seed, place.name).any())
 
 
 def _held_out(place: Place, config: RunConfig) -> tuple[Dataset, NDArray[np.int64]]:
@@ -168,7 +198,7 @@ def _predicted(
 def _mark(config: RunConfig, own: bool) -> str:
     """What the predictions of a network depend on besides the network."""
     values = run_file.nested(config)
-    facts = [values["data"], values["task"], config.split_seed, config.evaluate.site_share]
+    facts = [package_hash(), values["data"], values["task"], config.split_seed, config.evaluate.site_share]
     facts += [config.evaluate.selection_share, *(["own networks"] if own else [])]
     facts += [sha256_of(Path(p.path)) for p in places_of(config) if Path(p.path).is_file()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Finished runs are found again by what they would train: configuration, content of the data files, version."""
+"""Finished runs are found again by what they would train: configuration, content of the data files, fedmed's code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fedmed
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.durable import sha256_of
 from fedmed.experiments.arms import Trial
+from fedmed.federated.identity import package_hash
 
 DONE = ("completed", "degraded")
 
@@ -26,7 +26,7 @@ def digest(config: RunConfig) -> str:
     del values["name"], values["simulation"]["workers"]
     paths = [*config.data.sites, config.data.server, config.model.weights, config.simulation.policy]
     files = {path: sha256_of(Path(path)) for path in paths if path and Path(path).is_file()}
-    facts = json.dumps([fedmed.__version__, values, files], sort_keys=True)
+    facts = json.dumps([package_hash(), values, files], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 

@@ -29,6 +29,7 @@ from fedmed.federated.simulation import check, devices, local_grid, most_workers
 POLL_S = 0.05
 GUESS_MIB = 1500  # of a run, before one of the experiment has told
 Said = Callable[["Standing"], None]
+Failed = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +66,26 @@ class _Experiment:
     memory_mib: int = 0  # of the largest run so far
 
 
+def stop(run: Path, why: str) -> None:
+    """End an experiment with the first run that fails.
+
+    Raises:
+        RunFailed: always.
+    """
+    raise RunFailed(why)
+
+
 def run_trials(
-    trials: Sequence[Trial], folder: Path, *, jobs: int = 0, watch: Said = lambda standing: None
+    trials: Sequence[Trial],
+    folder: Path,
+    *,
+    jobs: int = 0,
+    watch: Said = lambda standing: None,
+    failed: Failed = stop,
 ) -> dict[tuple[str, int], Path]:
     """Train every trial that is not finished, and have every network predict for all held-out patients.
 
-    A finished run of the same configuration, data and version is taken as it is; one that was cut off goes on after its
+    A finished run of the same configuration, data and code is taken as it is; one that was cut off goes on after its
     last checkpoint.
 
     Args:
@@ -78,6 +93,7 @@ def run_trials(
         folder: of the experiment; runs lie in `runs/`, what they printed in `logs/`.
         jobs: runs at once; 0 = as many as cores and free memory allow.
         watch: called whenever something has changed.
+        failed: called with the folder of a run that failed, and why; the others go on if it returns.
 
     Returns:
         The run folder of every network and seed.
@@ -110,7 +126,7 @@ def run_trials(
     with _ending_all(state.working):
         while state.waiting or state.working:
             changed = _start(state, folder, jobs)
-            changed |= _advance(state)
+            changed |= _advance(state, failed)
             if changed:
                 say()
             elif state.working:
@@ -152,7 +168,7 @@ def _room(state: _Experiment, workers: int, jobs: int, config: RunConfig) -> boo
     return enough and taken + workers <= most_workers(devices(config))
 
 
-def _advance(state: _Experiment) -> bool:
+def _advance(state: _Experiment, failed: Failed) -> bool:
     """Read what runs have written and take leave of those that ended; whether anything changed."""
     changed = False
     for run in list(state.working):
@@ -161,13 +177,14 @@ def _advance(state: _Experiment) -> bool:
         if pid == 0:
             continue
         state.working.remove(run)
-        result = result_of(run.path)
-        if os.waitstatus_to_exitcode(status) != 0 or result is None:
-            raise RunFailed(_why(run, os.waitstatus_to_exitcode(status)))
+        result, code = result_of(run.path), os.waitstatus_to_exitcode(status)
         state.ended += 1
         state.rounds_done += run.trial.config.train.rounds
-        state.memory_mib = max(state.memory_mib, int(result["peak_memory_mib"]))
         changed = True
+        if code != 0 or result is None:
+            failed(run.path, _why(run, code))
+        else:
+            state.memory_mib = max(state.memory_mib, int(result["peak_memory_mib"]))
     return changed
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.imaging.manifest import read_table
 from fedmed.types import SMALL
 
 COLUMNS = {"sex": ("sex",), "age": ("age",), "view": ("view",), "scanner": ("scanner", "manufacturer", "device")}
@@ -51,11 +51,9 @@ def untold(patients: Mapping[str, int]) -> set[str]:
 
 def _records(manifest: Path) -> Mapping[int, Mapping[str, str]]:
     """The rows by their line in the file, as `imaging.manifest` numbers them; columns in lower case."""
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        header = [name.strip().lower() for name in next(reader, [])]
-        lines = [(reader.line_num, cells) for cells in reader]
-    return {number: dict(zip(header, map(str.strip, cells), strict=False)) for number, cells in lines}
+    header, lines = read_table(manifest)
+    names = [name.lower() for name in header]
+    return {number: dict(zip(names, cells, strict=True)) for number, cells in lines}
 
 
 def _band(text: str) -> str:

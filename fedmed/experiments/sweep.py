@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,24 @@ from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import Bench, Drawn, check_same_split, intervals_of, mean_of, site_places
-from fedmed.experiments.predictions import SERVER, read_predictions
+from fedmed.experiments.predictions import SERVER, check_endpoint, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
 
-RESULT, TABLE = "sweep.json", "sweep.csv"
-FIXED = ("name", "seed", "evaluate.seeds", "evaluate.split-seed", "data.sites", "data.server")  # of all points
+RESULT, TABLE, FAILED = "sweep.json", "sweep.csv", "failed"
+JUDGING = tuple(f"evaluate.{key}" for key in ("primary", "endpoint", "resplit", "compare", "family"))
+FIXED = (
+    "name",
+    "seed",
+    "evaluate.seeds",
+    "evaluate.split-seed",
+    "data.sites",
+    "data.server",
+    *JUDGING,
+)  # of all points
 Value = str | int | float | bool
 Row = dict[str, Any]
+NOTHING: Row = {"value": None, "low": None, "high": None, "n": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +70,9 @@ def points_of(config: RunConfig, vary: Sequence[str], home: Path = Path()) -> tu
         if key in axes:
             raise ConfigError(f"--vary {key} is given twice; name all its values at once")
         if key in FIXED:
-            raise ConfigError(f"--vary {key}: cannot be varied; evaluate.seeds repeats every point with several seeds")
+            hint = "evaluate.seeds repeats every point with several seeds"
+            hint = "all points are judged alike; set it in the run file" if key in JUDGING else hint
+            raise ConfigError(f"--vary {key}: cannot be varied; {hint}")
         axes[key] = choices
     if not axes:
         raise ConfigError("--vary is missing: name a key and its values, such as --vary train.rounds=2,4,8")
@@ -95,7 +107,7 @@ def sweep(
     jobs: int = 0,
     watch: Said = lambda standing: None,
 ) -> dict[str, Any]:
-    """Run a grid, and write `sweep.json` and `sweep.csv`.
+    """Run a grid, and write `sweep.json` and `sweep.csv`. A run that fails has no value there, and ends no other.
 
     Args:
         config: what all points share, with every path absolute.
@@ -109,16 +121,21 @@ def sweep(
         The content of `sweep.json` (docs/sweep.md).
 
     Raises:
-        FedmedError: a key or a value cannot work, the data cannot be used, or a run failed.
+        FedmedError: a key or a value cannot work, or the data cannot be used.
     """
-    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary, home)]
-    paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch)
+    points = list(points_of(config, vary, home))
+    for point in points:
+        check_endpoint(point.config)
+    points = [replace(point, config=dealt(point.config, folder)) for point in points]
+    lost: dict[Path, str] = {}
+    paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch, failed=lost.__setitem__)
     summary, rows = [], []
     for point in points:
         runs = {(point.label, seed): paths[point.label, seed] for seed in seeds_of(point.config)}
-        summary.append({"values": dict(point.values), **_judged(point, runs), **_spent(runs.values())})
+        summary.append({"values": dict(point.values), **_summary(point, runs, lost.keys())})
         for (_, seed), path in runs.items():
-            rows += [{**point.values, "seed": seed, "run": path.name, **row} for row in _rows(path)]
+            found = [{"status": FAILED, "place": None, "metric": None, **NOTHING}] if path in lost else _rows(path)
+            rows += [{**point.values, "seed": seed, "run": path.name, **row} for row in found]
     report = {
         "schema": 1,
         "name": config.name,
@@ -128,11 +145,25 @@ def sweep(
         "seeds": list(seeds_of(config)),
         "intervals": intervals_of(config.evaluate.seeds),
         "points": summary,
+        "failures": [{"run": path.name, "reason": why} for path, why in lost.items()],
         "rows": rows,
     }
     write_json(folder / RESULT, report)
     write_atomically(folder / TABLE, _csv(rows).encode())
     return report
+
+
+def _summary(point: Point, runs: Mapping[tuple[str, int], Path], lost: Set[Path]) -> dict[str, Any]:
+    """What is told of a point: of seeds of which one failed no mean, which would be of those that went well."""
+    if lost & set(runs.values()):
+        names = [path.name for path in runs.values()]
+        return {"status": FAILED, "endpoint": NOTHING, "by_seed": [None] * len(runs), "runs": names, "epsilon": None}
+    degraded = any(_result(path)["status"] == "degraded" for path in runs.values())
+    return {
+        "status": "degraded" if degraded else "completed",
+        **_judged(point, runs),
+        **_spent(runs.values()),
+    }
 
 
 def _judged(point: Point, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def read_manifest(path: Path, task: TaskConfig, *, lenient: bool = False) -> Man
         DataError: one line: the file, the column or the rows that are wrong.
         UnfitRow: a row has no mask, or a label that is none.
     """
-    header, lines = _read_csv(path)
+    header, lines = read_table(path)
     _check_columns(path, header, task)
     rows = tuple(_row(path, number, dict(zip(header, cells, strict=True)), task) for number, cells in lines)
     if not rows:
@@ -113,8 +113,12 @@ def without_patients(manifest: Manifest, withdrawn: frozenset[str]) -> Manifest:
     return replace(manifest, rows=rows)
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, cells) of every row that is not blank."""
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (line number, cells) of every row of a manifest that is not blank.
+
+    Raises:
+        DataError: the file cannot be read, or a row has more or fewer cells than the header.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, delimiter=separator_of(file, "patient_id"))
@@ -268,7 +272,7 @@ def read_records(path: Path) -> tuple[tuple[str, ...], tuple[dict[str, str], ...
     Raises:
         DataError: it cannot be read, or a row has another number of cells than the header.
     """
-    header, lines = _read_csv(path)
+    header, lines = read_table(path)
     return tuple(header), tuple(dict(zip(header, cells, strict=True)) for _, cells in lines)
 
 
@@ -278,7 +282,7 @@ def read_columns(path: Path) -> tuple[tuple[int, ...], dict[str, tuple[str, ...]
     Raises:
         DataError: as `read_records`, or a column is missing that every manifest has, or there are no rows.
     """
-    header, lines = _read_csv(path)
+    header, lines = read_table(path)
     for column in ("patient_id", "image"):
         if column not in header:
             raise DataError(f'{path}: no column "{column}"; the first line names the columns')

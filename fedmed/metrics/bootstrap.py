@@ -47,8 +47,7 @@ class Measures:
     def fewest(self, patients: Sequence[str]) -> Array:
         """How many patients each metric's order rests on, (K,): those of the rarer class; no limit where none ranks.
 
-        Below `MINIMUM` there is no interval, as at a site: so few are drawn again and again, and show nothing of what
-        others would. The mean rests on as many as the rarest of the labels that it is of.
+        Below `MINIMUM` there is no interval, as at a site. The mean rests on as many as the rarest of its labels.
 
         Args:
             patients: N patient ids.

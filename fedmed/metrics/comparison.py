@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmed.metrics.resampling import percentiles
+from fedmed.metrics.resampling import interval_ends
 from fedmed.metrics.sums import Array
 
 ENOUGH_SEEDS = 5  # to compare algorithms: fewer say too little about the spread between trainings
@@ -26,7 +26,7 @@ class Difference:
     """How much larger the metric of one network is than that of another, with its 95 % interval."""
 
     value: float | None  # None if undefined
-    low: float | None
+    low: float | None  # None if there is no interval, and then no p either
     high: float | None
     p: float | None  # two-sided; None if undefined or not to be computed
 
@@ -58,18 +58,21 @@ def over_seeds(values: Array, drawn: Array, moves: Array) -> Array:
     return replicates
 
 
-def paired_difference(values: tuple[float, float], drawn: tuple[Array, Array], *, test: bool = True) -> Difference:
+def paired_difference(
+    values: tuple[float, float], drawn: tuple[Array, Array], *, test: bool = True, enough: bool = True
+) -> Difference:
     """Returns the first minus the second, with an interval and a p-value from replicates in pairs.
 
     Args:
         values: On the data as they are; NaN where undefined.
         drawn: Replicates (R,) of the first and the second, from the same draws.
         test: Whether to give a p-value.
+        enough: Whether there are enough patients for an interval and a p-value.
     """
     value, replicates = values[0] - values[1], drawn[0] - drawn[1]
     if np.isnan(value):
         return Difference(value=None, low=None, high=None, p=None)
-    low, high = percentiles(replicates)
+    low, high = interval_ends(replicates, enough=enough)
     p = p_value(replicates) if test and low is not None else None
     return Difference(value=float(value), low=low, high=high, p=p)
 

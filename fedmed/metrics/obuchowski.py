@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedmed.metrics.sums import Array, check_cases, check_patients
 
-MINIMUM = 10  # positive patients, and negative ones: below it an AUROC has no variance or interval
+MINIMUM = 10  # patients behind any interval; positive ones, and negative ones, behind an AUROC's
 QUANTILE = 1.959963984540054  # of the normal distribution at 0.975, for intervals of 95 %
 
 

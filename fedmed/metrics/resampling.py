@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.metrics.obuchowski import MINIMUM
 from fedmed.metrics.sums import Array
 
 Statistic = Callable[[Array], Array]  # weights (N, R) of R replicates -> values (R,) or (K, R), NaN where undefined
@@ -48,10 +49,9 @@ def bootstrap_patients(
         rng: Source of the resamples.
 
     Returns:
-        (low, high), or (None, None) if fewer than half of the replicates are defined, if there are not two patients, or
-        if all replicates are alike, as those of an AUROC of 1 are: they say nothing of what other patients would show.
+        (low, high), or (None, None) where `interval_ends` gives none; fewer than `MINIMUM` patients are not enough.
     """
-    return _interval(replicate(statistic, patients, replicates, rng)[0], len(set(patients)))
+    return interval_ends(replicate(statistic, patients, replicates, rng)[0], enough=len(set(patients)) >= MINIMUM)
 
 
 def intervals(
@@ -63,13 +63,13 @@ def intervals(
     replicates: int,
     rng: np.random.Generator,
 ) -> dict[str, Interval]:
-    """Judges each of K metrics by `counts` (K,) patients; one of which there are not `enough` (K,) has no interval."""
+    """Judges each of K metrics by `counts` (K,) patients; no interval below `MINIMUM`, or where not `enough` (K,)."""
     values = statistic(np.ones((len(patients), 1)))[:, 0]  # (K,)
     drawn = replicate(statistic, patients, replicates, rng)  # (K, replicates)
     result = {}
     for k, name in enumerate(names):
         n, defined = int(counts[k]), not np.isnan(values[k])
-        low, high = _interval(drawn[k], n) if defined and enough[k] else (None, None)
+        low, high = interval_ends(drawn[k], enough=bool(defined and enough[k] and n >= MINIMUM))
         result[name] = Interval(value=float(values[k]) if defined else None, low=low, high=high, n=n)
     return result
 
@@ -118,6 +118,21 @@ def percentiles(drawn: Array) -> tuple[float | None, float | None]:
     return float(low), float(high)
 
 
+def interval_ends(drawn: Array, *, enough: bool) -> tuple[float | None, float | None]:
+    """Returns the interval that replicates (R,) bear.
+
+    Args:
+        drawn: NaN where undefined.
+        enough: Whether there are enough patients. Few are drawn again and again, and show nothing of what others would.
+
+    Returns:
+        (low, high), or (None, None) if there are not enough patients, if fewer than half of the replicates are defined,
+        or if all are alike, as those of an AUROC of 1 are: they say nothing of what other patients would show.
+    """
+    low, high = percentiles(drawn) if enough else (None, None)
+    return (None, None) if low == high else (low, high)
+
+
 def _weights(
     patients: Sequence[str], among: Sequence[str], replicates: int, rng: np.random.Generator
 ) -> Iterator[Array]:
@@ -131,9 +146,3 @@ def _weights(
         cells = draws * count + np.arange(count)[:, None]
         times = np.bincount(cells.ravel(), minlength=len(distinct) * count).reshape(len(distinct), count)  # (P, R)
         yield times[patient].astype(np.float64)
-
-
-def _interval(drawn: Array, patients: int) -> tuple[float | None, float | None]:
-    """Returns the interval of replicates (R,); none if there are not two patients that count, or it had no width."""
-    low, high = percentiles(drawn) if patients >= 2 else (None, None)
-    return (None, None) if low == high else (low, high)

@@ -25,9 +25,9 @@ from fedmed.metrics import (
     MINIMUM,
     Measures,
     classification_measures,
+    interval_ends,
     join_cases,
     paired_difference,
-    percentiles,
     replicate,
     segmentation_measures,
 )
@@ -118,25 +118,19 @@ def _judged(
         network.load_(weights)
         measures, ids = _measures(network, data, rows, config)
         place, patients = measures.names.index(config.primary), len(set(ids))
-        enough = patients > 1 and bool(measures.fewest(ids)[place] >= MINIMUM)
+        enough = bool(min(patients, measures.fewest(ids)[place]) >= MINIMUM)
         rng = np.random.default_rng(config.seed)  # the same patients are drawn for both
         values[name] = float(measures.statistic(np.ones((len(ids), 1)))[place, 0])
         drawn[name] = replicate(measures.statistic, ids, config.evaluate.bootstrap, rng)[place]
     arms = []
     for name, value in values.items():
-        low, high = percentiles(drawn[name])
-        gain = paired_difference((value, values["local"]), (drawn[name], drawn["local"]), test=False)
-        own = _with_width(None if np.isnan(value) else value, low, high, enough=enough)
-        more = None if name == "local" else _with_width(gain.value, gain.low, gain.high, enough=enough)
+        low, high = interval_ends(drawn[name], enough=enough and not np.isnan(value))
+        own = {"value": None if np.isnan(value) else value, "low": low, "high": high}
+        pair = (drawn[name], drawn["local"])
+        gain = paired_difference((value, values["local"]), pair, test=False, enough=enough)
+        more = None if name == "local" else {"value": gain.value, "low": gain.low, "high": gain.high}
         arms.append({"arm": name, "kind": name, **own, "n": patients, "gain_over_local": more})
     return arms
-
-
-def _with_width(value: float | None, low: float | None, high: float | None, *, enough: bool) -> dict[str, float | None]:
-    """An estimate; its interval only where there are enough patients, and resamples that differ."""
-    if value is None or not enough or low == high:
-        low = high = None
-    return {"value": value, "low": low, "high": high}
 
 
 def _rounds_of(state_dir: Path, run: str) -> Path:

@@ -161,12 +161,11 @@ def beside_pooled(report: Found, setting: Setting) -> list[str]:
     arms = ", ".join(f"`{arm['arm']}` {spread(arm['endpoint'])}" for arm in report["arms"])
     (one,) = report["comparisons"]
     chosen = ", ".join(f"`{key} = {value}`" for key, value in setting.items())
-    met = "above" if one["low"] > -MARGIN else "not above"
-    return [
-        f"One full-batch step a round ({chosen}): {arms}; difference {one['difference']:+.4f} "
-        f"({one['low']:+.4f} to {one['high']:+.4f}), lower limit **{met} −{MARGIN}**.",
-        "",
-    ]
+    limits = "the same on every resample, so without an interval"
+    if one["low"] is not None:
+        met = "above" if one["low"] > -MARGIN else "not above"
+        limits = f"({one['low']:+.4f} to {one['high']:+.4f}), lower limit **{met} −{MARGIN}**"
+    return [f"One full-batch step a round ({chosen}): {arms}; difference {one['difference']:+.4f} {limits}.", ""]
 
 
 def beside_flamby(report: Found, arms: Mapping[str, Found], sites: Sequence[str]) -> list[str]:
