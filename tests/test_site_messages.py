@@ -19,11 +19,12 @@ from fedmed.errors import ConfigError, DataError, ModelError, UnfitRow
 from fedmed.federated import client_app
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.client_app import public_reason
+from fedmed.federated.sites import site_at
 from fedmed.federated.wire import decode_task, encode_task
 from fedmed.training import site_round
 from fedmed.training.discretion import UNFORESEEN
 from fedmed.training.own_patients import OwnPatients
-from fedmed.training.site import settings_from, site_data
+from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_round import evaluate_round, site_card, train_round
 from fedmed.types import Update
 
@@ -218,3 +219,35 @@ def test_p07_at_a_real_site_nobody_is_put_on_a_side_to_fill_it(toy_config, tmp_p
         if empty:
             with pytest.raises(DataError, match="no image is left to train on"):
                 train_round(task_of(config, "train", 1), site)
+
+
+@pytest.mark.parametrize("form", ["histogram", "exact"])
+def test_without_a_policy_a_real_site_sends_nothing_of_fewer_than_ten_patients(form, toy_config, tmp_path):
+    task = task_of(toy_config("a-400"), "evaluate", 1)
+    for held_out in (9, 10, 40):
+        path = tmp_path / f"{held_out}.toml"
+        path.write_text(f'name = "a"\nmanifest = "a-{held_out * 10}"\ndataset = "toy:dataset"\nmetrics = "{form}"\n')
+        site = replace(site_at(path), networks=None)
+        told, simulated = (evaluate_round(task, s).metrics for s in (site, replace(site, virtual=True, min_held_out=0)))
+        data = site_data(site, task.settings)
+        rows = np.flatnonzero(data.evaluation)
+        ids, labels = np.array(data.patients)[rows], data.targets[rows]
+        smallest = min(len(set(ids[labels[:, k] == value])) for k in range(2) for value in (0, 1))
+        assert len(set(ids)) == held_out and (smallest >= 10) == (held_out == 40)
+        assert any(np.any(values) for values in simulated.values())
+        if held_out == 9:
+            assert not told
+        elif held_out == 10:
+            sums = [told[name] for name in ("loss", "known", "positives", "negatives", "scores") if name in told]
+            assert not any(map(np.any, sums)), "too few have a label, or have it not"
+        else:
+            assert told.keys() == simulated.keys()
+            for name, values in told.items():
+                np.testing.assert_array_equal(values, simulated[name])
+
+
+def test_without_a_policy_a_real_site_with_few_held_out_tells_no_loss_of_them(toy_config):
+    site = Site(name="a", manifest=Path("a-90"), dataset="toy:dataset", min_held_out=10)
+    with pytest.raises(ConfigError, match="lets no metric leave"):
+        train_round(task_of(toy_config("a-400", strategy={"name": "feddg-ga"}), "train", 1), site)
+    assert evaluate_round(task_of(toy_config("a-400"), "evaluate", 1), replace(site, min_held_out=0)).metrics

@@ -18,7 +18,7 @@ from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.site_config import read_peers, read_site_config, withdrawn_of
 from fedmed.imaging.cache import cache_folder
-from fedmed.privacy.policy import read_policy
+from fedmed.privacy.policy import MetricRules, read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site import Site
 
@@ -148,6 +148,7 @@ def read_site(path: Path) -> Site:
         state_dir=path.parent / values.state_dir if values.state_dir else None,
         device=values.device,
         metrics=values.metrics,
+        min_held_out=MetricRules().min_patients,
         networks=values.networks,
         policy=policy,
         keys=path.parent / values.keys_dir,

@@ -206,9 +206,9 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     return max(forms, key=get_args(Form).index)
 
 
-def fewest_of(permit: Permit | None) -> int:
-    """How many patients must have a label, and how many must not, for anything of that label to leave."""
-    return 0 if permit is None else permit.allowance.fewest
+def fewest_of(permit: Permit | None, site: int) -> int:
+    """How many patients must have a label, and how many must not, for anything of it to leave; `site` without policy."""
+    return site if permit is None else permit.allowance.fewest
 
 
 @contextmanager

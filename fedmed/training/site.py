@@ -28,6 +28,7 @@ class Site:
     state_dir: Path | None = None  # what the site keeps between tasks, such as an unfinished round; None = nothing
     device: str = "cpu"
     metrics: Form = "histogram"  # in which form its evaluation may leave
+    min_held_out: int = 0  # patients, below whom no metric leaves, nor anything of a label; a policy has its own
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
     policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
     virtual: bool = False  # a hospital of a simulation

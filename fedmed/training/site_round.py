@@ -18,6 +18,7 @@ import torch
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
+from fedmed.metrics import Form
 from fedmed.training.discretion import for_the_site_alone, one_reason
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
@@ -104,7 +105,7 @@ def train_round(task: Task, site: Site) -> Update:
         vectors=task.vectors,
         kept=kept,
         train_=train,
-        held_out_loss=partial(own.held_out_loss, form=form_of(permit, site.metrics, config)),
+        held_out_loss=partial(own.held_out_loss, form=_form(permit, site, config, data)),
     )
     outcome = local_algorithm(config.strategy)(visit)
     to_keep = {**outcome.kept, **outcome.trained.kept}
@@ -234,16 +235,22 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
     return config, data, network
 
 
+def _form(permit: Permit | None, site: Site, config: RunConfig, data: Dataset) -> Form:
+    """In which form evaluations of these data may leave; a policy has counted those held out, else it is done here."""
+    few = permit is None and data.people(named=False)[1] < site.min_held_out
+    return "none" if few else form_of(permit, site.metrics, config)
+
+
 def _held_out_sums(
     network: FlatNetwork, data: Dataset, config: RunConfig, task: Task, permit: Permit | None, site: Site
 ) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
         network, data, rows, config.task,
-        form=form_of(permit, site.metrics, config),
+        form=_form(permit, site, config, data),
         centres=task.centres,
         spacing_mm=config.scored_spacing_mm,
-        fewest=fewest_of(permit),
+        fewest=fewest_of(permit, site.min_held_out),
     )  # fmt: skip
 
 
