@@ -251,3 +251,26 @@ def test_without_a_policy_a_real_site_with_few_held_out_tells_no_loss_of_them(to
     with pytest.raises(ConfigError, match="lets no metric leave"):
         train_round(task_of(toy_config("a-400", strategy={"name": "feddg-ga"}), "train", 1), site)
     assert evaluate_round(task_of(toy_config("a-400"), "evaluate", 1), replace(site, min_held_out=0)).metrics
+
+
+@pytest.mark.parametrize(
+    ("damaged", "virtual", "told"),
+    [
+        ((0, 0), False, (0, "")),
+        ((3, 0), False, ("", "truncated: < 10")),
+        ((10, 9), False, ("", "truncated: 10; no image: < 10")),
+        ((10, 11), False, (21, "truncated: 10; no image: 11")),
+        ((3, 0), True, (3, "truncated: 3")),
+    ],
+)
+def test_a_card_of_a_real_site_tells_no_small_count_of_unreadable_images(
+    damaged, virtual, told, toy_config, monkeypatch
+):
+    site = Site(name="a", manifest=Path("a-40"), dataset="toy:dataset", virtual=virtual)
+    task = task_of(toy_config("a-40"), "train", 1)
+    reasons = {reason: count for reason, count in zip(("truncated", "no image"), damaged, strict=True) if count}
+    data = replace(site_data(site, task.settings), unreadable=tuple(range(sum(damaged))), reasons=reasons)
+    monkeypatch.setattr(site_round, "site_data", lambda *_: data)
+    card = site_card(task, site)
+    assert (card["unreadable"], card["reasons"]) == told
+    assert (card["patients"], card["images"]) == (20, 40), "weights need them"

@@ -46,7 +46,7 @@ from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_privacy import account_of, charge_central, noised_sums
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import unfinished
-from fedmed.types import FloatVector, Scalar, Sums, Task, Update
+from fedmed.types import SMALL, FloatVector, Scalar, Sums, Task, Update
 
 
 @one_reason
@@ -203,10 +203,23 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "site": site.name,
         "patients": patients,
         "images": patients if private else len(data),  # under DP the number of patients alone is public
-        "unreadable": 0 if private else len(data.unreadable),
-        "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
+        **_left_out(data, private=private, virtual=site.virtual),
         "holds-out": judged > 0,
         **key,
+    }
+
+
+def _left_out(data: Dataset, *, private: bool, virtual: bool) -> dict[str, Scalar]:
+    """How many images cannot be read, and why; nothing of it under privacy.
+
+    At a real hospital no count below `SMALL` is told, nor a total from which one would follow: it is "" then.
+    """
+    counts = {} if private else data.reasons
+    few = not virtual and any(count < SMALL for count in counts.values())
+    said = {reason: f"< {SMALL}" if not virtual and count < SMALL else str(count) for reason, count in counts.items()}
+    return {
+        "unreadable": "" if few else 0 if private else len(data.unreadable),
+        "reasons": "; ".join(f"{reason}: {count}" for reason, count in said.items()),
     }
 
 
