@@ -64,7 +64,7 @@ def train_round(task: Task, site: Site) -> Update:
     _require_kind(task, "train")
     started = time.perf_counter()
     config = settings_from(task.settings)
-    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    permit = permitted(task, site.oversight, config, partial(site_data, site, task.settings))
     hidden: Part | None = None
     if config.strategy.secure_sum:
         with noting_refusals(permit, of="sum"):
@@ -140,7 +140,7 @@ def unmask_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "unmask")
     config = settings_from(task.settings)
-    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    permit = permitted(task, site.oversight, config, partial(site_data, site, task.settings))
     fewest = sites_in_a_sum(permit)
     with noting_refusals(permit, of="sum"):
         facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
@@ -162,7 +162,7 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "evaluate")
     started = time.perf_counter()
-    permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
+    permit = permitted(task, site.oversight, settings_from(task.settings), partial(site_data, site, task.settings))
     config, data, network = _prepared(task, site)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
@@ -193,7 +193,7 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
     _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, load = settings_from(task.settings), partial(site_data, site, task.settings)
-    permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, load, kind="card")
+    permitted(task, require_ledger(config, site.oversight, virtual=site.virtual), config, load, kind="card")
     key = key_of_site(task, site, config)
     data = load()
     private = config.privacy.mode != "none"
