@@ -64,12 +64,12 @@ def train_round(task: Task, site: Site) -> Update:
     _require_kind(task, "train")
     started = time.perf_counter()
     config = settings_from(task.settings)
-    permit = permitted(task, site.oversight, config, partial(site_data, site, task.settings))
+    permit = _permitted(task, site, config)
     hidden: Part | None = None
     if config.strategy.secure_sum:
         with noting_refusals(permit, of="sum"):
             hidden = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit))
-    _, data, network = _prepared(task, site)
+    data, network = _prepared(task, site, config)
     state = _state(task, site, config)
     if state is not None and config.strategy.name in FOLLOWS_SERVER:
         state.forget(after=task.counted.get(site.name, 0), before=task.round)
@@ -115,17 +115,10 @@ def train_round(task: Task, site: Site) -> Update:
     for saved in saves.values():
         if saved is not None:
             saved.clear()
-    patients, _ = own.people
-    mode = config.privacy.mode  # how many images its patients have is not for others to know, if it is not "none"
-    facts: dict[str, Scalar] = {
-        "patients": patients,
-        **({} if mode == "central" else {"steps": outcome.trained.steps}),  # in a pass they tell how many images
-        **({"loss": outcome.trained.loss} if mode == "none" else {}),
-        **({} if account is None else account.facts()),
-        **outcome.facts,
-        **_seconds_since(started, config),
-    }
-    update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
+    facts = _facts_of_training(own, outcome, {} if account is None else account.facts(), config, started)
+    # How many images its patients have is not for others to know under privacy.
+    count = len(own.rows) if config.privacy.mode == "none" else own.people[0]
+    update = _update(network, count, metrics, facts, outcome)
     if hidden is not None:
         update = masked(update, task, hidden, config, network.layout)
     return released(update, permit)
@@ -140,7 +133,7 @@ def unmask_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "unmask")
     config = settings_from(task.settings)
-    permit = permitted(task, site.oversight, config, partial(site_data, site, task.settings))
+    permit = _permitted(task, site, config)
     fewest = sites_in_a_sum(permit)
     with noting_refusals(permit, of="sum"):
         facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
@@ -162,8 +155,9 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "evaluate")
     started = time.perf_counter()
-    permit = permitted(task, site.oversight, settings_from(task.settings), partial(site_data, site, task.settings))
-    config, data, network = _prepared(task, site)
+    config = settings_from(task.settings)
+    permit = _permitted(task, site, config)
+    data, network = _prepared(task, site, config)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
@@ -191,8 +185,8 @@ def evaluate_round(task: Task, site: Site) -> Update:
 @one_reason
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
-    _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, load = settings_from(task.settings), partial(site_data, site, task.settings)
+    _state(task, site, config)  # refuses before the first round
     permitted(task, require_ledger(config, site.oversight, virtual=site.virtual), config, load, kind="card")
     key = key_of_site(task, site, config)
     data = load()
@@ -229,8 +223,11 @@ def _require_kind(task: Task, kind: Literal["train", "evaluate", "unmask"]) -> N
         raise ConfigError(f"asked to {kind}, by a task of the kind {task.kind}")
 
 
-def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
-    config = settings_from(task.settings)
+def _permitted(task: Task, site: Site, config: RunConfig) -> Permit | None:
+    return permitted(task, site.oversight, config, partial(site_data, site, task.settings))
+
+
+def _prepared(task: Task, site: Site, config: RunConfig) -> tuple[Dataset, FlatNetwork]:
     if site.networks is not None and ":" in config.model.name and config.model.name not in site.networks:
         text = (
             f'this site imports no network "{config.model.name}"; it would have to stand in networks of its site.toml'
@@ -245,13 +242,28 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
             public="the site built another network than the server",
         )
     network.load_(task.weights)
-    return config, data, network
+    return data, network
 
 
 def _form(permit: Permit | None, site: Site, config: RunConfig, data: Dataset) -> Form:
     """In which form evaluations of these data may leave; a policy has counted those held out, else it is done here."""
     few = permit is None and data.people(named=False)[1] < site.min_held_out
     return "none" if few else form_of(permit, site.metrics, config)
+
+
+def _facts_of_training(
+    own: OwnPatients, outcome: Outcome, charged: Mapping[str, Scalar], config: RunConfig, started: float
+) -> dict[str, Scalar]:
+    """What is told of a training beside its weights."""
+    mode = config.privacy.mode
+    return {
+        "patients": own.people[0],
+        **({} if mode == "central" else {"steps": outcome.trained.steps}),  # in a pass they tell how many images
+        **({"loss": outcome.trained.loss} if mode == "none" else {}),
+        **charged,
+        **outcome.facts,
+        **_seconds_since(started, config),
+    }
 
 
 def _held_out_sums(
