@@ -217,8 +217,9 @@ def test_p07_at_a_real_site_nobody_is_put_on_a_side_to_fill_it(toy_config, tmp_p
         site = site_in(tmp_path / mode, "[policy]\n", manifest=manifest, dataset="", virtual=False)
         assert bool(site_data(site, task_of(config, "train", 1).settings).evaluation.all()) == empty
         if empty:
-            with pytest.raises(DataError, match="no image is left to train on"):
+            with pytest.raises(DataError, match="see fedmed data check") as raised:
                 train_round(task_of(config, "train", 1), site)
+            assert raised.value.public == str(raised.value)
 
 
 @pytest.mark.parametrize("form", ["histogram", "exact"])
@@ -274,3 +275,8 @@ def test_a_card_of_a_real_site_tells_no_small_count_of_unreadable_images(
     card = site_card(task, site)
     assert (card["unreadable"], card["reasons"]) == told
     assert (card["patients"], card["images"]) == (20, 40), "weights need them"
+
+
+def test_what_is_told_is_the_whole_message():
+    told = UnfitRow.told("the mask is 3 × 3 pixels, its image 4 × 4 pixels")
+    assert type(told) is UnfitRow and told.public == str(told) != UnfitRow("a path").public

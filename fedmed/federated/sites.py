@@ -95,7 +95,7 @@ def _without_records(site: Site) -> Site:
     """
     if site.oversight is not None:
         text = "simulation.policy and privacy.mode need a folder for every hospital's ledger; use fedmed simulate"
-        raise ConfigError(text, public=text)
+        raise ConfigError.told(text)
     return site
 
 

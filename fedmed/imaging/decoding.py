@@ -75,7 +75,7 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
                 return error
             except UnfitRow as error:
                 text = f"row {row.number}: {error}"
-                return UnfitRow(text, public=text)
+                return UnfitRow.told(text)
             finally:
                 idle.put(decode)
 

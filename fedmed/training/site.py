@@ -57,7 +57,7 @@ def settings_from(text: str) -> RunConfig:
     config = run_file.validate(json.loads(text), source="the server's task")
     if config.model.weights or config.data.sites or config.data.server or config.data.dataset:
         problem = "the server's task names files; what a site reads stands in its own site.toml"
-        raise ConfigError(problem, public=problem)
+        raise ConfigError.told(problem)
     return config
 
 

@@ -232,7 +232,7 @@ def _prepared(task: Task, site: Site, config: RunConfig) -> tuple[Dataset, FlatN
         text = (
             f'this site imports no network "{config.model.name}"; it would have to stand in networks of its site.toml'
         )
-        raise ConfigError(text, public=text)
+        raise ConfigError.told(text)
     torch.set_num_threads(config.train.threads)
     data = site_data(site, task.settings)
     network = resident_network(config, site.device)
