@@ -126,7 +126,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
 
 @lru_cache(maxsize=4)
 def read_site(path: Path) -> Site:
-    """Read a hospital's site.toml; paths in it are relative to it.
+    """Read a hospital's site.toml, once in a process: anew for every task, as each is one. Paths are relative to it.
 
     Raises:
         ConfigError: the file is missing or wrong.
