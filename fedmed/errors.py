@@ -23,6 +23,7 @@ pixel. It is meant for the person at the machine and may name a file there. What
 from __future__ import annotations
 
 import errno
+from typing import Self
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, or one's share of it, is full
 
@@ -42,6 +43,11 @@ class FedmedError(Exception):
         super().__init__(message)
         if public is not None:
             self.public = public
+
+    @classmethod
+    def told(cls, text: str) -> Self:
+        """An error whose whole message may leave the site; of a class without `rule`, which says it anyway."""
+        return cls(text, public=text)
 
 
 class ConfigError(FedmedError):

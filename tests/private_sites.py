@@ -22,7 +22,13 @@ def site_in(folder: Path, policy: str | None = None, *, name: str = "a-400", **c
         rules = folder / "site.toml"
         rules.write_text(policy)
     oversight = Oversight(policy=rules, folder=folder, keys=folder / "keys")
-    values = {"name": name, "manifest": Path(name), "dataset": "toy:dataset", "state_dir": folder, "policy": oversight}
+    values = {
+        "name": name,
+        "manifest": Path(name),
+        "dataset": "toy:dataset",
+        "state_dir": folder,
+        "oversight": oversight,
+    }
     return Site(**{**values, "virtual": True, **changes})
 
 
@@ -37,7 +43,7 @@ def task_of(config, kind: str, round: int, **changes) -> Task:
 
 
 def records_of(site: Site):
-    folder = site.policy.folder
+    folder = site.oversight.folder
     return examine(folder, bytes.fromhex((folder / "keys" / "site.pub").read_text()))
 
 

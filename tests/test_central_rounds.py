@@ -369,7 +369,7 @@ def test_p09_a_hospital_that_wants_noise_of_its_own_takes_no_part(central_run, t
     rules.write_text("[policy.privacy]\nrequired = true\n")
     oversight = Oversight(policy=rules, folder=tmp_path, keys=tmp_path / "keys")
     with pytest.raises(PolicyRefused, match="of its own"):
-        sent_by(config, "a-20", 1, first_network(config).weights(), policy=oversight)
+        sent_by(config, "a-20", 1, first_network(config).weights(), oversight=oversight)
 
 
 def test_clipping_of_nothing_is_refused():

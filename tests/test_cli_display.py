@@ -88,6 +88,10 @@ def test_unreadable_images_and_late_sites_stand_before_the_first_round() -> None
         "b joins in round 3",
         "a: 2 images left out, unreadable (fewer than data.max-unreadable): truncated file: 2",
     ]
+    few = {"unreadable": {"a": {"images": None, "reasons": "truncated file: < 10"}}}
+    assert preamble(event("round_started", 1, **few)) == [
+        "a: images left out, unreadable (fewer than data.max-unreadable): truncated file: < 10",
+    ]
 
 
 def test_several_watchers_are_told_of_every_event() -> None:

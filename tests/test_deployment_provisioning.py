@@ -550,3 +550,9 @@ def test_one_runner_per_folder_and_no_child_outlives_it(tmp_path):
     assert said == "this site runs already"
     assert len(pids.split()) == 2
     assert not any(psutil.pid_exists(int(pid)) for pid in pids.split())
+
+
+def test_a_damaged_certificate_is_named(tmp_path):
+    (tmp_path / "server.crt").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"the certificate is damaged: .*server\.crt"):
+        certificates.read_certificate(tmp_path / "server.crt")

@@ -335,6 +335,9 @@ def test_turns_ask_one_site_a_round():
         ({"site": "x" * 81}, "its name is none that a site can have"),
         ({"patients": -1}, "malformed"),
         ({"images": "many"}, "malformed"),
+        ({"images": ""}, "malformed"),
+        ({"unreadable": -1}, "malformed"),
+        ({"unreadable": "many"}, "malformed"),
         ({"code": "other"}, "with other code than the server's"),
         ({"code": "other", "problem": "the server's message is of another version"}, "with other code than"),
         ({"problem": "no\ndisk" + "x" * 9000}, "no disk"),
@@ -346,6 +349,11 @@ def test_a_card_is_text_from_elsewhere(changes, reason):
     assert len(str(error.value)) < 600
     with pytest.raises(UpdateRefused, match="malformed"):
         member_of(RecordDict(), 1)
+
+
+def test_a_card_may_not_tell_how_many_images_are_unreadable():
+    told = [member_of(RecordDict({"card": ConfigRecord(card("h1", unreadable=n))}), 1).unreadable for n in ("", 0, 12)]
+    assert told == [None, 0, 12]
 
 
 def test_two_nodes_with_one_name_are_one_site():

@@ -175,7 +175,7 @@ def test_a_noised_metric_is_marked_on_the_screen_in_the_report_and_on_the_card(t
 
 def sums_of(config, site: Site) -> NoisedSums:
     task = task_of(config, "evaluate", 3, evaluate=True)
-    permit = permitted(task, site.policy, config, lambda: site_data(site, task.settings))
+    permit = permitted(task, site.oversight, config, lambda: site_data(site, task.settings))
     cohort = cohort_of({f"p{number}": [] for number in range(40)}, permit.keys, stable_ids=True)
     return NoisedSums(
         task=task, config=config, permit=permit, form="histogram", cohort=cohort, source=SecureGenerator()

@@ -166,7 +166,7 @@ def test_a_deployed_site_reads_its_own_policy_and_fails_closed(tmp_path):
     path = tmp_path / "site.toml"
     path.write_text('name = "north"\nmanifest = "m.csv"\n[policy.privacy]\nwitness = "far"\n')
     site = read_site(path)
-    assert site.policy is not None and site.policy.keys == tmp_path / "keys"
+    assert site.oversight is not None and site.oversight.keys == tmp_path / "keys"
     assert read_policy(path).privacy.witness == str(tmp_path / "far")
     path.write_text('name = "north"\nmanifest = "m.csv"\n[policy]\nlax = 1\n')
     read_site.cache_clear()

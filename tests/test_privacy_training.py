@@ -252,7 +252,7 @@ def test_p02_another_run_opens_no_fresh_budget(toy_config, tmp_path):
 
 
 def test_p02_a_hospital_without_a_ledger_takes_no_part(toy_config, tmp_path):
-    site = replace(site_in(tmp_path), policy=None, virtual=False)
+    site = replace(site_in(tmp_path), oversight=None, virtual=False)
     with pytest.raises(PolicyRefused, match="ledger"):
         train(run_of(toy_config), site)
 

@@ -200,7 +200,7 @@ def test_a_hospital_sets_how_many_hide_with_it_and_may_ask_for_nothing_less(tmp_
     rules.write_text("[policy.training]\nmin-sites = 4\nsecure-sum = true\n")
     for name, site in four.sites.items():
         oversight = Oversight(policy=rules, folder=site.state_dir, keys=site.keys)
-        four.sites[name] = replace(site, policy=oversight)
+        four.sites[name] = replace(site, oversight=oversight)
     for name in SITES:
         four.train(name)
     with pytest.raises(PolicyRefused, match="3 sites; at least 4"):
@@ -268,13 +268,13 @@ def test_a_sum_is_agreed_to_before_anything_is_charged_and_a_refusal_stands_in_t
     keys = dict.fromkeys(("a-400", "b-20", "c-30"), ("ab" * 32, ""))
     with pytest.raises(PolicyRefused, match="another key for this site"):
         train_round(task_of(config, "train", 1, masking=Masking(attempt=1, keys=keys)), site)
-    lines = (site.policy.folder / "audit.jsonl").read_text().splitlines()
+    lines = (site.oversight.folder / "audit.jsonl").read_text().splitlines()
     said = [json.loads(line)["body"] for line in lines]
     assert [(each["task"], each["allowed"], each["rule"]) for each in said] == [
         ("train", True, "policy"),
         ("sum", False, "secure-sum.keys"),
     ]
-    assert not open_ledger(site.policy, read_policy(site.policy.policy)).has_noised_gradients
+    assert not open_ledger(site.oversight, read_policy(site.oversight.policy)).has_noised_gradients
 
 
 def test_private_noise_is_not_drawn_twice_for_one_attempt(tmp_path):

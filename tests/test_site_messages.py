@@ -19,11 +19,12 @@ from fedmed.errors import ConfigError, DataError, ModelError, UnfitRow
 from fedmed.federated import client_app
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.client_app import public_reason
+from fedmed.federated.sites import site_at
 from fedmed.federated.wire import decode_task, encode_task
 from fedmed.training import site_round
 from fedmed.training.discretion import UNFORESEEN
 from fedmed.training.own_patients import OwnPatients
-from fedmed.training.site import settings_from, site_data
+from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_round import evaluate_round, site_card, train_round
 from fedmed.types import Update
 
@@ -216,5 +217,66 @@ def test_p07_at_a_real_site_nobody_is_put_on_a_side_to_fill_it(toy_config, tmp_p
         site = site_in(tmp_path / mode, "[policy]\n", manifest=manifest, dataset="", virtual=False)
         assert bool(site_data(site, task_of(config, "train", 1).settings).evaluation.all()) == empty
         if empty:
-            with pytest.raises(DataError, match="no image is left to train on"):
+            with pytest.raises(DataError, match="see fedmed data check") as raised:
                 train_round(task_of(config, "train", 1), site)
+            assert raised.value.public == str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["histogram", "exact"])
+def test_without_a_policy_a_real_site_sends_nothing_of_fewer_than_ten_patients(form, toy_config, tmp_path):
+    task = task_of(toy_config("a-400"), "evaluate", 1)
+    for held_out in (9, 10, 40):
+        path = tmp_path / f"{held_out}.toml"
+        path.write_text(f'name = "a"\nmanifest = "a-{held_out * 10}"\ndataset = "toy:dataset"\nmetrics = "{form}"\n')
+        site = replace(site_at(path), networks=None)
+        told, simulated = (evaluate_round(task, s).metrics for s in (site, replace(site, virtual=True, min_held_out=0)))
+        data = site_data(site, task.settings)
+        rows = np.flatnonzero(data.evaluation)
+        ids, labels = np.array(data.patients)[rows], data.targets[rows]
+        smallest = min(len(set(ids[labels[:, k] == value])) for k in range(2) for value in (0, 1))
+        assert len(set(ids)) == held_out and (smallest >= 10) == (held_out == 40)
+        assert any(np.any(values) for values in simulated.values())
+        if held_out == 9:
+            assert not told
+        elif held_out == 10:
+            sums = [told[name] for name in ("loss", "known", "positives", "negatives", "scores") if name in told]
+            assert not any(map(np.any, sums)), "too few have a label, or have it not"
+        else:
+            assert told.keys() == simulated.keys()
+            for name, values in told.items():
+                np.testing.assert_array_equal(values, simulated[name])
+
+
+def test_without_a_policy_a_real_site_with_few_held_out_tells_no_loss_of_them(toy_config):
+    site = Site(name="a", manifest=Path("a-90"), dataset="toy:dataset", min_held_out=10)
+    with pytest.raises(ConfigError, match="lets no metric leave"):
+        train_round(task_of(toy_config("a-400", strategy={"name": "feddg-ga"}), "train", 1), site)
+    assert evaluate_round(task_of(toy_config("a-400"), "evaluate", 1), replace(site, min_held_out=0)).metrics
+
+
+@pytest.mark.parametrize(
+    ("damaged", "virtual", "told"),
+    [
+        ((0, 0), False, (0, "")),
+        ((3, 0), False, ("", "truncated: < 10")),
+        ((10, 9), False, ("", "truncated: 10; no image: < 10")),
+        ((10, 11), False, (21, "truncated: 10; no image: 11")),
+        ((3, 0), True, (3, "truncated: 3")),
+    ],
+)
+def test_a_card_of_a_real_site_tells_no_small_count_of_unreadable_images(
+    damaged, virtual, told, toy_config, monkeypatch
+):
+    site = Site(name="a", manifest=Path("a-40"), dataset="toy:dataset", virtual=virtual)
+    task = task_of(toy_config("a-40"), "train", 1)
+    reasons = {reason: count for reason, count in zip(("truncated", "no image"), damaged, strict=True) if count}
+    data = replace(site_data(site, task.settings), unreadable=tuple(range(sum(damaged))), reasons=reasons)
+    monkeypatch.setattr(site_round, "site_data", lambda *_: data)
+    card = site_card(task, site)
+    assert (card["unreadable"], card["reasons"]) == told
+    assert (card["patients"], card["images"]) == (20, 40), "weights need them"
+
+
+def test_what_is_told_is_the_whole_message():
+    told = UnfitRow.told("the mask is 3 × 3 pixels, its image 4 × 4 pixels")
+    assert type(told) is UnfitRow and told.public == str(told) != UnfitRow("a path").public

@@ -178,10 +178,14 @@ def preamble(event: Event) -> list[str]:
     lines = [f"weights: {event['weights']}"] if "weights" in event else []
     lines += [f"{site} joins in round {event['round']}" for site in event.get("joined_late", ())]
     return lines + [
-        f"{site}: {facts['images']} image{'s' if facts['images'] > 1 else ''} left out, unreadable "
-        f"(fewer than data.max-unreadable): {facts['reasons']}"
+        f"{site}: {_images(facts['images'])} left out, unreadable (fewer than data.max-unreadable): {facts['reasons']}"
         for site, facts in event.get("unreadable", {}).items()
     ]
+
+
+def _images(count: int | None) -> str:
+    """In words; None = a site does not tell how many."""
+    return "images" if count is None else f"{count} image{'s' if count > 1 else ''}"
 
 
 def score(event: Event, primary: str) -> str:

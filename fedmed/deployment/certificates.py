@@ -131,6 +131,8 @@ def read_certificate(path: Path) -> x509.Certificate:
         return parse_certificate(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: no certificate can be read there ({error.strerror})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error}: {path}") from None
 
 
 def parse_certificate(pem: bytes) -> x509.Certificate:

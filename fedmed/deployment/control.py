@@ -207,7 +207,7 @@ def runs(client: ControlHttpClient, number: int | None = None) -> list[FlowerRun
     except httpx.HTTPStatusError as error:
         if number is None or error.response.status_code in (httpx.codes.FORBIDDEN, *GATEWAY):
             raise
-        raise RunFailed(f"there is no run {number}") from None
+        raise RunFailed(f"there is no run {number}; fedmed server status lists them") from None
     found = sorted(map(run_from_proto, answer.run_dict.values()), key=lambda run: run.pending_at)
     return [
         FlowerRun(
@@ -245,7 +245,7 @@ def newest(client: ControlHttpClient, number: int) -> FlowerRun:
     every = runs(client)
     series = {run.series for run in every if run.number == number}
     if not series:
-        raise RunFailed(f"there is no run {number}")
+        raise RunFailed(f"there is no run {number}; fedmed server status lists them")
     return [run for run in every if run.series in series][-1]
 
 

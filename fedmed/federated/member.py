@@ -28,7 +28,7 @@ class Member:
     patients: int
     images: int
     holds_out: bool  # patients whom it does not train on
-    unreadable: int  # images that were left out
+    unreadable: int | None  # images that were left out; None = the site does not tell, as they are few of a kind
     reasons: str  # why, and how many for each reason
     modalities: int = 0  # in a row of its manifest; 0 = it has none
     masking: tuple[str, str] = ("", "")  # its key for secure sums and its signature of it, which other sites check
@@ -71,8 +71,9 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             )
         if problem:  # of the same code: another would have others
             raise CannotJoin(problem, site=name)
-        counts = {key: int(card[key]) for key in ("patients", "images", "unreadable", "modalities")}
-        if min(counts.values()) < 0:
+        counts = {key: int(card[key]) for key in ("patients", "images", "modalities")}
+        unreadable = None if card["unreadable"] == "" else int(card["unreadable"])
+        if min(*counts.values(), unreadable or 0) < 0:
             raise ValueError
         return Member(
             name=name,
@@ -80,7 +81,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             patients=counts["patients"],
             images=counts["images"],
             holds_out=bool(card["holds-out"]),
-            unreadable=counts["unreadable"],
+            unreadable=unreadable,
             modalities=counts["modalities"],
             reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
             masking=_masking(str(card.get("masking-key", "")), str(card.get("masking-signature", ""))),

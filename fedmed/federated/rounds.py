@@ -195,7 +195,7 @@ class Rounds:
         facts |= {"left": sites.away} if sites.away else {}
         if round > 1:
             return facts
-        left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in sites.members if m.unreadable}
+        left_out = {m.name: {"images": m.unreadable, "reasons": m.reasons} for m in sites.members if m.unreadable != 0}
         facts |= {"weights": self.pretrained} if self.pretrained else {}
         unjudged = no_single_network(self.config.strategy)
         facts |= {"server_metrics": f"null: {unjudged}"} if unjudged else {}

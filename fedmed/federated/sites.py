@@ -18,7 +18,7 @@ from fedmed.federated.identity import package_hash
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.site_config import read_peers, read_site_config, withdrawn_of
 from fedmed.imaging.cache import cache_folder
-from fedmed.privacy.policy import read_policy
+from fedmed.privacy.policy import MetricRules, read_policy
 from fedmed.training.oversight import Oversight
 from fedmed.training.site import Site
 
@@ -82,8 +82,8 @@ def site_at(path: Path) -> Site:
 def _at(site: Site, states: Path) -> Site:
     """A virtual hospital that keeps what it keeps in a folder of that name."""
     folder = states / site.name
-    policy = site.policy and replace(site.policy, folder=folder, keys=folder / "keys")
-    return replace(site, state_dir=folder, policy=policy)
+    oversight = site.oversight and replace(site.oversight, folder=folder, keys=folder / "keys")
+    return replace(site, state_dir=folder, oversight=oversight)
 
 
 def _without_records(site: Site) -> Site:
@@ -92,9 +92,9 @@ def _without_records(site: Site) -> Site:
     Raises:
         ConfigError: it has to keep a ledger, which would have nowhere to be.
     """
-    if site.policy is not None:
+    if site.oversight is not None:
         text = "simulation.policy and privacy.mode need a folder for every hospital's ledger; use fedmed simulate"
-        raise ConfigError(text, public=text)
+        raise ConfigError.told(text)
     return site
 
 
@@ -102,11 +102,11 @@ def _without_records(site: Site) -> Site:
 def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> tuple[Site, ...]:
     """All virtual hospitals of a simulation, from its run file or from Flower's run configuration."""
     config = with_phantoms(run_file.load(Path(path)) if path else run_file.unflatten(dict(flat)))
-    policy = None
+    oversight = None
     if config.simulation.policy or config.privacy.mode == "dp-sgd":
         nowhere = Path()  # until the node says where its state lies
         rules = Path(config.simulation.policy) if config.simulation.policy else None
-        policy = Oversight(policy=rules, folder=nowhere, keys=nowhere, code=package_hash())
+        oversight = Oversight(policy=rules, folder=nowhere, keys=nowhere, code=package_hash())
     return tuple(
         Site(
             name=name,
@@ -115,8 +115,8 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
             cache_dir=cache_folder(),
             cache_gib=config.data.cache_gib,
             device=device,
-            metrics="exact" if policy else "histogram",  # no stricter than the policy
-            policy=policy,
+            metrics="exact" if oversight else "histogram",  # no stricter than the policy
+            oversight=oversight,
             virtual=True,
         )
         for name, reference in zip(site_names(config), config.data.sites, strict=True)
@@ -125,7 +125,7 @@ def virtual_sites(path: str, flat: tuple[tuple[str, Any], ...], device: str) -> 
 
 @lru_cache(maxsize=4)
 def read_site(path: Path) -> Site:
-    """Read a hospital's site.toml; paths in it are relative to it.
+    """Read a hospital's site.toml, once in a process: anew for every task, as each is one. Paths are relative to it.
 
     Raises:
         ConfigError: the file is missing or wrong.
@@ -133,11 +133,11 @@ def read_site(path: Path) -> Site:
     values = read_site_config(path)
     cache = path.parent / values.cache_dir if values.cache_dir else None
     manifest = path.parent / values.manifest
-    policy = None
+    oversight = None
     if values.policy is not None:
         read_policy(path)
         folder, keys = path.parent / (values.state_dir or "state"), path.parent / values.keys_dir
-        policy = Oversight(policy=path, folder=folder, keys=keys, code=package_hash())
+        oversight = Oversight(policy=path, folder=folder, keys=keys, code=package_hash())
     return Site(
         name=values.name,
         manifest=manifest,
@@ -147,8 +147,9 @@ def read_site(path: Path) -> Site:
         state_dir=path.parent / values.state_dir if values.state_dir else None,
         device=values.device,
         metrics=values.metrics,
+        min_held_out=MetricRules().min_patients,
         networks=values.networks,
-        policy=policy,
+        oversight=oversight,
         keys=path.parent / values.keys_dir,
         peers=read_peers(path.parent),
     )

@@ -65,8 +65,7 @@ def decoded(rows: Sequence[Row], recipe: Recipe, *, processes: int = 1) -> Gener
         except UnreadableImage as error:
             return error
         except UnfitRow as error:
-            text = f"row {row.number}: {error}"
-            return UnfitRow(text, public=text)
+            return UnfitRow.told(f"row {row.number}: {error}")
 
     yield from in_order(rows, one, lambda: apart(recipe), processes=processes, ahead=AHEAD)
 

@@ -124,13 +124,13 @@ def checked(numbers: NDArray[Any], shape: tuple[int, ...], recipe: Recipe, *, un
     found = numbers.shape[1:] if unit == "pixels" else numbers.shape
     if found != tuple(shape):
         text = f"the mask is {_size(found)} {unit}, its image {_size(shape)} {unit}"
-        raise UnfitRow(text, public=text)
+        raise UnfitRow.told(text)
     if recipe.labels == 1:
         numbers = numbers != 0
     highest = int(numbers.max(initial=0))
     if highest > recipe.labels or numbers.min(initial=0) < 0:
         text = f"the mask holds {highest}, but the task has {recipe.labels} labels"
-        raise UnfitRow(text, public=text)
+        raise UnfitRow.told(text)
     classes: Classes = numbers.astype(np.uint8)
     return classes
 

@@ -233,4 +233,4 @@ def check_unreadable(unreadable: Mapping[int, str], total: int, most: float) -> 
     more = ", …" if count > 5 else ""
     rule = "" if count == total else f", above data.max-unreadable = {100 * most:g} %"
     text = f"{count} of {total} images ({100 * count / total:.1f} %) cannot be read{rule}: {first}{more}"
-    raise DataError(text, public=text)  # numbers of rows, and what was wrong with the bytes
+    raise DataError.told(text)  # numbers of rows, and what was wrong with the bytes

@@ -23,7 +23,7 @@ from fedmed.privacy.rdp_filter import charged
 from fedmed.training.oversight import Permit
 from fedmed.training.private import Unit, units_of
 from fedmed.training.reserving import charges_of, reserve_round, run_of
-from fedmed.training.sampling import Rows
+from fedmed.training.sampling import NOBODY_TO_TRAIN_ON, Rows
 from fedmed.training.terms import CLIP, Terms, terms_for
 from fedmed.types import FloatVector, PrivacyEvent, Scalar
 
@@ -143,7 +143,7 @@ def opened_account(
     patients, _ = data.people(named=True)
     count = patients * (1 if privacy.unit == "patient" else privacy.images_per_patient)  # of none it is 0
     if kept is not None and not count:
-        raise DataError("no image is left to train on", public="no image is left to train on")
+        raise DataError.told(NOBODY_TO_TRAIN_ON)
     public = terms_for(privacy, train, units=max(count, 1), noise_multiplier=1.0)
     run = run_of(config.name, settings)
     sigma = (

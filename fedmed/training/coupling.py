@@ -28,7 +28,7 @@ def require_fixed_statistics(module: nn.Module) -> None:
             'BatchNorm mixes the images of a batch, so it cannot be trained under privacy; set model.norm = "group", '
             "or freeze all of it, by model.freeze or model.low-rank, with the statistics of model.weights"
         )
-        raise ModelError(text, public=text)
+        raise ModelError.told(text)
 
 
 @torch.no_grad()

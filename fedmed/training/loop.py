@@ -22,7 +22,7 @@ from fedmed.training.gradients import Correction
 from fedmed.training.losses import Loss, deeply_supervised
 from fedmed.training.network import FlatNetwork, mixes_images
 from fedmed.training.precision import in_float32, settled
-from fedmed.training.sampling import Rows, batches
+from fedmed.training.sampling import NOBODY_TO_TRAIN_ON, Rows, batches
 from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.tiles import within
 from fedmed.training.unfinished import Unfinished
@@ -103,7 +103,7 @@ def train_(
         DataError: there is no row to train on.
     """
     if len(rows) == 0:
-        raise DataError("no image is left to train on", public="no image is left to train on")
+        raise DataError.told(NOBODY_TO_TRAIN_ON)
     context = context or RoundContext()
     seed = int(generator.integers(2**63))
     network.module.train()

@@ -131,7 +131,7 @@ def masked(update: Update, task: Task, part: Part, config: RunConfig, layout: La
             update.weights, task.weights, layout, weight, config.strategy.clip_norm, len(part.masking.keys)
         )
     except UpdateRefused as error:
-        raise ModelError(str(error), public=str(error)) from None
+        raise ModelError.told(str(error)) from None
     asked = _asked(task, part)
     left = hashlib.sha256(values.data).hexdigest()
     part.record.note_masked(part.masking.attempt, sites=part.sites, asked=asked, values=left)

@@ -123,7 +123,7 @@ class NoisedSums:
             pass  # another process was faster: what it drew leaves, and this is forgotten
         except OSError as error:
             text = "the noised metrics of the run cannot be kept"
-            raise DataError(text, public=text) from error
+            raise DataError.told(text) from error
         finally:
             own.unlink()
 

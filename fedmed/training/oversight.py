@@ -70,7 +70,7 @@ class Permit:
     run: str
     rule: str
     allowance: Allowance
-    policy: str  # SHA-256 of the policy that allowed it
+    policy_digest: str  # SHA-256 of the policy that allowed it
     keys: SiteKeys
     ledger: Ledger
     epsilon_before: float
@@ -121,7 +121,7 @@ def permitted(
         run=config.name,
         rule=decision.rule,
         allowance=decision.allowance,
-        policy=digest,
+        policy_digest=digest,
         keys=keys,
         ledger=ledger,
         epsilon_before=bound,
@@ -194,7 +194,7 @@ def keep_refusal(permit: Permit, refusal: PolicyRefused, *, of: str) -> None:
     task = permit.task
     keep_decision(
         permit.oversight.folder, permit.keys, decision,
-        task=of, run=permit.run, round=task.round, policy=permit.policy, settings=_digest(task.settings),
+        task=of, run=permit.run, round=task.round, policy=permit.policy_digest, settings=_digest(task.settings),
     )  # fmt: skip
 
 
@@ -206,9 +206,9 @@ def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:
     return max(forms, key=get_args(Form).index)
 
 
-def fewest_of(permit: Permit | None) -> int:
-    """How many patients must have a label, and how many must not, for anything of that label to leave."""
-    return 0 if permit is None else permit.allowance.fewest
+def fewest_of(permit: Permit | None, site: int) -> int:
+    """Patients who must have a label, and who must not, for anything of it to leave; `site` without a policy."""
+    return site if permit is None else permit.allowance.fewest
 
 
 @contextmanager
@@ -253,7 +253,7 @@ def released(update: Update, permit: Permit | None) -> Update:
         epsilon_after=permit.ledger.epsilon_rdp,
         delta=permit.ledger.delta,
         ledger=permit.ledger.head,
-        policy=permit.policy,
+        policy=permit.policy_digest,
         code=permit.oversight.code,
         settings=_digest(permit.task.settings),
     )

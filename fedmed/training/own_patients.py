@@ -116,10 +116,10 @@ class OwnPatients:
         name = self.config.strategy.name
         if form == "none":
             text = f'strategy.name = "{name}" needs the loss on held-out patients, and this site lets no metric leave'
-            raise ConfigError(text, public=text)
+            raise ConfigError.told(text)
         if len(self.held_out) == 0:
             text = f'strategy.name = "{name}" needs the loss on held-out patients, and this site holds none out'
-            raise DataError(text, public=text)
+            raise DataError.told(text)
         return mean_loss(self.network, self.data, self.held_out, self._loss(self.config.train))
 
     def _parted(self, settings: TrainConfig) -> tuple[Rows, Rows]:

@@ -14,6 +14,9 @@ from fedmed.imaging.dataset import Dataset
 SCANNED = 64  # items in memory while masks are searched for foreground
 HEAVIEST = 100.0  # no positive weighs more than so many negatives, however rare it is
 Rows = NDArray[np.int64]
+NOBODY_TO_TRAIN_ON = (
+    "no image is left to train on; the site holds everybody out, or no image can be read: see fedmed data check"
+)
 
 
 def batches(

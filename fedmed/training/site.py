@@ -28,8 +28,9 @@ class Site:
     state_dir: Path | None = None  # what the site keeps between tasks, such as an unfinished round; None = nothing
     device: str = "cpu"
     metrics: Form = "histogram"  # in which form its evaluation may leave
+    min_held_out: int = 0  # patients, below whom no metric leaves, nor anything of a label; a policy has its own
     networks: tuple[str, ...] | None = None  # "module:function" networks that it will import; None = any
-    policy: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
+    oversight: Oversight | None = None  # the hospital's policy, ledger and logs; None = it has none
     virtual: bool = False  # a hospital of a simulation
     withdrawn: frozenset[str] = frozenset()  # ids of patients who opted out: no task sees them
     keys: Path | None = None  # the folder of its keys; a virtual one signs nothing
@@ -56,7 +57,7 @@ def settings_from(text: str) -> RunConfig:
     config = run_file.validate(json.loads(text), source="the server's task")
     if config.model.weights or config.data.sites or config.data.server or config.data.dataset:
         problem = "the server's task names files; what a site reads stands in its own site.toml"
-        raise ConfigError(problem, public=problem)
+        raise ConfigError.told(problem)
     return config
 
 
@@ -99,6 +100,6 @@ def _split_name(site: Site) -> str:
     At a real hospital it is secret: else a server, which chooses share and seed, could choose them so that the number
     of patients held out tells whether somebody is there.
     """
-    if site.policy is None or site.virtual:
+    if site.oversight is None or site.virtual:
         return site.name
-    return f"{site.name}/{site_keys(site.policy).link('split', b'').hex()}"
+    return f"{site.name}/{site_keys(site.oversight).link('split', b'').hex()}"

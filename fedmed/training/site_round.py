@@ -18,6 +18,7 @@ import torch
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, ModelError
 from fedmed.imaging.dataset import Dataset
+from fedmed.metrics import Form
 from fedmed.training.discretion import for_the_site_alone, one_reason
 from fedmed.training.evaluate import evaluation_sums, personal_sums
 from fedmed.training.gradients import Correction
@@ -45,7 +46,7 @@ from fedmed.training.site import Site, settings_from, site_data
 from fedmed.training.site_privacy import account_of, charge_central, noised_sums
 from fedmed.training.site_state import SiteState, resume_reach
 from fedmed.training.unfinished import unfinished
-from fedmed.types import FloatVector, Scalar, Sums, Task, Update
+from fedmed.types import SMALL, FloatVector, Scalar, Sums, Task, Update
 
 
 @one_reason
@@ -63,12 +64,12 @@ def train_round(task: Task, site: Site) -> Update:
     _require_kind(task, "train")
     started = time.perf_counter()
     config = settings_from(task.settings)
-    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    permit = _permitted(task, site, config)
     hidden: Part | None = None
     if config.strategy.secure_sum:
         with noting_refusals(permit, of="sum"):
             hidden = part_in_sum(task, site, config, fewest=sites_in_a_sum(permit))
-    _, data, network = _prepared(task, site)
+    data, network = _prepared(task, site, config)
     state = _state(task, site, config)
     if state is not None and config.strategy.name in FOLLOWS_SERVER:
         state.forget(after=task.counted.get(site.name, 0), before=task.round)
@@ -104,7 +105,7 @@ def train_round(task: Task, site: Site) -> Update:
         vectors=task.vectors,
         kept=kept,
         train_=train,
-        held_out_loss=partial(own.held_out_loss, form=form_of(permit, site.metrics, config)),
+        held_out_loss=partial(own.held_out_loss, form=_form(permit, site, config, data)),
     )
     outcome = local_algorithm(config.strategy)(visit)
     to_keep = {**outcome.kept, **outcome.trained.kept}
@@ -114,17 +115,10 @@ def train_round(task: Task, site: Site) -> Update:
     for saved in saves.values():
         if saved is not None:
             saved.clear()
-    patients, _ = own.people
-    mode = config.privacy.mode  # how many images its patients have is not for others to know, if it is not "none"
-    facts: dict[str, Scalar] = {
-        "patients": patients,
-        **({} if mode == "central" else {"steps": outcome.trained.steps}),  # in a pass they tell how many images
-        **({"loss": outcome.trained.loss} if mode == "none" else {}),
-        **({} if account is None else account.facts()),
-        **outcome.facts,
-        **_seconds_since(started, config),
-    }
-    update = _update(network, len(own.rows) if mode == "none" else patients, metrics, facts, outcome)
+    facts = _facts_of_training(own, outcome, {} if account is None else account.facts(), config, started)
+    # How many images its patients have is not for others to know under privacy.
+    count = len(own.rows) if config.privacy.mode == "none" else own.people[0]
+    update = _update(network, count, metrics, facts, outcome)
     if hidden is not None:
         update = masked(update, task, hidden, config, network.layout)
     return released(update, permit)
@@ -139,7 +133,7 @@ def unmask_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "unmask")
     config = settings_from(task.settings)
-    permit = permitted(task, site.policy, config, partial(site_data, site, task.settings))
+    permit = _permitted(task, site, config)
     fewest = sites_in_a_sum(permit)
     with noting_refusals(permit, of="sum"):
         facts = seeds_for(part_in_sum(task, site, config, fewest=fewest), fewest=fewest)
@@ -161,8 +155,9 @@ def evaluate_round(task: Task, site: Site) -> Update:
     """
     _require_kind(task, "evaluate")
     started = time.perf_counter()
-    permit = permitted(task, site.policy, settings_from(task.settings), partial(site_data, site, task.settings))
-    config, data, network = _prepared(task, site)
+    config = settings_from(task.settings)
+    permit = _permitted(task, site, config)
+    data, network = _prepared(task, site, config)
     state = _state(task, site, config)
     kept = state.before() if state is not None else {}
     _take_up_own_norms_(network, task, config, kept)
@@ -190,9 +185,9 @@ def evaluate_round(task: Task, site: Site) -> Update:
 @one_reason
 def site_card(task: Task, site: Site) -> dict[str, Scalar]:
     """What a site says of itself before the first round: how many patients and images it brings."""
-    _state(task, site, settings_from(task.settings))  # refuses before the first round
     config, load = settings_from(task.settings), partial(site_data, site, task.settings)
-    permitted(task, require_ledger(config, site.policy, virtual=site.virtual), config, load, kind="card")
+    _state(task, site, config)  # refuses before the first round
+    permitted(task, require_ledger(config, site.oversight, virtual=site.virtual), config, load, kind="card")
     key = key_of_site(task, site, config)
     data = load()
     private = config.privacy.mode != "none"
@@ -202,11 +197,24 @@ def site_card(task: Task, site: Site) -> dict[str, Scalar]:
         "site": site.name,
         "patients": patients,
         "images": patients if private else len(data),  # under DP the number of patients alone is public
-        "unreadable": 0 if private else len(data.unreadable),
-        "reasons": "" if private else "; ".join(f"{reason}: {count}" for reason, count in data.reasons.items()),
+        **_left_out(data, private=private, virtual=site.virtual),
         "holds-out": judged > 0,
         "modalities": data.modalities,
         **key,
+    }
+
+
+def _left_out(data: Dataset, *, private: bool, virtual: bool) -> dict[str, Scalar]:
+    """How many images cannot be read, and why; nothing of it under privacy.
+
+    At a real hospital no count below `SMALL` is told, nor a total from which one would follow: it is "" then.
+    """
+    counts = {} if private else data.reasons
+    few = not virtual and any(count < SMALL for count in counts.values())
+    said = {reason: f"< {SMALL}" if not virtual and count < SMALL else str(count) for reason, count in counts.items()}
+    return {
+        "unreadable": "" if few else 0 if private else len(data.unreadable),
+        "reasons": "; ".join(f"{reason}: {count}" for reason, count in said.items()),
     }
 
 
@@ -216,13 +224,16 @@ def _require_kind(task: Task, kind: Literal["train", "evaluate", "unmask"]) -> N
         raise ConfigError(f"asked to {kind}, by a task of the kind {task.kind}")
 
 
-def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
-    config = settings_from(task.settings)
+def _permitted(task: Task, site: Site, config: RunConfig) -> Permit | None:
+    return permitted(task, site.oversight, config, partial(site_data, site, task.settings))
+
+
+def _prepared(task: Task, site: Site, config: RunConfig) -> tuple[Dataset, FlatNetwork]:
     if site.networks is not None and ":" in config.model.name and config.model.name not in site.networks:
         text = (
             f'this site imports no network "{config.model.name}"; it would have to stand in networks of its site.toml'
         )
-        raise ConfigError(text, public=text)
+        raise ConfigError.told(text)
     torch.set_num_threads(config.train.threads)
     data = site_data(site, task.settings)
     network = resident_network(config, site.device)
@@ -232,7 +243,28 @@ def _prepared(task: Task, site: Site) -> tuple[RunConfig, Dataset, FlatNetwork]:
             public="the site built another network than the server",
         )
     network.load_(task.weights)
-    return config, data, network
+    return data, network
+
+
+def _form(permit: Permit | None, site: Site, config: RunConfig, data: Dataset) -> Form:
+    """In which form evaluations of these data may leave; a policy has counted those held out, else it is done here."""
+    few = permit is None and data.people(named=False)[1] < site.min_held_out
+    return "none" if few else form_of(permit, site.metrics, config)
+
+
+def _facts_of_training(
+    own: OwnPatients, outcome: Outcome, charged: Mapping[str, Scalar], config: RunConfig, started: float
+) -> dict[str, Scalar]:
+    """What is told of a training beside its weights."""
+    mode = config.privacy.mode
+    return {
+        "patients": own.people[0],
+        **({} if mode == "central" else {"steps": outcome.trained.steps}),  # in a pass they tell how many images
+        **({"loss": outcome.trained.loss} if mode == "none" else {}),
+        **charged,
+        **outcome.facts,
+        **_seconds_since(started, config),
+    }
 
 
 def _held_out_sums(
@@ -241,10 +273,10 @@ def _held_out_sums(
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
         network, data, rows, config.task,
-        form=form_of(permit, site.metrics, config),
+        form=_form(permit, site, config, data),
         centres=task.centres,
         spacing_mm=config.scored_spacing_mm,
-        fewest=fewest_of(permit),
+        fewest=fewest_of(permit, site.min_held_out),
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class SiteState:
                 "this run needs a folder at the site for what it keeps between rounds, and there is none: "
                 "use fedmed simulate, or a site.toml with state-dir"
             )
-            raise ConfigError(text, public=text)
+            raise ConfigError.told(text)
         digest = hashlib.sha256(f"{run_identity(task.settings)}/{task.layout}/{task.run}".encode()).hexdigest()
         return cls(folder=state_dir / f"{name}-{digest}")
 
@@ -146,7 +146,7 @@ def write_durably(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[
         write_atomically(path, content, mode=0o600)
     except (OSError, SafetensorError) as error:
         text = "what the site keeps between rounds cannot be written"
-        raise DataError(text, public=text) from error
+        raise DataError.told(text) from error
 
 
 def _facts(round: int, vectors: Mapping[str, FloatVector]) -> str:

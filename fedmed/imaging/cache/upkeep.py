@@ -147,7 +147,7 @@ def discard(folder: Path) -> None:
 def limit_reached(limit_gib: float) -> DataError:
     """What to say when everything that is kept is in use, and there is more to come."""
     text = f"the decoded images that are in use need more than data.cache-gib = {limit_gib:g}; allow the cache more"
-    return DataError(text, public=text)
+    return DataError.told(text)
 
 
 def _remove_orphans(folder: Path, index: Index) -> None:

@@ -97,7 +97,7 @@ def require_norms(module: nn.Module) -> set[str]:
             'strategy.name = "fedbn" keeps norm layers at the sites, and this network has none; '
             "choose another model.norm or another strategy"
         )
-        raise ModelError(text, public=text)
+        raise ModelError.told(text)
     return names
 
 

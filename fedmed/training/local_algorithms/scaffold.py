@@ -55,7 +55,7 @@ def _require_plain_steps(config: TrainConfig) -> None:
     }
     for what in (what for what, asked in undefined.items() if asked):
         text = f"scaffold is not defined for {what}: a control variate is a mean of gradients"
-        raise ConfigError(text, public=text)
+        raise ConfigError.told(text)
 
 
 def path_length(config: TrainConfig, round: int, plateau: float, steps: int) -> float:

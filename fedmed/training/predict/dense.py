@@ -112,7 +112,7 @@ def _tried(run: Callable[[], list[Maps]]) -> list[Maps]:
         raise
     except Exception as error:
         text = f"the network fails on it ({type(error).__name__})"
-        raise ModelError(text, public=text) from None
+        raise ModelError.told(text) from None
 
 
 def _numbers(values: Maps) -> Maps:

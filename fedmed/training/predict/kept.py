@@ -130,7 +130,8 @@ def _personal(run: Path, site: str) -> Path:
 
 def _facts(run: Path) -> dict[str, Any]:
     if not run.is_dir():
-        raise ModelError("there is no such run folder")
+        text = f"there is no run folder {run}; one holds run.toml, and model.json once its run has ended"
+        raise ModelError(text, public="there is no such run folder")
     try:
         facts = json.loads((run / "model.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
