@@ -11,7 +11,7 @@ from fedmed.errors import UpdateRefused
 from fedmed.federated.admission import decoded_update
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.wire import encode_update
-from fedmed.metrics import classification_intervals, sums_to_send
+from fedmed.metrics import classification_intervals, exact_metrics, sums_to_send
 from fedmed.training.evaluate import bounds_from, checked_sums, intervals_from, metrics_from
 from fedmed.types import Update
 
@@ -53,12 +53,28 @@ def test_metrics_of_scores_are_those_of_scikit_learn_with_a_bootstrap_by_patient
 
 
 def test_neither_ids_nor_the_manifests_order_leave() -> None:
+    first, second = sent(), sent()
+    assert first.keys() == {"scores", "targets", "patient", "patients"}
+    assert (first["scores"] != second["scores"]).any() and sorted(first["scores"]) == sorted(second["scores"])
+    assert first["patient"][0] == 0 and (np.diff(np.maximum.accumulate(first["patient"])) <= 1).all()  # as they come up
+    logits, _, patients = site(0)
+    alike = [sums_to_send("exact", 0 * logits, np.ones_like(logits), patients)["patient"] for _ in range(3)]
+    assert not all(np.array_equal(alike[0], each) for each in alike)  # not the manifest's, two by two
+
+
+def test_the_same_scores_give_the_same_intervals_in_whatever_order_they_come() -> None:
     logits, targets, patients = site(0)
-    order = np.random.default_rng(1).permutation(len(logits))
-    shuffled = sums_to_send("exact", logits[order], targets[order], [f"other {patients[i]}" for i in order])
-    assert shuffled.keys() == {"scores", "targets", "patient", "patients"}
-    for name, values in sent().items():
-        np.testing.assert_array_equal(values, shuffled[name], err_msg=name)
+    for scores in (logits, np.round(logits), 0 * logits):
+        found = [
+            intervals_from(checked_sums(sums_to_send("exact", scores, targets, patients), TASK), TASK, replicates=50)
+            for _ in range(3)
+        ]
+        assert found[0] and found[0] == found[1] == found[2]
+
+
+def test_patients_with_large_numbers_stay_apart() -> None:
+    sums = {"scores": np.zeros(3), "targets": np.zeros(3), "patient": np.array([1_500_001.0, 1_500_002.0, 1_500_003.0])}
+    assert exact_metrics(sums, ["effusion"])["loss"].n == 3
 
 
 def test_of_a_label_that_is_unknown_no_score_leaves() -> None:

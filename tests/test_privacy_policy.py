@@ -212,8 +212,8 @@ def test_a_refusal_is_told_recorded_and_makes_the_run_degraded(under):
 @pytest.mark.parametrize("form", ["exact", "histogram", "none"])
 def test_the_policy_says_in_which_form_metrics_leave(under, form):
     rules = f'[policy.metrics]\nform = "{form}"\nmin-patients = 0\n'
-    result, folder = under(rules, "a-80", "b-80", evaluate={"bootstrap": 100})
-    (left,) = (record.body for record in records_of(folder, "a-80").egress if record.body["task"] == "evaluate")
+    result, folder = under(rules, "a-200", "b-80", evaluate={"bootstrap": 100})
+    (left,) = (record.body for record in records_of(folder, "a-200").egress if record.body["task"] == "evaluate")
     found = result["sites"][0]["metrics"].get("accuracy", {})
     assert ("low" in found and found["low"] is not None) == (form == "exact")
     assert ("bound" in result["sites"][0]["metrics"].get("auroc", {})) == (form == "histogram")

@@ -265,6 +265,45 @@ def test_channels_last_reaches_private_training_and_moves_no_sum():
     torch.testing.assert_close(ordered, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_order_of_channels_in_memory_changes_no_step_without_norms_between_convolutions(optimizer):
+    rng = np.random.default_rng(0)
+    data = Dataset(
+        images=rng.random((6, 1, 16, 16), np.float32), targets=np.ones((6, 1), np.float32),
+        patients=tuple("abcdef"),
+    )  # fmt: skip
+
+    def trained(channels_last):
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(1, 64, 3, stride=2, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(64, 1),
+        )  # fmt: skip
+        flat = FlatNetwork(module, torch.device("cpu"))
+        before = flat.weights().parameters.copy()
+        settings = PLAIN.model_copy(update={"channels_last": channels_last, "optimizer": optimizer})
+        train_privately_(
+            flat, data, units_of(data, np.arange(6), PrivacyConfig()), settings, masked_bce,
+            terms(data, steps=3, expected_batch=6.0), source=Chosen(), generator=np.random.default_rng(0),
+            context=RoundContext(),
+        )  # fmt: skip
+        return flat.weights().parameters - before
+
+    plain, ordered = trained(False), trained(True)
+    assert np.linalg.norm(ordered - plain) < 1e-3 * np.linalg.norm(plain)
+
+
+def test_noise_that_is_drawn_in_parts_is_one_number_for_every_parameter(monkeypatch):
+    data = patients(1, 2, 3)
+    whole = step(data, InsecureGenerator(3))
+    drawn = []
+    normal = InsecureGenerator.normal
+    monkeypatch.setattr(InsecureGenerator, "normal", lambda self, size: drawn.append(size) or normal(self, size))
+    monkeypatch.setattr("fedmed.training.private.NOISE_AT_ONCE", 5)
+    assert torch.equal(step(data, InsecureGenerator(3)), whole)
+    assert len(drawn) > 1 and sum(drawn) == network().weights().parameters.size
+
+
 def test_p05_the_same_seed_repeats_nothing_unless_the_noise_is_insecure():
     data = patients(1, 2, 3)
     assert not torch.equal(step(data, SecureGenerator()), step(data, SecureGenerator()))

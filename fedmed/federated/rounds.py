@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -380,11 +379,11 @@ class Rounds:
         self._note_absent(failed, round)
 
     def _modalities(self, sites: Membership) -> int:
-        """Places in a row of the manifests, by the server's own or else the most common number; 0 = nobody has any."""
+        """Places in a row of the manifests; 0 = they differ, or there are none."""
+        said = {member.modalities for member in sites.members if member.modalities}
         if self.evaluation is not None and self.evaluation.data.modalities:
-            return self.evaluation.data.modalities
-        said = Counter(member.modalities for member in sites.members if member.modalities)
-        return min(said, key=lambda number: (-said[number], number), default=0)
+            said.add(self.evaluation.data.modalities)
+        return said.pop() if len(said) == 1 else 0
 
     def _tell(self, kind: str, round: int, **facts: Any) -> None:
         self.watch(self.folder.event(kind, round, **facts))

@@ -1,7 +1,7 @@
 """The scores of single images, for a site that lets them leave: exact metrics, and intervals by patient.
 
-No id leaves, nor the order of the manifest: images stand in the order of their scores, and patients are numbered as
-they come up there. Which images are of one patient is told, as the interval needs it.
+No id leaves, nor the order of the manifest: images stand in random order, and patients are numbered as they come up
+there. Which images are of one patient is told, as the interval needs it.
 """
 
 from __future__ import annotations
@@ -43,19 +43,15 @@ def exact_scores(
     """
     check_cases(logits, targets, unknown=True)
     check_patients(patients, len(logits))
-    rows = np.random.default_rng().permutation(
-        np.flatnonzero(~np.isnan(targets).all(axis=1))
-    )  # equal ones in any order
+    rows = np.random.default_rng().permutation(np.flatnonzero(~np.isnan(targets).all(axis=1)))
     known = ~np.isnan(targets[rows])
-    scores, told = np.where(known, logits[rows], 0.0), np.where(known, targets[rows], UNKNOWN)
-    order = np.lexsort(np.hstack((told, scores)).T)
-    names = [patients[row] for row in rows[order]]
+    names = [patients[row] for row in rows]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     if not numbers:
         return {}
     return {
-        SCORES: scores[order].ravel().astype(np.float64),
-        TARGETS: told[order].ravel().astype(np.float64),
+        SCORES: np.where(known, logits[rows], 0.0).ravel().astype(np.float64),
+        TARGETS: np.where(known, targets[rows], UNKNOWN).ravel().astype(np.float64),
         PATIENT: np.array([numbers[name] for name in names], dtype=np.float64),
         PATIENTS: np.array([len(numbers)], dtype=np.float64),
     }
@@ -96,12 +92,20 @@ def check_exact(sums: Sums, labels: int) -> None:
 def exact_metrics(sums: Sums, labels: Sequence[str], replicates: int = 0) -> dict[str, Interval]:
     """Returns every metric of `classification_metrics`, without the error of histograms.
 
+    Patients are resampled in an order that follows from their scores, so that the same scores give the same intervals.
+
     Args:
         sums: What one site sent, checked.
         labels: L names.
         replicates: Of the bootstrap by patient behind each interval; 0 = no intervals.
     """
-    logits, targets = (sums[name].reshape(-1, len(labels)) for name in (SCORES, TARGETS))
-    known = np.where(targets == UNKNOWN, np.nan, targets)
-    patients = [f"{number:g}" for number in sums[PATIENT]]
-    return classification_intervals(logits, known, patients, labels, replicates, np.random.default_rng(0))
+    images = np.hstack([sums[name].reshape(-1, len(labels)) for name in (SCORES, TARGETS)])
+    different, place = np.unique(images, axis=0, return_inverse=True)
+    of_patient: dict[float, list[int]] = {}
+    for number, where in zip(sums[PATIENT].tolist(), place.ravel().tolist(), strict=True):
+        of_patient.setdefault(number, []).append(where)
+    cases = sorted(sorted(places) for places in of_patient.values())
+    logits, told = np.hsplit(different[[where for places in cases for where in places]], 2)
+    patients = [str(number) for number, places in enumerate(cases) for _ in places]
+    targets = np.where(told == UNKNOWN, np.nan, told)
+    return classification_intervals(logits, targets, patients, labels, replicates, np.random.default_rng(0))

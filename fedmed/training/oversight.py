@@ -306,11 +306,9 @@ def _controls(permit: Permit, update: Update) -> Sequence[str]:
     if permit.task.kind == "unmask":
         return ["seeds of masks, for one sum alone"]
     allowance = permit.allowance
-    noised = permit.private == "dp-sgd"
-    exact = is_exact(update.metrics)
-    form = (
-        "clipped and noised (differential privacy)" if noised else "as scores of images" if exact else "as histograms"
-    )
+    form = "as scores of images" if is_exact(update.metrics) else "as histograms"
+    if permit.private == "dp-sgd":
+        form = "clipped and noised (differential privacy)"
     said = [f"metrics {form}" if update.metrics else "no metrics"]
     said += [] if allowance.training_loss else ["training loss withheld"]
     said += [] if update.masked is None else ["under masks: the server learns a sum of several sites alone"]

@@ -222,6 +222,7 @@ def full(tensor: Tensor) -> Tensor:
 def _add_(parameter: nn.Parameter, gradient: Tensor) -> None:
     gradient = gradient.view_as(parameter).to(parameter.dtype)
     if parameter.grad is None:
-        parameter.grad = gradient
+        same = gradient.stride() == parameter.stride()  # fused optimizers take no notice of a gradient's strides
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad += gradient

@@ -76,10 +76,10 @@ def load_kept(run: str | Path, *, device: str = "cpu", site: str = "") -> Kept:
         volume_size=data.volume_size, labels=(),
     )  # fmt: skip
     several = config.model.in_channels // (1 if recipe.depth else presets[0].channels)
-    if len(presets) > 1 or config.model.fusion == "late":
-        modalities: tuple[int, ...] = (several,)
-    else:  # runs did not always say; one modality may be repeated to all channels
-        modalities = (said,) if said in (1, several) else (1, several)
+    if said in (1, several):
+        modalities: tuple[int, ...] = (said,)
+    else:  # hospitals had different numbers, or an old run does not say; one may be repeated to all channels
+        modalities = (several,) if len(presets) > 1 or config.model.fusion == "late" else (1, several)
     return Kept(network=network, config=config, recipe=recipe, round=round, modalities=modalities)
 
 
