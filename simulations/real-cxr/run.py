@@ -1,13 +1,15 @@
 """Prepare the two federations, run them, and write their tables into README.md.
 
-`python run.py DATA OUT` needs nothing else. The classification runs three times: with all hospitals, with the NIH sites
-alone, and with group norm in place of batch norm.
+`python run.py DATA OUT` needs nothing else; runs that it made before are made anew. The classification runs three times:
+with all hospitals, with the NIH sites alone, and with group norm in place of batch norm.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     found = {}
     for name, (federation, *words) in RUNS.items():
-        run = options.out / federation / "run.toml"
-        found[name] = fedmed("simulate", run, *words, "--out", options.out / "runs", "--set", f"name={name}")
+        run, folder = options.out / federation / "run.toml", options.out / f"{name}-run"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            found[name] = fedmed("simulate", run, *words, "--out", folder)
+        except subprocess.CalledProcessError:
+            return 1
         print(f"{name}: {found[name]['status']} after {found[name]['timing']['total_s']:.0f} s", flush=True)
     server = options.out / "classification" / "server" / "manifest.csv"
     put(HERE / "README.md", "times", times(found))
