@@ -1,7 +1,7 @@
 """Prepare the two federations, run them, and write their tables into README.md.
 
-`python run.py DATA OUT` needs nothing else; runs that it made before are made anew. The classification runs three times:
-with all hospitals, with the NIH sites alone, and with group norm in place of batch norm.
+`python run.py DATA OUT` needs nothing else; runs that it made before are made anew. The classification runs three
+times: with all hospitals, with the NIH sites alone, and with group norm in place of batch norm.
 """
 
 from __future__ import annotations
