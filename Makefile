@@ -13,6 +13,7 @@ help: ## list the targets
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "fedmed needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.x"; exit 1; }
+	@echo "installing into .venv: several GB, for some minutes"
 	@$(PYTHON) -m venv .venv || { echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv sync --quiet --all-extras --compile-bytecode

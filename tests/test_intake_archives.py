@@ -111,6 +111,22 @@ def test_what_an_archive_answers_is_one_line_without_the_password(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(("user", "said"), [("anna", "refuses the user name"), ("", "none is set in this shell")])
+def test_a_password_that_is_not_set_is_told_from_a_wrong_one(user, said, tmp_path: Path, monkeypatch):
+    for name in ("USER", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"FEDMED_PACS_{name}", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    if user:
+        monkeypatch.setenv("FEDMED_PACS_USER", user)
+    with served() as port, pytest.raises(DataError, match=said):
+        pull(DicomWeb(f"http://127.0.0.1:{port}/401"), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+
+
+def test_a_port_without_tls_is_not_taken_for_a_wrong_certificate(tmp_path: Path):
+    with served() as port, pytest.raises(DataError, match="does not speak TLS; is it http://"):
+        pull(DicomWeb(f"https://127.0.0.1:{port}"), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+
+
 def test_a_password_in_the_url_is_refused_and_so_is_what_is_no_url():
     with pytest.raises(ConfigError, match="FEDMED_PACS_PASSWORD") as caught:
         DicomWeb("https://anna:hidden-word@pacs/dicom-web")

@@ -275,6 +275,21 @@ def test_who_is_on_the_list_and_not_in_the_archive_is_told(tmp_path, pseudonyms,
     assert missed(tmp_path / "out") == [("no image of this patient", "row 3 of the opt-out list")]
 
 
+def test_who_is_on_the_sites_own_list_is_left_out_also_beside_another(tmp_path, pseudonyms, capsys):
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "in" / f"{name}.png")
+        picture(tmp_path / "in" / "masks" / f"{name}.png")
+    given, standing = (table(tmp_path / f"{name}.csv", "patient_id", name) for name in "bc")
+    import_data(
+        "pairs", tmp_path / "in", tmp_path / "out", pseudonyms, table=None, labels=None, uncertain="ignore",
+        opt_out=given, standing=standing, check=" --site north",
+    )  # fmt: skip
+    assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"a"}
+    told = capsys.readouterr()
+    assert "1 of 1 on the opt-out list are here" in told.err and "left out: 2 patients who withdrew" in told.err
+    assert told.out.endswith(f"next: fedmed data check {tmp_path / 'out'} --site north\n")
+
+
 @pytest.mark.parametrize("lacks", ["row", "mask"])
 def test_who_withdrew_is_here_without_a_row_or_a_mask(tmp_path, pseudonyms, capsys, lacks):
     for name in ("images/a.png", "images/b.png", *(["masks/a.png"] if lacks == "mask" else [])):

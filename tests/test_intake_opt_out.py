@@ -10,6 +10,7 @@ from small_hospitals import hospital
 from fedmed import config as run_file
 from fedmed.errors import DataError
 from fedmed.federated.sites import site_of
+from fedmed.intake.opt_out import opted_out
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.models import build
 from fedmed.privacy.keys import make_keys
@@ -67,6 +68,24 @@ def test_a_patient_who_withdraws_between_two_rounds_is_gone_in_the_next(tmp_path
     card = site_card(a_task(2), site_of(node, {}))
     assert (card["patients"], card["images"], card["holds-out"]) == (28, 56, True)
     assert not np.array_equal(first.weights.parameters, second.weights.parameters)
+
+
+@pytest.mark.parametrize(
+    ("listed", "here", "gone"),
+    [
+        ("78561602", "0078561602", True),
+        ("0078561602", "78561602", True),
+        ("0078561602", "00078561602", True),
+        ("7856160", "78561602", False),
+        ("A078", "A78", False),
+        ("0", "000", True),
+    ],
+)
+def test_zeros_that_a_spreadsheet_drops_keep_nobody_in(listed, here, gone, tmp_path):
+    pseudonyms = Pseudonyms(keys=make_keys(tmp_path / "keys"))
+    (tmp_path / "list.csv").write_text(f"patient_id\n{listed}\n")
+    names = opted_out(tmp_path / "list.csv", pseudonyms)
+    assert (pseudonyms.patient(here) in names, here in names) == (gone, gone)
 
 
 def test_without_its_list_or_its_keys_a_site_trains_on_nobody(tmp_path):

@@ -147,7 +147,9 @@ def import_(
     opt_out: Annotated[
         Path | None,
         typer.Option(
-            "--opt-out", metavar="CSV|XLSX", help="patients who withdrew, by id or pseudonym; else site.toml's"
+            "--opt-out",
+            metavar="CSV|XLSX",
+            help="patients who withdrew, by id or pseudonym, beside those of site.toml's list",
         ),
     ] = None,
     uncertain: Annotated[Uncertain, typer.Option(help="what uncertain labels become")] = Uncertain.ignore,
@@ -168,9 +170,11 @@ def import_(
     from fedmed.cli.pull import site_opt_out, site_pseudonyms
 
     check_archive(kind, source)
+    standing = site_opt_out(site)
     if not import_data(
         kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
-        table=table, labels=labels, opt_out=opt_out or site_opt_out(site), uncertain=uncertain.value,
+        table=table, labels=labels, opt_out=opt_out or standing, standing=standing, uncertain=uncertain.value,
+        check=f" --site {site}" if site else "",
     ):  # fmt: skip
         raise typer.Exit(1)
 

@@ -59,9 +59,23 @@ def import_data(
     table: Path | None,
     labels: Path | None,
     opt_out: Path | None,
+    standing: Path | None = None,
     uncertain: Uncertain,
+    check: str = "",
 ) -> bool:
     """Import an archive, and say what became of it; False if labels.toml was written instead, for a person to read.
+
+    Args:
+        kind: of the archive.
+        source: its folder.
+        out: where the manifest goes.
+        pseudonyms: of the site.
+        table: the hospital's own labels.
+        labels: what the table means.
+        opt_out: patients who withdrew, each of whom is told to be here or not.
+        standing: the list that site.toml names; whoever is on either is left out.
+        uncertain: what uncertain labels become.
+        check: options that `fedmed data check` needs after this import.
 
     Raises:
         FedmedError: a file is missing or wrong.
@@ -85,6 +99,8 @@ def import_data(
         rows = listed(opt_out, pseudonyms)
         withdrawn = withdrawn.union(*rows.values())
         remember(withdrawn, out / OPT_OUT)
+    if standing is not None and standing != opt_out:
+        withdrawn |= opted_out(standing, pseudonyms)
     left_out: set[str] = set()
     if kind == "dicom" and not filled:
         with bar("de-identifying") as progress:
@@ -93,6 +109,7 @@ def import_data(
     rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, listed=rows, uncertain=uncertain)
     report = import_images(kind, source, out, rules, frozenset(left_out))
     _say(report, rules, out)
+    print(f"wrote {out / MANIFEST}; next: fedmed data check {out}{check}")
     return True
 
 
@@ -127,7 +144,6 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
         print(f"unknown: {table.conflicts} labels of which two rows say the opposite", file=sys.stderr)
     for name, count in table.strange.most_common() if table is not None else ():
         print(f'unknown: {count} cells of "{name}" with words that labels.toml does not list', file=sys.stderr)
-    print(f"wrote {out / MANIFEST}; next: fedmed data check {out}")
 
 
 def check_data(

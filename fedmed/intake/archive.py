@@ -14,6 +14,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.intake.query import Query, Series
 
 ATTEMPTS = 5
+NO_TLS = "TLS: this port of the archive does not speak TLS; is it http://, or another port?"
 NOT_TRUSTED = (
     "TLS: the certificate of the archive is not trusted, or belongs to another name; give the certificate of the "
     "authority that signed it with --ca"

@@ -28,7 +28,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
+from fedmed.intake.archive import NO_TLS, NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
@@ -42,6 +42,10 @@ ENDED = {  # what a status says, where asking again does not help
     404: "has no DICOMweb service at this address (404)",
     407: "cannot be reached: the proxy wants a user name and password, in HTTPS_PROXY (407)",
 }
+NO_CREDENTIALS = (
+    "wants a user name and password, or a token, and none is set in this shell: set FEDMED_PACS_USER and "
+    "FEDMED_PACS_PASSWORD, FEDMED_PACS_TOKEN, or a line in ~/.netrc (401)"
+)
 WITHHELD = {403: "does not let this user read it (403)", 404: "does not have what it lists (404)"}
 AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
@@ -220,6 +224,8 @@ def _plain(*, first: bool = False) -> Iterator[None]:
         raise
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
+        if status == HTTPStatus.UNAUTHORIZED and "Authorization" not in error.response.request.headers:
+            raise DataError(f"the archive {NO_CREDENTIALS}") from None
         if status in ENDED and (first or status not in WITHHELD):
             raise DataError(f"the archive {ENDED[status]}") from None
         if status in LATER or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -228,8 +234,9 @@ def _plain(*, first: bool = False) -> Iterator[None]:
             raise Withheld(f"the archive {WITHHELD.get(status, f'answers with status {status}')}") from None
         raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
                         "DICOMweb service begins?") from None  # fmt: skip
-    except requests.exceptions.SSLError:
-        raise DataError(NOT_TRUSTED) from None
+    except requests.exceptions.SSLError as error:
+        plain = any(sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF", "HTTP_REQUEST"))
+        raise DataError(NO_TLS if plain else NOT_TRUSTED) from None
     except requests.exceptions.ProxyError as error:
         if "407" in str(error):
             raise DataError(f"the archive {ENDED[407]}") from None

@@ -16,6 +16,7 @@ from fedmed.intake.tables import table_rows
 
 COLUMN = "patient_id"
 PSEUDONYM = re.compile(r"P[A-Z2-7]{16}")
+LONGEST_NUMBER = 16  # digits of an id, with zeros before it
 NOTE = re.compile(r"[;\t|]")  # what may part an id from a note beside it
 
 
@@ -26,6 +27,8 @@ def opted_out(path: Path, pseudonyms: Pseudonyms) -> frozenset[str]:
 
 def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
     """What a listed patient may be called in a manifest, by row: the id as it stands, and the site's pseudonym.
+
+    An id of digits alone is meant with any zeros before it: spreadsheets drop them.
 
     Args:
         path: CSV or XLSX with a column `patient_id`; where it is the only one, notes may stand beside it.
@@ -42,7 +45,15 @@ def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
         raise DataError(f"{public}: {error}", public=public) from None
     # A header of one column tells no separator, so a note behind another one than the comma stands in the id's cell.
     ids = {number: {patient, NOTE.split(patient)[0].strip()} for number, patient in rows if patient}
-    return {number: frozenset((*own, *map(pseudonyms.patient, own))) for number, own in ids.items()}
+    meant = {number: {one for each in own for one in _with_zeros(each)} for number, own in ids.items()}
+    return {number: frozenset((*own, *map(pseudonyms.patient, own))) for number, own in meant.items()}
+
+
+def _with_zeros(patient: str) -> set[str]:
+    if not (patient.isascii() and patient.isdecimal()):
+        return {patient}
+    digits = patient.lstrip("0") or "0"
+    return {patient, *(digits.zfill(length) for length in range(len(digits), LONGEST_NUMBER + 1))}
 
 
 def remembered(path: Path) -> frozenset[str]:
