@@ -224,7 +224,8 @@ def _plain(*, first: bool = False) -> Iterator[None]:
         raise
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        if status == HTTPStatus.UNAUTHORIZED and "Authorization" not in error.response.request.headers:
+        sent = error.request is not None and "Authorization" in error.request.headers
+        if status == HTTPStatus.UNAUTHORIZED and not sent:
             raise DataError(f"the archive {NO_CREDENTIALS}") from None
         if status in ENDED and (first or status not in WITHHELD):
             raise DataError(f"the archive {ENDED[status]}") from None
