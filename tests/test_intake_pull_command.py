@@ -140,6 +140,12 @@ def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_pa
     assert not meets(query, series)
 
 
+def test_a_list_with_other_columns_is_told_which_it_has(tmp_path: Path):
+    (tmp_path / "list.csv").write_text("Zugangsnummer,Datum\n17,20240131\n")
+    with pytest.raises(DataError, match='there are "zugangsnummer", "datum": rename one'):
+        parse_query("", tmp_path / "list.csv")
+
+
 @pytest.mark.parametrize(
     ("asked", "said", "expected"),
     [

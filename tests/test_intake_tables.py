@@ -13,7 +13,7 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.intake.importing import Rules, import_images
 from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import opted_out
-from fedmed.intake.persons import sex_of
+from fedmed.intake.persons import sex_of, years
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.tables import table_rows
 from fedmed.privacy.keys import make_keys
@@ -47,6 +47,13 @@ def test_rows_that_contradict_each_other_leave_the_label_unknown(tmp_path, pseud
     import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
     assert [row["effusion"] for row in rows(tmp_path / "out")] == ["", "1"]
     assert known.conflicts == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "age"), [("89", "89"), ("90", "90"), ("104", "90"), ("093Y", "90"), ("130", ""), ("x", "")]
+)
+def test_an_age_above_89_of_a_table_is_90_in_the_manifest(text, age):
+    assert years(text) == age
 
 
 @pytest.mark.parametrize("said", [("pos", "neg", "pos"), ("pos", "neg", "neg"), ("pos", "pos", "neg")])

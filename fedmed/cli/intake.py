@@ -205,7 +205,11 @@ def _print(facts: dict[str, Any]) -> None:
             f"{SIGNS[finding['state']]}  {escape(finding['what'] + ': ' + finding['said'] + where + do)}",
             soft_wrap=True,
         )
-    words = {"pass": "ready to train", "warn": "ready to train; read the warnings", "fail": "not ready to train"}
+    words = {
+        "pass": "passed: ready to train",
+        "warn": "passed, with warnings to read: ready to train",
+        "fail": "not ready to train",
+    }
     out.print(f"{SIGNS[facts['state']]}  {words[facts['state']]}")
 
 

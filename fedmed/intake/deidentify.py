@@ -26,10 +26,10 @@ from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
 from fedmed.errors import UnreadableImage
 from fedmed.intake.allowed import ALLOWED, ANATOMY, ENUMERATED, SCHEMES, TERMS
+from fedmed.intake.persons import OLDEST
 from fedmed.intake.pixels import cleaned_pixels_
 from fedmed.intake.pseudonyms import Pseudonyms, registered
 
-OLDEST = 90  # years: every greater age is written so (PS3.15 leaves it to the site; 45 CFR 164.514(b)(2)(i)(C))
 OWN_UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")  # Type 1
 OURS = "fedmed:"  # how Deidentification Method (0012,0063) begins
 METHODS = {  # PS3.16 CID 7050

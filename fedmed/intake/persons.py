@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OLDEST = 90  # years: every greater age is written so (PS3.15 leaves it to the site; 45 CFR 164.514(b)(2)(i)(C))
 SEXES = {
     "M": ("m", "male", "man", "mann", "männlich", "maennlich", "masculin", "homme", "masculino", "hombre", "maschio"),
     "F": (
@@ -13,13 +14,13 @@ SEXES = {
 
 
 def years(text: str) -> str:
-    """An age as whole years below 120: from "61", "61.0" or DICOM's "061Y", "018M"; "" for what is none."""
+    """An age as whole years, 90 for all above: from "61", "61.0" or DICOM's "061Y", "018M"; "" for what is none."""
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "Y")
     try:
         age = int(float(digits) / {"Y": 1.0, "M": 12.0, "W": 52.0, "D": 365.0}[unit])
     except (ValueError, KeyError, OverflowError):
         return ""
-    return str(age) if 0 <= age < 120 else ""
+    return str(min(age, OLDEST)) if 0 <= age < 120 else ""
 
 
 def sex_of(text: str) -> str:

@@ -94,7 +94,8 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
     rows = [{name.casefold(): cell for name, cell in cells.items()} for _, cells in table_rows(table)]
     columns = [name for name in COLUMNS if rows and name in rows[0]]
     if rows and len(columns) != 1:
-        raise DataError(f'{table.name}: expected one column "accession" or "patient"')
+        there = ", ".join(f'"{name}"' for name in rows[0])
+        raise DataError(f'{table.name}: expected one column "accession" or "patient"; there are {there}: rename one')
     values = [row[columns[0]] for row in rows]
     if any(WILD.search(value) for value in values):
         raise DataError(f"{table.name}: a value holds *, ? or \\, which an archive would take for a pattern")
