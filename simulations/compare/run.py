@@ -57,7 +57,8 @@ def text_of(report: Found) -> str:
         lines.append(f"| {arm['arm']} | {spread(arm['endpoint'])} | {cells} |")
     lines += ["", "| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
     for one in report["comparisons"]:
-        difference = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+        between = "" if one["low"] is None else f" ({one['low']:+.3f} to {one['high']:+.3f})"
+        difference = f"{one['difference']:+.3f}{between}"
         lines.append(
             f"| {one['first']} − {one['second']} | {difference} | {number(one['p'])} | {number(one['p_holm'])} |"
         )
