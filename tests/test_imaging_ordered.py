@@ -1,6 +1,7 @@
 """Jobs side by side: outcomes in their order, a tool for one job at a time, and every tool closed at the end."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,11 +26,12 @@ class Tools:
             self.open -= 1
 
     def square(self, tool: threading.Lock, job: int) -> int:
-        self.shared += not tool.acquire(blocking=False)
-        try:
-            return job * job
-        finally:
+        alone = tool.acquire(blocking=False)
+        self.shared += not alone
+        time.sleep(0.001)
+        if alone:
             tool.release()
+        return job * job
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50])
@@ -51,6 +53,22 @@ def test_one_process_works_in_this_thread_and_begins_nothing_ahead():
 
     outcomes = in_order(range(5), one, Tools(), processes=1, ahead=4)
     assert next(outcomes) == 0 and begun == [(0, threading.current_thread())]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_that_fails_is_told_after_the_outcomes_before_it(processes):
+    tools = Tools()
+
+    def one(tool, job):
+        if job == 5:
+            raise ValueError("the fifth")
+        return tools.square(tool, job)
+
+    found = in_order(range(100), one, tools, processes=processes, ahead=2)
+    assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
+    with pytest.raises(ValueError, match="the fifth"):
+        next(found)
+    assert tools.open == 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -285,6 +285,7 @@ def test_who_is_on_the_sites_own_list_is_left_out_also_beside_another(tmp_path, 
         opt_out=given, standing=standing, check=" --site north",
     )  # fmt: skip
     assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"a"}
+    assert {pseudonyms.patient(name) for name in "bc"} <= remembered(tmp_path / "out" / "opt-out.csv")
     told = capsys.readouterr()
     assert "1 of 1 on the opt-out list are here" in told.err and "left out: 2 patients who withdrew" in told.err
     assert told.out.endswith(f"next: fedmed data check {tmp_path / 'out'} --site north\n")

@@ -95,12 +95,15 @@ def import_data(
     withdrawn, rows = remembered(out / OPT_OUT), {}
     if filled and (opt_out is None or opt_out.resolve() != (source / OPT_OUT).resolve()):
         withdrawn |= remembered(source / OPT_OUT)
-    if opt_out is not None and opt_out.resolve() != (out / OPT_OUT).resolve():
+    own = (out / OPT_OUT).resolve()  # pseudonyms already, of which no others are made
+    lists = [path for path in (opt_out, standing) if path is not None and path.resolve() != own]
+    if standing in lists:
+        withdrawn |= opted_out(standing, pseudonyms)
+    if opt_out in lists:
         rows = listed(opt_out, pseudonyms)
         withdrawn = withdrawn.union(*rows.values())
+    if lists:
         remember(withdrawn, out / OPT_OUT)
-    if standing is not None and standing != opt_out:
-        withdrawn |= opted_out(standing, pseudonyms)
     left_out: set[str] = set()
     if kind == "dicom" and not filled:
         with bar("de-identifying") as progress:
