@@ -49,7 +49,9 @@ def test_what_the_archive_refuses_is_counted_as_failed_and_all_else_comes(
     assert sum(re.fullmatch(refused, path) is not None for path in service.asked) <= 2  # to ask again would not help
 
 
-def test_a_password_that_expires_in_a_pull_ends_it(tmp_path: Path):
+def test_a_password_that_expires_in_a_pull_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDMED_PACS_USER", "anna")
+    monkeypatch.setenv("FEDMED_PACS_PASSWORD", "hidden-word")
     service = DicomWebService(named_object(1), named_object(1, series=2))
     service.wrong = lambda path, times: (401, b"") if path.endswith(".2") else None
     with pytest.raises(DataError, match="refuses the user name and password"):
