@@ -54,8 +54,8 @@ def compare(
     """
     config = with_phantoms(config, explicit=run_file.explicit_keys(config))
     folder, pairs = Path(folder), comparisons(config)
-    check_endpoint(config)
     config = dealt(config, folder)
+    check_endpoint(config)
     trials = trials_of(config, folder)
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)
     judged = {(t.network, t.seed): read_predictions(paths[t.network, t.seed], t.judged) for t in trials}

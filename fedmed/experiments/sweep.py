@@ -123,10 +123,9 @@ def sweep(
     Raises:
         FedmedError: a key or a value cannot work, or the data cannot be used.
     """
-    points = list(points_of(config, vary, home))
+    points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary, home)]
     for point in points:
         check_endpoint(point.config)
-    points = [replace(point, config=dealt(point.config, folder)) for point in points]
     lost: dict[Path, str] = {}
     paths = run_trials(trials_of(points), folder, jobs=jobs, watch=watch, failed=lost.__setitem__)
     summary, rows = [], []
