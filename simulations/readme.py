@@ -41,6 +41,21 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def difference(one: Found) -> str:
+    """The difference of two arms and its 95 % interval; without the interval where nothing can be resampled."""
+    between = "" if one["low"] is None else f" ({one['low']:+.3f} to {one['high']:+.3f})"
+    return f"{one['difference']:+.3f}{between}"
+
+
+def comparisons(report: Found) -> list[str]:
+    """The declared comparisons as rows of Markdown."""
+    lines = ["| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
+    for one in report["comparisons"]:
+        tested = f"{number(one['p'])} | {number(one['p_holm'])}"
+        lines.append(f"| {one['first']} − {one['second']} | {difference(one)} | {tested} |")
+    return lines
+
+
 def spread(found: Found) -> str:
     """A value and its 95 % interval."""
     return f"{number(found['value'])} ({number(found['low'])}–{number(found['high'])})"

@@ -110,10 +110,11 @@ def test_early_stopping_gives_no_arm_another_budget(hospitals, tmp_path, section
     config = hospitals(**{section: {"patience": 2}})
     with pytest.raises(ConfigError, match=f"{section}.patience ends each training"):
         trials_of(config, tmp_path)
-    arms = {"evaluate": {**run_file.nested(config)["evaluate"], "compare": ["fedavg", "fedavgm"]}}
-    federated = run_file.validate({**run_file.nested(config), **arms})
-    assert trials_of(federated, tmp_path)
-    assert f"{section}.patience may end a training before" in budget_of(federated)
+    for arms in (["fedavg", "fedavgm"], ["pooled"]):
+        evaluate = {"evaluate": {**run_file.nested(config)["evaluate"], "compare": arms}}
+        fair = run_file.validate({**run_file.nested(config), **evaluate})
+        assert trials_of(fair, tmp_path)
+        assert f"{section}.patience may end a training before" in budget_of(fair)
 
 
 def test_two_manifests_with_one_image_cannot_be_pooled_unseen(hospitals, tmp_path) -> None:

@@ -19,6 +19,7 @@ from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.config import to_toml
 from fedmed.errors import ConfigError, RunFailed
+from fedmed.experiments import running
 from fedmed.experiments.arms import trials_of
 from fedmed.experiments.compare import compare
 from fedmed.experiments.predictions import read_predictions
@@ -244,11 +245,15 @@ def test_without_data_phantom_hospitals_are_compared(tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr("fedmed.federated.phantoms.SITES", 2)
     monkeypatch.setattr("fedmed.federated.phantoms.PATIENTS", 4)
-    monkeypatch.setattr("fedmed.experiments.compare.trials_of", noted)
+    monkeypatch.setattr("fedmed.experiments.compare.dealt", noted)
+    monkeypatch.setattr("fedmed.experiments.sweep.dealt", noted)
     with pytest.raises(ConfigError, match="enough"):
         compare(run_file.RunConfig(), tmp_path / "out")
-    (config,) = seen
-    assert len(config.data.sites) == 2 and config.data.server and config.task.labels
+    with pytest.raises(ConfigError, match="enough"):
+        sweep(run_file.RunConfig(), ["train.rounds=7,8"], tmp_path / "out")
+    for config in seen:
+        assert len(config.data.sites) == 2 and config.data.server and config.task.labels
+    assert [config.train.rounds for config in seen] == [8, 7]
 
 
 def test_refuses_manifests_that_hold_nobody_out_before_training(tmp_path) -> None:
@@ -297,6 +302,28 @@ def test_a_point_that_diverges_ends_no_other(toy_config, tmp_path, capsys) -> No
     assert [row["value"] for row in rows if row["status"] == "failed"] == [""]
     assert {row["train.learning-rate"] for row in rows if row["status"] == "completed"} == {"0.1"}
     assert ">failed<" in (tmp_path / "out" / "sweep.html").read_text()
+
+
+def test_a_seed_that_fails_fails_its_point_until_the_command_is_given_again(toy_config, tmp_path, monkeypatch) -> None:
+    config = toy(toy_config, tmp_path, train={"rounds": 1})
+    train = running.run_on
+
+    def fails(grid, run, *rest: object, **keys: object) -> object:
+        if run.seed == config.seed:
+            raise RunFailed("the disk is full")
+        return train(grid, run, *rest, **keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "run_on", fails)  # runs are forked from here
+        report = sweep(config, ["strategy.name=fedavg"], tmp_path / "out")
+    (point,) = report["points"]
+    assert (point["status"], point["endpoint"]["value"], point["by_seed"]) == ("failed", None, [None, None])
+    assert [row["seed"] for row in report["rows"] if row["status"] == "failed"] == [config.seed]
+    assert {row["seed"] for row in report["rows"] if row["value"] is not None} == {config.seed + 1}
+    said = []
+    report = sweep(config, ["strategy.name=fedavg"], tmp_path / "out", watch=said.append)
+    assert report["points"][0]["status"] == "completed" and not report["failures"]
+    assert (said[-1].done, said[-1].reused) == (2, 1)
 
 
 @pytest.mark.parametrize(

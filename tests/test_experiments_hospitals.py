@@ -6,17 +6,23 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_hospitals import hospital
 
 from fedmed import config as run_file
 from fedmed.errors import ConfigError
-from fedmed.experiments.arms import trials_of
+from fedmed.experiments.arms import changed, trials_of
 from fedmed.experiments.compare import compare
 from fedmed.experiments.dealing import dealt
+from fedmed.experiments.predictions import _held_out, places_of
 from fedmed.experiments.sweep import points_of, sweep
+from fedmed.imaging.manifest import read_manifest
+from fedmed.imaging.split import evaluation_rows
+from fedmed.training.site import Site, settings_for_sites, site_data
 
 pytestmark = pytest.mark.simulation
+TINY: dict[str, object] = {"compare": ["federated"], "primary": "accuracy"}
 
 
 def patients_of(config) -> list[set[str]]:
@@ -73,6 +79,33 @@ def test_other_partitions_are_dealt_beside_and_as_given_is_left_alone(pictures, 
     assert dealt_to[0] == dealt_to[1] == pictures().data.sites
     assert dealt_to[2] == dealt_to[3] != dealt_to[4] == dealt_to[5]
     assert len(list((tmp_path / "out" / "hospitals").iterdir())) == 2
+
+
+def test_hospitals_are_dealt_from_folders_of_one_name(pictures, tmp_path) -> None:
+    """As `data/` of two sources, or a single one that is called as the server's place is."""
+    for sources in (("x/data", "y/data"), ("server",)):
+        sites = [str(hospital(tmp_path / name, 30, number)) for number, name in enumerate(sources)]
+        found = compare(changed(pictures(TINY, partition="iid"), {"data": {"sites": sites}}), tmp_path / "out")
+        assert [place["place"] for place in found["places"]] == ["site-1", "site-2", "site-3"]
+
+
+@pytest.mark.parametrize("patients", [1, 2, 3])
+def test_tiny_sites_are_judged_on_those_whom_their_runs_hold_out_under_privacy(tmp_path, patients: int) -> None:
+    manifest = hospital(tmp_path / "tiny", patients, 0)
+    config = run_file.validate(
+        {
+            "model": {"name": "small-cnn", "norm": "group"},
+            "task": {"labels": ["a", "b"]},
+            "data": {"sites": [str(manifest)], "image-size": 16},
+            "evaluate": {"site-share": 0.01},
+            "privacy": {"mode": "dp-sgd", "epsilon": 3.0},
+        }
+    )
+    (place,) = places_of(config)
+    _, judged = _held_out(place, config)
+    trained = site_data(Site(name=place.name, manifest=manifest, virtual=True), settings_for_sites(config))
+    assert judged.tolist() == np.flatnonzero(trained.evaluation).tolist()
+    assert len(judged) == evaluation_rows(read_manifest(manifest, config.task), 0.01, config.split_seed, "tiny").sum()
 
 
 def test_a_dealt_experiment_is_judged_at_its_hospitals(pictures, tmp_path) -> None:

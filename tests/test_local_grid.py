@@ -79,6 +79,10 @@ def test_what_a_worker_says_is_read_as_it_was_meant(said):
     assert vars(heard) == vars(said) if isinstance(said, Error) else heard == said
 
 
+def test_a_name_that_is_no_text_is_told_with_a_question_mark():
+    assert read_answer(answer(Error(2, "caf\udce4.toml: no such file"))).reason == "caf?.toml: no such file"
+
+
 def test_slots_are_used_again(grid, tmp_path):
     for _ in range(20):
         exchange(grid, dict.fromkeys(range(1, 7), content(size=1000)))

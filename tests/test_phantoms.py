@@ -216,6 +216,6 @@ def test_the_demo_gives_way_to_what_was_said_even_if_it_is_the_default(tmp_path:
     phantom_folder("cxr").mkdir(parents=True)
     config = run_file.validate(run_file.override({}, ["train.rounds=5", "model.norm=group", "data.server=own.csv"]))
     demo = with_phantoms(config, explicit=run_file.explicit_keys(config))
-    assert (demo.train.rounds, demo.model.norm, demo.data.server) == (5, "group", "own.csv")
-    assert (demo.model.name, demo.train.local_epochs, len(demo.data.sites)) == ("chexnet", 2, 4)
-    assert with_phantoms(run_file.validate({})).train.rounds == 4
+    assert (demo.train.rounds, demo.data.server) == (5, "own.csv")
+    assert (demo.model.name, demo.model.norm, len(demo.data.sites)) == ("chexnet", "group", 4)
+    assert with_phantoms(run_file.validate({})).train.rounds == 8

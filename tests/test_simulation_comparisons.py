@@ -94,22 +94,20 @@ def test_the_declared_arms_are_those_that_are_tuned_and_judged() -> None:
 
 def test_an_arm_within_the_margin_is_told_apart_from_one_that_is_not() -> None:
     run = script("heart-disease", "run")
-    rows = [
-        {"first": "fedavg", "second": "pooled", "low": -0.0199},
-        {"first": "ditto", "second": "pooled", "low": -0.02},
-    ]
-    rows.append({"first": "ditto", "second": "local", "low": 1.0})
+    judged = {("fedavg", "pooled"): -0.0199, ("ditto", "pooled"): -0.02, ("ditto", "local"): 1.0}
+    rows = [{"first": a, "second": b, "difference": 0.0, "low": low, "high": 1.0} for (a, b), low in judged.items()]
+    rows.append({"first": "fedadam", "second": "pooled", "difference": 0.0, "low": None, "high": None})
     first, second, all_ = run.verdict({"comparisons": rows}, ["ditto", "fedavg"])
     assert "`ditto`" in first and "**not above −0.02**" in first
     assert "`fedavg`" in second and "**above −0.02**" in second
     assert all_.endswith("chosen or not: fedavg.")
     found = {"value": 0.8, "low": 0.7, "high": 0.9}
-    for low, met in ((-0.0199, "**above −0.02**"), (-0.02, "**not above −0.02**")):
+    for low, met in ((-0.0199, "**above −0.02**"), (-0.02, "**not above −0.02**"), (None, "without an interval")):
         report = {
             "arms": [{"arm": "fedavg", "endpoint": found}],
             "comparisons": [{"difference": 0, "low": low, "high": 0}],
         }
-        assert met in run.beside_pooled(report, run.ONE_STEP)[0]
+        assert met in run.beside_pooled(report, run.ONE_STEP)
 
 
 def test_compare_deals_nobody_to_two_hospitals(tmp_path, capsys) -> None:

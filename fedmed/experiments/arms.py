@@ -130,12 +130,12 @@ def check_same_budget(config: RunConfig) -> None:
     Raises:
         ConfigError: there are both.
     """
-    others = [arm for arm in arms_of(config) if kind_of(arm) != "federated"]
-    stopping = _stopping(config)
-    if others and stopping:
+    arms, stopping = arms_of(config), _stopping(config)
+    others = [arm for arm in arms if kind_of(arm) != "federated"]
+    if others and stopping and len(arms) > 1:
         raise ConfigError(
             f"{stopping[0]} ends each training at a time of its own, so {' and '.join(others)} would not have "
-            "the budget of a federated arm; set it to 0, or leave these out of evaluate.compare"
+            "the same budget as the other arms; set it to 0, or leave these out of evaluate.compare"
         )
     resting = _resting(config)
     if others and resting:

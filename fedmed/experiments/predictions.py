@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -95,7 +97,7 @@ def places_of(config: RunConfig) -> tuple[Place, ...]:
 def check_endpoint(config: RunConfig) -> None:
     """Refuse a declared endpoint that nobody could judge, before anything is trained.
 
-    A data set of the user's own is trusted to hold somebody out, and asked only if `evaluate.site-share` is 0.
+    A data set of the user's own is trusted to hold somebody out, and made only if `evaluate.site-share` is 0.
 
     Args:
         config: the run, with every path absolute.
@@ -147,9 +149,19 @@ def read_predictions(run: Path, judged: RunConfig) -> dict[str, Judged]:
 def _holds_out(place: Place, config: RunConfig) -> bool:
     share = config.evaluate.site_share
     if config.data.dataset:
-        return share > 0 or len(_held_out(place, config)[1]) > 0
+        return share > 0 or _own_data_hold_out(place, config)
     manifest = read_manifest(Path(place.path), config.task)
     return bool(evaluation_rows(manifest, share, config.split_seed, place.name).any())
+
+
+def _own_data_hold_out(place: Place, config: RunConfig) -> bool:
+    """Whether the user's function holds anybody out; asked in a process that ends, as runs are forked from this one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as apart:
+        return apart.submit(_held_out_count, place, config).result() > 0
+
+
+def _held_out_count(place: Place, config: RunConfig) -> int:
+    return len(_held_out(place, config)[1])
 
 
 def _held_out(place: Place, config: RunConfig) -> tuple[Dataset, NDArray[np.int64]]:
@@ -162,6 +174,7 @@ def _held_out(place: Place, config: RunConfig) -> tuple[Dataset, NDArray[np.int6
         dataset=config.data.dataset,
         cache_dir=cache_folder(),
         cache_gib=config.data.cache_gib,
+        virtual=True,
     )
     data = site_data(site, settings_for_sites(config))
     return data, np.flatnonzero(data.evaluation)

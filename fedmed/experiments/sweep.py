@@ -20,18 +20,12 @@ from fedmed.experiments.judging import Bench, Drawn, check_same_split, intervals
 from fedmed.experiments.predictions import SERVER, check_endpoint, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
+from fedmed.federated.phantoms import with_phantoms
 
 RESULT, TABLE, FAILED = "sweep.json", "sweep.csv", "failed"
 JUDGING = tuple(f"evaluate.{key}" for key in ("primary", "endpoint", "resplit", "compare", "family"))
-FIXED = (
-    "name",
-    "seed",
-    "evaluate.seeds",
-    "evaluate.split-seed",
-    "data.sites",
-    "data.server",
-    *JUDGING,
-)  # of all points
+SAMPLING = ("seed", "evaluate.seeds", "evaluate.split-seed")
+FIXED = ("name", "data.sites", "data.server", *SAMPLING, *JUDGING)  # of all points
 Value = str | int | float | bool
 Row = dict[str, Any]
 NOTHING: Row = {"value": None, "low": None, "high": None, "n": None}
@@ -110,7 +104,7 @@ def sweep(
     """Run a grid, and write `sweep.json` and `sweep.csv`. A run that fails has no value there, and ends no other.
 
     Args:
-        config: what all points share, with every path absolute.
+        config: what all points share, with every path absolute; phantom hospitals if it names no sites.
         vary: `KEY=a,b,c` each.
         folder: of the experiment; finished runs in it are reused.
         home: that paths among the values are relative to: the run file's folder.
@@ -123,6 +117,7 @@ def sweep(
     Raises:
         FedmedError: a key or a value cannot work, or the data cannot be used.
     """
+    config = with_phantoms(config, explicit=run_file.explicit_keys(config))
     points = [replace(point, config=dealt(point.config, folder)) for point in points_of(config, vary, home)]
     for point in points:
         check_endpoint(point.config)

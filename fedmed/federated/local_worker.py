@@ -91,7 +91,9 @@ def question(message: Message, header: bytes, slot: str) -> bytes:
 
 def answer(said: bytes | Error) -> bytes:
     """What `work` says: the header of an answer's content, or the error in its place."""
-    return f"error\n{said.code} {said.reason}".encode() if isinstance(said, Error) else b"reply\n" + said
+    if isinstance(said, Error):
+        return f"error\n{said.code} {said.reason}".encode(errors="replace")  # a file's name may be no text
+    return b"reply\n" + said
 
 
 def read_answer(data: bytes) -> bytes | Error:

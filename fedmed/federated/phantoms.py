@@ -15,7 +15,7 @@ from fedmed.imaging.phantoms.hospitals import synthesize
 from fedmed.types import OnProgress
 
 Kind = Literal["cxr", "lung-seg"]
-SITES, PATIENTS, SEED = 4, 100, 7
+SITES, PATIENTS, SEED = 4, 80, 7
 RUNS: dict[Kind, str] = {
     "cxr": """\
 name = "phantom-cxr"
@@ -30,8 +30,7 @@ kind = "classification"
 labels = ["nodule", "cavity", "reticulation", "consolidation"]
 
 [train]
-rounds = 4
-local-epochs = 2
+rounds = 8
 batch-size = 16
 learning-rate = 1e-3
 precision = "auto"             # bfloat16 where the machine has units for it

@@ -15,7 +15,7 @@ import prepare
 HERE = Path(__file__).absolute().parent
 sys.path.insert(0, str(HERE.parent))
 
-from readme import Found, fedmed, number, put, spread  # noqa: E402  # lies beside the simulations
+from readme import Found, comparisons, fedmed, number, put, spread  # noqa: E402  # lies beside the simulations
 
 NAMES = ("classification", "nih", "lungs")
 
@@ -55,14 +55,7 @@ def text_of(report: Found) -> str:
     for arm in report["arms"]:
         cells = " | ".join(number(arm["places"][site]["value"]) for site in sites)
         lines.append(f"| {arm['arm']} | {spread(arm['endpoint'])} | {cells} |")
-    lines += ["", "| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
-    for one in report["comparisons"]:
-        between = "" if one["low"] is None else f" ({one['low']:+.3f} to {one['high']:+.3f})"
-        difference = f"{one['difference']:+.3f}{between}"
-        lines.append(
-            f"| {one['first']} − {one['second']} | {difference} | {number(one['p'])} | {number(one['p_holm'])} |"
-        )
-    return "\n".join([*lines, *(f"\nNote: {note}." for note in report["notes"])])
+    return "\n".join([*lines, "", *comparisons(report), *(f"\nNote: {note}." for note in report["notes"])])
 
 
 if __name__ == "__main__":

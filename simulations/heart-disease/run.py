@@ -19,6 +19,10 @@ from typing import Any
 import tomli_w
 
 HERE = Path(__file__).absolute().parent
+sys.path.insert(0, str(HERE.parent))
+
+from readme import Found, comparisons, difference, number, put, spread  # noqa: E402  # lies beside the simulations
+
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va_long_beach")
 GRID: Mapping[str, tuple[float | str, ...]] = {
     "train.learning-rate": (0.03, 0.1, 0.3, 1.0),
@@ -37,9 +41,7 @@ ONE_STEP: Mapping[str, float | str] = {
 }
 ONE_STEP_GRID = ("train.learning-rate", (0.1, 0.3, 1.0))
 MARGIN = 0.02
-BEGIN, END = "<!-- begin: run.py -->", "<!-- end: run.py -->"
 FLAMBY = {"pooled": 0.795, "best single site": 0.784, "fedavg": 0.748, "best federated": 0.785}
-Found = dict[str, Any]
 Setting = Mapping[str, float | str]
 
 
@@ -58,11 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"tuned: {dict(setting)}; {tuned}", flush=True)
     report = experiment(options.out, "compare", table, setting, options.jobs)
     steps, one_step = in_one_step(table, options.out, options.jobs)
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    written = "\n".join((text_of(report, setting, tuned), *beside_pooled(one_step, steps)))
-    readme.write_text(f"{before}{BEGIN}\n\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(f"wrote {readme}; page: {options.out / 'compare' / 'comparison.html'}")
+    put(HERE / "README.md", "run.py", f"{text_of(report, setting, tuned)}\n{beside_pooled(one_step, steps)}")
+    print(f"wrote {HERE / 'README.md'}; page: {options.out / 'compare' / 'comparison.html'}")
     return 0
 
 
@@ -134,38 +133,42 @@ def text_of(report: Found, setting: Setting, tuned: Mapping[str, float]) -> str:
         "|---|---|---|" + "---|" * len(sites),
     ]
     for name, arm in rows.items():
-        cells = " | ".join(f"{arm['places'][site]['value']:.3f}" for site in sites)
+        cells = " | ".join(number(arm["places"][site]["value"]) for site in sites)
         before = f"{tuned[name]:.3f}" if name in tuned else ""
         lines.append(f"| {name} | {before} | {spread(arm['endpoint'])} | {cells} |")
-    lines += ["", "| comparison | difference | p | p, Holm |", "|---|---|---|---|"]
-    for one in report["comparisons"]:
-        difference = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
-        lines.append(f"| {one['first']} − {one['second']} | {difference} | {one['p']:.3f} | {one['p_holm']:.3f} |")
+    lines += ["", *comparisons(report)]
     return "\n".join([*lines, "", *verdict(report, judged), "", *beside_flamby(report, rows, sites)]) + "\n"
 
 
 def verdict(report: Found, judged: Sequence[str]) -> list[str]:
     """Whether the arms that were chosen beforehand are shown to be as good as pooling, and which others would be."""
-    against = {one["first"]: one["low"] for one in report["comparisons"] if one["second"] == "pooled"}
+    against = {one["first"]: one for one in report["comparisons"] if one["second"] == "pooled"}
     lines = []
     roles = ("the best federated arm on tuning folds", "the best one of a single network")
     for arm, what in zip(judged, roles, strict=True):
-        met = "above" if against[arm] > -MARGIN else "not above"
-        lines.append(f"* `{arm}`, {what}: the lower limit against pooled is {against[arm]:+.3f}, **{met} −{MARGIN}**.")
-    within = ", ".join(name for name, low in against.items() if low > -MARGIN) or "none"
+        lines.append(f"* `{arm}`, {what}: against pooled {difference(against[arm])}, {limit(against[arm])}.")
+    within = ", ".join(name for name, one in against.items() if shown(one)) or "none"
     return [*lines, f"* All arms whose lower limit is above −{MARGIN}, chosen or not: {within}."]
 
 
-def beside_pooled(report: Found, setting: Setting) -> list[str]:
+def shown(one: Found) -> bool:
+    """Whether a comparison shows that its first arm loses less than the margin."""
+    return one["low"] is not None and bool(one["low"] > -MARGIN)
+
+
+def limit(one: Found) -> str:
+    """The lower limit of a comparison beside the margin, in words."""
+    if one["low"] is None:
+        return "the same on every resample, so without an interval"
+    return f"lower limit **{'above' if shown(one) else 'not above'} −{MARGIN}**"
+
+
+def beside_pooled(report: Found, setting: Setting) -> str:
     """FedAvg of one full-batch step a round, and pooled training."""
     arms = ", ".join(f"`{arm['arm']}` {spread(arm['endpoint'])}" for arm in report["arms"])
     (one,) = report["comparisons"]
     chosen = ", ".join(f"`{key} = {value}`" for key, value in setting.items())
-    limits = "the same on every resample, so without an interval"
-    if one["low"] is not None:
-        met = "above" if one["low"] > -MARGIN else "not above"
-        limits = f"({one['low']:+.4f} to {one['high']:+.4f}), lower limit **{met} −{MARGIN}**"
-    return [f"One full-batch step a round ({chosen}): {arms}; difference {one['difference']:+.4f} {limits}.", ""]
+    return f"One full-batch step a round ({chosen}): {arms}; difference {difference(one)}, {limit(one)}."
 
 
 def beside_flamby(report: Found, arms: Mapping[str, Found], sites: Sequence[str]) -> list[str]:
@@ -190,11 +193,6 @@ def mean_at_all(report: Found, network: str, sites: Sequence[str]) -> float:
         cell["place"]: cell["metrics"]["accuracy"]["value"] for cell in report["matrix"] if cell["network"] == network
     }
     return float(sum(cells[site] for site in sites) / len(sites))
-
-
-def spread(found: Found) -> str:
-    """A value and its interval."""
-    return f"{found['value']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
 
 
 if __name__ == "__main__":
