@@ -336,6 +336,8 @@ def test_turns_ask_one_site_a_round():
         ({"patients": -1}, "malformed"),
         ({"images": "many"}, "malformed"),
         ({"images": ""}, "malformed"),
+        ({"images": 2**62}, "malformed"),
+        ({"patients": 10**9 + 1}, "malformed"),
         ({"unreadable": -1}, "malformed"),
         ({"unreadable": "many"}, "malformed"),
         ({"code": "other"}, "with other code than the server's"),
@@ -378,8 +380,11 @@ def test_a_site_takes_part_under_the_name_of_its_key_alone():
 LAYOUT = layout_of(torch.nn.BatchNorm1d(3))
 
 
-def update_of(size: int = 6, *, change: float = 0.0, examples: object = 5, **facts: object) -> Update:
-    weights = Weights(parameters=np.full(size, change, np.float32), buffers=np.zeros(7, np.float32))
+def update_of(
+    size: int = 6, *, change: float = 0.0, variance: float = 0.0, examples: object = 5, **facts: object
+) -> Update:
+    buffers = np.array([0, -1, 0, 0, 0, variance, 0], np.float32)  # three means, three variances, a counter
+    weights = Weights(parameters=np.full(size, change, np.float32), buffers=buffers)
     return Update(weights=weights, layout=LAYOUT.hash, num_examples=examples, facts={"patients": 3, **facts})
 
 
@@ -400,6 +405,7 @@ SENT = Weights(parameters=np.zeros(6, np.float32), buffers=np.zeros(7, np.float3
         (update_of(change=np.inf), "parameters are not finite"),
         (update_of(change=1e30), "parameters are not finite"),
         (update_of(change=2.0), "moved the network by 4.899, above strategy.max-update-norm = 4"),
+        (update_of(variance=-1e-3), "a running variance below 0"),
     ],
 )
 def test_what_cannot_be_true_is_refused_with_the_reason(update, reason):

@@ -24,6 +24,7 @@ from fedmed.training.local_algorithms.scaffold import path_length, scaffold
 from fedmed.training.loop import RoundContext, train_
 from fedmed.training.losses import masked_bce
 from fedmed.training.network import FlatNetwork
+from fedmed.training.schedule import learning_rate_factor
 from fedmed.training.site_round import site_card, train_round
 from fedmed.types import Weights
 
@@ -230,6 +231,23 @@ def test_the_length_of_the_path_is_how_far_equal_gradients_go(keys):
     context = RoundContext(round=2)
     train_(network, data, np.arange(4), config, lambda logits, _: logits.mean(), np.random.default_rng(0), context)
     assert path_length(config, 2, 1.0, 7) == pytest.approx(before - network.vector.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{}, {"momentum": 0.9}, {"schedule": "cosine", "momentum": 0.3}], ids=str)
+def test_the_path_of_more_steps_than_are_looked_at_one_by_one_is_as_long_as_theirs_together(keys):
+    settings = {"optimizer": "sgd", "learning-rate": 0.1, "warmup-rounds": 2, "rounds": 4, **keys}
+    config, steps = run_file.validate({"train": settings}).train, 25_001
+    for round in (1, 3):
+        momentum = expected = 0.0
+        for step in range(steps):
+            momentum = config.momentum * momentum + 1
+            expected += 0.1 * momentum * learning_rate_factor(config, round - 1 + (step + 0.5) / steps)
+        assert path_length(config, round, 1.0, steps) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_path_of_any_number_of_steps_is_known_at_once():
+    config = run_file.validate({"train": {"optimizer": "sgd", "learning-rate": 0.1, "momentum": 0.5}}).train
+    assert path_length(config, 1, 1.0, 10**18) == pytest.approx(0.1 * 10**18 / 0.5)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from rounds_by_hand import LINEAR, run_of, terms_of, zeros
 
+import fedmed
 from fedmed.errors import UpdateRefused
 from fedmed.federated.admission import (
     PRIVACY,
@@ -21,12 +22,15 @@ from fedmed.federated.admission import (
     validated_weights,
 )
 from fedmed.federated.combiners import combiner
+from fedmed.federated.identity import package_hash
+from fedmed.federated.member import MOST, member_of
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import STRATEGIES
 from fedmed.federated.strategies.feddg_ga import RECEIVED, TRAINED
 from fedmed.federated.wire import encode_update
 from fedmed.metrics import NOISE, PATIENTS, SUMS, classification_sums, score_cases, segmentation_sums
 from fedmed.training.evaluate import PERSONAL, checked_sums
+from fedmed.training.sampling import steps_allowed
 from fedmed.types import Update
 
 TASKS = {
@@ -56,12 +60,12 @@ def strict(value: object) -> None:
     json.dumps(value, allow_nan=False, indent=2)
 
 
-def taken(content, config) -> None:
-    """What the round loop does with one reply."""
+def taken(content, config, known: int = 9) -> None:
+    """What the round loop does with one reply of a site whose card names so many images and patients."""
     terms = terms_of(config)
     update = decoded_update(content, TASKS["classification"])
     strict(privacy_in(update.facts))
-    validated_counts(update, images=9, patients=9)
+    validated_counts(update, images=known, patients=known)
     weights = validated_weights(update, LINEAR)
     combined = combiner(terms)
     combined.add("a", update, weights)
@@ -81,6 +85,32 @@ def test_facts_of_a_site_are_used_or_refused_by_every_algorithm(name, facts, mor
     content["update"] = ConfigRecord({"json": json.dumps({**known, "facts": facts, **more})})
     with suppress(UpdateRefused):
         taken(content, run_of(name))
+
+
+def card_of(**counts: object) -> RecordDict:
+    said = {"site": "a", "version": fedmed.__version__, "code": package_hash(), "problem": "", "reasons": ""}
+    known = {"patients": 1, "images": 1, "modalities": 1, "unreadable": 0, "holds-out": True}
+    return RecordDict({"card": ConfigRecord({**said, **known, **counts})})
+
+
+@given(counts=some.dictionaries(some.sampled_from(["patients", "images", "modalities", "unreadable"]), NUMBERS))
+@example(counts={"images": 2**62})
+@example(counts={"patients": 10**400})
+@example(counts={"unreadable": 2**62})
+@settings(max_examples=60, deadline=None)
+def test_counts_of_a_card_are_some_that_a_site_can_have_or_it_is_refused(counts):
+    with suppress(UpdateRefused):
+        member = member_of(card_of(**counts), 1)
+        assert all(0 <= each <= MOST for each in (member.patients, member.images, member.modalities, member.unreadable))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_update_of_all_the_images_that_a_card_may_name_keeps_the_server_no_longer_than_another(name):
+    config = run_of(name, {"batch-size": 1, "schedule": "cosine", "warmup-rounds": 1})
+    facts = {"steps": steps_allowed(config, MOST).start, RECEIVED: 1.0, TRAINED: 1.0, "patients": MOST}
+    taken(
+        encode_update(Update(weights=zeros(LINEAR), layout=LINEAR.hash, num_examples=MOST, facts=facts)), config, MOST
+    )
 
 
 @pytest.mark.parametrize("said", [{"events": [float("nan")]}, {"events": [{"steps": 10**400}]}, {"epsilon": 10**400}])

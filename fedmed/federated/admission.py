@@ -19,6 +19,7 @@ from fedmed.federated.wire import decode_update
 from fedmed.privacy.chain import Anchor
 from fedmed.privacy.egress import HEAD
 from fedmed.training.evaluate import checked_sums, metrics_from, parted_sums, personal_sums
+from fedmed.training.moments import has_negative_variance
 from fedmed.types import FloatVector, Layout, Scalar, Update, Weights
 
 PRIVACY = (
@@ -118,6 +119,8 @@ def validated_counts(update: Update, *, images: int, patients: int) -> None:
 def validated_weights(update: Update, layout: Layout, *, sent: Weights | None = None, max_norm: float = 0.0) -> Weights:
     """The weights of an update that can be averaged: of this layout and length, finite, and not too far away.
 
+    `max_norm` bounds the parameters alone; of running statistics, variances are at least 0.
+
     Args:
         update: what a site sent.
         layout: of the global network.
@@ -144,6 +147,8 @@ def validated_weights(update: Update, layout: Layout, *, sent: Weights | None = 
         )
     if not math.isfinite(_norm(update.weights.buffers)):
         raise UpdateRefused("the update's buffers are not finite")
+    if has_negative_variance(update.weights.buffers, layout):
+        raise UpdateRefused("the update's buffers hold a running variance below 0")
     return update.weights
 
 

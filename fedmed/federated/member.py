@@ -16,6 +16,7 @@ from fedmed.types import Scalar
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}")
 LONGEST_TEXT = 500  # characters of a problem, or of reasons
+MOST = 10**9  # patients, or images, that a site can have
 MASKING = re.compile(r"([0-9a-f]{64}/([0-9a-f]{128})?|/)")  # public key, signature
 
 
@@ -73,7 +74,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             raise CannotJoin(problem, site=name)
         counts = {key: int(card[key]) for key in ("patients", "images", "modalities")}
         unreadable = None if card["unreadable"] == "" else int(card["unreadable"])
-        if min(*counts.values(), unreadable or 0) < 0:
+        if not all(0 <= count <= MOST for count in (*counts.values(), unreadable or 0)):
             raise ValueError
         return Member(
             name=name,

@@ -25,6 +25,12 @@ def variances(moments: FloatVector, layout: Layout) -> FloatVector:
     return buffers
 
 
+def has_negative_variance(buffers: FloatVector, layout: Layout) -> bool:
+    """Whether any running variance is below 0, which no data have."""
+    found = [buffers[variance.span] for _, variance in _normalisations(layout)]
+    return bool(found) and bool(np.concatenate(found).min() < 0)
+
+
 def _normalisations(layout: Layout) -> Iterator[tuple[Entry, Entry]]:
     """(running_mean, running_var) of every BatchNorm in the layout."""
     by_name = {entry.name: entry for entry in layout.buffers}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from fedmed.config import TrainConfig
@@ -11,6 +13,7 @@ from fedmed.training.local_algorithms.visit import Outcome, Visit
 from fedmed.training.schedule import learning_rate_factor
 
 CONTROL = "control"  # the server's c in a task, cᵢ on the site's disk
+PIECES = 10_000  # of a round at whose middles its schedule is read
 
 
 def scaffold(visit: Visit) -> Outcome:
@@ -63,17 +66,22 @@ def path_length(config: TrainConfig, round: int, plateau: float, steps: int) -> 
 
     Σ_k η_k·m_k with m_k = β·m_{k−1} + 1, m_0 = 0: the sum of the weights that SGD with momentum β gives the gradients
     of steps 1 to k. It is K·η for β = 0 and a constant η, and follows from the task alone, so that a round that was
-    killed and taken up again needs nothing more.
+    killed and taken up again needs nothing more. In a round of more than `PIECES` steps η_k is that of the middle of
+    its piece: a site says how many steps it took, and the server works no longer for one that claims more.
 
     Args:
         config: learning rate, momentum and schedule.
         round: 1-based.
         plateau: factor of the learning rate that the server has come to.
-        steps: of the optimizer, all that the round was to take.
+        steps: of the optimizer, all that the round was to take; at least 1.
     """
-    total = momentum = 0.0
-    for step in range(steps):
-        momentum = config.momentum * momentum + 1
-        factor = learning_rate_factor(config, round - 1 + (step + 0.5) / steps, plateau)
-        total += config.learning_rate * factor * momentum
+    pieces, total = min(steps, PIECES), 0.0
+    for start, end in pairwise(steps * piece // pieces for piece in range(pieces + 1)):
+        factor = learning_rate_factor(config, round - 1 + (start + end) / 2 / steps, plateau)
+        total += config.learning_rate * factor * (_momenta(config.momentum, end) - _momenta(config.momentum, start))
     return total
+
+
+def _momenta(beta: float, steps: int) -> float:
+    """m_1 + … + m_K = (K - β·(1 - β^K) / (1 - β)) / (1 - β)."""
+    return (steps - beta * (1 - beta**steps) / (1 - beta)) / (1 - beta)
