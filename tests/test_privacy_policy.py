@@ -316,6 +316,25 @@ def test_a_run_that_no_site_allows_does_not_begin(under, policy, rule):
 
 
 @pytest.mark.parametrize(
+    "strategy",
+    [{"name": "cyclic"}, {"name": "own:Steps"}, {"combine": "krum"}, {"combine": "krum", "name": "fedavgm"}],
+    ids=str,
+)
+def test_a_run_that_may_pass_on_a_single_network_adds_up_one_whatever_it_says(toy_config, tmp_path, strategy):
+    task = task_of(toy_config("a-40", strategy={**strategy, "min-sites": 5}), "train", 1)
+    with pytest.raises(PolicyRefused, match="adds up 1 sites at least; this site asks for 2") as refused:
+        train_round(task, site_in(tmp_path / "two", "[policy.training]\nmin-sites = 2"))
+    assert refused.value.rule == "policy.training.min-sites"
+    train_round(task, site_in(tmp_path / "one", POLICY, name="a-40"))
+
+
+@pytest.mark.parametrize("strategy", [{}, {"combine": "multi-krum"}, {"combine": "median"}], ids=str)
+def test_a_run_that_mixes_several_networks_adds_up_as_many_as_it_says(toy_config, tmp_path, strategy):
+    task = task_of(toy_config("a-40", strategy={**strategy, "min-sites": 5}), "train", 1)
+    train_round(task, site_in(tmp_path, f"[policy.training]\nmin-sites = 5\n{POLICY}", name="a-40"))
+
+
+@pytest.mark.parametrize(
     ("rules", "rule"),
     [
         ("[policy]\npaused = true", "policy.paused"),

@@ -45,8 +45,8 @@ class TrainingRules(Section):
         int,
         Field(
             ge=1,
-            description="hospitals whose updates a run must add up, by its `strategy.min-sites`; in a secure sum the "
-            "site sees to it itself",
+            description="hospitals whose updates a run must add up, by its `strategy.min-sites`; with `cyclic`, "
+            "`krum` and algorithms of the user's own it is taken to be one; in a secure sum the site sees to it itself",
         ),
     ] = 1
     secure_sum: Annotated[
@@ -212,7 +212,7 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
     if task.min_sites < training.min_sites:
         yield (
             "policy.training.min-sites",
-            f"the run adds up at least {task.min_sites} sites; this site asks for {training.min_sites}",
+            f"the run adds up {task.min_sites} sites at least; this site asks for {training.min_sites}",
         )
     if training.secure_sum and not task.secure_sum:
         yield "policy.training.secure-sum", "the site's network leaves in a secure sum alone (strategy.secure-sum)"

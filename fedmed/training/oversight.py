@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar, cast, get_args
 
-from fedmed.config import RunConfig
+from fedmed.config import RunConfig, StrategyConfig
 from fedmed.errors import FedmedError, LedgerUnusable, PolicyRefused
 from fedmed.imaging.dataset import Dataset
 from fedmed.metrics import is_exact
@@ -141,7 +141,7 @@ def _answer(
         kind=asked,
         network=config.model.name,
         algorithm=config.strategy.name,
-        min_sites=config.strategy.min_sites,
+        min_sites=_added_up(config.strategy),
         secure_sum=config.strategy.secure_sum,
         privacy=config.privacy,
         patients=trained,
@@ -152,6 +152,12 @@ def _answer(
     bound = ledger.epsilon_rdp
     quick = Spent(epsilon=bound, accountant="rdp", epsilon_rdp=bound)
     return policy, ledger, decide(policy, request, quick if bound <= policy.privacy.epsilon else ledger.spent())
+
+
+def _added_up(strategy: StrategyConfig) -> int:
+    """How many sites' networks are in the next one, at least. Of a user's own algorithm no site knows more than one."""
+    one = strategy.name == "cyclic" or ":" in strategy.name or strategy.combine == "krum"
+    return 1 if one else strategy.min_sites
 
 
 def _no_policy(config: RunConfig) -> SitePolicy:
