@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import pytest
 from dicom_files import cells_of, image_object, picture, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed_run import count_calls
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig
+from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import partition
+from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.virtual_hospitals import planned, with_hospitals
 
 people = st.lists(st.integers(0, 10_000), min_size=20, max_size=120, unique=True).map(
@@ -159,6 +164,37 @@ def test_a_column_that_tears_a_patient_is_missing_or_empty_is_refused_without_na
     manifest.write_text(good)
     with pytest.raises(DataError, match="empty or missing"):
         planned(config.model_copy(update={"simulation": absent}))
+
+
+def test_patients_of_the_server_among_those_that_are_dealt_are_refused_without_naming_anybody(tmp_path):
+    config = run_over(tmp_path / "data", "iid", **{"partition-sites": 3})
+    server = tmp_path / "server.csv"
+    served = config.model_copy(update={"data": config.data.model_copy(update={"server": str(server)})})
+    server.write_text("patient_id,image,finding\nnorth-4,a.dcm,0\nshared,b.dcm,1\nshared,c.dcm,1\nother,d.dcm,1\n")
+    with pytest.raises(DataError, match=r"data\.server: 2 of its patients are in data.sites too") as error:
+        planned(served)
+    assert "north-4" not in str(error.value) and "shared" not in str(error.value)
+    server.write_text("patient_id,image,finding\nother,d.dcm,1\n")
+    assert planned(served) == planned(config)
+
+
+def test_what_a_kill_leaves_of_dealt_manifests_is_its_owners_alone_and_goes_when_the_run_is_resumed(tmp_path):
+    config = run_over(tmp_path / "data", "iid", **{"partition-sites": 3})
+    folder = RunFolder.create(tmp_path / "run", config)
+    child = os.fork()
+    if child == 0:
+        try:
+            count_calls("rename:2")
+            with_hospitals(config, folder.path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = folder.path.glob(".partition-*")
+    assert open_to_others(left) is False
+    assert [open_to_others(path) for path in left.rglob("manifest.csv")] == [False]
+    resumed = RunFolder.resume(folder.path)
+    assert not list(folder.path.glob(".partition-*"))
+    assert len(manifests(with_hospitals(config, resumed.path))) == 3
 
 
 def test_what_a_scanner_is_called_is_never_shown(tmp_path):

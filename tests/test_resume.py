@@ -197,6 +197,19 @@ def test_the_last_checkpoints_stay_and_with_each_the_network_that_was_best_then(
     assert kept == {"round-0003", "round-0004", "best-0002", "best-0004"}
 
 
+def test_between_checkpoints_only_the_best_network_and_those_that_checkpoints_name_stay(tmp_path, toy_config):
+    folder = RunFolder.create(tmp_path / "run", toy_config("a-4"))
+    weights = Weights(parameters=np.zeros(3, np.float32), buffers=np.zeros(0, np.float32))
+    for round in range(1, 20):
+        folder.save_best(round, weights)
+        if round in (5, 9):
+            folder.save_checkpoint(round, weights, {}, {"best_round": round}, [{"round": round}], keep=2)
+        kept = {path.stem for path in (folder.path / "checkpoints").glob("best-*.safetensors")}
+        named = {f"best-{each:04d}" for each in (5, 9) if each <= round}
+        assert kept == named | {f"best-{round:04d}"}, "what a resumed run would load, and the best one"
+    folder.close()
+
+
 def test_a_damaged_last_checkpoint_costs_a_round_and_not_the_run(toy_config, simulate):
     config = toy_config("a-20", "b-20", train={"rounds": 3}, evaluate={"keep": "last"})
     _, folder = simulate(config)

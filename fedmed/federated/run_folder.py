@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +67,9 @@ class RunFolder:
         return folder
 
     def clear_up(self) -> None:
-        """Remove what a killed process left half written."""
+        """Remove what a killed process left half written, its hospitals' manifests (`virtual_hospitals`) included."""
+        for dealt in self.path.glob(".partition-*"):
+            shutil.rmtree(dealt, ignore_errors=True)
         for partial in self.path.rglob(".*.partial"):
             partial.unlink(missing_ok=True)
         shutil.rmtree(self.spool, ignore_errors=True)
@@ -132,18 +134,22 @@ class RunFolder:
     def prune(self, *, keep: int) -> None:
         """Remove all checkpoints but the last ones, and all networks that were best but those that they name."""
         last = self._checkpoints()[-keep:]
-        kept = {path.stem for path in last} | {f"best-{_best_round(path):04d}" for path in last}
-        for kind in ("round-*.safetensors", "round-*.json", "best-*.safetensors"):
-            for path in (self.path / "checkpoints").glob(kind):
-                if path.stem not in kept:
-                    path.unlink()
+        self._remove("round-*.safetensors", "round-*.json", but={path.stem for path in last})
+        self._remove("best-*.safetensors", but=set(map(_best_of, last)))
 
     def save_best(self, round: int, weights: Weights) -> None:
-        """Keep a copy of the best network so far; the one before stays until the next checkpoint names this one."""
+        """Keep a copy of the best network so far. Of those before, the ones stay that a checkpoint names."""
+        name = f"best-{round:04d}"
         save_vectors(
-            self.path / "checkpoints" / f"best-{round:04d}.safetensors",
+            self.path / "checkpoints" / f"{name}.safetensors",
             {"parameters": weights.parameters, "buffers": weights.buffers},
         )
+        self._remove("best-*.safetensors", but={name, *map(_best_of, self._checkpoints())})
+
+    def _remove(self, *kinds: str, but: Collection[str]) -> None:
+        for path in [path for kind in kinds for path in (self.path / "checkpoints").glob(kind)]:
+            if path.stem not in but:
+                path.unlink()
 
     def best(self, round: int) -> Weights:
         """The network kept by `save_best`."""
@@ -256,12 +262,13 @@ def folder_of(runs: Path, series: int) -> Path | None:
     return found.parent if found is not None else None
 
 
-def _best_round(checkpoint: Path) -> int:
-    """The round of the network that was best at a checkpoint; 0 if there was none, or it cannot be read."""
+def _best_of(checkpoint: Path) -> str:
+    """The stem of the file of the network that was best at a checkpoint; best-0000 if none is told."""
     try:
-        return int(json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")).get("best_round", 0))
+        round = int(json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8")).get("best_round", 0))
     except (OSError, ValueError):
-        return 0
+        round = 0
+    return f"best-{round:04d}"
 
 
 def number_of(path: Path) -> int:

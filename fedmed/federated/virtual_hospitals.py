@@ -44,7 +44,8 @@ def planned(config: RunConfig, progress: OnProgress | None = None) -> tuple[Hosp
     """The hospitals that a run will have. Nothing is written.
 
     Raises:
-        DataError: a manifest cannot be used, or the column that decides is missing, empty or torn within a patient.
+        DataError: a manifest cannot be used, the column that decides is missing, empty or torn within a patient, or
+            patients to be dealt are the server's too.
         ConfigError: there are too few patients, or too few labels for the scheme.
     """
     return _as_given(config) if config.simulation.partition == "as-given" else _dealt(config, progress)
@@ -177,6 +178,13 @@ def _joined(config: RunConfig) -> tuple[tuple[str, ...], dict[str, list[Record]]
             if record.get("mask"):
                 files["mask"] = str((path.parent / record["mask"]).absolute())
             of_patient[record["patient_id"]].append({**record, **files})
+    if config.data.server:
+        judged = {row.patient for row in read_manifest(Path(config.data.server), config.task).rows}
+        if shared := len(judged & of_patient.keys()):
+            raise DataError(
+                f"data.server: {shared} of its patients are in data.sites too, by their patient_id; dealt to hospitals "
+                "(simulation.partition) they would be trained on and judged. Take them out of either"
+            )
     return tuple(header), dict(of_patient)
 
 
@@ -194,7 +202,7 @@ def _write(hospitals: Sequence[Hospital], home: Path) -> None:
             writer.writeheader()
             writer.writerows(hospital.records)
             (partial / hospital.name).mkdir()
-            write_atomically(partial / hospital.name / "manifest.csv", text.getvalue().encode())
+            write_atomically(partial / hospital.name / "manifest.csv", text.getvalue().encode(), mode=0o600)
         write_atomically(partial / ORDER, "".join(f"{hospital.name}\n" for hospital in hospitals).encode())
         os.replace(partial, home)  # noqa: PTH105  # one name for every rename, which the kill tests count
         sync_folder(home.parent)
