@@ -6,7 +6,7 @@
 Engines run in turn, each as a whole process, at a short and a long number of rounds. A steady round is the difference
 of the two, so that start-up cancels. Memory is read in runs of its own, because reading it costs time. The networks of
 all engines are compared: they add up the same float32 numbers in another order, and training magnifies the last digit
-from round to round. The table is printed and written to benchmarks/engine.md.
+from round to round. The table, and which bars its figures meet, are printed and written to benchmarks/engine.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
@@ -34,6 +35,22 @@ from work import WORKS, Work
 
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
+FASTER_THAN_RAY = {"small-cnn-32": 2.5, "densenet121-8": 1.6}  # times, in a steady round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An engine's figures for one kind of work; ratios are to plain PyTorch."""
+
+    engine: str
+    steady_s: float
+    wall: float
+    cpu: float
+    first: float  # to a steady round
+    memory: float  # 0 where it was not read
+    whole_s: float  # of the command, at the short run
+    after_imports_s: float
+    text: str  # as the table shows them
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ def weights(engine: str, name: str, rounds: int, folder: Path) -> np.ndarray:
     return load_file(run / f"round-{rounds:04d}.safetensors")["parameters"]
 
 
-def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: bool) -> list[str]:
+def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: bool) -> list[Row]:
     """Rows of the table for one kind of work."""
     short, long = WORKS[name].rounds
     samples: dict[str, list[tuple[Measured, Measured]]] = {engine: [] for engine in engines}
@@ -226,16 +243,60 @@ def compare(name: str, engines: list[str], repeats: int, folder: Path, *, full: 
         first = statistics.median(pair[1].rounds_s[0] for pair in samples[engine])
         inner = statistics.median(value for pair in samples[engine] for value in pair[1].rounds_s[1:])
         whole = statistics.median(pair[0].wall_s for pair in samples[engine])
-        after = f"{max(0.0, whole - importing_s(engine)):.1f}"
+        after = max(0.0, whole - importing_s(engine))
         apart = [float(np.abs(weights(engine, name, n, folder) - reference[n]).max()) for n in (short, long)]
         memory = f"{peaks[engine]:.0f} | {peaks[engine] / peaks[engines[0]]:.2f}" if peaks[engine] else "– | –"
-        rows.append(
-            f"| {name}{', evaluation and checkpoints on' if full else ''} | {engine} | {wall:.3f} "
+        text = (
+            f"| {titled(name, full=full)} | {engine} | {wall:.3f} "
             f"({min(steady[engine]):.3f}-{max(steady[engine]):.3f}) | {wall / base:.2f} | {cpu:.3f} | "
-            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {after} | "
+            f"{cpu / cpu_base:.2f} | {first / inner:.2f} | {memory} | {whole:.1f} | {after:.1f} | "
             f"{apart[0]:.0e}, {apart[1]:.0e} |"
         )
+        rows.append(
+            Row(
+                engine=engine,
+                steady_s=wall,
+                wall=wall / base,
+                cpu=cpu / cpu_base,
+                first=first / inner,
+                memory=peaks[engine] / peaks[engines[0]] if peaks[engine] else 0.0,
+                whole_s=whole,
+                after_imports_s=after,
+                text=text,
+            )
+        )
     return rows
+
+
+def titled(name: str, *, full: bool) -> str:
+    return f"{name}{', evaluation and checkpoints on' if full else ''}"
+
+
+def bars(name: str, rows: Sequence[Row], *, full: bool) -> list[str]:
+    """A line for every bar of one kind of work: what is asked of fedmed, what was found, and whether that is met."""
+    of = {row.engine: row for row in rows}
+    ours, title = of["fedmed"], titled(name, full=full)
+    lines = [
+        bar(f"{title}: wall time of a steady round to plain PyTorch's", ours.wall, most=1.10),
+        bar(f"{title}: CPU time of a steady round to plain PyTorch's", ours.cpu, most=1.10),
+        bar(f"{title}: first round to a steady one", ours.first, most=1.5),
+    ]
+    if ours.memory:
+        lines.append(bar(f"{title}: memory to plain PyTorch's", ours.memory, most=1.2))
+    for ray in (row for row in rows if "Ray" in row.engine):
+        versus = f"{title}, {ray.engine} to fedmed"
+        lines.append(bar(f"{versus}: a steady round", ray.steady_s / ours.steady_s, least=FASTER_THAN_RAY[name]))
+        lines.append(bar(f"{versus}: the whole command", ray.whole_s / ours.whole_s, least=2.5))
+        if WORKS[name].rounds[0] == 5 and ours.after_imports_s:
+            after = ray.after_imports_s / ours.after_imports_s
+            lines.append(bar(f"{versus}: five rounds after imports", after, least=10.0))
+    return lines
+
+
+def bar(what: str, ratio: float, *, least: float = 0.0, most: float = math.inf) -> str:
+    """One line of a verdict, by the ratio as it is shown."""
+    asked = f"at least {least:.2f}" if least else f"at most {most:.2f}"
+    return f"bar {what}, {asked}, is {ratio:.2f}: {'met' if least <= round(ratio, 2) <= most else 'missed'}"
 
 
 def main() -> None:
@@ -246,11 +307,14 @@ def main() -> None:
     given = parser.parse_args()
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     engines = [engine for engine in ENGINES if not (given.without_ray and "Ray" in engine)]
-    rows: list[str] = []
+    rows: list[Row] = []
+    verdicts: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fedmed-bench-") as temporary:
         for name in given.work or WORKS:
-            rows += compare(name, engines, given.repeats, Path(temporary), full=False)
-            rows += compare(name, engines[:2], given.repeats, Path(temporary), full=True)
+            for full in (False, True):
+                found = compare(name, engines[:2] if full else engines, given.repeats, Path(temporary), full=full)
+                rows += found
+                verdicts += bars(name, found, full=full)
     head = (
         "| work | engine | steady round, s (min-max) | wall ratio | CPU s a round | CPU ratio | first / steady round "
         "| peak MiB | memory ratio | whole command at the short run, s | after imports, s | "
@@ -262,7 +326,10 @@ def main() -> None:
         "# One-machine engine\n\n"
         f"`{' '.join(['python benchmarks/engine.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, {CORES} cores, "
         f"{platform.processor() or platform.machine()}, no GPU, {given.repeats} repeats, engines in turn. "
-        f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch.\n\n" + "\n".join([head, *rows])
+        f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch.\n\n"
+        + "\n".join([head, *(row.text for row in rows)])
+        + "\n\n"
+        + "\n".join(f"* {line}" for line in verdicts)
     )
     print(text)
     if given.work is None:

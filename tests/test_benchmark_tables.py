@@ -1,7 +1,8 @@
-"""What a benchmark's committed table says of its own figures."""
+"""What a benchmark's table says of its own figures."""
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,3 +34,40 @@ def test_the_table_of_networks_says_what_follows_from_its_figures(verdict):
     assert figures
     for theirs, ours, ratio, _, said in figures:
         assert said == verdict(float(theirs), float(ours), float(ratio))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return SimpleNamespace(**runpy.run_path(str(FOLDER / "engine.py")))
+
+
+def row_of(engine, name: str, **figures: float):
+    known = {"steady_s": 1.0, "wall": 1.0, "cpu": 1.0, "first": 1.0, "memory": 0.0, "whole_s": 5.0}
+    return engine.Row(**{"engine": name, "after_imports_s": 2.0, "text": "", **known, **figures})
+
+
+def test_the_engines_figures_meet_a_bar_or_miss_it_as_they_are_shown(engine):
+    plain, ours = row_of(engine, "plain PyTorch"), row_of(engine, "fedmed", wall=1.104, cpu=1.106, memory=1.2)
+    ray = row_of(engine, "fedmed over Flower's Ray", steady_s=2.5, whole_s=12.0, after_imports_s=20.0)
+    said = [line.rpartition(", ")[2] for line in engine.bars("small-cnn-32", [plain, ours, ray], full=False)]
+    assert said == [
+        "is 1.10: met",
+        "is 1.11: missed",
+        "is 1.00: met",
+        "is 1.20: met",
+        "is 2.50: met",
+        "is 2.40: missed",
+        "is 10.00: met",
+    ]
+    alone = engine.bars("densenet121-8", [plain, row_of(engine, "fedmed", first=1.6)], full=True)
+    assert alone[-1] == (
+        "bar densenet121-8, evaluation and checkpoints on: first round to a steady one, at most 1.50, is 1.60: missed"
+    )
+    assert len(alone) == 3, "memory was not read, and Ray not asked"
+
+
+def test_only_the_default_way_to_add_an_update_has_a_bar():
+    verdict = runpy.run_path(str(FOLDER / "aggregation.py"))["verdict"]
+    assert [verdict("fedmed", ratio) for ratio in (2.9, 3.04, 3.06)] == ["met", "met", "missed"]
+    assert {verdict(way, 9.0) for way in ("copy", "fedmed-norm", "flower")} == {"–"}
