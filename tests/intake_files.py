@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from dicom_files import cells_of, image_object, item_of, picture
+from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 
 from fedmed.imaging.plain_errors import plain_errors
@@ -45,6 +46,15 @@ def named_object(number: int = 1, *, series: int = 1, cells: np.ndarray | None =
     ds.file_meta.SourceApplicationEntityTitle = "8841907"
     ds.preamble = b"8841907".ljust(128, b"\0")
     return ds
+
+
+def with_text(text: str, *, size: int = 24, shape: tuple[int, int] = (512, 480), dark: bool = False) -> np.ndarray:
+    """A smooth picture of 12 bits with text in its upper left corner."""
+    layer = Image.new("L", shape[::-1])
+    ImageDraw.Draw(layer).text((12, 10), text, fill=255, font=ImageFont.load_default(size=size))
+    ink = np.asarray(layer) / 255
+    ground = picture(shape) * 0.6 + (0.4 if dark else 0.0)
+    return cells_of(ground * (1 - ink) + (0.0 if dark else 1.0) * ink)
 
 
 def cleaned(ds: Dataset, pseudonyms: Pseudonyms) -> Dataset:

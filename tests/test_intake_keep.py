@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import cells_of, content_of, item_of, picture, written
-from intake_files import NUMBER, PLANTED, named_object, pseudonyms_in
+from intake_files import NUMBER, PLANTED, named_object, pseudonyms_in, with_text
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -42,15 +42,6 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 @pytest.fixture(scope="module")
 def pseudonyms(tmp_path_factory: pytest.TempPathFactory) -> Pseudonyms:
     return pseudonyms_in(tmp_path_factory.mktemp("site"))
-
-
-def with_text(text: str, *, size: int = 24, shape: tuple[int, int] = (512, 480), dark: bool = False) -> np.ndarray:
-    """A smooth picture of 12 bits with text in its upper left corner."""
-    layer = Image.new("L", shape[::-1])
-    ImageDraw.Draw(layer).text((12, 10), text, fill=255, font=ImageFont.load_default(size=size))
-    ink = np.asarray(layer) / 255
-    ground = picture(shape) * 0.6 + (0.4 if dark else 0.0)
-    return cells_of(ground * (1 - ink) + (0.0 if dark else 1.0) * ink)
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -28,7 +28,10 @@ def test_the_command_prints_one_line_and_makes_the_sites_keys(tmp_path: Path, ca
     with archive_of(holdings) as address:
         command("data", "pull", "--pacs", address, "--called", "ARCHIVE", "--calling", "FEDMED", "--list", table,
                 "--query", "modality=DX,CR", "--keys", tmp_path / "keys", "--out", tmp_path / "out")  # fmt: skip
-    assert capsys.readouterr().out == "1 of 1 accessions found, 1 studies, 1 images, 0 quarantined, 0 series failed\n"
+    assert capsys.readouterr().out == (
+        "1 of 1 accessions found, 1 study, 1 image, 0 quarantined, 0 series failed\n"
+        f"next: fedmed data import dicom {tmp_path / 'out'} --out DIR --table CSV --keys {tmp_path / 'keys'}\n"
+    )
     pseudonyms = Pseudonyms(keys=read_keys(tmp_path / "keys"))
     assert table_in(tmp_path / "out")[0]["accession"] == pseudonyms.accession("ACC8841907")
 
@@ -41,7 +44,7 @@ def test_what_of_a_list_is_not_in_the_archive_is_counted_and_told_to_the_site_al
     table.write_text(f"{column}\n0017\n{known}\n99\n")
     with archive_of(Holdings(named_object(1), named_object(2, series=2))) as address:
         pulled = pull(dimse(address), parse_query("", table), out, pseudonyms)
-        assert str(pulled).startswith(f"1 of 3 {column}s found, 1 studies, 2 images") and "0017" not in str(pulled)
+        assert str(pulled).startswith(f"1 of 3 {column}s found, 1 study, 2 images") and "0017" not in str(pulled)
         assert (out / "not-found.csv").read_text() == f"{column}\n0017\n99\n"
         assert (out / "not-found.csv").stat().st_mode & 0o077 == 0
         with pytest.raises(DataError, match=f"meets the query .0 of 2 {column}s found"):

@@ -131,6 +131,24 @@ def pull(
     )  # fmt: skip
 
 
+@app.command("quarantine")
+def quarantine(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="--out of the pull or the import")],
+    release: Annotated[
+        str, typer.Option("--release", metavar="ROWS", help="of quarantine.csv, 1,4-7 or all: into the images")
+    ] = "",
+    delete: Annotated[str, typer.Option("--delete", metavar="ROWS", help="of quarantine.csv: for good")] = "",
+    start: Annotated[int, typer.Option("--from", min=1, metavar="ROW", help="that the page begins with")] = 1,
+) -> None:
+    """Show what is in quarantine as a page of pictures, and release or delete what a person has looked at.
+
+    Example: fedmed data quarantine north/pulled --release 1,4-7 --delete 2
+    """
+    from fedmed.cli.quarantine import judge_quarantine
+
+    judge_quarantine(folder, released=release, deleted=delete, start=start)
+
+
 @app.command("import")
 def import_(
     kind: Annotated[

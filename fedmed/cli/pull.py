@@ -32,7 +32,7 @@ def pull_images(
     site: Path | None,
     keys: Path | None,
 ) -> None:
-    """Pull, and say in one line what came.
+    """Pull, and say what came and what is next.
 
     Raises:
         ConfigError: the options contradict each other.
@@ -52,6 +52,11 @@ def pull_images(
         why = "; ".join(f"{count} × {reason}" for reason, count in pulled.why.most_common(3))
         text = f"{pulled.failed} series did not come in full ({why}); the same command asks for what is missing"
         raise RunFailed(text)
+    if pulled.quarantined:
+        print(f"next, look at what is in quarantine: fedmed data quarantine {out}")
+    else:
+        own = f"--site {site}" if site else f"--keys {keys}"
+        print(f"next: fedmed data import dicom {out} --out DIR --table CSV {own}")
 
 
 def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path, make: bool = True) -> Pseudonyms:

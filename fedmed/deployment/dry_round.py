@@ -143,7 +143,8 @@ def device(name: str) -> str:
         ConfigError: it is not.
     """
     if name == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'' if threads == 1 else 's'}"
     try:
         free, size = torch.cuda.mem_get_info(name)
     except (RuntimeError, AssertionError, ValueError):

@@ -58,10 +58,36 @@ def shows_text(dataset: Dataset) -> str | None:
     Raises:
         UnreadableImage: they cannot be decoded.
     """
-    frames = declared(dataset).frames
     with plain_errors():
-        judged = map(text_in, stored_frames(dataset, wanted=sorted({0, frames // 2, frames - 1})))
-        return next(filter(None, judged), None)
+        return next(filter(None, map(text_in, judged_frames(dataset))), None)
+
+
+def judged_frames(dataset: Dataset) -> Iterator[NDArray[Any]]:
+    """The first, the middle and the last frame, (H, W) or (H, W, samples) stored values.
+
+    Raises:
+        UnreadableImage: they cannot be decoded.
+    """
+    frames = declared(dataset).frames
+    yield from stored_frames(dataset, wanted=sorted({0, frames // 2, frames - 1}))
+
+
+def stretched(picture: NDArray[Any]) -> list[Grey]:
+    """A picture in 256 greys, as text is looked for in it; none of one value.
+
+    Where a few pixels, as text may be, lie far outside the others' range, it comes once more over its whole range.
+    """
+    values = picture.mean(axis=2) if picture.ndim == 3 else picture
+    sample = values.reshape(-1)[:: max(1, values.size // SAMPLE)]
+    low, high = (float(value) for value in np.percentile(sample, PERCENTILES))
+    lowest, highest = float(values.min()), float(values.max())
+    ranges = [(low, high)] if high > low else []
+    if highest - lowest > 1.5 * (high - low):
+        ranges.append((lowest, highest))
+    return [
+        (np.clip((values.astype(np.float32) - a) * np.float32(255 / (b - a)), 0, 255)).astype(np.uint8)
+        for a, b in ranges
+    ]
 
 
 def text_in(picture: NDArray[Any]) -> str | None:
@@ -88,8 +114,7 @@ def lines_of_text(picture: NDArray[Any]) -> int:
 
 def _lines(picture: NDArray[Any]) -> Iterator[Line]:
     """Bright and dark lines in every size, upright and turned by a right angle either way."""
-    values = picture.mean(axis=2) if picture.ndim == 3 else picture
-    for grey in (grey for stretched in _stretched(values) for grey in _sizes(stretched)):
+    for grey in (grey for whole in stretched(picture) for grey in _sizes(whole)):
         for side in (grey, 255 - grey):
             strokes = side - _spread(_spread(side, np.minimum), np.maximum)  # white top-hat: the opening is never above
             marks, shown = _marks(strokes), 255 - np.minimum(strokes, 127) * 2
@@ -97,20 +122,6 @@ def _lines(picture: NDArray[Any]) -> Iterator[Line]:
             for line in _chained(shown.T, marks[:, [2, 3, 0, 1]]):
                 yield replace(line, picture=line.picture[::-1])  # reads upwards, as most text at an edge does
                 yield replace(line, picture=line.picture[:, ::-1])
-
-
-def _stretched(values: NDArray[Any]) -> list[Grey]:
-    """The picture in 256 greys; once more over its whole range where a few pixels, as text may be, lie far outside."""
-    sample = values.reshape(-1)[:: max(1, values.size // SAMPLE)]
-    low, high = (float(value) for value in np.percentile(sample, PERCENTILES))
-    lowest, highest = float(values.min()), float(values.max())
-    ranges = [(low, high)] if high > low else []
-    if highest - lowest > 1.5 * (high - low):
-        ranges.append((lowest, highest))
-    return [
-        (np.clip((values.astype(np.float32) - a) * np.float32(255 / (b - a)), 0, 255)).astype(np.uint8)
-        for a, b in ranges
-    ]
 
 
 def _sizes(grey: Grey) -> list[Grey]:

@@ -24,4 +24,17 @@ def cells(path: str) -> dict[str, Any]:
     return {"cells": np.frombuffer(blanked_cells(Path(path)), np.uint8)}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pixels": pixels, "cells": cells}
+def pictures(path: str, side: int) -> dict[str, Any]:
+    """Of one object: what is judged of it in (h, w) greys of at most `side` pixels, by number."""
+    from PIL import Image  # heavy
+
+    from fedmed.imaging.dicom.opening import open_dicom  # heavy
+    from fedmed.intake.burned_in import judged_frames, stretched  # heavy
+
+    found = [Image.fromarray(grey) for frame in judged_frames(open_dicom(Path(path))) for grey in stretched(frame)]
+    for each in found:
+        each.thumbnail((side, side))
+    return {str(number): np.asarray(each) for number, each in enumerate(found)}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"pixels": pixels, "cells": cells, "pictures": pictures}

@@ -54,7 +54,8 @@ class Pulled:
     def __str__(self) -> str:
         """One line."""
         parts = [self.listed] if self.listed else []
-        parts += [f"{self.studies} studies", f"{self.images} images"]
+        parts += [f"{self.studies} stud{'y' if self.studies == 1 else 'ies'}"]
+        parts += [f"{self.images} image{'' if self.images == 1 else 's'}"]
         apart = ", ".join(f"{count} × {reason}" for reason, count in self.quarantined.most_common())
         parts.append(f"{self.quarantined.total()} quarantined{f' ({apart})' if apart else ''}")
         parts += [f"{self.left_out.total()} that are no images"] if self.left_out else []
