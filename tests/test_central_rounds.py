@@ -342,6 +342,12 @@ def test_p09_refuses_what_would_use_a_site_beside_the_noised_sum(section, key, v
         run_file.validate(values)
 
 
+def test_p09_a_site_beyond_those_that_the_sum_is_divided_by_is_refused_and_the_others_train(central_run, simulate):
+    result, _ = simulate(central_run("a-20", "b-30", "c-20", privacy={**TESTED, "sites": 2}))
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-20", "b-30"]] * 3
+    assert result["reason"] == "c-20: the run is meant for 2 sites, and as many have joined (privacy.sites)"
+
+
 def test_p09_a_run_that_cannot_train_is_refused_before_there_is_a_folder(central_run, tmp_path):
     config = central_run(rounds=2, privacy={"mode": "central", "epsilon": 1.0})
     with pytest.raises(ConfigError, match=r"cannot train.*hospitals"):

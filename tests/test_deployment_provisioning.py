@@ -402,6 +402,8 @@ def test_what_names_data_is_not_submitted(made):
         deployable(RunConfig(), names)
     with pytest.raises(ConfigError, match=r"min-sites = 3, but 2"):
         deployable(validate({**tomllib.loads(RUN), "strategy": {"min-sites": 3}}), names)
+    with pytest.raises(ConfigError, match='no site "nroth" is provisioned; did you mean "north"'):
+        deployable(validate({**tomllib.loads(RUN), "strategy": {"required-sites": ["south", "nroth"]}}), names)
 
 
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):

@@ -78,6 +78,7 @@ class Hospitals:
     def __init__(self, *nodes: int) -> None:
         self.present, self.deaf, self.cards, self.greeted = set(nodes), set(), {}, []
         self.registered: dict[int, str] = {}  # names of sites, by node
+        self.crashing: set[int] = set()  # nodes whose task dies at a greeting
         self.killed: dict[int, int] = {}  # nodes that a message finds dead, and how often one looks until they are back
         self._sent: dict[str, Message] = {}
 
@@ -105,6 +106,8 @@ class Hospitals:
             elif node in self.killed:
                 self.present.discard(node)
                 yield Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=self._sent[number])
+            elif node in self.crashing:
+                yield Message(Error(ErrorCode.CLIENT_APP_CRASHED, "out of memory"), reply_to=self._sent[number])
             elif node in self.present and node not in self.deaf:
                 answer = {**card(f"h{node}"), **self.cards.get(node, {})}
                 yield Message(RecordDict({"card": ConfigRecord(answer)}), reply_to=self._sent[number])
@@ -115,11 +118,23 @@ def card(name: str, **changes: object) -> dict:
     return {"site": name, "version": fedmed.__version__, "code": package_hash(), "problem": "", **counts, **changes}
 
 
-def roster(grid: Hospitals, *, turns: bool = False, **strategy: object) -> Membership:
+def roster(
+    grid: Hospitals, progress: Progress | None = None, *, turns: bool = False, most: int = 0, **strategy: object
+) -> Membership:
     given_ = StrategyConfig(**{"min_sites": 1, "round_timeout_s": 0.2, **strategy})
-    sites = Membership(grid, given_, 7, Progress(), RecordDict, turns=turns)
+    sites = Membership(grid, given_, 7, progress or Progress(), RecordDict, turns=turns, most=most)
     sites.failures = sites.gather(lambda site, done, all: None)
     return sites
+
+
+def progress_of(*names: str, **keys: object) -> Progress:
+    """What a checkpoint keeps of a run that these sites have joined."""
+    members = {name: member_of(RecordDict({"card": ConfigRecord(card(name))}), 99) for name in names}
+    return Progress.from_json(json.loads(json.dumps(Progress(members=members, **keys).to_json())))
+
+
+def told(failures: list[Failure]) -> list[tuple[str, str]]:
+    return [(each.site, each.reason) for each in failures]
 
 
 def test_a_late_site_is_greeted_at_the_start_of_a_round_and_joins(monkeypatch):
@@ -171,7 +186,7 @@ def test_after_lost_after_rounds_a_site_is_not_asked_comes_back_and_waits_longer
     assert [round for round, was in asked.items() if was] == [1, 2, 4, 8, 16]
     assert "no longer" not in failure.reason and "not asked again for 16 (strategy.lost-after)" in failure.reason
     assert sites.away == ["h2"]
-    sites.joined("h1")
+    sites.answered("h1")
     assert sites.missing(["h1"]) is None
 
 
@@ -179,7 +194,7 @@ def test_one_update_clears_the_record_of_missed_rounds():
     sites = roster(Hospitals(1, 2), lost_after=2)
     for round in range(1, 10):
         sites.missed("h2", "no answer", round)
-        sites.joined("h2")
+        sites.answered("h2")
     assert sites.away == []
 
 
@@ -295,6 +310,110 @@ def test_a_site_that_goes_again_and_again_is_asked_again_as_often_as_said():
     answers = dict(ask(grid, RecordDict(), "train", nodes, **given_))
     assert answers["h2"] == "no heartbeat"
     assert grid.greeted == [1, 2, 3, 2, 2]
+
+
+def test_a_resumed_run_names_the_sites_that_have_not_come_back_in_every_round(monkeypatch):
+    monkeypatch.setattr(membership_module, "RETURN_S", 0.1)
+    grid = Hospitals(11, 12)  # another server gives other numbers
+    grid.cards = {11: {"site": "h1"}, 12: {"site": "h2"}, 13: {"site": "h3"}}
+    started = time.monotonic()
+    sites = roster(grid, progress_of("h1", "h2", "h3"), round_timeout_s=30.0)
+    assert 0.1 <= time.monotonic() - started < 5
+    assert [each.name for each in sites.members] == ["h1", "h2", "h3"] and sites.failures == []
+    for round in (5, 6):
+        assert told(sites.welcome(round).unreachable) == [("h3", "not connected")]
+        assert sites.asked(round) == {"h1": 11, "h2": 12}
+    grid.present.add(13)
+    assert sites.welcome(7).unreachable == [] and sites.asked(7) == {"h1": 11, "h2": 12, "h3": 13}
+
+
+def test_a_resumed_run_waits_for_a_site_that_is_about_to_come_back():
+    grid = Hospitals(1, 2)
+    grid.killed = {3: 2}
+    sites = roster(grid, progress_of("h1", "h2", "h3"), round_timeout_s=30.0)
+    assert list(sites.asked(5)) == ["h1", "h2", "h3"]
+    assert sites.failures == sites.welcome(5).unreachable == []
+
+
+def test_a_resumed_run_waits_for_nobody_who_has_left():
+    started = time.monotonic()
+    sites = roster(Hospitals(1, 2), progress_of("h1", "h2", "h3", away={"h3": 9}), round_timeout_s=30.0)
+    assert time.monotonic() - started < 5
+    assert sites.welcome(5).unreachable == [] and sites.away == ["h3"]
+
+
+def test_the_share_of_a_resumed_run_is_of_all_sites_that_ever_joined():
+    known = [f"h{number}" for number in range(1, 11)]
+    sites = roster(Hospitals(*range(1, 5)), progress_of(*known), min_fraction=0.5)
+    assert sites.missing(sites.here).startswith("4 of 10 sites took part; 5 are needed")
+
+
+def test_a_known_site_that_cannot_take_part_any_more_is_told_with_its_own_reason():
+    grid = Hospitals(1, 2)
+    grid.cards[2] = {"problem": "no disk"}
+    started = time.monotonic()
+    sites = roster(grid, progress_of("h1", "h2"), round_timeout_s=30.0)
+    assert time.monotonic() - started < 5, "it is there; nobody waits for it"
+    arrivals = sites.welcome(5)
+    assert (told(arrivals.unreachable), arrivals.refused) == ([("h2", "no disk")], [])
+
+
+def test_the_start_waits_for_a_required_site_until_the_deadline():
+    grid = Hospitals(1, 2)
+    grid.killed = {3: 2}
+    sites = roster(grid, required_sites=("h3",), round_timeout_s=30.0)
+    assert sites.missing(sites.here) is None and list(sites.asked(1)) == ["h1", "h2", "h3"]
+    started = time.monotonic()
+    sites = roster(Hospitals(1, 2), required_sites=("h3",), round_timeout_s=1.0)
+    assert 0.9 <= time.monotonic() - started < 5
+    assert sites.missing(sites.here) == "required site h3 did not take part"
+
+
+@pytest.mark.parametrize(("crashing", "problem"), [({3}, ""), (set(), "no disk")])
+def test_the_start_does_not_wait_for_a_required_site_that_is_there_and_cannot_take_part(crashing, problem):
+    grid = Hospitals(1, 2, 3)
+    grid.crashing, grid.cards[3] = crashing, {"problem": problem}
+    started = time.monotonic()
+    sites = roster(grid, required_sites=("h3",), round_timeout_s=30.0)
+    assert time.monotonic() - started < 5
+    assert [each.reason for each in sites.failures] == ["out of memory" if crashing else "no disk"]
+
+
+def test_a_site_whose_task_dies_at_the_greeting_is_greeted_again_in_the_next_round():
+    grid = Hospitals(1, 2)
+    grid.crashing.add(2)
+    sites = roster(grid)
+    assert told(sites.failures) == [("node-2", "out of memory")]
+    grid.crashing.clear()
+    assert sites.welcome(1).joined == ["h2"] and list(sites.asked(1)) == ["h1", "h2"]
+    assert sites.welcome(2).joined == [] and grid.greeted == [1, 2, 2]
+
+
+def test_a_site_that_cannot_take_part_is_greeted_again_after_longer_and_longer_and_joins_when_it_can():
+    grid = Hospitals(1, 2)
+    grid.cards[2] = {"problem": "the site's disk is full"}
+    sites = roster(grid, lost_after=2)
+    refused = {round: told(sites.welcome(round).refused) for round in range(1, 15)}
+    again = [("h2", "the site's disk is full")]
+    assert {round: who for round, who in refused.items() if who} == {1: again, 3: again, 7: again}
+    grid.cards.clear()
+    assert sites.welcome(15).joined == ["h2"]
+    assert grid.greeted.count(2) == 5
+
+
+def test_a_run_that_is_meant_for_so_many_sites_takes_no_other():
+    grid = Hospitals(1, 2, 3)
+    sites = roster(grid, most=2)
+    why = "the run is meant for 2 sites, and as many have joined (privacy.sites)"
+    assert told(sites.failures) == [("h3", why)] and list(sites.asked(1)) == ["h1", "h2"]
+    resumed = roster(grid, progress_of("h2", "h3"), most=2)
+    assert told(resumed.failures) == [("h1", why)] and list(resumed.asked(1)) == ["h2", "h3"]
+
+
+def test_a_round_that_has_too_few_sites_for_its_rule_is_known_before_they_train():
+    sites = roster(Hospitals(1, 2, 3, 4, 5), combine="krum")
+    assert sites.missing(sites.here) is None
+    assert sites.missing(["h1", "h2", "h3", "h4"]).endswith("needs 5 sites; there are 4")
 
 
 def test_a_sampled_round_needs_its_share_of_the_sample_and_a_required_site_is_in_it():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from killed_run import count_calls
 
 from fedmed import config as run_file
+from fedmed.cli.hospital_table import bar_of
 from fedmed.config import RunConfig
 from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError, DataError
@@ -127,6 +128,22 @@ def test_written_hospitals_hold_every_row_once_and_are_what_was_planned(tmp_path
     homes = {(row["patient_id"], name) for name, each in hospitals.items() for row in each}
     assert len(homes) == 23, "a patient of both manifests is one patient at one hospital"
     assert sum(h.positives[0] for h in plan) == sum(row["finding"] == "1" for row in rows)
+
+
+def test_a_dry_run_shows_the_hospitals_and_the_share_of_every_label(tmp_path, fedmed):
+    config = run_over(tmp_path / "data", "dirichlet", **{"partition-sites": 3})
+    (tmp_path / "run.toml").write_text(run_file.to_toml(config))
+    small = ("--set", "model.name=small-cnn", "--set", "data.image-size=8")
+    done = fedmed("simulate", tmp_path / "run.toml", "--dry-run", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("│") for line in (done.stdout + done.stderr).splitlines() if "site-" in line]
+    for hospital, line in zip(planned(config), lines, strict=True):
+        name, patients, images, finding = (cell.strip() for cell in line[1:-1])
+        assert (name, patients, images.split()[0]) == (hospital.name, str(hospital.patients), str(hospital.images))
+        share = hospital.positives[0] / hospital.images
+        assert finding == f"{bar_of(share)} {100 * share:3.0f} %".strip()
+    assert bar_of(0.0) == " " * 12 and bar_of(1.0) == "█" * 12 and bar_of(0.5).strip() == "█" * 6
+    assert bar_of(1 / 16, width=2) == "▏ "
 
 
 def test_a_run_folder_keeps_its_hospitals_and_a_repeated_run_gets_the_same(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
+from visits import Visits, mean_of
 
 from fedmed import config as run_file
 from fedmed.cli import app
@@ -105,6 +106,91 @@ def test_a_paused_run_that_is_resumed_while_its_sites_are_still_away_is_paused_a
         assert (folder.path / "checkpoints" / "round-0000.safetensors").read_bytes() == network
     result = go_on(folder, changed(config, "strategy", min_sites=1))
     assert (result["status"], result["rounds"]) == ("degraded", 2)
+
+
+def test_a_resumed_run_without_one_of_its_sites_is_degraded_and_still_tells_of_it(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmed.federated.membership.RETURN_S", 0.1)
+    config = toy_config("a-20", "b-20", "c-20", train={"rounds": 4}, strategy={"min_sites": 2})
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid, pytest.raises(Stop):
+        run_on(grid, config, folder, stop_at("checkpoint_saved", 2))
+    (folder.path / "result.json").unlink()  # as after a kill
+    folder = RunFolder.resume(folder.path)
+    with local_grid(config, folder) as grid:
+        grid.get_node_ids = lambda: [1, 2]
+        result = run_on(grid, config, folder, lambda event: None)
+    assert (result["status"], result["reason"]) == ("degraded", "c-20: not connected (2 times)")
+    assert [(site["site"], site["rounds_joined"]) for site in result["sites"]] == [
+        ("a-20", 4),
+        ("b-20", 4),
+        ("c-20", 2),
+    ]
+
+
+def test_the_update_of_a_site_that_comes_late_is_used(toy_config, tmp_path):
+    sites, strategy = ("a-20", "b-20", "c-20"), {"min_sites": 2, "weight_by": "uniform"}
+    config = toy_config(*sites, strategy=strategy, evaluate={"keep": "last"})
+    folder = begun(tmp_path / "run", config)
+    there = [1, 2]
+
+    def watch(event):
+        if event["kind"] == "round_finished":
+            there[:] = [1, 2, 3]
+
+    with local_grid(config, folder) as grid:
+        grid.get_node_ids = lambda: there
+        result = run_on(grid, config, folder, watch)
+    assert [entry["joined"] for entry in result["rounds_log"]] == [["a-20", "b-20"], ["a-20", "b-20", "c-20"]]
+    assert result["status"] == "completed"
+    first, second = (load_file(folder.path / "checkpoints" / f"round-000{n}.safetensors") for n in (1, 2))
+    visits, sent = Visits(config, None), Weights(parameters=first["parameters"], buffers=first["buffers"])
+    mean = mean_of([visits.train(name, 2, sent) for name in sites])
+    np.testing.assert_allclose(second["parameters"], mean.parameters, rtol=0, atol=1e-6)
+
+
+def test_a_round_with_too_few_sites_for_its_rule_pauses_before_anybody_trains(toy_config, tmp_path):
+    names = [f"{letter}-20" for letter in "abcde"]
+    config = toy_config(*names, strategy={"combine": "krum", "round_timeout_s": 2.0})
+    folder = begun(tmp_path / "run", config)
+    there, asked = [1, 2, 3, 4, 5], []
+
+    def watch(event):
+        if event["kind"] == "round_finished":
+            there.pop()
+
+    with local_grid(config, folder) as grid:
+        push = grid.push_messages
+
+        def noting(messages):
+            messages = list(messages)
+            asked.extend(m.metadata.group_id for m in messages if m.metadata.message_type == "train")
+            return push(messages)
+
+        grid.push_messages, grid.get_node_ids = noting, lambda: there
+        result = run_on(grid, config, folder, watch)
+    assert (result["status"], result["rounds"]) == ("paused", 1)
+    assert result["reason"].endswith("needs 5 sites; there are 4")
+    assert asked == ["1"] * 5
+
+
+def test_an_update_that_is_refused_ends_a_row_of_misses(toy_config, tmp_path):
+    config = toy_config("a-20", "nan-20", train={"rounds": 5}, strategy={"lost_after": 3})
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid:
+        push = grid.push_messages
+
+        def lose_all_but_the_third(messages):
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.group_id in "1245" and message.metadata.dst_node_id == 2:
+                    message.metadata.__dict__["_message_type"] = "train.nobody"
+            return push(messages)
+
+        grid.push_messages = lose_all_but_the_third
+        result = run_on(grid, config, folder, lambda event: None)
+    assert [len(entry["failed"]) for entry in result["rounds_log"]] == [1] * 5
+    assert "not finite" in result["rounds_log"][2]["failed"][0]["reason"]
+    assert "not asked again" not in result["reason"]
 
 
 def test_where_sites_take_turns_that_of_one_that_fails_passes_to_the_next_and_it_is_named(toy_config, simulate):

@@ -350,6 +350,8 @@ REFUSED = [
     ("fednova", {}, {"combine": "krum"}, "steps"),
     ("feddg-ga", {}, {"combine": "median"}, "combine"),
     ("cyclic", {}, {"combine": "bulyan"}, "combine"),
+    ("cyclic", {}, {"required_sites": ("a",)}, "leave out strategy.required-sites"),
+    ("cyclic", {}, {"min_fraction": 0.5}, "leave out strategy.min-fraction"),
     ("fedawg", {}, {}, '"fedavg"'),
 ]
 

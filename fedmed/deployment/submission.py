@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 from fedmed import config as run_file
@@ -17,7 +18,7 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         sites: that may connect.
 
     Raises:
-        ConfigError: it asks for what only a simulation can do, or has no labels.
+        ConfigError: it asks for what only a simulation can do, has no labels, or needs sites that may not connect.
     """
     default, asked = SimulationConfig(), config.simulation
     for key in ("partition", "policy"):
@@ -32,6 +33,10 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         raise ConfigError(
             f"strategy.min-sites = {least}, but {len(sites)} sites are provisioned; fedmed server provision"
         )
+    unknown = sorted(set(config.strategy.required_sites) - set(sites))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sites, n=1, cutoff=0.0)[0]
+        raise ConfigError(f'strategy.required-sites: no site "{unknown[0]}" is provisioned; did you mean "{near}"?')
     values = run_file.nested(config)
     values["data"]["sites"] = list(sites)
     values["simulation"] = run_file.nested(RunConfig())["simulation"]

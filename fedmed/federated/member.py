@@ -17,6 +17,7 @@ from fedmed.types import Scalar
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}")
 LONGEST_TEXT = 500  # characters of a problem, or of reasons
 MOST = 10**9  # patients, or images, that a site can have
+NOWHERE = 0  # the node of a site that is not connected; no grid gives a node this number
 MASKING = re.compile(r"([0-9a-f]{64}/([0-9a-f]{128})?|/)")  # public key, signature
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from flwr.app import Message, RecordDict
@@ -20,6 +20,7 @@ from fedmed.federated.selection import in_turn, sample_size, sampled, share_of
 
 GROUP = "hello"
 NEWCOMER_S = 10.0  # that a round waits for the card of a site that came late; a later card counts from a later round
+RETURN_S = 60.0  # that a resumed run waits for sites that it knows, and has enough without
 
 
 class Arrivals(NamedTuple):
@@ -37,12 +38,21 @@ class Greeting(NamedTuple):
     expires: float  # on the monotonic clock
 
 
+class Refusal(NamedTuple):
+    """A node that was greeted and cannot take part."""
+
+    failure: Failure
+    times: int  # in a row
+    again: int  # the round that greets it again
+
+
 class Membership:
     """Who is asked in each round. Nothing here waits longer than `strategy.round-timeout-s`.
 
     A node is greeted when it appears, and again when it was away and comes back; its site joins when its card is
     there. A site that misses `strategy.lost-after` rounds in a row is no longer asked. It is greeted again after as
-    many rounds more, then after twice as many, and joins again if it answers.
+    many rounds more, then after twice as many, and joins again if it answers. A node that cannot take part is greeted
+    in every round, and after as many of them as rarely.
     """
 
     def __init__(
@@ -54,6 +64,7 @@ class Membership:
         hello: Callable[[], RecordDict],
         *,
         turns: bool = False,
+        most: int = 0,
     ) -> None:
         """Nobody is asked before `gather`.
 
@@ -61,15 +72,17 @@ class Membership:
             grid: how nodes are reached.
             strategy: quorum, deadline, sample.
             seed: of the sample.
-            progress: keeps who missed how many rounds, for a resumed run.
+            progress: keeps who joined and who missed how many rounds, for a resumed run.
             hello: makes the content of the question who a site is.
             turns: whether the algorithm wants one site a round.
+            most: sites that the run is meant for; 0 = any number.
         """
         self._grid, self._strategy, self._seed, self._progress = grid, strategy, seed, progress
-        self._hello, self._turns = hello, turns
-        self._members: dict[str, Member] = {}
+        self._hello, self._turns, self._most = hello, turns, most
+        self._members = progress.members
         self._open: dict[int, Greeting] = {}  # by node
         self._met: set[int] = set()  # nodes that were greeted since they appeared
+        self._refusals: dict[int, Refusal] = {}  # by node, of those that are connected
         self._present: set[int] = set()
         self._registered: dict[int, str] = {}  # the sites that nodes are registered as; "" in a simulation
         self._at_start = 0  # nodes, whether they could take part or not
@@ -86,7 +99,7 @@ class Membership:
     # Who is there.
 
     def gather(self, seen: Callable[[str, int, int], None]) -> list[Failure]:
-        """Wait for enough nodes, greet them, and wait for their cards; if one is missed, for its node or another one.
+        """Wait for enough nodes, greet them, and wait for their cards, and for sites that are needed or known.
 
         Args:
             seen: told (site or node, done, all) as cards come.
@@ -97,9 +110,9 @@ class Membership:
         Raises:
             TooFewSites: too few nodes are connected before the deadline.
         """
-        self._look()
-        if len(self._present) < self._strategy.min_sites:
-            least = self._strategy.min_sites
+        least = self._strategy.min_sites
+        self._look(lambda: len(self._present) < least)
+        if len(self._present) < least:
             raise TooFewSites(
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
             )
@@ -111,32 +124,35 @@ class Membership:
             self._greet(new)
             failures = {node: failure for node, failure in failures.items() if node not in new}
             failures |= self._collect(deadline + GRACE_S - time.monotonic(), seen, round=0)
-            lost = self._present - self._met  # their cards did not come
-            if not lost or not self.missing(list(self._members)):
-                break
-            if not await_node(self._grid, lambda node: node not in self._met, deadline):
+            if not await_node(self._grid, lambda node: node not in self._met, self._until(deadline, failures)):
                 break
             self._see()
         return list(failures.values())
 
     def welcome(self, round: int) -> Arrivals:
         """At the start of a round: greet nodes that came, or came back, since the last one, and see who is gone."""
-        self._look()
+        self._look(self._short)
         before = set(self._staying())
-        due = {self._members[name].node for name in self.away if self._progress.away[name] <= round}
+        due = {node for node, refusal in self._refusals.items() if refusal.again <= round}
+        due |= {self._members[name].node for name in self.away if self._progress.away[name] <= round}
         fresh = ((self._present - self._met) | (due & self._present)) - set(self._open)
         self._greet(fresh)
         refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, round=round)
+        gone, why = self._unreachable(), {each.failure.site: each.failure.reason for each in self._refusals.values()}
         return Arrivals(
             joined=sorted(set(self._staying()) - before),
-            refused=list(refused.values()),
-            unreachable=[self.missed(name, "not connected", round) for name in self._unreachable()],
+            refused=[failure for failure in refused.values() if failure.site not in gone],
+            unreachable=[self.missed(name, why.get(name, "not connected"), round) for name in gone],
         )
+
+    @property
+    def here(self) -> list[str]:
+        """Members that are connected now, those that have left as well."""
+        return [name for name in sorted(self._members) if self._members[name].node in self._present]
 
     def connected(self) -> dict[str, int]:
         """The sites that can be asked now, and their nodes."""
-        nodes = {name: self._members[name].node for name in self._staying()}
-        return {name: node for name, node in nodes.items() if node in self._present}
+        return {name: self._members[name].node for name in self.here if name not in self._progress.away}
 
     def asked(self, round: int, passed: Collection[str] = ()) -> dict[str, int]:
         """The sites that a round asks, and their nodes: all that are there, a sample of them, or one in turn.
@@ -160,22 +176,23 @@ class Membership:
 
     # What they did.
 
-    def joined(self, site: str) -> None:
-        """Note that a site's update was used."""
+    def answered(self, site: str) -> None:
+        """Note that a site's update came, whether it can be used or not."""
         self._progress.missed.pop(site, None)
 
     def missed(self, site: str, reason: str, round: int) -> Failure:
         """Note that a site did not answer in a round; say in the reason if that was once too often."""
         missed = self._progress.missed[site] = self._progress.missed.get(site, 0) + 1
-        after = self._strategy.lost_after
-        if after and missed >= after:
-            wait = after * 2 ** min(missed - after, 20)
+        if wait := self._rest(missed):
             self._progress.away[site] = round + wait
             reason += f"; {missed} rounds missed in a row, so it is not asked again for {wait} (strategy.lost-after)"
         return Failure(site=site, reason=reason)
 
     def missing(self, sites: Collection[str], failed: Sequence[Failure] = ()) -> str | None:
-        """Why these sites are too few for a round, or None; where sites take turns, with who has `failed` in it."""
+        """Why these sites are too few for a round, or None; where sites take turns, with who has `failed` in it.
+
+        A robust rule has a least number of its own.
+        """
         strategy = self._strategy
         if self._turns:
             return None if sites else ": ".join(filter(None, ("no site took its turn", summary_of(failed))))
@@ -186,7 +203,7 @@ class Membership:
         needed = max(strategy.min_sites, share_of(wanted, strategy.min_fraction))
         if len(sites) < needed:
             return f"{len(sites)} of {wanted} sites took part; {needed} are needed (strategy.min-sites, min-fraction)"
-        return None
+        return too_few_sites(strategy, len(sites))
 
     def needs(self, asked: Collection[str], failed: Collection[Failure], site: str) -> bool:
         """Whether a round, of whose sites these have failed already, would have too few without this one.
@@ -197,7 +214,7 @@ class Membership:
         if self._turns:
             return set(self.connected()) - {failure.site for failure in failed} <= {site}
         others = set(asked) - {failure.site for failure in failed} - {site}
-        return (self.missing(others) or too_few_sites(self._strategy, len(others))) is not None
+        return self.missing(others) is not None
 
     @property
     def _wanted(self) -> int:
@@ -213,18 +230,36 @@ class Membership:
     def _unreachable(self) -> list[str]:
         return [name for name in self._staying() if self._members[name].node not in self._present]
 
-    def _look(self) -> None:
-        """See which nodes are connected, and wait while they are too few; sites that left are not waited for."""
+    def _short(self) -> bool:
+        """Whether a round waits for nodes; sites that left are not waited for."""
+        few = len(self._present) < self._strategy.min_sites
+        return few or bool(self._unreachable() and self.missing(self.connected()))
+
+    def _until(self, deadline: float, failures: Mapping[int, Failure]) -> float:
+        """Until when the start waits for one node more; 0 = not at all.
+
+        To the end if sites are too few without those whose cards did not come and those that are known or required;
+        else for a minute, for known ones. A node that failed without a name may be any of them.
+        """
+        lost = self._present - self._met
+        known = {*self._staying(), *self._strategy.required_sites} - set(self.here)
+        known -= {failure.site for failure in failures.values()}
+        unnamed = sum(failure.site == f"node-{node}" for node, failure in failures.items())
+        awaited = len(known) > unnamed
+        if (lost or awaited) and self.missing(self.here):
+            return deadline
+        return min(deadline, deadline - self._strategy.round_timeout_s + RETURN_S) if awaited else 0.0
+
+    def _look(self, short: Callable[[], bool]) -> None:
+        """See which nodes are connected, and wait while they are too few."""
         deadline = time.monotonic() + self._strategy.round_timeout_s
         while True:
             self._see()
-            gone = self._unreachable()
-            short = len(self._present) < self._strategy.min_sites
-            short = short or bool(gone and self.missing(sorted(set(self._staying()) - set(gone))))
-            if not short or time.monotonic() > deadline:
+            if not short() or time.monotonic() > deadline:
                 break
             time.sleep(0.5)
         self._met &= self._present
+        self._refusals = {node: each for node, each in self._refusals.items() if node in self._present}
 
     def _see(self) -> None:
         """Note which nodes are connected now."""
@@ -264,7 +299,7 @@ class Membership:
             if reply is None and time.monotonic() < greeting.expires:
                 continue  # still open: it may come in a later round
             del self._open[node]
-            label = names.get(node) or self._registered.get(node) or f"node-{place}"
+            label = names.get(node) or self._registered.get(node) or f"node-{node}"
             left = names.get(node) in self._progress.away
             if (reply is None or is_gone(reply)) and not left:
                 self._met.discard(node)  # to be greeted once more
@@ -272,17 +307,35 @@ class Membership:
                 member = member_of(answer_in(reply, node, GROUP), node, registered=self._registered.get(node, ""))
                 label = member.name
                 self._join(member)
+                self._refusals.pop(node, None)
                 if round:
                     self._progress.away.pop(member.name, None)
             except CannotJoin as problem:
                 again, label = left and problem.site in ("", label), problem.site or label
                 reason = str(problem)
-                failures[node] = self.missed(label, reason, round) if again else Failure(site=label, reason=reason)
+                failures[node] = (
+                    self.missed(label, reason, round) if again else self._refused(node, label, reason, round)
+                )
             seen(label, place, total)
         return failures
 
+    def _refused(self, node: int, site: str, reason: str, round: int) -> Failure:
+        """Note that a node cannot take part, and when it is greeted again."""
+        times = self._refusals[node].times + 1 if node in self._refusals else 1
+        failure = Failure(site=site, reason=reason)
+        self._refusals[node] = Refusal(failure, times, again=round + max(self._rest(times), 1))
+        return failure
+
+    def _rest(self, missed: int) -> int:
+        """For how many rounds who missed so many in a row is left alone; 0 = it is asked in the next one."""
+        after = self._strategy.lost_after
+        return after * 2 ** min(missed - after, 20) if after and missed >= after else 0
+
     def _join(self, member: Member) -> None:
         known = self._members.get(member.name)
+        if known is None and self._most and len(self._members) >= self._most:
+            text = f"the run is meant for {self._most} sites, and as many have joined (privacy.sites)"
+            raise CannotJoin(text, site=member.name)
         if known is not None and known.node != member.node and known.node in self._present:
             raise CannotJoin("two nodes have this name", site=member.name)
         if self._strategy.secure_sum and not member.masking[0]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedmed.federated.exchange import Failure
+from fedmed.federated.member import NOWHERE, Member
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Progress:
     """
 
     run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells it from others with the same settings
+    members: dict[str, Member] = field(default_factory=dict)  # every site that ever joined, by name
     rounds: list[dict[str, Any]] = field(default_factory=list)  # that ended with a new network
     broken: list[dict[str, Any]] = field(default_factory=list)  # that missed the quorum; each paused the run
     absent: list[dict[str, str]] = field(default_factory=list)  # sites that took no part outside rounds, and why
@@ -34,12 +36,15 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progress:
-        """Read what `to_json` wrote; other keys are left alone."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        """Read what `to_json` wrote; other keys are left alone. No member is connected yet."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        members = {name: _absent(card) for name, card in values.get("members", {}).items()}
+        return cls(**{**known, "members": members})
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the log of the rounds, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "rounds"}
+        values = {name: value for name, value in vars(self).items() if name != "rounds"}
+        return {**values, "members": {name: asdict(member) for name, member in self.members.items()}}
 
     @property
     def round(self) -> int:
@@ -92,3 +97,7 @@ class Progress:
         self.broken.append(entry)
         self.missed.clear()
         self.away.clear()
+
+
+def _absent(card: Mapping[str, Any]) -> Member:
+    return Member(**{**card, "node": NOWHERE, "masking": tuple(card["masking"])})

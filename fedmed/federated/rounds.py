@@ -169,11 +169,14 @@ class Rounds:
             return encode_task(self._task("evaluate", 0, Weights(parameters=empty, buffers=empty)))
 
         turns = self.step.turns  # one site a round: the algorithm's own wish
-        sites = Membership(self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns)
+        most = self.noise.sites if self.noise else 0
+        sites = Membership(
+            self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns, most=most
+        )
         self.sites = sites
         absent = sites.gather(self._greeted)
         self._note_absent(absent, 0)
-        if missing := sites.missing([member.name for member in sites.members]):
+        if missing := sites.missing(sites.here):
             raise TooFewSites(f"{missing}. {summary_of(absent) or ''}".strip())
         return sites
 
@@ -264,17 +267,18 @@ class Rounds:
         if missing := sites.missing(list(nodes)):
             return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
         for site, answer in self._answers(task, sites, nodes, failed, done=lambda: bool(joined)):
+            gone = isinstance(answer, str)  # who answers what cannot be used is still there
+            if not gone:
+                sites.answered(site)
             try:
                 update, trained = self._admitted(answer, sites[site], task.weights)
                 combined.add(site, update, trained)
             except UpdateRefused as error:
-                gone = isinstance(answer, str)  # who answers what cannot be used is still there
                 reason = str(error)
                 failed.append(sites.missed(site, reason, task.round) if gone else Failure(site=site, reason=reason))
                 self._tell("site_failed" if gone else "update_refused", task.round, **asdict(failed[-1]))
                 continue
             joined.append(site)
-            sites.joined(site)
             self._tell("update_received", task.round, site=site, **public_facts(update, self.config.task))
         missing = sites.missing(joined, failed) or combined.too_few() or self._opened(combined, task, nodes)
         return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
