@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
-from fedmed.errors import FedmedError, RunFailed
+from fedmed.errors import FedmedError, RunFailed, plain_reason
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, build_result, peak_memory_mib
 from fedmed.federated.rounds import Rounds, Watch
@@ -68,7 +67,7 @@ def run_federation(
         reason = str(error) if isinstance(error, RunFailed) else error.public
         raise
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else "input or output failed"
+        reason = plain_reason(error)
         raise
     finally:
         result = build_result(
