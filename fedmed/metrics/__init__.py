@@ -40,7 +40,7 @@ from fedmed.metrics.noised import (
 )
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
-from fedmed.metrics.resampling import Interval, bootstrap_patients, interval_ends, percentiles, replicate
+from fedmed.metrics.resampling import Interval, bootstrap_patients, finite, interval_ends, percentiles, replicate
 from fedmed.metrics.segmentation import segmentation_metrics, segmentation_sums
 from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
 from fedmed.metrics.sums import add_sums, label_counts
@@ -78,6 +78,7 @@ __all__ = [
     "classification_sums",
     "clustered_auroc",
     "exact_metrics",
+    "finite",
     "holm",
     "interval_ends",
     "interval_of_variance",
