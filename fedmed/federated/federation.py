@@ -64,7 +64,7 @@ def run_federation(
         reason = "its process was ended from outside: the run was stopped, or the server ended"
         raise
     except FedmedError as error:
-        reason = str(error) if isinstance(error, RunFailed) else error.public
+        reason = str(error) if isinstance(error, RunFailed) else _servers_own(error)
         raise
     except OSError as error:
         reason = plain_reason(error)
@@ -89,6 +89,12 @@ def run_federation(
             watch(folder.event("run_finished", result["rounds"], status=status, reason=result["reason"]))
         folder.close()
     return result
+
+
+def _servers_own(error: FedmedError) -> str:
+    """What the raiser lets everybody know; not the sentence of the error's class, which is about a site."""
+    unknown = f"the server could not go on ({type(error).__name__}); its terminal or log says why"
+    return str(vars(error).get("public", unknown))
 
 
 def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[str, Any]]:
