@@ -1,6 +1,12 @@
 """How networks are judged: sums that sites send and the server adds, metrics computed once, intervals over patients.
 
 Numpy in, numbers out. A metric that is undefined is None, never NaN.
+
+* What a site sends: in which `form`; `sums` of `classification` and `segmentation`, `histograms` of scores and their
+  `site_variance`, `exact` scores, `noised` sums under privacy.
+* Of a classifier: `ranking` and `calibration`. Of masks: `cases`, with `surfaces` and `lesions`.
+* Over patients: `resampling`, `bootstrap` of every metric, `bands` of curves, `obuchowski` without resampling;
+  `comparison` of two networks.
 """
 
 from fedmed.metrics.bands import GRID, Curve, LabelCurves, label_curves, youden_threshold
