@@ -6,14 +6,19 @@
     ├── ConfigError             a run file, a --set option or a site.toml says something impossible
     ├── DataError               a manifest or a data set cannot be used
     │   ├── UnreadableImage     one image cannot be decoded; a data set counts these
-    │   └── UnfitRow            one row does not fit the task: its mask, or what stands in a column
+    │   ├── UnfitRow            one row does not fit the task: its mask, or what stands in a column
+    │   └── Interrupted         an archive did not answer, or broke off (intake.archive)
+    │       └── Unsent          it answers, and does not send all that it lists
+    │           └── Withheld    and says that it will not
     ├── ModelError              a network cannot be built, or its weights do not fit
     ├── UpdateRefused           what a site sent is not a valid update
+    │   └── CannotJoin          a node cannot take part in a run (federated.member)
     ├── PolicyRefused           a hospital's policy does not allow what a run asks for
     │   └── BudgetExhausted     its patients' privacy budget does not allow it
     ├── LedgerUnusable          a ledger, a log or a key of a site cannot be read, written or trusted
     └── RunFailed               the federation cannot go on; the run folder keeps what was reached
         ├── TooFewSites         before its first round; one that has a checkpoint pauses
+        ├── ServerAway          the consortium's server does not answer; it may come back (deployment.control)
         └── RunInterrupted      its server failed it, and goes on with it when it can
 
 A message says what was expected, what was found, and what to do; it never holds a patient identifier, a UID or a
@@ -23,9 +28,15 @@ pixel. It is meant for the person at the machine and may name a file there. What
 from __future__ import annotations
 
 import errno
+import os
 from typing import Self
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, or one's share of it, is full
+
+
+def plain_reason(error: OSError) -> str:
+    """Why the system refused, such as "No space left on device": its own words alone, which name no file."""
+    return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
 class FedmedError(Exception):

@@ -13,13 +13,26 @@ from kill_points import AVAILABLE, run_killed
 
 from fedmed import durable
 from fedmed.deployment.files import write_json
-from fedmed.errors import DataError
+from fedmed.errors import DataError, plain_reason
 from fedmed.intake.opt_out import remember
 from fedmed.privacy.keys import make_keys
 from fedmed.reporting.pages import write_page
 from fedmed.training.site_state import write_durably
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "of disk /data/P17", "/data/P17"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/P17"), "Permission denied"),
+        (OSError("/data/P17 is gone"), "OSError"),
+        (FileNotFoundError(), "FileNotFoundError"),
+    ],
+)
+def test_the_plain_reason_of_an_error_is_the_systems_and_names_no_file(error, said):
+    assert plain_reason(error) == said
 
 
 def names_in(folder: Path) -> list[str]:

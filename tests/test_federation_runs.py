@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from toy import PLANTED
 
 from fedmed import config as run_file
-from fedmed.errors import RunFailed
+from fedmed.errors import ConfigError, DataError, RunFailed
 from fedmed.federated.progress import Progress
 from fedmed.federated.run_folder import RunFolder, stamped
 from fedmed.federated.simulation import local_grid, run_on
@@ -180,6 +180,26 @@ def test_too_few_sites_fail_before_the_first_round_with_one_line(toy_config, tmp
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
     assert "broken-9" in result["reason"]
+
+
+def test_an_error_of_the_servers_own_is_not_told_as_a_sites(toy_config, simulate, tmp_path):
+    config = toy_config("a-40", strategy={"name": "fedavgg"})
+    with pytest.raises(ConfigError, match="did you mean"):
+        simulate(config)
+    result = json.loads((tmp_path / "run-1" / "result.json").read_text())
+    told = "the server could not go on (ConfigError); its terminal or log says why"
+    assert (result["status"], result["reason"]) == ("failed", told)
+
+
+def test_what_the_raiser_lets_everybody_know_is_the_reason_of_a_failed_run(toy_config, simulate, tmp_path):
+    def refuse(event):
+        if event["kind"] == "round_started":
+            raise DataError.told("the server's images are of another kind")
+
+    with pytest.raises(DataError):
+        simulate(toy_config("a-40"), watch=refuse)
+    result = json.loads((tmp_path / "run-1" / "result.json").read_text())
+    assert (result["status"], result["reason"]) == ("failed", "the server's images are of another kind")
 
 
 def test_a_quorum_lost_in_mid_run_pauses_and_keeps_the_checkpoint(toy_config, simulate):

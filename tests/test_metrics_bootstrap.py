@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from fedmed.errors import DataError
+from fedmed.federated.result import metrics_json
 from fedmed.metrics import (
     Interval,
     bootstrap_patients,
@@ -249,3 +250,9 @@ def test_a_thousand_resamples_are_no_loop_over_resamples() -> None:
         classification_intervals(logits, targets, patients, list("abcd"), 1000, rng)
         fastest = min(fastest, time.perf_counter() - start)
     assert fastest < 2.5  # 0.1 s alone on one core; a loop over scikit-learn takes half a minute
+
+
+def test_an_interval_is_json_whatever_its_numbers_are():
+    interval = Interval(value=np.float64(0.5), low=float("nan"), high=float("inf"), n=3)
+    assert interval.to_json() == {"value": 0.5, "low": None, "high": None, "n": 3}
+    assert metrics_json({"auroc": interval}) == {"auroc": interval.to_json()}

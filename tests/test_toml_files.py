@@ -74,3 +74,17 @@ def test_a_file_that_is_missing_or_no_toml_is_named(read, tmp_path):
     path.write_text("name = ")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read(path)
+
+
+@pytest.mark.parametrize("read", [read_site_config, read_policy, read_label_rules, run_file.load])
+def test_a_folder_is_refused_in_plain_words(read, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_site_config, read_policy, read_consortium, read_label_rules, run_file.load])
+def test_a_file_that_is_not_utf8_is_refused_in_plain_words(read, tmp_path):
+    path = tmp_path / "file.toml"
+    path.write_bytes('name = "Zürich"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8; save it so"):
+        read(path)

@@ -1,4 +1,8 @@
-"""The run configuration: one frozen, validated value behind every command and every Flower app."""
+"""The run configuration: one frozen, validated value behind every command and every Flower app.
+
+* The value: `run`, of `sections` on a site's part and those of a `federation`; `identity` is what makes it that run.
+* As text: `files` of runs; `toml_files` for those and for every other.
+"""
 
 from fedmed.config.federation import (
     LEAST_CLIP,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedmed.config.sections import Section
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, plain_reason
 
 ANY = "*"  # in the place of a key that the user names
 Checked = TypeVar("Checked", bound=Section)
@@ -32,8 +32,10 @@ def read_toml(path: Path, *, missing: str = "no such file") -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: {missing}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({plain_reason(error)})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8; save it so") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 

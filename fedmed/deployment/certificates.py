@@ -26,7 +26,7 @@ from fedmed.errors import ConfigError
 
 AUTHORITY_DAYS = 3650
 BACKDATE = timedelta(hours=1)  # for sites whose clocks are late
-SOON = timedelta(days=30)  # before its end a certificate is renewed, and a site's check warns
+SOON = timedelta(days=30)  # before its end a certificate or an approval is renewed, and a site's check warns
 
 
 def make_authority(folder: Path, name: str) -> None:

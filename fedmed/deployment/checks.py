@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from fedmed.types import rounded_up
 
 DISK_GIB = 5.0
 DRY_ROUND_S = 600.0
-SOON_DAYS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +173,12 @@ def approval(site: SiteFolder) -> str:
     what = f"for {given.purpose}" if given.purpose else "no purpose is named"
     if not given.expires:
         return f"{what}; without an end"
-    left = (given.expires - date.today()).days
-    if left < 0:
+    left = given.expires - date.today()
+    if left < timedelta(0):
         raise ConfigError(f"{what}; it ended on {given.expires}, and every task is refused (policy.approval.expires)")
-    return f"{what}; until {given.expires}" + (f", {left} days: ask for the next one" if left < SOON_DAYS else "")
+    return f"{what}; until {given.expires}" + (
+        f", {left.days} days: ask for the next one" if left < certificates.SOON else ""
+    )
 
 
 def manifest(site: SiteFolder) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedmed.config import RunConfig
-from fedmed.errors import FedmedError, RunFailed
+from fedmed.errors import FedmedError, RunFailed, plain_reason
 from fedmed.federated.progress import Progress
 from fedmed.federated.result import Status, build_result, peak_memory_mib
 from fedmed.federated.rounds import Rounds, Watch
@@ -65,10 +64,10 @@ def run_federation(
         reason = "its process was ended from outside: the run was stopped, or the server ended"
         raise
     except FedmedError as error:
-        reason = str(error) if isinstance(error, RunFailed) else error.public
+        reason = str(error) if isinstance(error, RunFailed) else _servers_own(error)
         raise
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else "input or output failed"
+        reason = plain_reason(error)
         raise
     finally:
         result = build_result(
@@ -90,6 +89,12 @@ def run_federation(
             watch(folder.event("run_finished", result["rounds"], status=status, reason=result["reason"]))
         folder.close()
     return result
+
+
+def _servers_own(error: FedmedError) -> str:
+    """What the raiser lets everybody know; not the sentence of the error's class, which is about a site."""
+    unknown = f"the server could not go on ({type(error).__name__}); its terminal or log says why"
+    return str(vars(error).get("public", unknown))
 
 
 def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from fedmed.federated.identity import versions
 from fedmed.federated.member import Member
 from fedmed.federated.progress import Progress
 from fedmed.federated.server_evaluation import Metrics
+from fedmed.metrics import finite
 from fedmed.models import build
 from fedmed.training.network import layout_of
 
@@ -32,13 +32,13 @@ def metric(
     bound: float | None = None,
 ) -> Any:
     """One metric as `result.json` holds it; with a bound if it was made of histograms."""
-    exact = {"value": _finite(value), "low": _finite(low), "high": _finite(high), "n": n}
-    return exact if bound is None else {**exact, "bound": _finite(bound)}
+    exact = {"value": finite(value), "low": finite(low), "high": finite(high), "n": n}
+    return exact if bound is None else {**exact, "bound": finite(bound)}
 
 
 def metrics_json(metrics: Metrics) -> dict[str, Any]:
     """Metrics with intervals, by name."""
-    return {name: metric(each.value, each.low, each.high, each.n) for name, each in metrics.items()}
+    return {name: each.to_json() for name, each in metrics.items()}
 
 
 def summary_of(failures: Sequence[Failure]) -> str | None:
@@ -141,7 +141,3 @@ def peak_memory_mib(processes: Iterable[int] = ()) -> int:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
     return int(total)
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -14,7 +14,7 @@ from fedmed.intake.opt_out import opted_out
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.same_keys import made_with
 from fedmed.privacy.keys import read_keys
-from fedmed.privacy.policy import SitePolicy
+from fedmed.privacy.policy import Form, SitePolicy
 
 PEERS = Path("consortium/sites.json")  # beside a site.toml: the sites that the joined kit names, with their public keys
 
@@ -44,7 +44,7 @@ class SiteConfig(Section):
     ] = "state"
     device: Annotated[str, Field(description='where it trains: "cpu", "cuda", or "cuda:1"')] = "cpu"
     metrics: Annotated[
-        Literal["exact", "histogram", "none"],
+        Form,
         Field(
             description="in which form evaluations of its patients may leave: `histogram`, sums and histograms of "
             "scores; `exact`, label and score of every image; `none`"

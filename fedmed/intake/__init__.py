@@ -1,1 +1,13 @@
-"""From a hospital's archive to a training set: pull from the PACS, de-identify, set apart what needs a person's eye."""
+"""From a hospital's archive to a training set: pull from the PACS, de-identify, set apart what needs a person's eye.
+
+* From the archive to the disk: `pull` of what a `query` names, from an `archive` that speaks `dicomweb` or `dimse`;
+  `journal` of what is done.
+* De-identification: `deidentify` lets stay what is `allowed`; `pixels` for what hides beside them; `pseudonyms`, and
+  `same_keys` that made a folder's.
+* What a person must look at: `keep` puts an object among the images or in `quarantine`, `judging` its pixels in a
+  process of its own; `burned_in` text, by `tesseract` too where that is installed.
+* The manifest: `importing` of archives of all `kinds` with a table of `labels`; `tables` as hospitals export them,
+  `persons` in them, `opt_out` of who withdrew.
+* Its check: `check`, by a `survey` of each image; `seen` so far, `near_duplicates`, `findings` in words.
+* Before it joins: a data `card`, and the `feasibility` of several.
+"""

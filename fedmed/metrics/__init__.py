@@ -1,6 +1,12 @@
 """How networks are judged: sums that sites send and the server adds, metrics computed once, intervals over patients.
 
 Numpy in, numbers out. A metric that is undefined is None, never NaN.
+
+* What a site sends: in which `form`; `sums` of `classification` and `segmentation`, `histograms` of scores and their
+  `site_variance`, `exact` scores, `noised` sums under privacy.
+* Of a classifier: `ranking` and `calibration`. Of masks: `cases`, with `surfaces` and `lesions`.
+* Over patients: `resampling`, `bootstrap` of every metric, `bands` of curves, `obuchowski` without resampling;
+  `comparison` of two networks.
 """
 
 from fedmed.metrics.bands import GRID, Curve, LabelCurves, label_curves, youden_threshold
@@ -40,7 +46,7 @@ from fedmed.metrics.noised import (
 )
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
 from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
-from fedmed.metrics.resampling import Interval, bootstrap_patients, interval_ends, percentiles, replicate
+from fedmed.metrics.resampling import Interval, bootstrap_patients, finite, interval_ends, percentiles, replicate
 from fedmed.metrics.segmentation import segmentation_metrics, segmentation_sums
 from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
 from fedmed.metrics.sums import add_sums, label_counts
@@ -78,6 +84,7 @@ __all__ = [
     "classification_sums",
     "clustered_auroc",
     "exact_metrics",
+    "finite",
     "holm",
     "interval_ends",
     "interval_of_variance",

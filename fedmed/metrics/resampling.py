@@ -7,8 +7,9 @@ column of a weight matrix, and each statistic is computed for all columns at onc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,13 @@ class Interval:
     n: int  # patients that count for this metric
 
     def to_json(self) -> dict[str, float | int | None]:
-        """As it stands in `result.json` and in the other files of a run."""
-        return asdict(self)
+        """As it stands in `result.json` and in the other files of a run: null for what is not finite."""
+        return {"value": finite(self.value), "low": finite(self.low), "high": finite(self.high), "n": self.n}
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON may hold it: None for NaN and infinity."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def bootstrap_patients(

@@ -30,7 +30,7 @@ def keep_decision(
         folder: of the site's records.
         keys: of the site.
         decision: what was answered.
-        task: `card`, `train` or `evaluate`; or `metrics`, of an evaluation that is allowed.
+        task: `card`, `train`, `evaluate` or `unmask`; or what an allowed one keeps back: `metrics`, `sum`.
         run: name of the run.
         round: of it.
         policy: SHA-256 of the policy that decided.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.durable import append
-from fedmed.errors import LedgerUnusable
+from fedmed.errors import LedgerUnusable, plain_reason
 from fedmed.privacy.chain import EMPTY, Anchor, Record, appended, faults, is_signed, read
 from fedmed.privacy.keys import SiteKeys
 
@@ -75,11 +75,10 @@ class ChainFile:
             raise self._unusable(error) from None
 
     def _unusable(self, error: OSError) -> LedgerUnusable:
-        reason = os.strerror(error.errno) if error.errno else "input or output failed"
+        reason = plain_reason(error)
         text = f"{self.path.name} cannot be read or written ({reason})"
-        return LedgerUnusable(
-            text, rule="chain.unwritable", public=f"the site's records cannot be read or written: {reason}"
-        )
+        public = f"the site's records cannot be read or written: {reason}"
+        return LedgerUnusable(text, rule="chain.unwritable", public=public)
 
 
 class Witness(ChainFile):

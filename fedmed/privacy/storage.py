@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmed.errors import LedgerUnusable
+from fedmed.errors import LedgerUnusable, plain_reason
 
 VERSION = 1
 WAIT_S = 30.0  # for another process's transaction
@@ -173,5 +173,5 @@ def unusable(error: Exception) -> LedgerUnusable:
         if code.startswith(name):
             text = f"the ledger cannot be used: {reason}; nothing is trained until it can"
             return LedgerUnusable(text, rule=rule, public=f"the site's ledger cannot be used: {reason}")
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else code or type(error).__name__
+    reason = plain_reason(error) if isinstance(error, OSError) else code or type(error).__name__
     return LedgerUnusable(f"the ledger cannot be used ({reason}); nothing is trained until it can", rule="ledger.io")

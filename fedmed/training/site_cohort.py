@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
 from fedmed.durable import write_atomically
-from fedmed.errors import DataError, LedgerUnusable, UnreadableImage
+from fedmed.errors import DataError, LedgerUnusable, UnreadableImage, plain_reason
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
@@ -114,5 +114,5 @@ def _keep(path: Path, cohort: Cohort) -> None:
         for old in sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else "input or output failed"
-        raise LedgerUnusable(f"the site's cohorts cannot be kept ({reason})", rule="cohorts.unwritable") from None
+        text = f"the site's cohorts cannot be kept ({plain_reason(error)})"
+        raise LedgerUnusable(text, rule="cohorts.unwritable") from None

@@ -66,8 +66,7 @@ class Unfinished:
             content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"facts": facts})
             write_atomically(self.path, content, mode=0o600)
         except (OSError, SafetensorError) as error:
-            text = "the site's state of an unfinished round cannot be written"
-            raise DataError(text, public=text) from error
+            raise DataError.told("the site's state of an unfinished round cannot be written") from error
         self._saved = time.monotonic()
 
     def clear(self) -> None:

@@ -25,8 +25,9 @@ class Writer(Protocol):
 def csv_writer(kept: Kept, folder: Path, *, heat_maps: bool) -> Iterator[Writer]:
     """Open predictions.csv; every row is on disk at once, so that an interrupted batch keeps what it did.
 
-    Columns: number, image; of a classifier a probability per label, and with heat maps heat_map/LABEL and in 3D
-    slice/LABEL; of a segmentation pixels/LABEL, ml/LABEL, mask, overlay and gate-1 to gate-3; and error.
+    Columns: number, image; of a classifier a probability per label, and with heat maps heat_map/LABEL; of a
+    segmentation pixels/LABEL, in 3D ml/LABEL, mask, overlay, and with heat maps gate-1 to gate-3; and error. In 3D
+    another column says which slice a picture shows, such as heat_map/LABEL/slice.
     """
     with (folder / FILE).open("x", encoding="utf-8", newline="") as file:
         rows = csv.DictWriter(file, columns(kept, heat_maps=heat_maps))
