@@ -75,17 +75,19 @@ def read_metadata(path: Path, task: str, columns: Iterable[str]) -> list[dict[st
             raise BadData(f'{path}: no column "{missing[0]}"')
         records = [record for record in reader if not task or record["task"] == task]
     if not records:
-        raise BadData(f"{path}: no image of {task}")
+        raise BadData(f"{path}: no image{f' of {task}' if task else ''}")
     return records
+
+
+def patients_of(records: Iterable[Record]) -> list[str]:
+    """Every patient once, in the order of the hashes of their ids."""
+    return sorted({row["patient_id"] for row in records}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
 def dealt(records: Iterable[Record], hands: int) -> list[list[Record]]:
     """Records in as many parts, patients dealt in the order of their hashes, so that all of one are in one part."""
     records = list(records)
-    patients = sorted(
-        {row["patient_id"] for row in records}, key=lambda name: hashlib.sha256(name.encode()).hexdigest()
-    )
-    hand_of = {patient: place % hands for place, patient in enumerate(patients)}
+    hand_of = {patient: place % hands for place, patient in enumerate(patients_of(records))}
     return [[row for row in records if hand_of[row["patient_id"]] == hand] for hand in range(hands)]
 
 
@@ -105,7 +107,7 @@ def write(folder: Path, manifests: Manifests) -> None:
     for site, rows in manifests.items():
         (folder / site).mkdir(parents=True, exist_ok=True)
         with (folder / site / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
+            writer = csv.DictWriter(file, rows[0].keys() if rows else ("patient_id", "image"))
             writer.writeheader()
             for row in rows:
                 paths = {key: _relative(row[key], folder / site) for key in ("image", "mask") if key in row}

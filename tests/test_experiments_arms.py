@@ -63,7 +63,7 @@ def test_every_arm_and_seed_holds_out_the_same_patients(hospitals, tmp_path) -> 
     assert all(len(images) > 0 for images in expected.values())
     assert {trial.seed for trial in trials} == {7, 8}
     for trial in trials:
-        assert held_out(trial.judged) == expected
+        assert held_out(trial.judges) == expected
         found = held_out(trial.config)
         if trial.arm == "pooled":
             assert found == {"pooled": set().union(*expected.values())}
@@ -286,7 +286,7 @@ def test_corrected_files_of_own_data_are_pooled_anew(toy_config, tmp_path) -> No
 
 def test_resplit_gives_every_seed_its_own_held_out_patients(hospitals, tmp_path) -> None:
     trials = trials_of(hospitals(evaluate={"resplit": True}), tmp_path)
-    by_seed = {seed: held_out(next(t.judged for t in trials if t.seed == seed)) for seed in (7, 8)}
+    by_seed = {seed: held_out(next(t.judges for t in trials if t.seed == seed)) for seed in (7, 8)}
     assert by_seed[7] != by_seed[8]
     for trial in trials:
         out = set().union(*held_out(trial.config).values())

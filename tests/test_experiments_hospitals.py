@@ -67,7 +67,7 @@ def test_every_arm_and_seed_trains_at_the_same_dealt_hospitals(pictures, tmp_pat
         "pooled",
     }
     for trial in trials:
-        assert trial.judged.data.sites == config.data.sites
+        assert trial.judges.data.sites == config.data.sites
         assert trial.config.simulation.partition == "as-given"
     again = dealt(pictures({"seeds": 2}, partition="iid"), tmp_path / "out")
     assert again == config and len(list((tmp_path / "out" / "hospitals").iterdir())) == 1

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedmed.errors import DataError
-from fedmed.reporting.comparison import p_value, signed, write_comparison, write_sweep
+from fedmed.reporting.comparison import write_comparison, write_sweep
+from fedmed.reporting.words import p_value, signed
 
 EVIL = "<script>document.title='owned'</script>"
 
@@ -170,7 +171,8 @@ def test_refuses_what_is_no_comparison_in_one_line(tmp_path: Path, text: str | N
 
 
 def test_numbers_read_well() -> None:
-    assert [signed(value) for value in (0.0123, -0.5, None)] == ["+0.012", "−0.500", "–"]
+    values = (0.0123, -0.5, 0.0, 0.00012, None)
+    assert [signed(value) for value in values] == ["+0.012", "−0.500", "0.000", "+0.00012", "–"]
     assert [p_value(value) for value in (0.0312, 0.0002, None)] == ["0.031", "< 0.001", "–"]
 
 

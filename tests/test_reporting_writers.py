@@ -6,9 +6,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from real_consortium import command
+from report_files import result, write_run
 from test_reporting_live import EVENTS, event
 
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, DataError
 from fedmed.reporting.writers import check_writers, measures, writing
 
 
@@ -54,6 +56,22 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     (point,) = found.Tensors("site/a/loss")
     assert point.step == 1 and point.wall_time == pytest.approx(1767225601.0)
     assert point.tensor_proto.float_val[0] == pytest.approx(0.7)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="the extra tensorboard is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's use of numpy and protobuf
+def test_the_report_logs_what_can_be_read_and_says_what_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", result(), events=EVENTS)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{damaged}\n{"time": "half wr')
+    command("report", run, "--log", "tensorboard")
+    assert "note: events.jsonl: 2 line(s) are damaged and left out." in capsys.readouterr().err
+    assert list((run / "tensorboard").iterdir())
+    (run / "events.jsonl").unlink()
+    with pytest.raises(DataError, match="no event that could be logged"):
+        command("report", run, "--log", "tensorboard")
 
 
 @pytest.mark.slow  # MLflow takes ten seconds to import and to make its database

@@ -62,6 +62,7 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from fedmed.cli.display import console, interval
+    from fedmed.reporting.words import p_value
 
     names = [place["place"] for place in report["places"]]
     sites = [name for name in names if name != "server"]
@@ -79,7 +80,9 @@ def _show(report: dict[str, Any]) -> None:
     if report["comparisons"]:
         tests = Table("comparison", "difference", "p", "p, Holm", box=None)
         for one in report["comparisons"]:
-            tests.add_row(f"{one['first']} vs {one['second']}", _difference(one), _p(one["p"]), _p(one["p_holm"]))
+            tests.add_row(
+                f"{one['first']} vs {one['second']}", _difference(one), p_value(one["p"]), p_value(one["p_holm"])
+            )
         console().print(tests)
     for note in report["notes"]:
         print(f"note: {note}")
@@ -94,7 +97,3 @@ def _difference(one: dict[str, Any]) -> str:
         return "undefined"
     spread = "" if one["low"] is None else f" ({one['low']:+.3f} to {one['high']:+.3f})"
     return f"{one['difference']:+.3f}{spread}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"

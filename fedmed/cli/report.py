@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,8 +21,10 @@ def report(
 
     Example: fedmed report --live runs/20260102T150000-quickstart
     """
+    from fedmed.errors import DataError
     from fedmed.reporting import write_model_card, write_report
     from fedmed.reporting.live import live_server
+    from fedmed.reporting.read import read_events
     from fedmed.reporting.writers import check_writers, writing
 
     if live:
@@ -33,15 +34,15 @@ def report(
             server.serve_forever()
     check_writers(log)
     if log:
+        notes: list[str] = []
+        events = read_events(run / "events.jsonl", notes)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        if not events:
+            raise DataError(f"'{run.resolve().name}' holds no event that could be logged. Give the folder of a run.")
         with writing(log, run) as write:
-            for event in _events(run):
+            for event in events:
                 write(event)
     print(write_report(run))
     if (run / "result.json").exists():  # a site's own folder has none
         write_model_card(run)
-
-
-def _events(run: Path) -> list[dict[str, object]]:
-    """The whole lines of events.jsonl; the last may be half written."""
-    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -34,7 +34,7 @@ class Trial:
     network: str  # the arm, or "local:SITE"
     seed: int
     config: RunConfig  # what is trained
-    judged: RunConfig  # whose sites' held-out patients, and whose server's test part, judge the network
+    judges: RunConfig  # whose sites' held-out patients, and whose server's test part, judge the network
 
     @property
     def label(self) -> str:
@@ -165,7 +165,7 @@ def check_judged_everywhere(trials: Sequence[Trial]) -> None:
     Raises:
         ConfigError: it is FedBN, and there is a server's set.
     """
-    if any(trial.config.strategy.name == "fedbn" and trial.judged.data.server for trial in trials):
+    if any(trial.config.strategy.name == "fedbn" and trial.judges.data.server for trial in trials):
         raise ConfigError(
             'strategy.name = "fedbn" ends with no network for the server\'s patients; leave data.server empty, and '
             "every site's own patients judge its own network"
@@ -203,4 +203,4 @@ def _networks(base: RunConfig, arm: str, folder: Path) -> Sequence[tuple[str, Ru
 
 
 def _trial(arm: str, network: str, trained: RunConfig, base: RunConfig, seed: int) -> Trial:
-    return Trial(arm=arm, network=network, seed=seed, config=changed(trained, {}, seed=seed), judged=base)
+    return Trial(arm=arm, network=network, seed=seed, config=changed(trained, {}, seed=seed), judges=base)

@@ -14,6 +14,7 @@ from fedmed.errors import ConfigError
 from fedmed.experiments.arms import Trial, arms_of, budget_of, comparisons, kind_of, plain, seeds_of, trials_of
 from fedmed.experiments.dealing import dealt
 from fedmed.experiments.judging import (
+    UNTOLD,
     Bench,
     Drawn,
     check_paired,
@@ -32,7 +33,6 @@ from fedmed.training.local_algorithms.fine_tune import has_personal_network
 from fedmed.types import SMALL
 
 RESULT = "comparison.json"
-UNTOLD: dict[str, Any] = {"value": None, "low": None, "high": None, "n": None}
 
 
 def compare(
@@ -58,7 +58,7 @@ def compare(
     check_endpoint(config)
     trials = trials_of(config, folder)
     paths = run_trials(trials, folder, jobs=jobs, watch=watch)
-    judged = {(t.network, t.seed): read_predictions(paths[t.network, t.seed], t.judged) for t in trials}
+    judged = {(t.network, t.seed): read_predictions(paths[t.network, t.seed], t.judges) for t in trials}
     check_paired(judged)
     if not config.evaluate.resplit:
         check_same_split(judged)
@@ -120,9 +120,11 @@ class _Table:
         own = f"local:{place}" if arm == "local" else arm
         if (own, place) in self.drawn:
             return self.drawn[own, place][self.primary]
-        mine = [network for network, of in self.networks.items() if of == arm]
-        parts = [self.drawn[network, place][self.primary] for network in mine]
-        return mean_of(parts, together=False)
+        return mean_of([self.drawn[network, place][self.primary] for network in self.of_arm(arm)], together=False)
+
+    def of_arm(self, arm: str) -> list[str]:
+        """The networks of an arm; of local training one for every site."""
+        return [network for network, of in self.networks.items() if of == arm]
 
     def endpoint(self, arm: str, where: str) -> Drawn:
         """The primary metric of an arm where the run file declares it."""
@@ -135,14 +137,14 @@ class _Table:
         """One row of the summary."""
         known = [(self.at(arm, site), site) for site in self.sites]
         worst = min(((d.value, site) for d, site in known if d.value == d.value), default=None)
-        networks = [network for network, of in self.networks.items() if of == arm]
+        networks = self.of_arm(arm)
         runs = [paths[network, seed] for network in networks for seed in self.bench.seeds]
         steps = [steps_of(paths[network, self.bench.seeds[0]]) for network in networks]
         return {
             "arm": arm,
             "kind": kind_of(arm),
             "endpoint": self.bench.estimate(endpoint),
-            "by_seed": [None if value != value else float(value) for value in endpoint.values],
+            "by_seed": endpoint.by_seed,
             "places": {place: self.bench.estimate(self.at(arm, place)) for place in self.places},
             "worst": None if worst is None else {"site": worst[1], "value": worst[0]},
             "steps": None if None in steps else sum(filter(None, steps)),
@@ -174,7 +176,7 @@ class _Table:
 
         Rows of a data set of the user's own are no lines of a manifest, so it has no subgroups.
         """
-        found = []
+        found: list[dict[str, Any]] = []
         for place in () if self.bench.config.data.dataset else places:
             if place.name not in self.places:
                 continue
@@ -188,7 +190,7 @@ class _Table:
         return found
 
     def _subgroup(self, arm: str, place: str, keep: Any) -> dict[str, Any]:
-        networks = [network for network, of in self.networks.items() if of == arm]
+        networks = self.of_arm(arm)
         networks = [f"local:{place}"] if f"local:{place}" in networks else networks
         parts = [self.bench.drawn(network, place, keep)[self.primary] for network in networks]
         return self.bench.estimate(mean_of(parts, together=False))

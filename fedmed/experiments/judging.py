@@ -21,6 +21,7 @@ from fedmed.types import SMALL
 
 Array = NDArray[np.float64]
 Estimate = dict[str, float | int | None]
+UNTOLD: Estimate = {"value": None, "low": None, "high": None, "n": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class Drawn:
     def value(self) -> float:
         """The mean over the seeds."""
         return float(self.values.mean())
+
+    @property
+    def by_seed(self) -> list[float | None]:
+        """The value of each seed; None where undefined."""
+        return [None if np.isnan(value) else float(value) for value in self.values]
 
 
 @dataclass(frozen=True, kw_only=True)

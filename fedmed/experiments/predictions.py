@@ -113,33 +113,37 @@ def check_endpoint(config: RunConfig) -> None:
         raise ConfigError('evaluate.endpoint = "sites", but nobody is held out at any site; set evaluate.site-share')
 
 
-def write_predictions(run: Path, judged: RunConfig) -> None:
+def write_predictions(run: Path, judges: RunConfig) -> None:
     """Predict for all held-out patients with the network that a run kept, unless that was done before.
+
+    Args:
+        run: its folder.
+        judges: whose sites' held-out patients, and whose server's test part, are predicted for.
 
     Raises:
         ModelError: the run kept no network, or has none for the server's patients.
         DataError: a place's data cannot be used.
     """
     own = has_personal_network(run_file.load(run / "run.toml").strategy)
-    mark = _mark(judged, own)
+    mark = _mark(judges, own)
     if _mark_in(run / FILE) == mark:
         return
     arrays: dict[str, NDArray[np.generic]] = {}
-    for number, place in enumerate(places_of(judged)):
+    for number, place in enumerate(places_of(judges)):
         site = place.name if own and place.kind == "site" else ""
-        network, _, _ = kept_network(run, device=server_device(judged), site=site)
-        data, rows = _held_out(place, judged)
-        for name, values in _predicted(network, data, rows, judged).items():
+        network, _, _ = kept_network(run, device=server_device(judges), site=site)
+        data, rows = _held_out(place, judges)
+        for name, values in _predicted(network, data, rows, judges).items():
             arrays[f"{number}/{name}"] = np.ascontiguousarray(values)
     write_atomically(run / FILE, save(arrays, {"mark": mark}), mode=0o600)
 
 
-def read_predictions(run: Path, judged: RunConfig) -> dict[str, Judged]:
+def read_predictions(run: Path, judges: RunConfig) -> dict[str, Judged]:
     """What `write_predictions` wrote: by place, without the places that hold nobody out."""
     found: dict[str, Judged] = {}
     with safe_open(run / FILE, framework="numpy") as file:
         keys = list(file.keys())
-        for number, place in enumerate(places_of(judged)):
+        for number, place in enumerate(places_of(judges)):
             mine = {key.partition("/")[2]: file.get_tensor(key) for key in keys if key.startswith(f"{number}/")}
             if mine:
                 found[place.name] = Judged(row=mine.pop("row"), patient=mine.pop("patient"), scores=mine)

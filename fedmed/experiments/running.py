@@ -262,7 +262,7 @@ def _run(trial: Trial, path: Path, parent: int, threads: int) -> None:
         with only_writer(path), local_grid(trial.config, folder) as grid:
             run_on(grid, trial.config, folder, watch, threads=threads)
     if result_of(path) is not None:
-        write_predictions(path, trial.judged)
+        write_predictions(path, trial.judges)
     else:
         raise RunFailed("the run paused: too few sites took part")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fedmed.durable import write_atomically, write_json
 from fedmed.errors import ConfigError, RunFailed
 from fedmed.experiments.arms import Trial, bases_of, changed, check_judged_everywhere, plain, seeds_of
 from fedmed.experiments.dealing import dealt
-from fedmed.experiments.judging import Bench, Drawn, check_same_split, intervals_of, mean_of, site_places
+from fedmed.experiments.judging import UNTOLD, Bench, Drawn, check_same_split, intervals_of, mean_of, site_places
 from fedmed.experiments.predictions import SERVER, check_endpoint, read_predictions
 from fedmed.experiments.reuse import result_of
 from fedmed.experiments.running import Said, run_trials
@@ -28,7 +28,6 @@ SAMPLING = ("seed", "evaluate.seeds", "evaluate.split-seed")
 FIXED = ("name", "data.sites", "data.server", *SAMPLING, *JUDGING)  # of all points
 Value = str | int | float | bool
 Row = dict[str, Any]
-NOTHING: Row = {"value": None, "low": None, "high": None, "n": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ def trials_of(points: Sequence[Point]) -> tuple[Trial, ...]:
     for point in points:
         for seed, base in bases_of(point.config).items():
             trained = changed(base, {}, seed=seed)
-            found.append(Trial(arm=point.label, network=point.label, seed=seed, config=trained, judged=base))
+            found.append(Trial(arm=point.label, network=point.label, seed=seed, config=trained, judges=base))
     check_judged_everywhere(found)
     return tuple(found)
 
@@ -128,7 +127,7 @@ def sweep(
         runs = {(point.label, seed): paths[point.label, seed] for seed in seeds_of(point.config)}
         summary.append({"values": dict(point.values), **_summary(point, runs, lost.keys())})
         for (_, seed), path in runs.items():
-            found = [{"status": FAILED, "place": None, "metric": None, **NOTHING}] if path in lost else _rows(path)
+            found = [{"status": FAILED, "place": None, "metric": None, **UNTOLD}] if path in lost else _rows(path)
             rows += [{**point.values, "seed": seed, "run": path.name, **row} for row in found]
     report = {
         "schema": 1,
@@ -151,12 +150,12 @@ def _summary(point: Point, runs: Mapping[tuple[str, int], Path], lost: Set[Path]
     """What is told of a point: of seeds of which one failed no mean, which would be of those that went well."""
     if lost & set(runs.values()):
         names = [path.name for path in runs.values()]
-        return {"status": FAILED, "endpoint": NOTHING, "by_seed": [None] * len(runs), "runs": names, "epsilon": None}
+        return {"status": FAILED, "endpoint": UNTOLD, "by_seed": [None] * len(runs), "runs": names, "epsilon": None}
     degraded = any(_result(path)["status"] == "degraded" for path in runs.values())
     return {
         "status": "degraded" if degraded else "completed",
         **_judged(point, runs),
-        **_spent(runs.values()),
+        "epsilon": _largest_epsilon(runs.values()),
     }
 
 
@@ -174,11 +173,11 @@ def _judged(point: Point, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any
         raise ConfigError("nobody is held out at the declared evaluate.endpoint, so the points cannot be judged")
     parts: list[Drawn] = [bench.drawn(point.label, place)[base.primary] for place in where]
     mean = mean_of(parts, together=True)
-    by_seed = [None if value != value else float(value) for value in mean.values]
-    return {"endpoint": bench.estimate(mean), "by_seed": by_seed, "runs": [path.name for path in runs.values()]}
+    names = [path.name for path in runs.values()]
+    return {"endpoint": bench.estimate(mean), "by_seed": mean.by_seed, "runs": names}
 
 
-def _spent(paths: Any) -> dict[str, float | None]:
+def _largest_epsilon(paths: Iterable[Path]) -> float | None:
     """The largest ε that a site spent in any run of a point; None without differential privacy."""
     found = [
         site["privacy"]["epsilon"]
@@ -186,7 +185,7 @@ def _spent(paths: Any) -> dict[str, float | None]:
         for site in _result(path)["sites"]
         if site["privacy"] and site["privacy"].get("epsilon") is not None
     ]
-    return {"epsilon": max(found, default=None)}
+    return max(found, default=None)
 
 
 def _rows(path: Path) -> list[Row]:

@@ -11,8 +11,8 @@ from plotly.offline import get_plotlyjs
 from fedmed.errors import DataError
 from fedmed.reporting import words
 from fedmed.reporting.comparison_figures import differences, endpoint, matrix, sweep_lines
-from fedmed.reporting.facts import Estimate
 from fedmed.reporting.pages import fill, write_page
+from fedmed.reporting.read_evaluation import estimate_of
 
 SCHEMA = 1
 
@@ -38,11 +38,6 @@ def write_sweep(folder: Path) -> Path:
     return _write(folder / "sweep.html", "sweep.html.j2", found, {"points": sweep_lines(found)})
 
 
-def estimate(found: dict[str, Any]) -> Estimate:
-    """A value with its interval, as the other pages have them."""
-    return Estimate(value=found["value"], low=found["low"], high=found["high"], patients=found["n"])
-
-
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -60,16 +55,6 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, Any]) -> Path:
     page = fill(
         template, found=found, plots=plots, plotly_js=get_plotlyjs(),
-        estimate=estimate, signed=signed, p=p_value, epsilon=words.epsilon,
+        estimate=estimate_of, signed=words.signed, p=words.p_value, epsilon=words.epsilon,
     )  # fmt: skip
     return write_page(page, target)
-
-
-def signed(value: float | None) -> str:
-    """A difference: `+0.012`, `−0.031`."""
-    return words.UNDEFINED if value is None else f"{value:+.3f}".replace("-", "−")
-
-
-def p_value(value: float | None) -> str:
-    """`0.031`, `< 0.001`."""
-    return words.UNDEFINED if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedmed.reporting.canvas import DASHES, PALETTE, Json, Plot, layout_of, plain
-from fedmed.reporting.facts import Curve, Estimate, RunFacts
+from fedmed.reporting.facts import Curve, RunFacts, metric_of
 from fedmed.reporting.words import number
 
 MOST_POINTS = 500  # of one curve
@@ -32,7 +32,7 @@ def curves(run: RunFacts, kind: Kind) -> Plot | None:
     first = len(data)
     for place, (label, curve) in enumerate(drawn.items()):
         colour = PALETTE[place % len(PALETTE)]
-        area = run.server.get(f"{AREAS[kind]}/{label}", Estimate()).value
+        area = metric_of(run.server, f"{AREAS[kind]}/{label}").value
         name = f"{label}, {AREA_NAMES[kind]} {number(area)}" if area is not None else label
         if banded:
             data.append(_band(curve, colour, label, shown=together))

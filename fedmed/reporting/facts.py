@@ -21,6 +21,16 @@ class Estimate:
 Metrics = Mapping[str, Estimate]
 
 
+def metric_of(metrics: Metrics, name: str) -> Estimate:
+    """What is known of a metric; nothing where nobody tells it."""
+    return metrics.get(name, Estimate())
+
+
+def usual_primary(task: str) -> str:
+    """The primary metric of a run that names none, as the run configuration's default."""
+    return "dice" if task == "segmentation" else "auroc"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
     """What a site spent."""

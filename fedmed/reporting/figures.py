@@ -20,7 +20,7 @@ from fedmed.reporting.canvas import (
     whole_ticks,
     wrap,
 )
-from fedmed.reporting.facts import Estimate, Metrics, Round, RunFacts, Site
+from fedmed.reporting.facts import Estimate, Round, RunFacts, Site, metric_of
 from fedmed.reporting.words import count, lower_is_better, number, plural, title
 
 MOST_SITES = 50
@@ -56,7 +56,7 @@ def per_round(run: RunFacts) -> Plot | None:
 def per_site(run: RunFacts) -> Plot | None:
     """The final network at every site's held-out patients; the worst sites when there are many."""
     falling = lower_is_better(run.primary)
-    known = [(site, found) for site in run.sites if (found := _of(site.metrics, run.primary)).value is not None]
+    known = [(site, found) for site in run.sites if (found := metric_of(site.metrics, run.primary)).value is not None]
     known.sort(key=lambda pair: (pair[1].value or 0.0) * (-1 if falling else 1))
     shown, unknown = known[:MOST_SITES], len(run.sites) - len(known)
     if not shown:
@@ -91,7 +91,7 @@ def per_site(run: RunFacts) -> Plot | None:
         "xaxis": {"title": {"text": plain(title(run.primary))}, "rangemode": "tozero"},
         "yaxis": {**names_axis([site.name for site, _ in shown]), "zeroline": False},
     }
-    if (pooled := run.server.get(run.primary, Estimate()).value) is not None:
+    if (pooled := metric_of(run.server, run.primary).value) is not None:
         layout["shapes"] = [
             {
                 "type": "line",
@@ -188,7 +188,7 @@ def participation(run: RunFacts) -> Plot | None:
 
 
 def _band(log: Sequence[Round], name: str, axis: str, colour: str) -> list[Json]:
-    points = [(entry.number, _of(entry.metrics, name)) for entry in log]
+    points = [(entry.number, metric_of(entry.metrics, name)) for entry in log]
     outline_x: list[float | None] = []
     outline_y: list[float | None] = []
     for stretch in _stretches(points):
@@ -247,17 +247,13 @@ def _cell(name: str, entry: Round) -> str:
 
 
 def _path(log: Sequence[Round], name: str) -> str:
-    known = [(entry.number, value) for entry in log if (value := _of(entry.metrics, name).value) is not None]
+    known = [(entry.number, value) for entry in log if (value := metric_of(entry.metrics, name).value) is not None]
     (first, start), (last, end) = known[0], known[-1]
     return f"from {number(start)} in round {first} to {number(end)} in round {last}"
 
 
 def _known(log: Sequence[Round], name: str) -> bool:
-    return any(_of(entry.metrics, name).value is not None for entry in log)
-
-
-def _of(metrics: Metrics, name: str) -> Estimate:
-    return metrics.get(name, Estimate())
+    return any(metric_of(entry.metrics, name).value is not None for entry in log)
 
 
 def _spanned(shown: Sequence[tuple[Site, Estimate]]) -> list[tuple[int, Estimate]]:

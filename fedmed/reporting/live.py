@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from plotly.offline import get_plotlyjs
 
 from fedmed.errors import DataError
+from fedmed.reporting.facts import usual_primary
 from fedmed.reporting.pages import fill
 from fedmed.reporting.read import read_settings
 from fedmed.reporting.values import count_of, mapping_of, text_of
@@ -117,7 +118,7 @@ def live_page(run: Path) -> str:
     config = read_settings(run / "run.toml", [])
     primary = text_of(mapping_of(config.get("evaluate")).get("primary"))
     if not primary:
-        primary = "dice" if mapping_of(config.get("task")).get("kind") == "segmentation" else "auroc"
+        primary = usual_primary(text_of(mapping_of(config.get("task")).get("kind")))
     facts = {
         "rounds": count_of(mapping_of(config.get("train")).get("rounds")) or 0,
         "primary": primary,

@@ -11,7 +11,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from fedmed.durable import write_atomically
 from fedmed.errors import DataError
 from fedmed.reporting import words
-from fedmed.reporting.facts import Estimate
+from fedmed.reporting.facts import metric_of
 
 
 def fill(template: str, **values: object) -> str:
@@ -61,6 +61,6 @@ def _environment() -> Environment:
         duration=words.duration,
         memory=words.memory,
         plural=words.plural,
-        of=lambda metrics, name: metrics.get(name, Estimate()),
+        of=metric_of,
     )
     return environment

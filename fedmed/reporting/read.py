@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmed.errors import DataError
-from fedmed.reporting.facts import Metrics, Privacy, Round, RunFacts, Site
+from fedmed.reporting.facts import Metrics, Privacy, Round, RunFacts, Site, usual_primary
 from fedmed.reporting.read_evaluation import metrics_of, read_evaluation, read_findings
 from fedmed.reporting.values import count_of, mapping_of, number_of, sequence_of, text_of
 
@@ -43,7 +43,7 @@ def read_run(run: Path) -> RunFacts:
     config = read_settings(run / "run.toml", notes)
     privacy = mapping_of(config.get("privacy"))
     log = tuple(sorted((_round(item) for item in _items(raw, "rounds_log")), key=lambda entry: entry.number))
-    events = _events(run / "events.jsonl", notes)
+    events = read_events(run / "events.jsonl", notes)
     task = text_of(raw.get("task"))
     server = metrics_of(mapping_of(raw.get("server")).get("metrics"))
     sites = tuple(_site(item) for item in _items(raw, "sites"))
@@ -156,8 +156,8 @@ def _round(raw: Mapping[str, object]) -> Round:
 
 
 def _primary(task: str, sources: Sequence[Metrics]) -> str:
-    """`auroc` or `dice` by task, as the run configuration's default; if nothing holds it, any metric but the loss."""
-    usual = "dice" if task == "segmentation" else "auroc"
+    """The usual one of the task; if nothing holds it, any metric but the loss."""
+    usual = usual_primary(task)
     names = [name for metrics in sources for name in metrics if name != "loss"]
     return usual if usual in names or not names else names[0]
 
@@ -188,7 +188,8 @@ def _settings(config: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def _events(file: Path, notes: list[str]) -> list[Mapping[str, object]]:
+def read_events(file: Path, notes: list[str]) -> list[Mapping[str, object]]:
+    """The events of a run, none where there is no file; a line that is damaged or half written is left out."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

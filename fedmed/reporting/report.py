@@ -9,8 +9,8 @@ from plotly.offline import get_plotlyjs
 
 from fedmed.reporting import cases, figures, words
 from fedmed.reporting.curves import curves
-from fedmed.reporting.facts import Estimate, RunFacts
-from fedmed.reporting.heat_map import by_label
+from fedmed.reporting.facts import RunFacts, metric_of
+from fedmed.reporting.label_map import by_label
 from fedmed.reporting.pages import fill, write_page
 from fedmed.reporting.read import read_run
 from fedmed.reporting.site_report import is_site, write_site_report, write_site_reports
@@ -44,7 +44,7 @@ def write_report(run: str | Path) -> Path:
 def render(run: RunFacts) -> str:
     """The page as text."""
     troubles = words.troubles(run)
-    metrics, found = _ordered(run), run.evaluation
+    metrics, found = words.ordered(run.server, run.primary), run.evaluation
     segments = found is not None and found.kind == "segmentation"
     labels, prevalences = words.prevalences(run)
     intervals_of_sites = [found for site in run.sites for found in site.metrics.values() if found.low is not None]
@@ -58,7 +58,7 @@ def render(run: RunFacts) -> str:
         server_metrics=metrics,
         server_labels=[(name, value) for name, value in metrics if "/" in name],
         sites=[(site, words.privacy(site.privacy, run)) for site in run.sites],
-        bounded=any(site.metrics.get(run.primary, Estimate()).bound is not None for site in run.sites),
+        bounded=any(metric_of(site.metrics, run.primary).bound is not None for site in run.sites),
         noised=any(found.noise is not None for site in run.sites for found in site.metrics.values()),
         sent_variance=any(found.bound is not None for found in intervals_of_sites),
         sent_scores=any(found.bound is None for found in intervals_of_sites),
@@ -78,9 +78,3 @@ def render(run: RunFacts) -> str:
         resume=f"fedmed simulate --resume {shlex.quote(run.folder)}" if run.status in ("failed", "paused") else "",
         plotly_js=get_plotlyjs(),
     )
-
-
-def _ordered(run: RunFacts) -> list[tuple[str, Estimate]]:
-    """The primary metric first, then the other pooled ones, then those per label; none for which nobody counts."""
-    told = [(name, found) for name, found in run.server.items() if found.value is not None or found.patients != 0]
-    return sorted(told, key=lambda item: (item[0] != run.primary, "/" in item[0]))

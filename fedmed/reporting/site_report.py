@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedmed.errors import DataError
-from fedmed.reporting.facts import Estimate, Findings, Gain
+from fedmed.reporting.facts import Findings, Gain, metric_of
 from fedmed.reporting.pages import fill, write_page
 from fedmed.reporting.read_evaluation import findings_of, read_findings, read_gains
-from fedmed.reporting.words import interval, number, plural, signed, title
+from fedmed.reporting.words import interval, number, ordered, plural, signed, title
 
 FINDINGS, COMPARISON = "findings.json", "comparison.json"
 MODE = 0o600  # it shows patients
@@ -49,8 +49,7 @@ def render_site(found: Findings | None, compared: tuple[Findings, tuple[Gain, ..
     """The page as text; a comparison alone says nothing of the site's data, so there are no sections about it."""
     empty, gains = compared or (findings_of({}), ())
     shown = found or empty
-    told = [(name, value) for name, value in shown.metrics.items() if value.value is not None or value.patients != 0]
-    metrics = sorted(told, key=lambda item: (item[0] != shown.primary, "/" in item[0]))
+    metrics = ordered(shown.metrics, shown.primary)
     return fill(
         "site.html.j2",
         found=shown,
@@ -64,7 +63,7 @@ def render_site(found: Findings | None, compared: tuple[Findings, tuple[Gain, ..
 
 
 def _summary(found: Findings) -> str:
-    reached = found.metrics.get(found.primary, Estimate())
+    reached = metric_of(found.metrics, found.primary)
     model = title(found.model) if found.model else "The network"
     if reached.value is None:
         return f"{model}: {title(found.primary)} at this site is undefined."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedmed.reporting.facts import Counts, Estimate, Findings, Privacy, RunFacts
+from fedmed.reporting.facts import Counts, Estimate, Findings, Metrics, Privacy, RunFacts, metric_of
 from fedmed.types import SMALL, rounded_up
 
 UNDEFINED = "–"
@@ -79,6 +79,11 @@ def signed(value: float | None) -> str:
     return f"+{number(value)}" if value is not None and value > 0 else number(value)
 
 
+def p_value(value: float | None) -> str:
+    """`0.031`, `< 0.001`."""
+    return UNDEFINED if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
 def count(value: int | None) -> str:
     """A count with thousands apart."""
     return UNDEFINED if value is None else f"{value:,}"
@@ -119,6 +124,12 @@ def interval(estimate: Estimate) -> str:
         return UNDEFINED
     joint = " to " if estimate.low < 0 else "–"
     return f"{number(estimate.low)}{joint}{number(estimate.high)}"
+
+
+def ordered(metrics: Metrics, primary: str) -> list[tuple[str, Estimate]]:
+    """The primary metric first, then the other pooled ones, then those per label; none for which nobody counts."""
+    told = [(name, found) for name, found in metrics.items() if found.value is not None or found.patients != 0]
+    return sorted(told, key=lambda item: (item[0] != primary, "/" in item[0]))
 
 
 def duration(seconds: float | None) -> str:
@@ -204,7 +215,7 @@ def summary(run: RunFacts) -> str:
     if not run.rounds:
         return f"{model} finished no round of training."
     trained = f"{model} trained by {plural(took_part(run), 'site')} for {plural(run.rounds, 'round')}"
-    reached = run.server.get(run.primary, Estimate())
+    reached = metric_of(run.server, run.primary)
     if reached.value is None:
         return f"{trained}; held-out {title(run.primary)} is undefined."
     facts = [] if reached.low is None or reached.high is None else [f"95 % interval {interval(reached)}"]

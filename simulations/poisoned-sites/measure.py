@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 from poisoned import TAMPERS, app_with  # noqa: E402
+from readme import put  # noqa: E402  # lies beside the simulations
 
 from fedmed import config as run_file  # noqa: E402
 from fedmed.federated.run_folder import RunFolder  # noqa: E402
@@ -29,7 +30,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "geometric median": ("strategy.combine=geometric-median",),
 }
 ATTACKS = ("none", "label flip", *TAMPERS)
-START, END = "<!-- tables: written by measure.py -->", "<!-- end of tables -->"
 
 
 def run(attack: str, rule: str, *, unusual: bool = False, rounds: int | None = None) -> dict[str, Any]:
@@ -81,12 +81,9 @@ def unusual_hospitals() -> str:
 
 
 def main() -> None:
-    """Replace what stands between the marks in README.md."""
-    readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    text = f"{START}\n\n{attacks()}\n\n{unusual_hospitals()}\n\n{END}"
-    readme.write_text(f"{before}{text}{after}", encoding="utf-8")
+    """Replace both tables in README.md."""
+    text = f"{attacks()}\n\n{unusual_hospitals()}"
+    put(HERE / "README.md", "tables", text)
     print(text)
 
 

@@ -1,9 +1,9 @@
-"""The final network at every site and for every label, as one heat map: where it is weak, and for whom."""
+"""The final network at every site and for every label, as a table of colours: where it is weak, and for whom."""
 
 from __future__ import annotations
 
 from fedmed.reporting.canvas import Json, Plot, layout_of, names_axis, plain
-from fedmed.reporting.facts import Estimate, Metrics, RunFacts
+from fedmed.reporting.facts import Metrics, RunFacts, metric_of
 from fedmed.reporting.words import number, plural, title
 
 MOST_ROWS = 50
@@ -22,7 +22,7 @@ def by_label(run: RunFacts) -> Plot | None:
     if len(labels) < 2 or len(rows) < 2:
         return None
     shown = rows[:MOST_ROWS]
-    values = [[found.get(f"{metric}/{label}", Estimate()).value for label in labels] for _, found in shown]
+    values = [[metric_of(found, f"{metric}/{label}").value for label in labels] for _, found in shown]
     known = [value for row in values for value in row if value is not None]
     if not known:
         return None
