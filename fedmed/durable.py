@@ -112,6 +112,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_private(folder: Path) -> Path:
+    """A folder and those above it that are missing, for the owner alone; `parents=True` would open those above."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.is_dir():
+            one.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def sha256_of(path: Path) -> str:
     """Of a file's content, hexadecimal; the file is not read into memory."""
     with path.open("rb") as file:

@@ -131,6 +131,19 @@ def test_processes_that_write_one_file_at_once_leave_one_of_their_versions_whole
     assert names_in(tmp_path) == ["file"]
 
 
+def test_a_private_folder_s_missing_parents_are_its_owner_s_alone_and_others_stay(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    made = durable.make_private(there / "a" / "b" / "c")
+    assert durable.make_private(made) == made == there / "a" / "b" / "c"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (made, *made.parents[:2])} == {0o700}
+    assert stat.S_IMODE(there.stat().st_mode) == 0o755
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError):
+            durable.make_private(path)
+
+
 def test_a_digest_is_of_the_whole_file_and_a_secret_is_its_owner_s_alone(tmp_path):
     path = tmp_path / "file"
     durable.write_json(path, {"b": 1, "a": [2.5]}, mode=0o600)

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from fedmed.config import Name
 from fedmed.deployment.certificates import make_coordinator_certificate, read_certificate
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
-from fedmed.deployment.files import SECRET, make_folder, read_json, write_json
+from fedmed.deployment.files import SECRET, read_json, write_json
 from fedmed.deployment.kits import ADDRESS
-from fedmed.durable import open_to_others, write_atomically
+from fedmed.durable import make_private, open_to_others, write_atomically
 from fedmed.errors import ConfigError
 
 KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
@@ -99,7 +99,7 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
     if not folder.consortium.loopback_port:
         raise ConfigError("loopback-port in consortium.toml is 0: coordinators elsewhere need nginx in front")
     certificate, key = make_coordinator_certificate(folder.tls, name, folder.consortium.certificate_days, asked)
-    given = make_folder(make_folder(folder.coordinators) / name)
+    given = make_private(make_private(folder.coordinators) / name)
     if key is not None:
         write_atomically(given / KEY, key, mode=SECRET)
     write_atomically(given / CERTIFICATE, certificate)

@@ -18,9 +18,9 @@ import fedmed
 from fedmed.config import Name
 from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.certificates import parse_certificate
-from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
+from fedmed.deployment.files import SECRET, read_json, write_json, write_new
 from fedmed.deployment.node_keys import fingerprint
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError
 from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
@@ -60,7 +60,7 @@ def coordinator_key(folder: Path) -> Ed25519PrivateKey:
     Raises:
         ConfigError: it is damaged.
     """
-    path = make_folder(folder) / "signing.key"
+    path = make_private(folder) / "signing.key"
     if not path.exists():
         key = Ed25519PrivateKey.generate()
         write_new(path, key.private_bytes_raw().hex().encode() + b"\n", SECRET)
@@ -94,7 +94,7 @@ def write_kit(
         ca: the authority's certificate, PEM.
         sites: name and public signing key of every site, hexadecimal.
     """
-    make_folder(folder)
+    make_private(folder)
     values: dict[str, Any] = {
         "schema": 1,
         "kind": KIND,

@@ -13,11 +13,10 @@ import fedmed
 from fedmed.deployment import certificates
 from fedmed.deployment.cards import SiteCard, read_card
 from fedmed.deployment.consortium import ServerFolder
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit, coordinator_key, write_kit
 from fedmed.deployment.proxy import write_nginx
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError
 
 
@@ -66,7 +65,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     certificate, renewed = server_certificate(folder)
     key, app = coordinator_key(folder.coordinator), app_hash()
     authority = (folder.tls / "ca.crt").read_bytes()
-    make_folder(folder.cards)
+    make_private(folder.cards)
     for path, card in zip(cards, found, strict=True):
         target = folder.cards / f"{card.name}.json"
         if path.absolute() != target.absolute():
@@ -75,7 +74,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     write_nginx(folder)
     kits = tuple(
         write_kit(
-            make_folder(folder.kits) / card.name,
+            make_private(folder.kits) / card.name,
             card,
             key,
             consortium=folder.consortium.name,
@@ -97,7 +96,7 @@ def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
     Raises:
         ConfigError: the authority cannot be used.
     """
-    make_folder(folder.tls)
+    make_private(folder.tls)
     if not (folder.tls / "ca.crt").exists():
         certificates.make_authority(folder.tls, folder.consortium.name)
     names, now = folder.consortium.names, datetime.now(UTC)

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.coordinators import coordinators
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import Child, descendants, kill
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
@@ -135,7 +134,7 @@ def write_nginx(folder: ServerFolder) -> Path | None:
     """
     if not folder.consortium.loopback_port:
         return None
-    path = make_folder(folder.nginx) / "nginx.conf"
+    path = make_private(folder.nginx) / "nginx.conf"
     write_atomically(path, nginx_configuration(folder).encode())
     return path
 

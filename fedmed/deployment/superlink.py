@@ -17,7 +17,6 @@ from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.continuing import continue_lost, under_way
 from fedmed.deployment.control import FlowerRun, agree, control, nodes, runs
 from fedmed.deployment.coordinators import own_entrance
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.processes import (
     Child,
@@ -33,7 +32,7 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.proxy import Proxy
-from fedmed.durable import open_to_others
+from fedmed.durable import make_private, open_to_others
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
@@ -92,7 +91,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """
     require_usable(folder)
     environment = flower_environment(
-        make_folder(folder.flower),
+        make_private(folder.flower),
         near=[folder.consortium.reached],
         FEDMED_RUNS=str(folder.runs),
         FEDMED_CACHE=os.environ.get("FEDMED_CACHE") or str(folder.root / "cache"),

@@ -18,7 +18,6 @@ from typing import Any
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from fedmed.deployment import certificates, door, node_keys
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.health import health_endpoint, site_facts
 from fedmed.deployment.kits import CERTIFICATE, Kit
 from fedmed.deployment.launcher import Launcher
@@ -33,7 +32,7 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.scratch import clear_scratch
 from fedmed.deployment.site_folder import SiteFolder, joined_kit
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
@@ -81,7 +80,7 @@ def write_door(site: SiteFolder) -> Path:
         Their folder, with Flower's launcher of tasks besides: all that the SuperNode's PATH may name. Whatever stood
         behind it there, Python would start in the place of a door that cannot be executed.
     """
-    folder = make_folder(site.flower / "bin")
+    folder = make_private(site.flower / "bin")
     lead = [sys.executable, "-I", "-S", door.__file__, str(site.flower)]
     for name, words in {
         **dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), lead),
@@ -196,12 +195,12 @@ def _why(node: Child) -> str:
 
 def _environment(site: SiteFolder) -> dict[str, str]:
     return flower_environment(
-        make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5", PATH=str(write_door(site))
+        make_private(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5", PATH=str(write_door(site))
     )
 
 
 def _warm(site: SiteFolder, log: logging.Logger) -> Child:
     """The process that tasks are forked from; it needs seconds until it is ready for the first."""
-    (make_folder(site.flower) / door.SOCKET).unlink(missing_ok=True)
+    (make_private(site.flower) / door.SOCKET).unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedmed.deployment.warm", str(site.file)]
     return Child(command, flower_environment(site.flower), log)
