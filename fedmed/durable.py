@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, shared: b
 
 def write_json(path: Path, value: Mapping[str, Any], *, mode: int = 0o644) -> None:
     """Replace a file by a value as JSON that people read; NaN is an error."""
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n", mode=mode)
+    write_atomically(path, json.dumps(dict(value), indent=2, allow_nan=False).encode() + b"\n", mode=mode)
 
 
 @contextmanager

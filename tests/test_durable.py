@@ -12,7 +12,6 @@ from full_disks import full_disk
 from kill_points import AVAILABLE, run_killed
 
 from fedmed import durable
-from fedmed.deployment.files import write_json
 from fedmed.errors import DataError
 from fedmed.intake.opt_out import remember
 from fedmed.privacy.keys import make_keys
@@ -31,7 +30,7 @@ def names_in(folder: Path) -> list[str]:
     [
         (lambda path: durable.write_atomically(path, b"x" * 9000), OSError),
         (lambda path: durable.write_atomically(path, b"x" * 9000, mode=0o600, shared=True), OSError),
-        (lambda path: write_json(path, {"long": "x" * 9000}), OSError),
+        (lambda path: durable.write_json(path, {"long": "x" * 9000}), OSError),
         (lambda path: write_page("x" * 9000, path), DataError),
         (lambda path: remember(frozenset(f"P{'A' * 14}{a}{b}" for a in LETTERS for b in LETTERS), path), OSError),
         (lambda path: write_durably(path, {"many": np.zeros(9000)}, {}), DataError),

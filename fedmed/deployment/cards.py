@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 import fedmed
 from fedmed.config import Name
 from fedmed.deployment import node_keys
-from fedmed.deployment.files import read_json, write_json
+from fedmed.deployment.files import read_json
+from fedmed.durable import write_json
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.privacy import keys as site_keys

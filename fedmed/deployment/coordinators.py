@@ -10,14 +10,14 @@ from cryptography import x509
 from pydantic import TypeAdapter, ValidationError
 
 from fedmed.config import Name
-from fedmed.deployment.certificates import make_coordinator_certificate, read_certificate
+from fedmed.deployment.certificates import AUTHORITY, make_coordinator_certificate, read_certificate
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
-from fedmed.deployment.files import SECRET, read_json, write_json
+from fedmed.deployment.files import SECRET, read_json
 from fedmed.deployment.kits import ADDRESS
-from fedmed.durable import make_private, open_to_others, write_atomically
+from fedmed.durable import make_private, open_to_others, write_atomically, write_json
 from fedmed.errors import ConfigError
 
-KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
+KEY, CERTIFICATE, CONTENT = "coordinator.key", "coordinator.crt", "server.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
             )
     certificate, renewed = server_certificate(folder)
     key, app = coordinator_key(folder.coordinator), app_hash()
-    authority = (folder.tls / "ca.crt").read_bytes()
+    authority = (folder.tls / certificates.AUTHORITY).read_bytes()
     make_private(folder.cards)
     for path, card in zip(cards, found, strict=True):
         target = folder.cards / f"{card.name}.json"
@@ -97,14 +97,14 @@ def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
         ConfigError: the authority cannot be used.
     """
     make_private(folder.tls)
-    if not (folder.tls / "ca.crt").exists():
+    if not (folder.tls / certificates.AUTHORITY).exists():
         certificates.make_authority(folder.tls, folder.consortium.name)
     names, now = folder.consortium.names, datetime.now(UTC)
-    if (folder.tls / "server.crt").exists():
-        there = certificates.read_certificate(folder.tls / "server.crt")
-        authority = certificates.read_certificate(folder.tls / "ca.crt")
+    if (folder.tls / certificates.SERVER).exists():
+        there = certificates.read_certificate(folder.tls / certificates.SERVER)
+        authority = certificates.read_certificate(folder.tls / certificates.AUTHORITY)
         fits = set(names) <= certificates.alternative_names(there)
-        fits = fits and certificates.belong_together(there, folder.tls / "server.key")
+        fits = fits and certificates.belong_together(there, folder.tls / certificates.SERVER_KEY)
         if fits and not certificates.problem(there, authority, now) and not certificates.ends_soon(there, now):
             return there, False
     return certificates.make_server_certificate(folder.tls, names, folder.consortium.certificate_days), True

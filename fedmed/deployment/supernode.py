@@ -19,8 +19,8 @@ from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from fedmed.deployment import certificates, door, node_keys
 from fedmed.deployment.health import health_endpoint, site_facts
-from fedmed.deployment.kits import CERTIFICATE, Kit
-from fedmed.deployment.launcher import Launcher
+from fedmed.deployment.kits import Kit
+from fedmed.deployment.launcher import LAUNCHER, Launcher
 from fedmed.deployment.processes import (
     Child,
     flower_environment,
@@ -39,7 +39,6 @@ RESTART_S = 15.0  # the server counts a site that was killed as online for up to
 WARM_S = 300.0
 LOOK_S = 0.5
 TRY_S = 60.0
-LAUNCHER = "flower-superexec"
 WHY = {  # Flower's own exit codes
     302: "its node.key is damaged",
     305: "the server did not let it in: it does not know this site's key, or still counts it as online",
@@ -64,7 +63,7 @@ def site_command(site: SiteFolder, kit: Kit, port: int) -> list[str]:
     return [
         program("flower-supernode"),
         *("--superlink", kit.address),
-        *("--root-certificates", str(site.kit / CERTIFICATE)),
+        *("--root-certificates", str(site.kit / certificates.AUTHORITY)),
         *("--auth-supernode-private-key", str(site.keys / node_keys.PRIVATE)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", f"site={json.dumps(str(site.file))}"),
