@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from pydantic import TypeAdapter, ValidationError
 
-from fedmed.config import Name
+from fedmed.config import checked_name
 from fedmed.deployment.certificates import AUTHORITY, make_coordinator_certificate, read_certificate
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
 from fedmed.deployment.files import SECRET, read_json
@@ -88,11 +87,11 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
         ConfigError: nothing is provisioned, no nginx is meant to stand in front, or the request is none.
     """
     try:
-        TypeAdapter(Name).validate_python(name, strict=True)
+        checked_name(name)
         if name.endswith((".crt", ".key")):  # its folder would be taken for a certificate on the list
             raise ConfigError(f'a coordinator cannot be called "{name}", as a certificate is; leave out the ending')
         asked = request.read_bytes() if request is not None else None
-    except ValidationError:
+    except ValueError:
         raise ConfigError(f'a coordinator cannot be called "{name}": letters, digits, blanks and _ . - only') from None
     except OSError as error:
         raise ConfigError(f"{request}: cannot be read ({error.strerror})") from None

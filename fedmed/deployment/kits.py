@@ -12,15 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import TypeAdapter, ValidationError
 
 import fedmed
-from fedmed.config import Name
+from fedmed.config import checked_name
 from fedmed.deployment.cards import SiteCard
 from fedmed.deployment.certificates import AUTHORITY, parse_certificate
 from fedmed.deployment.files import SECRET, read_json, write_new
 from fedmed.deployment.node_keys import fingerprint
-from fedmed.durable import make_private, write_atomically, write_json
+from fedmed.durable import DIGEST, make_private, write_atomically, write_json
 from fedmed.errors import ConfigError
 from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
@@ -29,7 +28,6 @@ KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "
 KIND = "fedmed site kit"
 CONTENT, SIGNING = "kit.json", "signing.key"
 ADDRESS = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9.-]+):\d{1,5}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +125,13 @@ def read_kit(folder: Path) -> Kit:
     try:
         certificate = (folder / AUTHORITY).read_bytes()
         public, signature = bytes.fromhex(values["coordinator"]), bytes.fromhex(values["signature"])
-        names = [TypeAdapter(Name).validate_python(values[key], strict=True) for key in ("consortium", "site")]
+        names = [checked_name(values[key]) for key in ("consortium", "site")]
         sound = bool(ADDRESS.fullmatch(values["address"])) and all(map(DIGEST.fullmatch, values["apps"]))
         others = {str(name): str(key) for name, key in values["sites"].items()}
         sound = sound and all(map(DIGEST.fullmatch, others.values()))
         made = datetime.fromisoformat(values["made"])
         sound = sound and made.tzinfo is not None
-    except (OSError, ValidationError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
     signed = {key: values[key] for key in KEYS}
     same = hashlib.sha256(certificate).hexdigest() == values["authority"]
