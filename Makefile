@@ -54,7 +54,7 @@ bench: .venv/installed ## time the engine, the reading of images and the network
 	@$(BIN)/python benchmarks/dropout.py
 
 wheelhouse: .venv/installed ## every wheel with hashes, SBOM and signature, for hospitals without a registry
-	@$(BIN)/python -m fedmed.deployment.wheelhouse wheelhouse wheelhouse.key
+	@$(BIN)/python tools/wheelhouse.py wheelhouse wheelhouse.key
 
 clean: ## remove what the targets made, but not runs/
 	rm -rf .venv phantoms dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

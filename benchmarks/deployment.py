@@ -32,11 +32,11 @@ from pathlib import Path
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.control import control, nodes
 from fedmed.deployment.coordinators import own_entrance
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import Child, flower_environment, free_port
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
 from fedmed.deployment.supernode import site_command
+from fedmed.durable import make_private
 from fedmed.errors import RunFailed
 
 HERE = Path(__file__).parent
@@ -95,7 +95,7 @@ def stock_node(root: Path, site: str) -> Iterator[None]:
     folder = read_site_folder(root / site)
     log = logging.Logger(site)
     log.addHandler(logging.FileHandler(root / f"{site}-stock.log"))
-    environment = flower_environment(make_folder(folder.flower / "stock"), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
+    environment = flower_environment(make_private(folder.flower / "stock"), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
     child = Child(site_command(folder, joined_kit(folder), free_port()), environment, log)
     try:
         yield

@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256 as `sha256_of` writes it
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what a file system without hard links says
 
 
@@ -23,7 +25,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644, shared: b
 
 def write_json(path: Path, value: Mapping[str, Any], *, mode: int = 0o644) -> None:
     """Replace a file by a value as JSON that people read; NaN is an error."""
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n", mode=mode)
+    write_atomically(path, json.dumps(dict(value), indent=2, allow_nan=False).encode() + b"\n", mode=mode)
 
 
 @contextmanager
@@ -110,6 +112,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_private(folder: Path) -> Path:
+    """A folder and those above it that are missing, for the owner alone; `parents=True` would open those above."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.is_dir():
+            one.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def sha256_of(path: Path) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 
 from fedmed import config as run_file
 from fedmed.federated.run_folder import RunFolder
@@ -15,7 +16,6 @@ from fedmed.federated.server_evaluation import load_server_data
 from fedmed.federated.simulation import local_grid, run_on
 from fedmed.imaging import decoding
 from fedmed.imaging.dicom import grey as dicom
-from fedmed.metrics import auroc
 from fedmed.models import build
 from fedmed.training.evaluate import predictions
 from fedmed.training.network import FlatNetwork
@@ -65,7 +65,7 @@ def server_auroc(folder: RunFolder) -> float:
     flat = FlatNetwork(network, torch.device("cpu"))
     batches = list(predictions(flat, data, np.arange(len(data))))
     logits, targets = (np.concatenate([batch[index] for batch in batches]) for index in (1, 2))
-    return float(np.mean([auroc(logits[:, k], targets[:, k]) for k in range(targets.shape[1])]))
+    return float(np.mean([roc_auc_score(targets[:, k], logits[:, k]) for k in range(targets.shape[1])]))
 
 
 @pytest.mark.timeout(600)

@@ -12,7 +12,6 @@ from full_disks import full_disk
 from kill_points import AVAILABLE, run_killed
 
 from fedmed import durable
-from fedmed.deployment.files import write_json
 from fedmed.errors import DataError, plain_reason
 from fedmed.intake.opt_out import remember
 from fedmed.privacy.keys import make_keys
@@ -44,7 +43,7 @@ def names_in(folder: Path) -> list[str]:
     [
         (lambda path: durable.write_atomically(path, b"x" * 9000), OSError),
         (lambda path: durable.write_atomically(path, b"x" * 9000, mode=0o600, shared=True), OSError),
-        (lambda path: write_json(path, {"long": "x" * 9000}), OSError),
+        (lambda path: durable.write_json(path, {"long": "x" * 9000}), OSError),
         (lambda path: write_page("x" * 9000, path), DataError),
         (lambda path: remember(frozenset(f"P{'A' * 14}{a}{b}" for a in LETTERS for b in LETTERS), path), OSError),
         (lambda path: write_durably(path, {"many": np.zeros(9000)}, {}), DataError),
@@ -142,6 +141,19 @@ def test_processes_that_write_one_file_at_once_leave_one_of_their_versions_whole
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert path.read_bytes() in (b"a" * 100_000, b"b" * 100_000)
     assert names_in(tmp_path) == ["file"]
+
+
+def test_a_private_folder_s_missing_parents_are_its_owner_s_alone_and_others_stay(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    made = durable.make_private(there / "a" / "b" / "c")
+    assert durable.make_private(made) == made == there / "a" / "b" / "c"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (made, *made.parents[:2])} == {0o700}
+    assert stat.S_IMODE(there.stat().st_mode) == 0o755
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError):
+            durable.make_private(path)
 
 
 def test_a_digest_is_of_the_whole_file_and_a_secret_is_its_owner_s_alone(tmp_path):

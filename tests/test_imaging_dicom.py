@@ -106,7 +106,7 @@ def test_windows_agree_with_pydicom(
     with np.errstate(over="ignore"):  # pydicom's sigmoid far from the window
         expected = (apply_voi_lut(values, ds) - low) / (high - low)
     np.testing.assert_allclose(modality_values(ds, cells), values, rtol=1e-6, atol=1e-3)
-    np.testing.assert_allclose(dicom.displayed(ds), expected, atol=2e-3)
+    np.testing.assert_allclose(next(dicom.displayed_frames(ds)), expected, atol=2e-3)
 
 
 @settings(max_examples=40, deadline=None)
@@ -116,7 +116,9 @@ def test_presentation_lut_shapes_agree_with_pydicom(shape: str, bits: int, signe
     cells = np.rint(picture() * span + lowest).astype(np.int16 if signed else np.uint16)
     ds = image_object(cells, bits=bits, PresentationLUTShape=shape)
     expected = apply_presentation_lut(cells.astype(np.int32), ds)
-    np.testing.assert_allclose(dicom.displayed(ds), (expected - expected.min()) / np.ptp(expected), atol=1e-5)
+    np.testing.assert_allclose(
+        next(dicom.displayed_frames(ds)), (expected - expected.min()) / np.ptp(expected), atol=1e-5
+    )
 
 
 def test_luts_agree_with_pydicom() -> None:
@@ -125,7 +127,7 @@ def test_luts_agree_with_pydicom() -> None:
     modality = image_object(cells, ModalityLUTSequence=[lut_item(table, 700, 16)])
     np.testing.assert_array_equal(modality_values(modality, cells), apply_modality_lut(cells, modality))
     voi = image_object(cells, VOILUTSequence=[lut_item(table, 700, 16)], WindowCenter=1, WindowWidth=2)
-    np.testing.assert_allclose(dicom.displayed(voi), apply_voi_lut(cells, voi) / 65535, atol=1e-6)
+    np.testing.assert_allclose(next(dicom.displayed_frames(voi)), apply_voi_lut(cells, voi) / 65535, atol=1e-6)
 
 
 def test_lut_with_more_entries_than_its_8_bits_count() -> None:
@@ -150,16 +152,16 @@ def test_window_edges_by_hand() -> None:
 @pytest.mark.parametrize(("centre", "width"), [(5, 0), (5, -3), (0, [0, 4000]), (float("nan"), 4000)])
 @pytest.mark.parametrize("name", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 def test_an_impossible_window_is_as_none(centre: float, width: float, name: str) -> None:
-    plain = dicom.displayed(image_object(cells_of(picture())))
+    plain = next(dicom.displayed_frames(image_object(cells_of(picture()))))
     ds = image_object(cells_of(picture()))
     ds.add_new("WindowCenter", "DS", centre), ds.add_new("WindowWidth", "DS", width)
     ds.VOILUTFunction = name
-    np.testing.assert_array_equal(dicom.displayed(ds), plain)
+    np.testing.assert_array_equal(next(dicom.displayed_frames(ds)), plain)
 
 
 def test_a_linear_window_narrower_than_one_is_exact() -> None:
     cells = cells_of(picture())
-    shown = dicom.displayed(image_object(cells, RescaleSlope=1 / 4095, WindowCenter=0.5, WindowWidth=0.5))
+    shown = next(dicom.displayed_frames(image_object(cells, RescaleSlope=1 / 4095, WindowCenter=0.5, WindowWidth=0.5)))
     np.testing.assert_allclose(shown, np.clip((cells / 4095 - 0.25) * 2, 0, 1), atol=1e-5)
 
 
@@ -168,13 +170,13 @@ def test_monochrome1_is_inverted_once(shape: str | None) -> None:
     cells = cells_of(picture())
     tags = {} if shape is None else {"PresentationLUTShape": shape}
     ds = image_object(cells, PhotometricInterpretation="MONOCHROME1", **tags)
-    np.testing.assert_allclose(dicom.displayed(ds), 1 - picture(), atol=1e-3)
+    np.testing.assert_allclose(next(dicom.displayed_frames(ds)), 1 - picture(), atol=1e-3)
 
 
 def test_inverse_presentation_lut_alone_inverts() -> None:
     cells = cells_of(picture())
     np.testing.assert_allclose(
-        dicom.displayed(image_object(cells, PresentationLUTShape="INVERSE")), 1 - picture(), atol=1e-3
+        next(dicom.displayed_frames(image_object(cells, PresentationLUTShape="INVERSE"))), 1 - picture(), atol=1e-3
     )
 
 
@@ -192,7 +194,7 @@ def test_padding_is_black_and_left_out_of_the_range(photometric: str) -> None:
     cells[:, :5], cells[:, -5:] = -2000, -1990
     ds = image_object(cells, bits=16, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990,
                       PhotometricInterpretation=photometric, RescaleSlope=2, RescaleIntercept=-50)  # fmt: skip
-    shown = dicom.displayed(ds)
+    shown = next(dicom.displayed_frames(ds))
     inside = shown[:, 5:-5]
     assert not shown[:, :5].any()
     assert not shown[:, -5:].any()
@@ -213,7 +215,7 @@ def test_padding_written_with_the_other_sign_is_recognised() -> None:
 
 def test_a_picture_of_padding_alone_is_shown_as_pixels() -> None:
     ds = image_object(np.zeros((4, 4), np.uint16), PixelPaddingValue=0)
-    assert not dicom.displayed(ds).any()
+    assert not next(dicom.displayed_frames(ds)).any()
 
 
 def test_bits_above_and_below_the_stored_ones_are_dropped() -> None:
@@ -230,7 +232,7 @@ def test_overlay_in_unused_bits_does_not_show(tmp_path: Path) -> None:
 
 
 def test_flat_picture_is_black_not_nan() -> None:
-    assert not dicom.displayed(image_object(np.full((4, 4), 7, np.uint16))).any()
+    assert not next(dicom.displayed_frames(image_object(np.full((4, 4), 7, np.uint16)))).any()
 
 
 def test_short_lookup_table_is_refused() -> None:

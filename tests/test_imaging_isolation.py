@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,7 +17,8 @@ from dicom_files import SECRET, cells_of, image_object, picture, written
 
 from fedmed.errors import ConfigError, DataError, UnreadableImage
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.imaging.reading import read_image
+from fedmed.imaging.items import item
+from fedmed.imaging.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +43,10 @@ def large(): return {{"x": np.arange(3_000_000, dtype=np.float32)}}
 
 JOBS = {{f.__name__: f for f in (crash, hang, shout, greedy, mistake, misfit, echo, many, large)}}
 """
+
+
+def asked(path: Path, preset: str = "cxr") -> dict[str, Any]:
+    return {"image": str(path), "mask": "", "recipe": Recipe(preset=preset, image_size=64).settings()}
 
 
 @pytest.fixture
@@ -138,17 +144,19 @@ def test_a_child_that_cannot_start_says_so() -> None:
 def test_images_are_the_same_through_the_child(tmp_path: Path) -> None:
     path = written(image_object(cells_of(picture())), tmp_path / f"{SECRET}.dcm")
     with DecodingProcess() as process:
-        np.testing.assert_array_equal(process.run("image", path=str(path), preset="cxr")["pixels"], read_image(path))
+        here, there = item(**asked(path)), process.run("item", **asked(path))
+        assert here.keys() == there.keys()
+        np.testing.assert_array_equal(there["images"], here["images"])
         with pytest.raises(UnreadableImage, match="no such file"):
-            process.run("image", path=str(tmp_path / "none"), preset="cxr")
+            process.run("item", **asked(tmp_path / "none"))
         with pytest.raises(ConfigError, match="unknown"):
-            process.run("image", path=str(path), preset="none")
+            process.run("item", **asked(path, preset="none"))
 
 
 def test_the_child_is_up_at_once_and_never_loads_torch(jobs: str, tmp_path: Path) -> None:
     path = written(image_object(cells_of(picture())), tmp_path / "x")
     with DecodingProcess() as process:
-        process.run("image", path=str(path), preset="cxr")
+        process.run("item", **asked(path))
         child = psutil.Process(process.pid)
         assert not [mapping.path for mapping in child.memory_maps() if "torch" in mapping.path]
         assert child.memory_info().rss < 160 * 2**20

@@ -12,11 +12,11 @@ from fedmed.errors import DataError
 from fedmed.federated.result import metrics_json
 from fedmed.metrics import (
     Interval,
-    bootstrap_patients,
     classification_intervals,
     classification_measures,
     classification_metrics,
     classification_sums,
+    percentiles,
     replicate,
     score_cases,
     segmentation_intervals,
@@ -54,7 +54,7 @@ def resamples(patients: list[str], replicates: int, rng: np.random.Generator) ->
     return [np.concatenate([of[distinct[i]] for i in row]) for row in draws]
 
 
-def percentiles(values: list[float | None]) -> tuple[float, float]:
+def looped_ends(values: list[float | None]) -> tuple[float, float]:
     defined = [value for value in values if value is not None]
     assert 2 * len(defined) >= len(values)
     return tuple(np.percentile(defined, [2.5, 97.5]))
@@ -93,7 +93,7 @@ def test_classification_equals_a_loop_over_the_same_resamples() -> None:
     drawn = dict(zip(found, replicate(measures.statistic, patients, REPLICATES, np.random.default_rng(5)), strict=True))
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
-        ends = percentiles([each[name] for each in looped])
+        ends = looped_ends([each[name] for each in looped])
         assert np.nanquantile(drawn[name], [0.025, 0.975]) == pytest.approx(ends, abs=1e-12)
         metric, _, label = name.partition("/")
         few = metric in ("auroc", "auprc", "sensitivity-at-90-specificity") and label != "effusion"
@@ -116,7 +116,7 @@ def test_segmentation_equals_a_loop_over_the_same_resamples() -> None:
     assert sorted(found) == sorted(value)
     for name, interval in found.items():
         assert interval.value == pytest.approx(value[name], abs=1e-12)
-        ends = percentiles([r[name] for r in looped])
+        ends = looped_ends([r[name] for r in looped])
         metric, _, label = name.partition("/")
         has = counted.get(metric, np.ones_like(true))
         of_label = has[:, LABELS.index(label)] if label else has.any(axis=1)
@@ -173,8 +173,8 @@ def test_no_interval_if_fewer_than_half_of_the_replicates_are_defined() -> None:
         return np.where(weights[0] > 0, weights[0], np.nan)
 
     rng = np.random.default_rng(0)
-    assert bootstrap_patients(undefined_without_a_and_b, patients, 2000, rng) == (None, None)
-    assert bootstrap_patients(undefined_without_a, patients, 2000, rng) == (1.0, 3.0)
+    assert percentiles(replicate(undefined_without_a_and_b, patients, 2000, rng)[0]) == (None, None)
+    assert percentiles(replicate(undefined_without_a, patients, 2000, rng)[0]) == (1.0, 3.0)
 
 
 @pytest.mark.parametrize(("patients", "told"), [(9, False), (10, True)])
@@ -233,7 +233,7 @@ def test_intervals_over_patients_cover_where_intervals_over_images_do_not() -> N
             return values @ weights / weights.sum(axis=0)
 
         for unit, clusters in (("patients", patients), ("images", [str(i) for i in range(120)])):
-            low, high = bootstrap_patients(mean, clusters, 200, rng)
+            low, high = percentiles(replicate(mean, clusters, 200, rng)[0])
             covered[unit] += low <= 0 <= high
     assert 0.88 <= covered["patients"] / 150 <= 0.99
     assert covered["images"] / 150 < 0.8

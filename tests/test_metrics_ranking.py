@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from fedmed.metrics.ranking import auprc, auroc, ranking_metrics, roc_curve, sensitivity_at_specificity
+from fedmed.metrics.ranking import ranking_metrics, roc_curve
 
 # Few distinct scores, so that ties are common.
 cases = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
@@ -23,12 +23,12 @@ def columns(pairs: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 def test_auroc_by_hand() -> None:
     # pairs (positive, negative): 3 > 1, 3 > 2, 2 > 1, 2 = 2
-    assert auroc([3, 2, 1, 2], [1, 1, 0, 0]) == 3.5 / 4
+    assert ranking_metrics([3, 2, 1, 2], [1, 1, 0, 0]).auroc == 3.5 / 4
 
 
 def test_auprc_by_hand() -> None:
     # thresholds 4: P = 1/1, R = 1/2; 3: no new positive; 2: P = 2/3, R = 1
-    assert auprc([4, 3, 2], [1, 0, 1]) == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
+    assert ranking_metrics([4, 3, 2], [1, 0, 1]).auprc == pytest.approx(1 / 2 * 1 + 1 / 2 * 2 / 3)
 
 
 def test_sensitivity_by_hand() -> None:
@@ -36,7 +36,7 @@ def test_sensitivity_by_hand() -> None:
     scores, targets = [9, 8.5, 8, 7, 7, 3, *range(-6, 1)], [1, 0, 1, 0, 1, 1, *[0] * 7]
     targets += [0]
     scores += [-7]
-    assert sensitivity_at_specificity(scores, targets) == 2 / 4
+    assert ranking_metrics(scores, targets).sensitivity == 2 / 4
 
 
 @settings(deadline=None)
@@ -44,15 +44,15 @@ def test_sensitivity_by_hand() -> None:
 def test_sensitivity_equals_scikit_learns_curve(pairs: list[tuple[int, bool]]) -> None:
     scores, targets = columns(pairs)
     false, true, _ = sklearn_roc_curve(targets, scores, drop_intermediate=False)
-    assert sensitivity_at_specificity(scores, targets) == pytest.approx(true[false <= 0.1 + 1e-12].max())
+    assert ranking_metrics(scores, targets).sensitivity == pytest.approx(true[false <= 0.1 + 1e-12].max())
 
 
 @settings(deadline=None)
 @given(cases)
 def test_exact_metrics_equal_scikit_learns(pairs: list[tuple[int, bool]]) -> None:
     scores, targets = columns(pairs)
-    assert auroc(scores, targets) == pytest.approx(roc_auc_score(targets, scores), abs=1e-12)
-    assert auprc(scores, targets) == pytest.approx(average_precision_score(targets, scores), abs=1e-12)
+    assert ranking_metrics(scores, targets).auroc == pytest.approx(roc_auc_score(targets, scores), abs=1e-12)
+    assert ranking_metrics(scores, targets).auprc == pytest.approx(average_precision_score(targets, scores), abs=1e-12)
     for mine, theirs in zip(
         roc_curve(scores, targets), sklearn_roc_curve(targets, scores, drop_intermediate=False), strict=True
     ):
@@ -65,8 +65,7 @@ def test_order_of_cases_changes_nothing(pairs: list[tuple[int, bool]], random: o
     scores, targets = columns(pairs)
     random.shuffle(pairs)
     shuffled = columns(pairs)
-    assert auroc(scores, targets) == auroc(*shuffled)
-    assert auprc(scores, targets) == auprc(*shuffled)
+    np.testing.assert_array_equal(ranking_metrics(scores, targets), ranking_metrics(*shuffled))
 
 
 @pytest.mark.parametrize("levels", [5, 10_000])
@@ -86,14 +85,12 @@ def test_weighted_metrics_equal_scikit_learns(levels: int, integer: bool) -> Non
 @pytest.mark.parametrize("targets", [[], [1, 1], [0, 0], [np.nan, 1], [np.nan, np.nan]])
 def test_undefined_without_both_classes(targets: list[float]) -> None:
     scores = np.arange(len(targets))
-    assert auroc(scores, targets) is None
-    assert auprc(scores, targets) is None
+    assert np.isnan(ranking_metrics(scores, targets)).all()
     assert roc_curve(scores, targets) is None
-    assert sensitivity_at_specificity(scores, targets) is None
 
 
 def test_unknown_targets_are_left_out() -> None:
-    assert auroc([1, 9, 2, -9], [0, np.nan, 1, np.nan]) == 1.0
+    assert ranking_metrics([1, 9, 2, -9], [0, np.nan, 1, np.nan]).auroc == 1.0
 
 
 def test_column_without_a_class_is_nan_and_spoils_no_other() -> None:

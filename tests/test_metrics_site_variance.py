@@ -12,9 +12,10 @@ from fedmed.errors import UpdateRefused
 from fedmed.metrics import (
     auroc_intervals,
     auroc_variances,
-    bootstrap_patients,
     clustered_auroc,
     parted_variances,
+    percentiles,
+    replicate,
     sums_to_send,
 )
 from fedmed.metrics.ranking import ranking_metrics
@@ -64,10 +65,10 @@ def test_intervals_from_what_leaves_agree_with_the_bootstrap_at_the_site() -> No
         return np.mean([ranking_metrics(logits[:, k], targets[:, k], weights).auroc for k in range(2)], axis=0)
 
     rng = np.random.default_rng(0)
-    assert found["auroc"] == pytest.approx(bootstrap_patients(mean, patients, 1000, rng), abs=0.015)
+    assert found["auroc"] == pytest.approx(percentiles(replicate(mean, patients, 1000, rng)[0]), abs=0.015)
     for k, label in enumerate(LABELS):
-        drawn = bootstrap_patients(
-            lambda w, k=k: ranking_metrics(logits[:, k], targets[:, k], w).auroc, patients, 1000, rng
+        drawn = percentiles(
+            replicate(lambda w, k=k: ranking_metrics(logits[:, k], targets[:, k], w).auroc, patients, 1000, rng)[0]
         )
         assert found[f"auroc/{label}"] == pytest.approx(drawn, abs=0.015)
 

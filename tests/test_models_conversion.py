@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedmed.models import group_normalized
+from fedmed.config import ModelConfig
+from fedmed.models import Built, build_with_report
 from fedmed.models.conversion import folded, moved
 from fedmed.models.small_cnn import small_cnn
 from fedmed.models.unet import unet
@@ -43,23 +46,31 @@ def trained(dimensions: int) -> tuple[nn.Module, Tensor]:
     return network, bars(64, generator, dimensions)[0]
 
 
+def grouped(name: str, network: nn.Module, images: Tensor, folder: Path, *, width: int) -> Built:
+    """The network as a run with GroupNorm starts from its weights file."""
+    path = folder / "weights.safetensors"
+    save_file(network.state_dict(), path)
+    model = ModelConfig(name=name, width=width, norm="group", weights=str(path))
+    return build_with_report(model, outputs=1, seed=0, dimensions=images.dim() - 2, images=images)
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_folding_the_statistics_moves_outputs_less_than_copying_the_weights(dimensions: int) -> None:
+def test_folding_the_statistics_moves_outputs_less_than_copying_the_weights(dimensions: int, tmp_path: Path) -> None:
     network, images = trained(dimensions)
-    converted = group_normalized(network, images)
-    copied = copy.deepcopy(converted.network)
+    built = grouped("small-cnn", network, images, tmp_path, width=8)
+    copied = copy.deepcopy(built.network)
     copied.load_state_dict({name: t for name, t in network.state_dict().items() if name in copied.state_dict()})
-    assert converted.layers == 4
-    assert not [m for m in converted.network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d)]
-    assert 0 < converted.moved < 0.95 * moved(network, copied, images) < 1
-    assert f"{converted.moved:.0%}" in str(converted)
+    assert built.loaded is not None and len(built.loaded.folded) == 4
+    assert not [m for m in built.network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d)]
+    assert built.moved == pytest.approx(moved(network, built.network, images), rel=1e-4)
+    assert 0 < built.moved < 0.95 * moved(network, copied, images) < 1
 
 
-def test_the_network_given_stays_as_it_was() -> None:
+def test_networks_that_are_compared_stay_as_they_were() -> None:
     network, images = trained(2)
     before = copy.deepcopy(network.state_dict())
     network.block1.eval()
-    group_normalized(network, images)
+    assert moved(network, copy.deepcopy(network), images) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert network.training and network.block2.training and not network.block1.training
 
@@ -88,10 +99,11 @@ def test_instance_norm_keeps_the_affine_weights(seed: int) -> None:
     torch.testing.assert_close(shift, bias)
 
 
-def test_a_fresh_network_keeps_its_affine_weights() -> None:
-    converted = group_normalized(unet(norm="batch", width=4), torch.randn(1, 1, 16, 16)).network
-    for module in converted.modules():
-        if isinstance(module, nn.GroupNorm):
-            torch.testing.assert_close(module.weight, torch.ones_like(module.weight))
-            torch.testing.assert_close(module.bias, torch.zeros_like(module.bias))
-    assert converted.state_dict().keys() == unet(norm="group", width=4).state_dict().keys()
+def test_a_fresh_network_keeps_its_affine_weights(tmp_path: Path) -> None:
+    source = unet(norm="batch", width=4)
+    converted = grouped("unet", source, torch.randn(1, 1, 16, 16), tmp_path, width=4).network
+    norms = [module for module in converted.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms
+    for module in norms:
+        torch.testing.assert_close(module.weight, torch.ones_like(module.weight))
+        torch.testing.assert_close(module.bias, torch.zeros_like(module.bias))

@@ -14,7 +14,8 @@ from torchvision.models import densenet121, resnet50
 
 from fedmed.config import ModelConfig
 from fedmed.errors import ModelError
-from fedmed.models import build, build_with_report, group_normalized
+from fedmed.models import build, build_with_report
+from fedmed.models.conversion import folded
 from fedmed.models.fusion import late_fusion
 from fedmed.models.small_cnn import small_cnn
 from fedmed.models.vgg16 import vgg16
@@ -147,10 +148,15 @@ def test_batch_norm_weights_are_folded_into_another_norm(norm: str, tmp_path: Pa
             source(1 + torch.randn(4, 1, 16, 16))
     path = save(source.state_dict(), tmp_path / "weights.safetensors")
     built = build_with_report(ModelConfig(name="small-cnn", width=4, norm=norm, weights=str(path)), outputs=2, seed=1)
-    expected = group_normalized(source, torch.randn(1, 1, 16, 16)).network if norm == "group" else source
-    loaded = built.network.state_dict()
-    for name, tensor in loaded.items():
-        torch.testing.assert_close(tensor, expected.state_dict()[name])
+    expected = source.state_dict()
+    for name, module in built.network.named_modules():
+        if isinstance(module, nn.GroupNorm) and norm == "group":
+            old = source.get_submodule(name)
+            expected[f"{name}.weight"], expected[f"{name}.bias"] = folded(
+                old.weight, old.bias, old.running_mean, old.running_var, groups=module.num_groups
+            )
+    for name, tensor in built.network.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
     assert built.loaded is not None
     assert built.loaded.folded == ("block1.1", "block2.1", "block3.1", "block4.1")
     assert built.moved is not None and (0 < built.moved < 2)

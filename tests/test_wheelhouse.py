@@ -5,14 +5,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
 import pytest
+import wheelhouse
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedmed.deployment import wheelhouse
 from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError
 
@@ -36,6 +37,11 @@ def test_requirements_are_read_without_options_and_for_this_machine():
     assert first == "one==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n"
     assert more.startswith("One_More==3.0")
     assert wheelhouse._requirements(text, ("one-more",)) == [more]
+
+
+def test_without_arguments_it_says_what_it_needs():
+    done = run(sys.executable, ROOT / "tools" / "wheelhouse.py", ok=False, cwd=ROOT)
+    assert done.returncode == 2 and "required: folder, key" in done.stderr
 
 
 def test_the_bill_names_exactly_the_wheels_and_no_place(tmp_path):

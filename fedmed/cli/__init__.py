@@ -1,7 +1,7 @@
 """The commands. Heavy imports happen inside a command, so that `--help` answers at once.
 
 * On one machine: `simulate`, `compare` and `sweep`; `report` of what came out, `predict` with it.
-* At a hospital: `site`, `ledger`, and `data` with its `pull`, its `intake` and its `cache`.
+* At a hospital: `site`, `ledger`, and `data` with its `pull`, `quarantine`, `intake` and `cache`.
 * At a coordinator: `server`; `privacy` for what a budget buys.
 * What is shown: `display` of long work, `experiment_progress` of many runs, `hospital_table` before one starts.
 """

@@ -32,6 +32,7 @@ from fedmed.config.sections import (
     Section,
     TaskConfig,
     TrainConfig,
+    checked_name,
 )
 from fedmed.config.toml_files import checked, read_toml
 
@@ -51,6 +52,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "checked",
+    "checked_name",
     "explicit_keys",
     "flatten",
     "load",

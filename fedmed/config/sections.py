@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 
 def _three_or_none(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -19,6 +19,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Number = TypeVar("Number", int, float)
 Triple = Annotated[tuple[Number, ...], AfterValidator(_three_or_none)]
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
+
+
+def checked_name(text: object) -> str:
+    """A site's name, or a consortium's or coordinator's, which other machines sent or a person typed.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    name: str = TypeAdapter(Name).validate_python(text, strict=True)
+    return name
 
 
 class Section(BaseModel):

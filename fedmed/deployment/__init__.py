@@ -12,6 +12,5 @@ makes what they need, starts and ends them, and runs at a site nothing but the f
 * A site: `supernode` keeps Flower's running, as a `node` on the server's time; `door` stands where Flower starts its
   own program, `warm` forks each `task`, `confinement` holds it; `health` for the hospital's monitoring.
 * Before it joins: `checks` of everything, `reach` of the server, `dry_round` on ten patients.
-* Beside it: `processes` that are watched and ended, Flower's `launcher` among them; `wheelhouse` to install fedmed from
-  where there is no registry.
+* Beside it: `processes` that are watched and ended, Flower's `launcher` among them.
 """

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import TypeAdapter, ValidationError
 
 import fedmed
-from fedmed.config import Name
+from fedmed.config import checked_name
 from fedmed.deployment import node_keys
-from fedmed.deployment.files import read_json, write_json
+from fedmed.deployment.files import read_json
+from fedmed.durable import write_json
 from fedmed.errors import ConfigError
 from fedmed.federated.identity import package_hash
 from fedmed.privacy import keys as site_keys
@@ -81,11 +81,11 @@ def read_card(path: Path) -> SiteCard:
     if set(values) != KEYS or values["kind"] != KIND or values["schema"] != 1:
         raise ConfigError(f"{path}: this is no site card of this version; fedmed site keygen writes one")
     try:
-        name = TypeAdapter(Name).validate_python(values["name"], strict=True)
+        name = checked_name(values["name"])
         signing = bytes.fromhex(values["signing-key"])
         node = node_keys.read_public_text(str(values["node-key"]))
         signatures = {who: bytes.fromhex(values["signatures"][who]) for who in ("node", "signing")}
-    except (ConfigError, ValidationError, ValueError, TypeError, KeyError):
+    except (ConfigError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{path}: the site card is damaged; ask the site for it again") from None
     message = canonical(_unsigned(values)).encode()
     whole = node_keys.signed_by(node, message, signatures["node"])

@@ -24,6 +24,8 @@ from fedmed.deployment.processes import LOOPBACK
 from fedmed.durable import replacing, write_all
 from fedmed.errors import ConfigError
 
+# Files of tls/; kits and coordinators' folders hold the first of them too.
+AUTHORITY, AUTHORITY_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.crt", "server.key"
 AUTHORITY_DAYS = 3650
 BACKDATE = timedelta(hours=1)  # for sites whose clocks are late
 SOON = timedelta(days=30)  # before its end a certificate or an approval is renewed, and a site's check warns
@@ -37,8 +39,8 @@ def make_authority(folder: Path, name: str) -> None:
     Raises:
         ConfigError: there is one already, or its key is damaged.
     """
-    place = folder / "ca.key"
-    if place.exists() and not (folder / "ca.crt").exists():
+    place = folder / AUTHORITY_KEY
+    if place.exists() and not (folder / AUTHORITY).exists():
         key = _read_key(place)
     else:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -58,7 +60,7 @@ def make_authority(folder: Path, name: str) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    write_new(folder / "ca.crt", certificate.public_bytes(Encoding.PEM), OPEN)
+    write_new(folder / AUTHORITY, certificate.public_bytes(Encoding.PEM), OPEN)
 
 
 def make_server_certificate(folder: Path, names: Sequence[str], days: int) -> x509.Certificate:
@@ -82,8 +84,8 @@ def make_server_certificate(folder: Path, names: Sequence[str], days: int) -> x5
         x509.SubjectAlternativeName(_alternatives(names)),
     )
     with (
-        replacing(folder / "server.crt", mode=OPEN) as public,
-        replacing(folder / "server.key", mode=SECRET) as secret,
+        replacing(folder / SERVER, mode=OPEN) as public,
+        replacing(folder / SERVER_KEY, mode=SECRET) as secret,
     ):  # `belong_together` finds what a kill between the two names leaves
         write_all(public, certificate.public_bytes(Encoding.PEM))
         write_all(secret, _pem(key))
@@ -199,7 +201,7 @@ def _signed(
     *more: x509.ExtensionType,
 ) -> x509.Certificate:
     """A certificate for one purpose, signed by the folder's authority."""
-    authority, signer = read_certificate(folder / "ca.crt"), _read_key(folder / "ca.key")
+    authority, signer = read_certificate(folder / AUTHORITY), _read_key(folder / AUTHORITY_KEY)
     start = datetime.now(UTC) - BACKDATE
     identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (

@@ -11,7 +11,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from fedmed.config import Name, Section, checked, read_toml
-from fedmed.deployment.files import make_folder, write_new
+from fedmed.deployment.files import write_new
+from fedmed.durable import make_private
 from fedmed.errors import ConfigError
 
 FILE = "consortium.toml"
@@ -165,7 +166,7 @@ def init_consortium(folder: Path, *, name: str, address: str, port: int, loopbac
     Raises:
         ConfigError: there is one, or a value is wrong.
     """
-    make_folder(folder)
+    make_private(folder)
     path = folder / FILE
     write_new(path, TEMPLATE.format(name=name, address=address, port=port, loopback_port=loopback_port).encode())
     try:

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from pydantic import TypeAdapter, ValidationError
 
-from fedmed.config import Name
-from fedmed.deployment.certificates import make_coordinator_certificate, read_certificate
+from fedmed.config import checked_name
+from fedmed.deployment.certificates import AUTHORITY, make_coordinator_certificate, read_certificate
 from fedmed.deployment.consortium import ServerFolder, joined, read_consortium
-from fedmed.deployment.files import SECRET, make_folder, read_json, write_json
+from fedmed.deployment.files import SECRET, read_json
 from fedmed.deployment.kits import ADDRESS
-from fedmed.durable import open_to_others, write_atomically
+from fedmed.durable import make_private, open_to_others, write_atomically, write_json
 from fedmed.errors import ConfigError
 
-KEY, CERTIFICATE, AUTHORITY, CONTENT = "coordinator.key", "coordinator.crt", "ca.crt", "server.json"
+KEY, CERTIFICATE, CONTENT = "coordinator.key", "coordinator.crt", "server.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +87,18 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
         ConfigError: nothing is provisioned, no nginx is meant to stand in front, or the request is none.
     """
     try:
-        TypeAdapter(Name).validate_python(name, strict=True)
+        checked_name(name)
         if name.endswith((".crt", ".key")):  # its folder would be taken for a certificate on the list
             raise ConfigError(f'a coordinator cannot be called "{name}", as a certificate is; leave out the ending')
         asked = request.read_bytes() if request is not None else None
-    except ValidationError:
+    except ValueError:
         raise ConfigError(f'a coordinator cannot be called "{name}": letters, digits, blanks and _ . - only') from None
     except OSError as error:
         raise ConfigError(f"{request}: cannot be read ({error.strerror})") from None
     if not folder.consortium.loopback_port:
         raise ConfigError("loopback-port in consortium.toml is 0: coordinators elsewhere need nginx in front")
     certificate, key = make_coordinator_certificate(folder.tls, name, folder.consortium.certificate_days, asked)
-    given = make_folder(make_folder(folder.coordinators) / name)
+    given = make_private(make_private(folder.coordinators) / name)
     if key is not None:
         write_atomically(given / KEY, key, mode=SECRET)
     write_atomically(given / CERTIFICATE, certificate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ def write_new(path: Path, content: bytes, mode: int = OPEN) -> None:
         durable.write_new(path, content, mode=mode)
     except FileExistsError:
         raise ConfigError(f"{path} exists; nothing is overwritten") from None
-
-
-def make_folder(path: Path) -> Path:
-    """A folder that only its owner enters, made if it is not there."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file by values, readable by people."""
-    content = json.dumps(dict(values), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-    durable.write_atomically(path, content, mode=OPEN)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

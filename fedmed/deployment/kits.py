@@ -12,24 +12,22 @@ from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import TypeAdapter, ValidationError
 
 import fedmed
-from fedmed.config import Name
+from fedmed.config import checked_name
 from fedmed.deployment.cards import SiteCard
-from fedmed.deployment.certificates import parse_certificate
-from fedmed.deployment.files import SECRET, make_folder, read_json, write_json, write_new
+from fedmed.deployment.certificates import AUTHORITY, parse_certificate
+from fedmed.deployment.files import SECRET, read_json, write_new
 from fedmed.deployment.node_keys import fingerprint
-from fedmed.durable import write_atomically
+from fedmed.durable import DIGEST, make_private, write_atomically, write_json
 from fedmed.errors import ConfigError
 from fedmed.privacy.chain import canonical
 from fedmed.privacy.keys import signed_by
 
 KEYS = {"schema", "kind", "consortium", "site", "node-key", "address", "apps", "authority", "fedmed", "made", "sites"}
 KIND = "fedmed site kit"
-CERTIFICATE, CONTENT = "ca.crt", "kit.json"
+CONTENT, SIGNING = "kit.json", "signing.key"
 ADDRESS = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9.-]+):\d{1,5}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ def coordinator_key(folder: Path) -> Ed25519PrivateKey:
     Raises:
         ConfigError: it is damaged.
     """
-    path = make_folder(folder) / "signing.key"
+    path = make_private(folder) / SIGNING
     if not path.exists():
         key = Ed25519PrivateKey.generate()
         write_new(path, key.private_bytes_raw().hex().encode() + b"\n", SECRET)
@@ -94,7 +92,7 @@ def write_kit(
         ca: the authority's certificate, PEM.
         sites: name and public signing key of every site, hexadecimal.
     """
-    make_folder(folder)
+    make_private(folder)
     values: dict[str, Any] = {
         "schema": 1,
         "kind": KIND,
@@ -110,7 +108,7 @@ def write_kit(
     }
     signature = key.sign(canonical(values).encode()).hex()
     public = key.public_key().public_bytes_raw().hex()
-    write_atomically(folder / CERTIFICATE, ca)
+    write_atomically(folder / AUTHORITY, ca)
     write_json(folder / CONTENT, {**values, "coordinator": public, "signature": signature})
     return read_kit(folder)
 
@@ -125,15 +123,15 @@ def read_kit(folder: Path) -> Kit:
     if set(values) != KEYS | {"coordinator", "signature"} or values["kind"] != KIND or values["schema"] != 1:
         raise ConfigError(f"{folder}: this is no site kit of this version; ask the coordinator for a new one")
     try:
-        certificate = (folder / CERTIFICATE).read_bytes()
+        certificate = (folder / AUTHORITY).read_bytes()
         public, signature = bytes.fromhex(values["coordinator"]), bytes.fromhex(values["signature"])
-        names = [TypeAdapter(Name).validate_python(values[key], strict=True) for key in ("consortium", "site")]
+        names = [checked_name(values[key]) for key in ("consortium", "site")]
         sound = bool(ADDRESS.fullmatch(values["address"])) and all(map(DIGEST.fullmatch, values["apps"]))
         others = {str(name): str(key) for name, key in values["sites"].items()}
         sound = sound and all(map(DIGEST.fullmatch, others.values()))
         made = datetime.fromisoformat(values["made"])
         sound = sound and made.tzinfo is not None
-    except (OSError, ValidationError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         raise ConfigError(f"{folder}: the site kit is damaged; ask the coordinator for it again") from None
     signed = {key: values[key] for key in KEYS}
     same = hashlib.sha256(certificate).hexdigest() == values["authority"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedmed.deployment.processes import descendants
 
-NAME = b"flower-superexec"
+LAUNCHER = "flower-superexec"
 LOOKS = 3  # in a row; a list of children may miss one while another ends (proc(5))
 
 
@@ -19,7 +19,7 @@ class Launcher:
 
     def gone(self) -> bool:
         """Look; whether it was there, and was missed several times in a row. Never where /proc is not there."""
-        there = any(NAME in _words(pid) for pid in descendants(self._pid))
+        there = any(LAUNCHER.encode() in _words(pid) for pid in descendants(self._pid))
         self._seen |= there
         self._missed = 0 if there else self._missed + 1
         return self._seen and self._missed >= LOOKS
@@ -34,4 +34,4 @@ def _words(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return NAME
+        return LAUNCHER.encode()

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from fedmed.deployment.files import make_folder
+from fedmed.durable import make_private
 from fedmed.errors import ConfigError
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -93,7 +93,7 @@ def log_file(folder: Path, name: str, to: Literal["file", "syslog", "journal"] =
     elif to == "journal":
         handler = logging.StreamHandler()
     else:
-        make_folder(folder)
+        make_private(folder)
         handler = RotatingFileHandler(folder / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.raiseExceptions = False  # a line that finds the disk full is lost, without twenty others on stderr
@@ -234,7 +234,7 @@ def runner(folder: Path, what: str) -> Iterator[Stop]:
     Raises:
         ConfigError: another runner is at work there.
     """
-    make_folder(folder)
+    make_private(folder)
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:

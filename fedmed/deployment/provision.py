@@ -13,11 +13,10 @@ import fedmed
 from fedmed.deployment import certificates
 from fedmed.deployment.cards import SiteCard, read_card
 from fedmed.deployment.consortium import ServerFolder
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.flower_app import app_hash
 from fedmed.deployment.kits import Kit, coordinator_key, write_kit
 from fedmed.deployment.proxy import write_nginx
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError
 
 
@@ -65,8 +64,8 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
             )
     certificate, renewed = server_certificate(folder)
     key, app = coordinator_key(folder.coordinator), app_hash()
-    authority = (folder.tls / "ca.crt").read_bytes()
-    make_folder(folder.cards)
+    authority = (folder.tls / certificates.AUTHORITY).read_bytes()
+    make_private(folder.cards)
     for path, card in zip(cards, found, strict=True):
         target = folder.cards / f"{card.name}.json"
         if path.absolute() != target.absolute():
@@ -75,7 +74,7 @@ def provision(folder: ServerFolder, cards: Sequence[Path]) -> Provisioned:
     write_nginx(folder)
     kits = tuple(
         write_kit(
-            make_folder(folder.kits) / card.name,
+            make_private(folder.kits) / card.name,
             card,
             key,
             consortium=folder.consortium.name,
@@ -97,15 +96,15 @@ def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
     Raises:
         ConfigError: the authority cannot be used.
     """
-    make_folder(folder.tls)
-    if not (folder.tls / "ca.crt").exists():
+    make_private(folder.tls)
+    if not (folder.tls / certificates.AUTHORITY).exists():
         certificates.make_authority(folder.tls, folder.consortium.name)
     names, now = folder.consortium.names, datetime.now(UTC)
-    if (folder.tls / "server.crt").exists():
-        there = certificates.read_certificate(folder.tls / "server.crt")
-        authority = certificates.read_certificate(folder.tls / "ca.crt")
+    if (folder.tls / certificates.SERVER).exists():
+        there = certificates.read_certificate(folder.tls / certificates.SERVER)
+        authority = certificates.read_certificate(folder.tls / certificates.AUTHORITY)
         fits = set(names) <= certificates.alternative_names(there)
-        fits = fits and certificates.belong_together(there, folder.tls / "server.key")
+        fits = fits and certificates.belong_together(there, folder.tls / certificates.SERVER_KEY)
         if fits and not certificates.problem(there, authority, now) and not certificates.ends_soon(there, now):
             return there, False
     return certificates.make_server_certificate(folder.tls, names, folder.consortium.certificate_days), True

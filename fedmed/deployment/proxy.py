@@ -14,11 +14,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedmed.deployment.certificates import AUTHORITY, SERVER, SERVER_KEY
 from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.coordinators import coordinators
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import Child, descendants, kill
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
@@ -66,10 +66,10 @@ http {{
 
   server {{
     listen {outside} ssl;
-    ssl_certificate {tls}/server.crt;
-    ssl_certificate_key {tls}/server.key;
+    ssl_certificate {certificate};
+    ssl_certificate_key {key};
     ssl_protocols TLSv1.2 TLSv1.3;
-    ssl_client_certificate {tls}/ca.crt;
+    ssl_client_certificate {authority};
     ssl_verify_client optional;
     ssl_verify_depth 1;
 
@@ -79,7 +79,7 @@ http {{
     proxy_max_temp_file_size 0;
     proxy_read_timeout 300s;
     proxy_ssl_verify on;
-    proxy_ssl_trusted_certificate {tls}/ca.crt;
+    proxy_ssl_trusted_certificate {authority};
     proxy_ssl_name localhost;
 
     # Sites. The SuperLink is told where they are, and refuses them everything else once more.
@@ -110,8 +110,7 @@ def nginx_configuration(folder: ServerFolder) -> str:
     Raises:
         ConfigError: a path or a certificate cannot be used.
     """
-    tls = str(folder.tls)
-    if set(tls) & set("\"'\\;{}$\n "):
+    if set(str(folder.tls)) & set("\"'\\;{}$\n "):
         raise ConfigError("the path of the server's folder holds a character that nginx cannot take, such as a blank")
     listed = []
     for name, certificate in coordinators(folder).items():
@@ -123,7 +122,9 @@ def nginx_configuration(folder: ServerFolder) -> str:
         listed="".join(listed),
         inside=joined(*consortium.inside),
         outside=joined(consortium.listen, consortium.port),
-        tls=tls,
+        certificate=folder.tls / SERVER,
+        key=folder.tls / SERVER_KEY,
+        authority=folder.tls / AUTHORITY,
     )
 
 
@@ -135,7 +136,7 @@ def write_nginx(folder: ServerFolder) -> Path | None:
     """
     if not folder.consortium.loopback_port:
         return None
-    path = make_folder(folder.nginx) / "nginx.conf"
+    path = make_private(folder.nginx) / "nginx.conf"
     write_atomically(path, nginx_configuration(folder).encode())
     return path
 

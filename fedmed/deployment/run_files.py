@@ -21,12 +21,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from fedmed.deployment.coordinators import Entrance
-from fedmed.durable import sha256_of
+from fedmed.durable import DIGEST, sha256_of
 from fedmed.errors import ConfigError, RunFailed
 
 PLACE = "/fedmed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 PIECE = 1 << 20  # bytes
 TIMEOUT_S = 300.0  # a server takes seconds to hash a large run
 

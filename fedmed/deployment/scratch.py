@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.site_folder import SiteFolder
+from fedmed.durable import make_private
 
 
 def scratch(site: SiteFolder) -> Path:
     """The folder of temporary files of a site's tasks, made if it is not there."""
-    return make_folder(site.flower / "tmp")
+    return make_private(site.flower / "tmp")
 
 
 def clear_scratch(site: SiteFolder) -> None:

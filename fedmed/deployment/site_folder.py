@@ -13,9 +13,10 @@ from pydantic.fields import FieldInfo
 
 from fedmed.deployment import node_keys
 from fedmed.deployment.cards import SiteCard, write_card
-from fedmed.deployment.files import make_folder, write_json, write_new
-from fedmed.deployment.kits import CERTIFICATE, CONTENT, Kit, read_kit
-from fedmed.durable import write_atomically
+from fedmed.deployment.certificates import AUTHORITY
+from fedmed.deployment.files import write_new
+from fedmed.deployment.kits import CONTENT, Kit, read_kit
+from fedmed.durable import make_private, write_atomically, write_json
 from fedmed.errors import ConfigError
 from fedmed.federated.site_config import PEERS, SiteConfig, read_site_config
 from fedmed.privacy import keys as site_keys
@@ -83,7 +84,7 @@ def init_site(folder: Path, *, name: str, manifest: str) -> Path:
     Raises:
         ConfigError: there is one, or a value is wrong.
     """
-    make_folder(folder)
+    make_private(folder)
     path = folder / FILE
     write_new(path, _written(name=name, manifest=manifest, cache_dir="cache").encode())
     try:
@@ -144,8 +145,8 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
             f"({known.made:%Y-%m-%d %H:%M}); ask the coordinator for the newest. If its clock was wrong then, delete "
             f"{site.kit} and join again"
         )
-    make_folder(site.kit)
-    write_atomically(site.kit / CERTIFICATE, kit.certificate)
+    make_private(site.kit)
+    write_atomically(site.kit / AUTHORITY, kit.certificate)
     write_json(site.kit / CONTENT, kit.content)
     write_json(site.root / PEERS, dict(kit.sites))
     return read_kit(site.kit)

@@ -17,8 +17,8 @@ from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.continuing import continue_lost, under_way
 from fedmed.deployment.control import FlowerRun, agree, control, nodes, runs
 from fedmed.deployment.coordinators import own_entrance
-from fedmed.deployment.files import make_folder
-from fedmed.deployment.launcher import Launcher
+from fedmed.deployment.kits import SIGNING
+from fedmed.deployment.launcher import LAUNCHER, Launcher
 from fedmed.deployment.processes import (
     Child,
     Stop,
@@ -33,7 +33,7 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.provision import readable_cards
 from fedmed.deployment.proxy import Proxy
-from fedmed.durable import open_to_others
+from fedmed.durable import make_private, open_to_others
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
 START_S = 300.0  # on a busy machine importing Flower takes a while
@@ -46,13 +46,13 @@ DAY = timedelta(days=1)  # before a certificate's end, in which no run is waited
 
 def server_command(folder: ServerFolder) -> list[str]:
     """The SuperLink's command line."""
-    program("flower-superexec")  # it starts the server's tasks
+    program(LAUNCHER)  # it starts the server's tasks
     tls, (host, port) = folder.tls, folder.consortium.inside
     return [
         *(sys.executable, "-P", "-m", "fedmed.deployment.guarded"),
         *("--host", host, "--port", str(port)),
-        *("--ssl-certfile", str(tls / "server.crt"), "--ssl-keyfile", str(tls / "server.key")),
-        *("--ssl-ca-certfile", str(tls / "ca.crt")),
+        *("--ssl-certfile", str(tls / certificates.SERVER), "--ssl-keyfile", str(tls / certificates.SERVER_KEY)),
+        *("--ssl-ca-certfile", str(tls / certificates.AUTHORITY)),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
         *("--database", str(folder.flower / "superlink.db")),
@@ -65,16 +65,20 @@ def require_usable(folder: ServerFolder) -> x509.Certificate:
     Raises:
         ConfigError: nothing is provisioned, a certificate is no good now, or others may read a key.
     """
-    if not (folder.tls / "server.crt").exists():
+    if not (folder.tls / certificates.SERVER).exists():
         raise ConfigError("nothing is provisioned yet; fedmed server provision consortium.toml CARD…")
-    authority = certificates.read_certificate(folder.tls / "ca.crt")
-    certificate = certificates.read_certificate(folder.tls / "server.crt")
+    authority = certificates.read_certificate(folder.tls / certificates.AUTHORITY)
+    certificate = certificates.read_certificate(folder.tls / certificates.SERVER)
     wrong = certificates.problem(certificate, authority, datetime.now(UTC))
     if wrong:
         raise ConfigError(f"the server's certificate cannot be used: {wrong}; fedmed server provision renews it")
-    if not certificates.belong_together(certificate, folder.tls / "server.key"):
+    if not certificates.belong_together(certificate, folder.tls / certificates.SERVER_KEY):
         raise ConfigError("server.key and server.crt do not belong together; fedmed server provision makes both anew")
-    for key in (folder.tls / "server.key", folder.tls / "ca.key", folder.coordinator / "signing.key"):
+    for key in (
+        folder.tls / certificates.SERVER_KEY,
+        folder.tls / certificates.AUTHORITY_KEY,
+        folder.coordinator / SIGNING,
+    ):
         if key.exists() and open_to_others(key):
             raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
     return certificate
@@ -92,7 +96,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """
     require_usable(folder)
     environment = flower_environment(
-        make_folder(folder.flower),
+        make_private(folder.flower),
         near=[folder.consortium.reached],
         FEDMED_RUNS=str(folder.runs),
         FEDMED_CACHE=os.environ.get("FEDMED_CACHE") or str(folder.root / "cache"),
@@ -187,7 +191,7 @@ def _serve(
         if folder.consortium.loopback_port and (there := _doors(folder)) != doors:
             against, doors = proxy.read_again(), there
             say(f"the list of coordinators stays as it was: {against}" if against else "nginx read its list again")
-        listed = _stamps(folder.cards, "*.json"), _stamps(folder.tls, "server.crt")
+        listed = _stamps(folder.cards, "*.json"), _stamps(folder.tls, certificates.SERVER)
         now = time.monotonic()
         if listed != known or now - looked > LOST_S:
             cards, damaged = readable_cards(folder)
@@ -228,7 +232,7 @@ def renewed(folder: ServerFolder, used: x509.Certificate) -> bool:
 
 def ends_within(folder: ServerFolder, used: x509.Certificate, time: timedelta) -> bool:
     """Whether the certificate in use is soon no good any more: by its end, or by another authority."""
-    authority = certificates.read_certificate(folder.tls / "ca.crt")
+    authority = certificates.read_certificate(folder.tls / certificates.AUTHORITY)
     return certificates.problem(used, authority, datetime.now(UTC) + time) is not None
 
 
@@ -243,7 +247,7 @@ def ending(used: x509.Certificate) -> list[str]:
 
 
 def _doors(folder: ServerFolder) -> object:
-    return _stamps(folder.coordinators, "*.crt"), _stamps(folder.tls, "server.crt")
+    return _stamps(folder.coordinators, "*.crt"), _stamps(folder.tls, certificates.SERVER)
 
 
 def _stamps(folder: Path, names: str) -> list[tuple[str, int]]:

@@ -18,10 +18,9 @@ from typing import Any
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from fedmed.deployment import certificates, door, node_keys
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.health import health_endpoint, site_facts
-from fedmed.deployment.kits import CERTIFICATE, Kit
-from fedmed.deployment.launcher import Launcher
+from fedmed.deployment.kits import Kit
+from fedmed.deployment.launcher import LAUNCHER, Launcher
 from fedmed.deployment.processes import (
     Child,
     flower_environment,
@@ -33,14 +32,13 @@ from fedmed.deployment.processes import (
 )
 from fedmed.deployment.scratch import clear_scratch
 from fedmed.deployment.site_folder import SiteFolder, joined_kit
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
 WARM_S = 300.0
 LOOK_S = 0.5
 TRY_S = 60.0
-LAUNCHER = "flower-superexec"
 WHY = {  # Flower's own exit codes
     302: "its node.key is damaged",
     305: "the server did not let it in: it does not know this site's key, or still counts it as online",
@@ -65,7 +63,7 @@ def site_command(site: SiteFolder, kit: Kit, port: int) -> list[str]:
     return [
         program("flower-supernode"),
         *("--superlink", kit.address),
-        *("--root-certificates", str(site.kit / CERTIFICATE)),
+        *("--root-certificates", str(site.kit / certificates.AUTHORITY)),
         *("--auth-supernode-private-key", str(site.keys / node_keys.PRIVATE)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", f"site={json.dumps(str(site.file))}"),
@@ -81,7 +79,7 @@ def write_door(site: SiteFolder) -> Path:
         Their folder, with Flower's launcher of tasks besides: all that the SuperNode's PATH may name. Whatever stood
         behind it there, Python would start in the place of a door that cannot be executed.
     """
-    folder = make_folder(site.flower / "bin")
+    folder = make_private(site.flower / "bin")
     lead = [sys.executable, "-I", "-S", door.__file__, str(site.flower)]
     for name, words in {
         **dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), lead),
@@ -196,12 +194,12 @@ def _why(node: Child) -> str:
 
 def _environment(site: SiteFolder) -> dict[str, str]:
     return flower_environment(
-        make_folder(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5", PATH=str(write_door(site))
+        make_private(site.flower), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5", PATH=str(write_door(site))
     )
 
 
 def _warm(site: SiteFolder, log: logging.Logger) -> Child:
     """The process that tasks are forked from; it needs seconds until it is ready for the first."""
-    (make_folder(site.flower) / door.SOCKET).unlink(missing_ok=True)
+    (make_private(site.flower) / door.SOCKET).unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedmed.deployment.warm", str(site.file)]
     return Child(command, flower_environment(site.flower), log)

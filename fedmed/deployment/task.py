@@ -28,10 +28,10 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.deployment.confinement import Confinement, confine
-from fedmed.deployment.files import make_folder
 from fedmed.deployment.processes import descendants, kill
 from fedmed.deployment.scratch import scratch
 from fedmed.deployment.site_folder import SiteFolder
+from fedmed.durable import make_private
 from fedmed.federated.client_app import app, public_reason
 from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, channel_pair, question, read_answer, work
 from fedmed.federated.spool import Spool
@@ -166,9 +166,9 @@ def work_done(pid: int) -> tuple[float, int]:
 def records_folders(site: SiteFolder) -> Iterator[Path]:
     """Where a task at this site writes what is kept; made if they are not there."""
     config = site.config
-    yield make_folder(site.state)
+    yield make_private(site.state)
     if config.cache_dir:
-        yield make_folder(site.root / config.cache_dir)
+        yield make_private(site.root / config.cache_dir)
     if config.policy is not None and config.policy.privacy.witness:
         witness = site.root / config.policy.privacy.witness
         if witness.is_dir():

@@ -33,9 +33,14 @@ ADJACENCY = "add or remove one hospital; who takes part is public"
 RELEASES = "releases.jsonl"  # in checkpoints/
 
 
-def central_sites(config: RunConfig) -> int:
-    """K: the number of hospitals that every sum is divided by, fixed and public, whoever answers."""
-    return config.privacy.sites or len(config.data.sites)
+def central_sites(config: RunConfig, names: Sequence[str] | None = None) -> int:
+    """K: the number of hospitals that every sum is divided by, fixed and public, whoever answers.
+
+    Args:
+        config: of the run.
+        names: of its virtual hospitals, if they are not those of `data.sites`.
+    """
+    return config.privacy.sites or len(config.data.sites if names is None else names)
 
 
 def check_central(config: RunConfig, *, sites: int, parameters: int) -> None:

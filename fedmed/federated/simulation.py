@@ -19,7 +19,7 @@ from fedmed.config import RunConfig
 from fedmed.durable import write_atomically
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import client_app
-from fedmed.federated.central import check_central
+from fedmed.federated.central import central_sites, check_central
 from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.federation import run_federation
 from fedmed.federated.local_grid import LocalGrid
@@ -148,7 +148,7 @@ def check(config: RunConfig, names: Sequence[str] | None = None) -> int:
         require_fixed_statistics(network)
     if config.privacy.mode == "central":
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        check_central(config, sites=config.privacy.sites or len(names), parameters=trained)
+        check_central(config, sites=central_sites(config, names), parameters=trained)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

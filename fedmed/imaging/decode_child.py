@@ -20,20 +20,6 @@ from typing import Any, BinaryIO
 Arrays = dict[str, Any]
 
 
-def image(path: str, preset: str) -> Arrays:
-    """One picture: `pixels` (C, H, W) float32 in [0, 1]."""
-    from fedmed.imaging.reading import read_image  # heavy
-
-    return {"pixels": read_image(Path(path), preset=preset)}
-
-
-def mask(path: str) -> Arrays:
-    """One mask: `classes` (H, W) integers."""
-    from fedmed.imaging.reading import read_mask  # heavy
-
-    return {"classes": read_mask(Path(path))}
-
-
 def item(image: str | list[str], mask: str, recipe: dict[str, Any]) -> Arrays:
     """One row of a manifest as it is kept: `images`, and `masks` if there is one (see `items`)."""
     from fedmed.imaging.items import item as decoded  # heavy
@@ -48,7 +34,7 @@ def fingerprints(path: str) -> Arrays:
     return {"fingerprints": taken.fingerprints(Path(path))}
 
 
-JOBS: dict[str, Callable[..., Arrays]] = {"image": image, "mask": mask, "item": item, "fingerprints": fingerprints}
+JOBS: dict[str, Callable[..., Arrays]] = {"item": item, "fingerprints": fingerprints}
 
 
 def main(jobs: str, memory_bytes: int, alarm_s: int) -> None:

@@ -5,7 +5,7 @@
 * De-identification: `deidentify` lets stay what is `allowed`; `pixels` for what hides beside them; `pseudonyms`, and
   `same_keys` that made a folder's.
 * What a person must look at: `keep` puts an object among the images or in `quarantine`, `judging` its pixels in a
-  process of its own; `burned_in` text, by `tesseract` too where that is installed.
+  process of its own; `burned_in` text, by `tesseract` too where that is installed; `set_apart` for what is decided.
 * The manifest: `importing` of archives of all `kinds` with a table of `labels`; `tables` as hospitals export them,
   `persons` in them, `opt_out` of who withdrew.
 * Its check: `check`, by a `survey` of each image; `seen` so far, `near_duplicates`, `findings` in words.

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
 
-from fedmed.durable import replacing
+from fedmed.durable import make_private, replacing
 from fedmed.errors import DataError
 from fedmed.imaging.manifest import cell_of
 from fedmed.imaging.volumes.nifti import read_nifti, write_nifti
-from fedmed.intake.keep import make_private
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.found import UNCERTAIN, Found, Unmatched
 from fedmed.intake.labels import LabelTable

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
-from fedmed.durable import append, replacing
+from fedmed.durable import append, make_private, replacing
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.dicom.kinds import kind_of
@@ -197,13 +197,6 @@ def _moved(source: Path, target: Path) -> None:
     """All of the file or none of it."""
     make_private(target.parent)
     source.replace(target)
-
-
-def make_private(folder: Path) -> None:
-    """A folder and those above it that are missing, for the owner alone (`parents=True` would open those above)."""
-    for one in (*reversed(folder.parents), folder):
-        if not one.exists():
-            one.mkdir(mode=0o700, exist_ok=True)
 
 
 def _note(path: Path, cells: tuple[str, ...]) -> None:

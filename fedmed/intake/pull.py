@@ -20,10 +20,11 @@ from pathlib import Path
 
 from pydicom.dataset import Dataset
 
+from fedmed.durable import make_private
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
-from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, make_private, where_now, write_reasons
+from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.query import Query, Series, meets
 from fedmed.intake.same_keys import made_with, note_keys

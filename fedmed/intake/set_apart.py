@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from fedmed.durable import make_private
 from fedmed.errors import ConfigError, DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.intake.keep import APART, QUARANTINE, REASONS, make_private, where_now
+from fedmed.intake.keep import APART, QUARANTINE, REASONS, where_now
 from fedmed.intake.tables import table_rows
 from fedmed.types import OnProgress
 

@@ -45,8 +45,8 @@ from fedmed.metrics.noised import (
     patient_overlaps,
 )
 from fedmed.metrics.obuchowski import MINIMUM, ClusteredAuroc, clustered_auroc, interval_of_variance
-from fedmed.metrics.ranking import auprc, auroc, roc_curve, sensitivity_at_specificity
-from fedmed.metrics.resampling import Interval, bootstrap_patients, finite, interval_ends, percentiles, replicate
+from fedmed.metrics.ranking import roc_curve
+from fedmed.metrics.resampling import Interval, finite, interval_ends, percentiles, replicate
 from fedmed.metrics.segmentation import segmentation_metrics, segmentation_sums
 from fedmed.metrics.site_variance import auroc_intervals, auroc_variances, check_variances, parted_variances
 from fedmed.metrics.sums import add_sums, label_counts
@@ -68,12 +68,9 @@ __all__ = [
     "Measures",
     "Noised",
     "add_sums",
-    "auprc",
-    "auroc",
     "auroc_intervals",
     "auroc_variances",
     "bin_centres",
-    "bootstrap_patients",
     "check_exact",
     "check_noised",
     "check_variances",
@@ -111,7 +108,6 @@ __all__ = [
     "segmentation_measures",
     "segmentation_metrics",
     "segmentation_sums",
-    "sensitivity_at_specificity",
     "sums_to_send",
     "youden_threshold",
 ]

@@ -17,38 +17,6 @@ TINY = np.finfo(np.float64).tiny
 SLACK = 1e-9  # 1 - 0.9 is a little less than the 1/10 that a count can reach
 
 
-def auroc(scores: ArrayLike, targets: ArrayLike) -> float | None:
-    """Returns the area under the ROC curve: P(score₊ > score₋) + ½ P(score₊ = score₋)  (Mann and Whitney 1947).
-
-    Args:
-        scores: (N,), higher means positive.
-        targets: (N,) 0, 1 or NaN.
-    """
-    return _or_none(ranking_metrics(scores, targets).auroc[0])
-
-
-def auprc(scores: ArrayLike, targets: ArrayLike) -> float | None:
-    """Returns the average precision Σₖ (Rₖ - Rₖ₋₁) Pₖ over descending thresholds, tied scores being one threshold.
-
-    Args:
-        scores: (N,), higher means positive.
-        targets: (N,) 0, 1 or NaN.
-    """
-    return _or_none(ranking_metrics(scores, targets).auprc[0])
-
-
-def sensitivity_at_specificity(scores: ArrayLike, targets: ArrayLike) -> float | None:
-    """Returns the largest sensitivity of a threshold whose specificity is at least 0.90.
-
-    A threshold is one of the scores, or lies above them all; nothing is interpolated between two points of the curve.
-
-    Args:
-        scores: (N,), higher means positive.
-        targets: (N,) 0, 1 or NaN.
-    """
-    return _or_none(ranking_metrics(scores, targets).sensitivity[0])
-
-
 def roc_curve(scores: ArrayLike, targets: ArrayLike) -> tuple[Array, Array, Array] | None:
     """Returns the ROC curve as (false positive rates, true positive rates, thresholds), or None without both classes.
 
@@ -79,6 +47,10 @@ class RankingMetrics(NamedTuple):
 
 def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: Array | None = None) -> RankingMetrics:
     """Returns the metrics for each column of case weights, at the cost of one sort and one pass over them.
+
+    AUROC is P(score₊ > score₋) + ½ P(score₊ = score₋)  (Mann and Whitney 1947). Average precision is Σₖ (Rₖ - Rₖ₋₁) Pₖ
+    over descending thresholds, tied scores being one threshold. Sensitivity is the largest of a threshold whose
+    specificity is at least 0.90: one of the scores, or above them all; nothing is interpolated between two points.
 
     Args:
         scores: (N,), higher means positive.
@@ -143,7 +115,3 @@ def _metrics(new_true: Array, false: Array, ties: Array | None, negatives: Array
         sensitivity = np.where(allowed > 0, true[allowed - 1, np.arange(true.shape[1])], 0) / positives
     both = (positives > 0) & (negatives > 0)
     return RankingMetrics(area, np.where(both, average, np.nan), np.where(both, sensitivity, np.nan))
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -41,25 +41,6 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def bootstrap_patients(
-    statistic: Statistic, patients: Sequence[str], replicates: int, rng: np.random.Generator
-) -> tuple[float | None, float | None]:
-    """Returns the 2.5 % and 97.5 % points of a statistic over resampled patients.
-
-    Replicates in which the statistic is undefined are left out.
-
-    Args:
-        statistic: Maps weights (N, R), one column per replicate, to values (R,), NaN where undefined.
-        patients: N patient ids, one per image.
-        replicates: How many resamples; with 0 there is no interval.
-        rng: Source of the resamples.
-
-    Returns:
-        (low, high), or (None, None) where `interval_ends` gives none; fewer than `MINIMUM` patients are not enough.
-    """
-    return interval_ends(replicate(statistic, patients, replicates, rng)[0], enough=len(set(patients)) >= MINIMUM)
-
-
 def intervals(
     names: Sequence[str],
     statistic: Statistic,
@@ -103,7 +84,7 @@ def replicate(
     with equal generators are judged on the same resamples, and their replicates can be compared in pairs.
 
     Args:
-        statistic: As for `bootstrap_patients`, of one value or of K.
+        statistic: Maps weights (N, R), one column per replicate, to values (R,) or (K, R), NaN where undefined.
         patients: N patient ids, one per image.
         replicates: How many resamples.
         rng: Source of the resamples.

@@ -8,7 +8,6 @@
 """
 
 from fedmed.models.attention_unet import gate_maps
-from fedmed.models.conversion import Converted, group_normalized
 from fedmed.models.registry import MODELS, Built, build, build_with_report
 from fedmed.models.spatial import margin_of
 from fedmed.models.stages import Stage, freeze_, parameter_groups, stages
@@ -17,14 +16,12 @@ from fedmed.models.weights import Loaded
 __all__ = [
     "MODELS",
     "Built",
-    "Converted",
     "Loaded",
     "Stage",
     "build",
     "build_with_report",
     "freeze_",
     "gate_maps",
-    "group_normalized",
     "margin_of",
     "parameter_groups",
     "stages",

@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedmed.durable import open_to_others, sync_folder, write_new
+from fedmed.durable import make_private, open_to_others, sync_folder, write_new
 from fedmed.errors import LedgerUnusable
 
 SIGNING, LINKING, PUBLIC = "signing.key", "linking.key", "site.pub"
@@ -74,7 +74,7 @@ def make_keys(folder: Path) -> SiteKeys:
     private = Ed25519PrivateKey.generate()
     partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True, mode=0o700)
+        make_private(partial)
         _write(partial / LINKING, secrets.token_bytes(32), 0o600)
         _write(partial / SIGNING, private.private_bytes_raw(), 0o600)
         _write(partial / PUBLIC, private.public_key().public_bytes_raw(), 0o644)

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmed.durable import make_private
 from fedmed.errors import LedgerUnusable, plain_reason
 
 VERSION = 1
@@ -142,7 +143,7 @@ class Storage:
         if self._connection is not None and self._connection[0] == os.getpid():
             return self._connection[1]
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self.path.parent)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         connection = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None)
         self._connection = os.getpid(), connection

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import RunConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.manifest import read_manifest
 from fedmed.imaging.scanners import scanner_counts
@@ -25,7 +25,7 @@ from fedmed.training.evaluate import predictions, scored_cases
 from fedmed.training.network import FlatNetwork
 
 FILE = "findings.json"
-FOLDER_MODE, FILE_MODE = 0o700, 0o600  # it shows patients
+FILE_MODE = 0o600  # it shows patients
 SCHEMA = 1
 
 
@@ -43,7 +43,7 @@ def write_findings(
         network: the final network, loaded.
         round: after which it was kept.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+    make_private(folder)
     content = json.dumps(findings(name, manifest, config, data, network, round), allow_nan=False)
     write_atomically(folder / FILE, content.encode(), mode=FILE_MODE)
 

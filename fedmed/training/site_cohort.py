@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import TaskConfig
-from fedmed.durable import write_atomically
+from fedmed.durable import make_private, write_atomically
 from fedmed.errors import DataError, LedgerUnusable, UnreadableImage, plain_reason
 from fedmed.imaging.dataset import Dataset
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
@@ -109,7 +109,7 @@ def _facts(found: os.stat_result) -> tuple[int, ...]:
 def _keep(path: Path, cohort: Cohort) -> None:
     """Keep a cohort's digests; those used longest ago make room."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(path.parent)
         write_atomically(path, cohort.members, mode=0o600, shared=True)
         for old in sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
             old.unlink(missing_ok=True)

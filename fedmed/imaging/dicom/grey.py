@@ -18,25 +18,8 @@ from pydicom.dataset import Dataset
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.frames import frame_values, values_of_interest
 from fedmed.imaging.dicom.modality import Plane, first, look_up
-from fedmed.imaging.dicom.pixels import check_single, declared
 
 Window = Callable[[Plane, float, float], Plane]
-
-
-def displayed(ds: Dataset) -> Plane:
-    """The picture as it is to be shown: bone bright, background dark.
-
-    Args:
-        ds: a grey single-frame image with its pixels.
-
-    Returns:
-        (H, W) float32 in [0, 1].
-
-    Raises:
-        UnreadableImage: the header or the pixels cannot be used.
-    """
-    check_single(declared(ds))
-    return next(displayed_frames(ds))
 
 
 def displayed_frames(ds: Dataset) -> Iterator[Plane]:

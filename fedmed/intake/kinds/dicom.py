@@ -16,7 +16,7 @@ from typing import Any
 
 import pydicom
 
-from fedmed.durable import replacing
+from fedmed.durable import make_private, replacing
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.imaging.plain_errors import plain_errors
@@ -176,7 +176,7 @@ def take_in(
         DataError: the folder cannot be written.
     """
     table = folder / TAKEN
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(folder)
     (folder / TAKING).touch(mode=0o600)
     done, met = _done(table), set()
     files = [

@@ -7,6 +7,7 @@ the place that a wheel came from. It fits machines of the kind that it was made 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -163,9 +164,17 @@ def _run(*command: str | os.PathLike[str]) -> str:
     return done.stdout
 
 
-if __name__ == "__main__":
-    place, secret = Path(sys.argv[1]), Path(sys.argv[2])
-    signer = signing_key(secret)
-    count = make_wheelhouse(Path(), place, signer, only=sys.argv[3:])
-    print(f"{count} wheels in {place}, signed with {secret}; see docs/offline-install.md")
+def main() -> None:
+    """Make a wheelhouse of the checkout in the working folder."""
+    parser = argparse.ArgumentParser(description="Fill a folder with all that fedmed needs to be installed, signed.")
+    parser.add_argument("folder", type=Path, help="to make; it must not be there")
+    parser.add_argument("key", type=Path, help="that signs; made if it is not there")
+    asked = parser.parse_args()
+    signer = signing_key(asked.key)
+    count = make_wheelhouse(Path(), asked.folder, signer)
+    print(f"{count} wheels in {asked.folder}, signed with {asked.key}; see docs/offline-install.md")
     print(f"fingerprint of the signer's key, to say by telephone: {fingerprint(signer)}")
+
+
+if __name__ == "__main__":
+    main()
