@@ -14,7 +14,7 @@ from fedmed.errors import UpdateRefused
 from fedmed.training.moments import second_moments, variances
 from fedmed.types import FloatVector, Layout, Scalar, Weights
 
-CHUNK = 65_536  # values; the change of a chunk stays in a core's second-level cache
+CHUNK = 8192  # values: fewer than OpenBLAS adds with threads of its own, which would take the cores of those who train
 
 
 @dataclass(frozen=True, kw_only=True)
