@@ -203,9 +203,10 @@ def test_a_refusal_is_told_recorded_and_makes_the_run_degraded(under):
     )
     found = records_of(folder, "small-10")
     assert found.faults == () and found.egress == ()
-    assert [(r.body["task"], r.body["allowed"], r.body["rule"]) for r in found.audit] == [
-        ("card", False, "policy.training.min-patients")
-    ]
+    told = {
+        (r.body["task"], r.body["allowed"], r.body["rule"]) for r in found.audit
+    }  # it is greeted in later rounds, too
+    assert told == {("card", False, "policy.training.min-patients")}
 
 
 @pytest.mark.simulation

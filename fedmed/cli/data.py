@@ -121,7 +121,7 @@ def pull(
     The same command goes on where it was interrupted. Passwords: FEDMED_PACS_USER and FEDMED_PACS_PASSWORD, or
     FEDMED_PACS_TOKEN, or ~/.netrc.
 
-    Example: fedmed data pull --dicomweb https://pacs/dicom-web --query "modality=DX" --site north --out chest
+    Example: fedmed data pull --dicomweb https://pacs/dicom-web --query "modality=DX" --site north --out north/pulled
     """
     from fedmed.cli.pull import pull_images
 
@@ -182,7 +182,7 @@ def import_(
     Images stay where they are, but for DICOM, which is de-identified into DIR. The same command again goes on where it
     was interrupted. KIND: dicom, nih, chexpert, mimic-cxr, rsna, vinbig, brats or pairs; SRC: the archive's folder.
 
-    Example: fedmed data import dicom export --out chest --table labels.xlsx --opt-out withdrawn.csv --keys keys
+    Example: fedmed data import dicom north/pulled --out north/chest --table labels.xlsx --site north
     """
     from fedmed.cli.intake import check_archive, folders_of, import_data
     from fedmed.cli.pull import site_opt_out, site_pseudonyms
@@ -211,7 +211,7 @@ def check(
 ) -> None:
     """Look at every image of a manifest: pass, or what to do. Exit 1 when training would be wrong.
 
-    Example: fedmed data check chest --html chest/check.html
+    Example: fedmed data check north/chest --site north --html check.html
     """
     from fedmed.cli.intake import check_data, withdrawn_at
 
@@ -228,7 +228,7 @@ def card(
 ) -> None:
     """Write what may leave before the site joins: rounded counts and percentiles of a checked data set.
 
-    Example: fedmed data card chest --out north-data.json
+    Example: fedmed data card north/chest --site north --out north-data.json
     """
     from fedmed.cli.intake import withdrawn_at, write_card
 
