@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fedmed import config as run_file
+from fedmed.cli.data import synth
 from fedmed.config import TaskConfig
 from fedmed.errors import ConfigError
+from fedmed.federated import phantoms as built_in
 from fedmed.federated.phantoms import phantom_folder, with_phantoms
 from fedmed.imaging import decoding
 from fedmed.imaging.dataset import Dataset, load_dataset
@@ -209,6 +212,11 @@ def test_one_patient_will_do_and_none_will_not(tmp_path: Path) -> None:
     assert len(load(tmp_path, "site-1")) >= 2
     with pytest.raises(ConfigError, match="patients = 0"):
         synthesize(tmp_path, task="cxr", sites=1, patients=0, seed=0)
+
+
+def test_the_command_makes_the_hospitals_of_the_demo() -> None:
+    given = {name: each.default for name, each in inspect.signature(synth).parameters.items()}
+    assert (given["sites"], given["patients"], given["seed"]) == (built_in.SITES, built_in.PATIENTS, built_in.SEED)
 
 
 def test_the_demo_gives_way_to_what_was_said_even_if_it_is_the_default(tmp_path: Path, monkeypatch) -> None:

@@ -47,12 +47,12 @@ def synth(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that does not exist yet")],
     task: Annotated[Kind, typer.Option(help="what the network will learn")] = Kind.cxr,
     sites: Annotated[int, typer.Option(min=1, max=1000, help="hospitals")] = 4,
-    patients: Annotated[int, typer.Option(min=2, max=100_000, help="patients per hospital")] = 100,
+    patients: Annotated[int, typer.Option(min=2, max=100_000, help="patients per hospital")] = 80,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same pixels")] = 7,
 ) -> None:
     """Write phantom hospitals as real DICOM, each with its own scanner, and a run.toml that trains on them.
 
-    Example: fedmed data synth phantoms --task cxr --sites 4 --patients 100 --seed 7
+    Example: fedmed data synth phantoms --task cxr --sites 4 --patients 80 --seed 7
     """
     from fedmed.cli.display import bar
     from fedmed.errors import DataError
