@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -98,11 +99,24 @@ def _servers_own(error: FedmedError) -> str:
 
 
 def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[str, Any]]:
-    """The sites of a result, and those of the same run's earlier processes that have not come back, with their ε."""
-    earlier: list[dict[str, Any]] = []
+    """The sites of a result, and those of the same run's earlier processes that have not come back, with their ε.
+
+    An ε only rises: where a checkpoint is older than what a site said, the site's word stays.
+    """
+    earlier: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError):  # the first process of the run
-        earlier = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))["sites"]
-    return sorted({site["site"]: site for site in [*earlier, *sites]}.values(), key=lambda site: site["site"])
+        told = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))["sites"]
+        earlier = {site["site"]: site for site in told}
+    for site in sites:
+        said = [earlier.get(site["site"], {}).get("privacy"), site["privacy"]]
+        earlier[site["site"]] = {**site, "privacy": max(reversed(said), key=_epsilon)}
+    return [earlier[name] for name in sorted(earlier)]
+
+
+def _epsilon(privacy: dict[str, Any] | None) -> float:
+    if privacy is None:
+        return -1.0
+    return math.inf if privacy["epsilon"] is None else float(privacy["epsilon"])
 
 
 def _central_privacy(rounds: Rounds | None) -> dict[str, Any] | None:

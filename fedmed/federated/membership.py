@@ -138,7 +138,7 @@ class Membership:
         fresh = ((self._present - self._met) | (due & self._present)) - set(self._open)
         self._greet(fresh)
         refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, round=round)
-        gone, why = self._unreachable(), {each.failure.site: each.failure.reason for each in self._refusals.values()}
+        gone, why = self.unreachable, {each.failure.site: each.failure.reason for each in self._refusals.values()}
         return Arrivals(
             joined=sorted(set(self._staying()) - before),
             refused=[failure for failure in refused.values() if failure.site not in gone],
@@ -227,13 +227,15 @@ class Membership:
     def _staying(self) -> list[str]:
         return [name for name in sorted(self._members) if name not in self._progress.away]
 
-    def _unreachable(self) -> list[str]:
+    @property
+    def unreachable(self) -> list[str]:
+        """Members that have not left and are not connected now."""
         return [name for name in self._staying() if self._members[name].node not in self._present]
 
     def _short(self) -> bool:
         """Whether a round waits for nodes; sites that left are not waited for."""
         few = len(self._present) < self._strategy.min_sites
-        return few or bool(self._unreachable() and self.missing(self.connected()))
+        return few or bool(self.unreachable and self.missing(self.connected()))
 
     def _until(self, deadline: float, failures: Mapping[int, Failure]) -> float:
         """Until when the start waits for one node more; 0 = not at all.

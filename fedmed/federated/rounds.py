@@ -380,7 +380,9 @@ class Rounds:
         self.site_metrics, failed = metrics_of_sites(
             answers, self.config.task, self.progress.spent, replicates=self.config.evaluate.bootstrap
         )
-        self._note_absent(failed, round)
+        told = {each["site"] for each in self.progress.rounds[-1]["failed"]} if self.progress.rounds else set()
+        gone = [Failure(site=name, reason="not connected") for name in sites.unreachable if name not in told]
+        self._note_absent([*failed, *gone], round)
 
     def _modalities(self, sites: Membership) -> int:
         """Places in a row of the manifests; 0 = they differ, or there are none."""
