@@ -16,6 +16,7 @@ from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunFailed, RunInterrupted
+from fedmed.federated.federation import _with_earlier
 from fedmed.federated.resume import record, take_up
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.server_app import be_alone
@@ -125,6 +126,35 @@ def test_a_resumed_run_without_one_of_its_sites_is_degraded_and_still_tells_of_i
         ("b-20", 4),
         ("c-20", 2),
     ]
+
+
+def test_a_site_that_is_missing_after_the_last_round_is_named_as_well(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedmed.federated.membership.RETURN_S", 0.1)
+    config = toy_config("a-20", "b-20", "c-20", strategy={"min_sites": 2})
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid, pytest.raises(Stop):
+        run_on(grid, config, folder, stop_at("checkpoint_saved", config.train.rounds))
+    folder = RunFolder.resume(folder.path)
+    with local_grid(config, folder) as grid:
+        grid.get_node_ids = lambda: [1, 2]
+        result = run_on(grid, config, folder, lambda event: None)
+    assert (result["status"], result["reason"]) == ("degraded", "c-20: not connected")
+
+
+def test_a_sites_word_of_its_budget_is_never_replaced_by_a_lower_one(toy_config, tmp_path):
+    folder = begun(tmp_path / "run", toy_config("a-20"))
+    said = {
+        name: {"site": name, "privacy": {"epsilon": value}} for name, value in {"a": 2.0, "b": 2.0, "c": 9.0}.items()
+    }
+    folder.write_json("result.json", {"sites": [*said.values(), {"site": "d", "privacy": None}]})
+    now = {"a": 3.0, "b": 1.0}
+    sites = [{"site": name, "privacy": {"epsilon": value}} for name, value in now.items()]
+    sites += [{"site": "c", "privacy": None}, {"site": "e", "privacy": {"epsilon": None}}]
+    found = {site["site"]: site["privacy"] for site in _with_earlier(sites, folder)}
+    assert {name: privacy and privacy["epsilon"] for name, privacy in found.items()} == {
+        "a": 3.0, "b": 2.0, "c": 9.0, "d": None, "e": None,
+    }  # fmt: skip
+    assert found["e"] == {"epsilon": None} and found["d"] is None
 
 
 def test_the_update_of_a_site_that_comes_late_is_used(toy_config, tmp_path):
