@@ -135,7 +135,8 @@ class Membership:
         before = set(self._staying())
         due = {node for node, refusal in self._refusals.items() if refusal.again <= round}
         due |= {self._members[name].node for name in self.away if self._progress.away[name] <= round}
-        fresh = ((self._present - self._met) | (due & self._present)) - set(self._open)
+        resting = {node for node, refusal in self._refusals.items() if refusal.again > round}
+        fresh = ((self._present - self._met) | (due & self._present)) - resting - set(self._open)
         self._greet(fresh)
         refused = self._collect(NEWCOMER_S if fresh else 0.0, lambda site, done, all: None, round=round)
         gone, why = self.unreachable, {each.failure.site: each.failure.reason for each in self._refusals.values()}
