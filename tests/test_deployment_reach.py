@@ -104,6 +104,11 @@ def environment(monkeypatch):
     return use
 
 
+def test_no_setting_of_the_machine_lets_a_header_say_where_a_request_comes_from(monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # as container images have it
+    assert processes.flower_environment(Path())["FORWARDED_ALLOW_IPS"] == "127.0.0.1"
+
+
 def test_the_way_leads_through_the_proxy_with_its_password(environment, tmp_path):
     with tls_server(tmp_path / "tls", "consortium") as (port, authority), proxy("user:p@ss") as way:
         there = kit(port, authority)

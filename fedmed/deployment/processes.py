@@ -61,6 +61,8 @@ def flower_environment(home: Path, *, near: Sequence[str] = (), **more: str) -> 
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",  # two at once may take longer than Flower waits
+        "FORWARDED_ALLOW_IPS": "127.0.0.1",  # nginx; from elsewhere a header must not say that a request is from here
         "PYTHONUNBUFFERED": "1",
         **more,
     }
