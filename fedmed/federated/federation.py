@@ -103,14 +103,14 @@ def _with_earlier(sites: list[dict[str, Any]], folder: RunFolder) -> list[dict[s
 
     An ε only rises: where a checkpoint is older than what a site said, the site's word stays.
     """
-    earlier: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError):  # the first process of the run
         told = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))["sites"]
-        earlier = {site["site"]: site for site in told}
+        found = {site["site"]: site for site in told}
     for site in sites:
-        said = [earlier.get(site["site"], {}).get("privacy"), site["privacy"]]
-        earlier[site["site"]] = {**site, "privacy": max(reversed(said), key=_epsilon)}
-    return [earlier[name] for name in sorted(earlier)]
+        said = [site["privacy"], found.get(site["site"], {}).get("privacy")]
+        found[site["site"]] = {**site, "privacy": max(said, key=_epsilon)}
+    return [found[name] for name in sorted(found)]
 
 
 def _epsilon(privacy: dict[str, Any] | None) -> float:
