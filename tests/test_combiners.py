@@ -245,8 +245,18 @@ def test_at_most_one_update_for_each_share_is_held_in_memory():
     assert isinstance(mean, Mean)
     for sent in made_up(25):
         add(mean, terms.sent, LINEAR, sent)
-        assert len(mean._held) <= 3
+        assert len(mean._held) <= 3  # 4 of them would be more than all weight
     assert combiner(terms_of(run_of()))._room == 0
+
+
+def test_by_default_one_update_is_held_and_two_sites_still_count_alike():
+    terms = terms_of(run_of(max_weight_share=0.5))
+    mean = combiner(terms)
+    assert isinstance(mean, Mean)
+    for sent in [Sent(site="a", change=np.full(SIZE, 1.0), images=90), Sent(site="b", change=np.zeros(SIZE), images=30)]:
+        add(mean, terms.sent, LINEAR, sent)
+        assert len(mean._held) == 1
+    assert [each.weight for each in mean.result().contributions] == [30, 30]
 
 
 def test_the_default_lets_no_site_outweigh_all_others():

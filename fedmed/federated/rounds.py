@@ -25,6 +25,7 @@ from fedmed.federated.admission import (
     validated_masked,
     validated_weights,
 )
+from fedmed.federated.aggregation import Aggregate
 from fedmed.federated.central import ServerNoise
 from fedmed.federated.combiners import Combiner, RoundTerms, combiner
 from fedmed.federated.combiners.masked_sum import MaskedSum
@@ -55,10 +56,9 @@ Watch = Callable[[Event], None]
 class Arrived:
     """What has come of a round's sites."""
 
-    combined: Combiner
+    aggregate: Aggregate | str  # what they agree on, or why the round cannot count
     joined: list[str]  # sites whose updates are in it
     failed: list[Failure]
-    missing: str | None  # why the round cannot count, or None
 
 
 class Rounds:
@@ -109,12 +109,11 @@ class Rounds:
             arrived = self._collect(task, sites, nodes, state, arrivals.unreachable)
             seconds = time.perf_counter() - started
             self.progress.train_s += seconds
-            if arrived.missing:
+            if isinstance(arrived.aggregate, str):
                 self.progress.pause(self._entry(round, arrived, seconds, {}))
                 self._save(weights, state, saved)
-                return "paused", arrived.missing
-            aggregate = arrived.combined.result()
-            weights, state = self.step(weights, aggregate, state)
+                return "paused", arrived.aggregate
+            weights, state = self.step(weights, arrived.aggregate, state)
 
             # ── evaluate, checkpoint, tell ────────────────────────────────────────────────────────────────────────
             judgement = self._judge(round, weights)
@@ -123,7 +122,7 @@ class Rounds:
             last = self._stops() or round == self.config.train.rounds
             if last or round % self.config.strategy.checkpoint_every == 0:
                 saved = self._save(weights, state, saved)
-            self._tell("round_finished", round, seconds=time.perf_counter() - started, **aggregate.facts)
+            self._tell("round_finished", round, seconds=time.perf_counter() - started, **arrived.aggregate.facts)
         self._finish(weights, sites)
         failures = self.progress.failures()
         return ("degraded", summary_of(failures)) if failures else ("completed", None)
@@ -265,7 +264,7 @@ class Rounds:
         for failure in failed:
             self._tell("site_failed", task.round, **asdict(failure))
         if missing := sites.missing(list(nodes)):
-            return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
+            return Arrived(aggregate=missing, joined=joined, failed=failed)
         for site, answer in self._answers(task, sites, nodes, failed, done=lambda: bool(joined)):
             gone = isinstance(answer, str)  # who answers what cannot be used is still there
             if not gone:
@@ -281,7 +280,7 @@ class Rounds:
             joined.append(site)
             self._tell("update_received", task.round, site=site, **public_facts(update, self.config.task))
         missing = sites.missing(joined, failed) or combined.too_few() or self._opened(combined, task, nodes)
-        return Arrived(combined=combined, joined=joined, failed=failed, missing=missing)
+        return Arrived(aggregate=missing or combined.result(), joined=joined, failed=failed)
 
     def _answers(
         self,
