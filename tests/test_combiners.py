@@ -253,8 +253,8 @@ def test_by_default_one_update_is_held_and_two_sites_still_count_alike():
     terms = terms_of(run_of(max_weight_share=0.5))
     mean = combiner(terms)
     assert isinstance(mean, Mean)
-    for sent in [Sent(site="a", change=np.full(SIZE, 1.0), images=90), Sent(site="b", change=np.zeros(SIZE), images=30)]:
-        add(mean, terms.sent, LINEAR, sent)
+    for site, images in (("a", 90), ("b", 30)):
+        add(mean, terms.sent, LINEAR, Sent(site=site, change=np.zeros(SIZE), images=images))
         assert len(mean._held) == 1
     assert [each.weight for each in mean.result().contributions] == [30, 30]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import configparser
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.continuing import continue_lost, cut_off, under_way
 from fedmed.deployment.control import FlowerRun
-from fedmed.deployment.coordinators import entrance
+from fedmed.deployment.coordinators import coordinators, entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.processes import descendants, flower_environment, kill
 from fedmed.deployment.proxy import PLACES, Proxy, nginx_configuration
@@ -124,31 +125,58 @@ def test_the_list_of_coordinators_is_what_nginx_lets_in(made):
     assert line in nginx_configuration(read_consortium(made))
     command("server", "coordinator", "clara", "--server", made)  # a new certificate: the old one counts no more
     assert line not in nginx_configuration(read_consortium(made))
+    damaged = made / "coordinators" / "damaged.crt"
+    damaged.write_text("no certificate")
     (made / "coordinators" / "clara.crt").unlink()
     assert "clara" not in nginx_configuration(read_consortium(made))
+    assert [line.partition(":")[0] for line in coordinators(read_consortium(made))[1]] == ["damaged is shut out"]
+    damaged.unlink()
 
 
 @pytest.mark.skipif(not NGINX, reason="nginx is not installed")
-def test_nginx_is_started_again_with_its_old_list_while_a_new_one_cannot_be_made(made):
+def test_nginx_is_given_its_list_until_it_takes_it_and_says_so_once(made):
+    proxy = Proxy(read_consortium(made), flower_environment(made), logging.Logger("nginx"))
+    key, listed = made / "tls" / "server.key", made / "coordinators" / "dora.crt"
+    content = key.read_bytes()
+    try:
+        proxy.start()
+        assert proxy.read_again() == []
+        command("server", "coordinator", "dora", "--server", made)
+        assert proxy.read_again() == ["nginx read its list again"]
+        key.write_bytes(b"")  # as on a full disk, or while a certificate is renewed
+        listed.unlink()
+        assert "tried again" in proxy.read_again()[0]
+        assert proxy.read_again() == []
+        key.write_bytes(content)
+        assert proxy.read_again() == ["nginx read its list again"]
+        assert "dora" not in (made / "nginx" / "nginx.conf").read_text()
+    finally:
+        key.write_bytes(content)
+        proxy.end()
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_nginx_is_started_again_with_its_old_list_while_a_new_one_cannot_be_made(made, monkeypatch):
+    def full_disk(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     before = descendants(os.getpid())
     proxy = Proxy(read_consortium(made), flower_environment(made), logging.Logger("nginx"))
-    damaged = made / "coordinators" / "damaged.crt"
-    damaged.parent.mkdir(exist_ok=True)
+    conf = made / "nginx" / "nginx.conf"
     try:
         proxy.start()
         assert proxy.look(before) == ""
-        damaged.write_text("no certificate")
         ended = proxy.pids
+        monkeypatch.setattr("fedmed.deployment.proxy.write_nginx", full_disk)
         kill(ended)
         assert proxy.look(before) == "nginx ended by itself and was started again"
         assert proxy.pids and not proxy.pids & ended
         kill(proxy.pids)
-        (made / "nginx" / "nginx.conf").unlink()
+        conf.unlink()
         assert "it is started again in 2 s" in proxy.look(before)
         assert proxy.look(before) == ""  # not at once
     finally:
         proxy.end()
-        damaged.unlink()
 
 
 # Run folders.
@@ -163,7 +191,8 @@ def runs(tmp_path):
         (tmp_path / "runs" / name / "spool" / "message").write_text("secret")
         (tmp_path / "runs" / name / "result.json").write_text('{"status": "completed"}')
         (tmp_path / "runs" / name / "checkpoints" / "round-0001.safetensors").write_bytes(os.urandom(300_000))
-        (tmp_path / "runs" / name / ".result.json.partial").write_text("half")
+        (tmp_path / "runs" / name / ".result.json.partial").write_text("half secret")
+        (tmp_path / "runs" / name / ".notes").write_text("secret")
     (tmp_path / "secret.key").write_text("secret")
     (tmp_path / "runs" / "20261121T100000-toy-7" / "link").symlink_to(tmp_path / "secret.key")
     return tmp_path / "runs"
@@ -215,6 +244,12 @@ def test_a_file_comes_whole_or_from_any_byte_on(runs):
     assert asked(runs, place).content == path.read_bytes()
     rest = asked(runs, place, Range="bytes=299990-")
     assert rest == (206, path.read_bytes()[-10:])
+
+
+@pytest.mark.parametrize("name", [".notes", ".result.json.partial", "spool/message", "spool/../.notes"])
+def test_what_is_hidden_or_on_its_way_is_not_given(runs, name):
+    answer = asked(runs, f"/fedmed/files/20261121T100000-toy-7/{name}")
+    assert answer.status == 404 and b"secret" not in answer.content
 
 
 @pytest.mark.parametrize("client", ["198.51.100.7", "10.0.0.1", "2001:db8::1"])

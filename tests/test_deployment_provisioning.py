@@ -341,7 +341,7 @@ def test_a_running_server_knows_that_its_certificate_ends_and_that_another_is_th
     assert ending(ended) == [f"the server's certificate expired on {ended.not_valid_after_utc:%Y-%m-%d}; {RENEW}"]
 
 
-def test_another_address_gets_a_new_certificate_and_the_same_one_keeps_it(copied):
+def test_other_addresses_get_a_new_certificate_and_the_same_ones_keep_it(copied):
     tls, path = copied / "server" / "tls", copied / "server" / "consortium.toml"
     before = (tls / "server.crt").read_bytes()
     command("server", "provision", path)
@@ -350,6 +350,12 @@ def test_another_address_gets_a_new_certificate_and_the_same_one_keeps_it(copied
     command("server", "provision", path)
     names = certificates.alternative_names(certificates.read_certificate(tls / "server.crt"))
     assert {"fl.example.org", "10.1.2.3", "fd00::1"} <= names
+    before = (tls / "server.crt").read_bytes()
+    command("server", "provision", path)
+    assert (tls / "server.crt").read_bytes() == before
+    path.write_text(path.read_text().replace(', "10.1.2.3"', ""))
+    command("server", "provision", path)
+    assert "10.1.2.3" not in certificates.alternative_names(certificates.read_certificate(tls / "server.crt"))
     assert read_kit(copied / "server" / "kits" / "north").address.startswith("fl.example.org:")
 
 

@@ -95,7 +95,7 @@ def test_a_request_without_end_is_refused_before_it_fills_the_memory(server):
         yield from (bytes(1 << 20) for _ in range(mebibytes))
 
     with httpx.Client(verify=own_entrance(folder).tls(), base_url=f"https://{own_entrance(folder).address}") as client:
-        for mebibytes, status in ((20, 400), (80, 413)):  # 400: it was read, and is no message
+        for mebibytes, status in ((12, 400), (80, 413)):  # 400: it was read, and is no message
             answer = client.post(
                 "/v1/fleet/push-object",
                 content=pieces(mebibytes),

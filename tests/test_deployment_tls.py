@@ -32,7 +32,7 @@ from fedmed.deployment.coordinators import Entrance, entrance, own_entrance
 from fedmed.deployment.files import read_json
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.processes import Child, flower_environment, free_port
-from fedmed.deployment.proxy import PLACES
+from fedmed.deployment.proxy import ASKED, PLACES
 from fedmed.deployment.site_folder import joined_kit, read_site_folder
 from fedmed.deployment.supernode import site_command
 from fedmed.errors import ConfigError, RunFailed
@@ -344,7 +344,7 @@ def test_a_certificate_that_is_foreign_another_or_no_longer_listed_opens_nothing
 @pytest.mark.skipif(not NGINX, reason="nginx is not installed")
 def test_pieces_of_a_large_network_pass_and_what_no_site_sends_does_not(consortium):
     with web(consortium) as client:
-        for mebibytes, status in ((5, 401), (20, 401), (65, 413)):  # 401: the server itself asks for a site's key
+        for mebibytes, status in ((5, 401), (15, 401), (17, 413)):  # 401: the server itself asks for a site's key
             answer = client.post(
                 "/v1/fleet/push-object",
                 content=PushObjectRequest(object_content=bytes(mebibytes << 20)).SerializeToString(),
@@ -354,13 +354,28 @@ def test_pieces_of_a_large_network_pass_and_what_no_site_sends_does_not(consorti
 
 
 @pytest.mark.skipif(not NGINX, reason="nginx is not installed")
-def test_a_damaged_certificate_on_the_list_ends_nothing(consortium, anna):
+def test_a_damaged_certificate_on_the_list_ends_nothing_and_keeps_nobody_on_it(consortium, anna):
     out = consortium.root.parent / "server.out"
     said = len(out.read_text())
+    command("server", "coordinator", "dora", "--server", consortium.root)
+    dora = entrance(consortium.coordinators / "dora")
+    wait_for(lambda: let_in(dora), 60, out.read_text)
     (consortium.coordinators / "damaged.crt").write_text("no certificate")
-    wait_for(lambda: "the certificate is damaged" in out.read_text()[said:], 60, out.read_text)
+    wait_for(lambda: "damaged is shut out: the certificate is damaged" in out.read_text()[said:], 60, out.read_text)
+    (consortium.coordinators / "dora.crt").unlink()
+    wait_for(lambda: not let_in(dora), 60, out.read_text)
     assert let_in(entrance(anna))
     (consortium.coordinators / "damaged.crt").unlink()
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+def test_a_coordinator_elsewhere_may_ask_four_things_and_register_nobody(consortium, anna):
+    from flwr.superlink.routers.control.router import router as for_coordinators
+
+    with web(consortium, anna) as client:
+        for path in [route.path for route in for_coordinators.routes]:
+            allowed = path.rpartition("/")[2] in ASKED
+            assert (client.post(path).status_code == 403) != allowed, path
 
 
 @pytest.mark.slow

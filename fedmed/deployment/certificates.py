@@ -182,6 +182,11 @@ def ends_soon(certificate: x509.Certificate, moment: datetime) -> bool:
     return moment > certificate.not_valid_after_utc - SOON
 
 
+def stands_for(certificate: x509.Certificate, names: Sequence[str]) -> bool:
+    """Whether a server's certificate is for these names and addresses, loopback, and no others."""
+    return alternative_names(certificate) == {str(name.value) for name in _alternatives(names)}
+
+
 def _alternatives(names: Sequence[str]) -> list[x509.GeneralName]:
     found: list[x509.GeneralName] = []
     for name in dict.fromkeys((*names, *LOOPBACK)):  # the server's own tasks come from there

@@ -110,16 +110,15 @@ def admit_coordinator(folder: ServerFolder, name: str, request: Path | None) -> 
     return given
 
 
-def coordinators(folder: ServerFolder) -> dict[str, x509.Certificate]:
-    """The certificates on the server's list, by the coordinator's name.
+def coordinators(folder: ServerFolder) -> tuple[dict[str, x509.Certificate], list[str]]:
+    """The certificates on the server's list, by the coordinator's name, and what there is to say of damaged ones.
 
-    Raises:
-        ConfigError: one of them is damaged.
+    A damaged one opens nothing, and does not keep others from being taken off the list.
     """
-    found = {}
+    found, damaged = {}, []
     for path in sorted(folder.coordinators.glob("*.crt")):
         try:
             found[path.stem] = read_certificate(path)
         except ConfigError as error:
-            raise ConfigError(f"{path.name} on the list of coordinators: {error}") from None
-    return found
+            damaged.append(f"{path.stem} is shut out: {error}")
+    return found, damaged

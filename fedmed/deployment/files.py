@@ -1,8 +1,9 @@
-"""Files of a deployment: secrets that only their owner reads."""
+"""Files of a deployment: secrets that only their owner reads, what others sent, and whether a folder changed."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: this is no {what}")
     return values
+
+
+def stamps(folder: Path, names: str) -> list[tuple[str, int]]:
+    """Names and times of the files that match a pattern: another answer means that the folder changed."""
+    found = []
+    for path in folder.glob(names):
+        with suppress(OSError):  # removed while we looked
+            found.append((path.name, path.stat().st_mtime_ns))
+    return sorted(found)

@@ -28,7 +28,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 FOR_SITES = "/v1/fleet/"
-LONGEST = 64 << 20  # bytes of a request: Flower sends pieces of 5 MB, and apps of at most 10 MB
+LONGEST = 16 << 20  # bytes of a request: Flower sends pieces of 5 MB, and apps of at most 10 MB
 RUN_STARTERS = ("start_run", "start_automation")  # of Flower's Control interface
 FORBIDDEN, TOO_LONG = 403, 413
 

@@ -103,7 +103,7 @@ def server_certificate(folder: ServerFolder) -> tuple[x509.Certificate, bool]:
     if (folder.tls / certificates.SERVER).exists():
         there = certificates.read_certificate(folder.tls / certificates.SERVER)
         authority = certificates.read_certificate(folder.tls / certificates.AUTHORITY)
-        fits = set(names) <= certificates.alternative_names(there)
+        fits = certificates.stands_for(there, names)
         fits = fits and certificates.belong_together(there, folder.tls / certificates.SERVER_KEY)
         if fits and not certificates.problem(there, authority, now) and not certificates.ends_soon(there, now):
             return there, False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from fedmed.deployment.certificates import AUTHORITY, SERVER, SERVER_KEY
 from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.coordinators import coordinators
+from fedmed.deployment.files import stamps
 from fedmed.deployment.processes import Child, descendants, kill
 from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, FedmedError, RunFailed
@@ -24,6 +26,8 @@ from fedmed.errors import ConfigError, FedmedError, RunFailed
 SETTLE_S = 1.0  # an nginx that cannot have its port ends within that
 LONGEST_WAIT_S = 60.0
 PLACES = os.pathsep.join(("/usr/sbin", "/usr/local/sbin"))  # not on the PATH of ordinary users
+STAMP = re.compile(r"\S+ \S+ \[\w+\] \d+#\d+: ")  # time, level and process of a line of nginx's
+ASKED = ("start-run", "stop-run", "list-runs", "list-nodes")  # of Flower's Control interface, by `control`
 TEMPLATE = """\
 # Written by fedmed server provision, coordinator and start; what is changed here is lost.
 daemon off;
@@ -38,7 +42,7 @@ http {{
   log_format coordinators '$remote_addr $ssl_client_s_dn "$request" $status';
 
   # Flower sends a network in pieces of 5 MB, and an app of at most 10 MB.
-  client_max_body_size 64m;
+  client_max_body_size 16m;
   client_header_timeout 10s;
   client_body_buffer_size 8m;
   client_body_temp_path body;
@@ -90,13 +94,16 @@ http {{
     }}
 
     # Coordinators. For the SuperLink they are on its own machine.
-    location ~ ^/(v1/control|fedmed)/ {{
+    location ~ ^/(v1/control/({asked})$|fedmed/) {{
       if ($coordinator = "") {{ return 403; }}
       access_log /dev/stdout coordinators;
       proxy_set_header X-Forwarded-For "";
       proxy_buffering off;
       proxy_pass https://superlink;
     }}
+
+    # Not theirs: which sites there are is decided by the server's folder alone.
+    location /v1/control/ {{ return 403; }}
 
     location / {{ return 404; }}
   }}
@@ -108,18 +115,19 @@ def nginx_configuration(folder: ServerFolder) -> str:
     """The whole of nginx.conf for a server.
 
     Raises:
-        ConfigError: a path or a certificate cannot be used.
+        ConfigError: a path cannot be used.
     """
     if set(str(folder.tls)) & set("\"'\\;{}$\n "):
         raise ConfigError("the path of the server's folder holds a character that nginx cannot take, such as a blank")
     listed = []
-    for name, certificate in coordinators(folder).items():
+    for name, certificate in coordinators(folder)[0].items():
         serial = f"{certificate.serial_number:X}"  # as OpenSSL writes it: two digits a byte
         listed.append(f'    "SUCCESS {serial.zfill(len(serial) + len(serial) % 2)}" 1;  # {name}\n')
     consortium = folder.consortium
     return TEMPLATE.format(
         user="user root;\n" if os.geteuid() == 0 else "",  # workers would else lose the right to their own files
         listed="".join(listed),
+        asked="|".join(ASKED),
         inside=joined(*consortium.inside),
         outside=joined(consortium.listen, consortium.port),
         certificate=folder.tls / SERVER,
@@ -161,6 +169,8 @@ class Proxy:
         self._folder, self._environment, self._log = folder, environment, log
         self._child: Child | None = None
         self._wait_s, self._again = SETTLE_S, 0.0
+        self._read: object = None  # what its list looked like when it was read
+        self._against = ""
 
     @property
     def pids(self) -> set[int]:
@@ -176,8 +186,10 @@ class Proxy:
         """
         if not self._folder.consortium.loopback_port or (self._child is not None and self._child.running):
             return
+        there = self._doors()
         try:
             write_nginx(self._folder)
+            self._read = there
         except (ConfigError, OSError) as error:
             if self._child is None:
                 raise
@@ -204,23 +216,43 @@ class Proxy:
         self._wait_s = SETTLE_S
         return "nginx ended by itself and was started again"
 
-    def read_again(self) -> str | None:
-        """Have nginx read its certificates and the list of coordinators again; connections stay.
+    def read_again(self) -> list[str]:
+        """Have nginx read its certificates and the list of coordinators again if they changed; connections stay.
+
+        What nginx cannot read, it goes on without, and is given again at every look: whoever was taken off the list is
+        let in until then.
 
         Returns:
-            What nginx has against them, which it then goes on without; None if all is well.
+            What there is to say that was not said before.
         """
-        if self._child is None or not self._child.running:
-            return None
+        there = self._doors()
+        if self._child is None or not self._child.running or there == self._read:
+            return []
+        against = self._given()
+        news = [f"the list of coordinators stays as it was, and is tried again: {against}"]
+        if not against:
+            self._read = there
+            news = [*coordinators(self._folder)[1], "nginx read its list again"]
+        elif against == self._against:
+            news = []
+        self._against = against
+        return news
+
+    def _given(self) -> str:
+        """What nginx has against a new configuration; nothing if it took it."""
         try:
             write_nginx(self._folder)
         except (ConfigError, OSError) as error:
             return _text(error)
         tried = subprocess.run([*nginx_command(self._folder), "-t"], capture_output=True, text=True, check=False)
         if tried.returncode:
-            return " ".join(tried.stderr.split())
-        os.kill(self._child.pid, signal.SIGHUP)
-        return None
+            return STAMP.sub("", " ".join(tried.stderr.split()))
+        if self._child is not None:
+            os.kill(self._child.pid, signal.SIGHUP)
+        return ""
+
+    def _doors(self) -> object:
+        return stamps(self._folder.coordinators, "*.crt"), stamps(self._folder.tls, SERVER)
 
     def end(self) -> None:
         """End it."""

@@ -6,10 +6,11 @@ Flower's own way to fetch results needs its enterprise edition. `GET /fedmed/run
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -44,7 +45,7 @@ def run_files(folder: Path) -> list[RunFile]:
     found = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
-        if path.is_symlink() or not path.is_file() or place.parts[0] == "spool" or path.name.endswith(".partial"):
+        if path.is_symlink() or not path.is_file() or not _given(place):
             continue
         digest = sha256_of(path)
         found.append(RunFile(path=place.as_posix(), bytes=path.stat().st_size, sha256=digest))
@@ -67,7 +68,7 @@ def run_server(runs: Path) -> Starlette:
             return JSONResponse({"error": "there is no such run"}, status_code=404)
         return JSONResponse({"files": [vars(file) for file in run_files(folder)]})
 
-    files = StaticFiles(directory=runs, check_dir=False)  # refuses links and paths that lead out of it
+    files = _RunFiles(directory=runs, check_dir=False)
     return Starlette(
         routes=[
             Route(f"{PLACE}/runs", names, methods=["GET"]),
@@ -75,6 +76,19 @@ def run_server(runs: Path) -> Starlette:
             Mount(f"{PLACE}/files", files),
         ]
     )
+
+
+class _RunFiles(StaticFiles):
+    """Gives what `run_files` lists, and refuses links and paths that lead out of the folder."""
+
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        return super().lookup_path(path) if _given(PurePath(*PurePath(path).parts[1:])) else ("", None)
+
+
+def _given(place: PurePath) -> bool:
+    """Whether a file at this place in a run folder is a whole file of the run."""
+    hidden = any(part.startswith(".") for part in place.parts)
+    return bool(place.parts) and not hidden and place.parts[0] != "spool" and place.suffix != ".partial"
 
 
 def fetch_run(server: Entrance, choose: Callable[[list[str]], str | None], out: Path) -> Iterator[RunFile]:

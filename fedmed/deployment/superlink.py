@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from cryptography import x509
 
@@ -17,6 +16,7 @@ from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.continuing import continue_lost, under_way
 from fedmed.deployment.control import FlowerRun, agree, control, nodes, runs
 from fedmed.deployment.coordinators import own_entrance
+from fedmed.deployment.files import stamps
 from fedmed.deployment.kits import SIGNING
 from fedmed.deployment.launcher import LAUNCHER, Launcher
 from fedmed.deployment.processes import (
@@ -180,18 +180,16 @@ def _serve(
     known: object = None
     every: list[FlowerRun] = []
     began = datetime.now(UTC) - timedelta(seconds=time.monotonic() - link.started)
-    doors, looked = _doors(folder), -LOST_S
-    launcher, earlier = Launcher(link.pid), None
+    launcher, earlier, looked = Launcher(link.pid), None, -LOST_S
     told: set[str] = set()  # what was said at the last look, and is not said again
     while not stop.is_set():
         if not link.running:
             return "the SuperLink ended by itself"
         if launcher.gone():
             return "what starts the SuperLink's tasks ended"
-        if folder.consortium.loopback_port and (there := _doors(folder)) != doors:
-            against, doors = proxy.read_again(), there
-            say(f"the list of coordinators stays as it was: {against}" if against else "nginx read its list again")
-        listed = _stamps(folder.cards, "*.json"), _stamps(folder.tls, certificates.SERVER)
+        for line in proxy.read_again():
+            say(line)
+        listed = stamps(folder.cards, "*.json"), stamps(folder.tls, certificates.SERVER)
         now = time.monotonic()
         if listed != known or now - looked > LOST_S:
             cards, damaged = readable_cards(folder)
@@ -244,18 +242,6 @@ def ending(used: x509.Certificate) -> list[str]:
     end, left = used.not_valid_after_utc, (used.not_valid_after_utc - now).days
     when = f"ends in {left} days, on {end:%Y-%m-%d}" if end > now else f"expired on {end:%Y-%m-%d}"
     return [f"the server's certificate {when}; fedmed server provision renews it"]
-
-
-def _doors(folder: ServerFolder) -> object:
-    return _stamps(folder.coordinators, "*.crt"), _stamps(folder.tls, certificates.SERVER)
-
-
-def _stamps(folder: Path, names: str) -> list[tuple[str, int]]:
-    found = []
-    for path in folder.glob(names):
-        with suppress(OSError):  # removed while we looked
-            found.append((path.name, path.stat().st_mtime_ns))
-    return sorted(found)
 
 
 def _answers(folder: ServerFolder) -> bool:

@@ -23,8 +23,8 @@ class Mean:
     """Σ kᵢ·Δᵢ / Σ kᵢ, in which no kᵢ is more than `strategy.max-weight-share` of the sum.
 
     Weights above that share s are lowered to the largest value at which all keep to it. They are fewer than 1/s sites,
-    the heaviest ones; so it is enough to hold back that many of the heaviest so far, and memory stays flat in the number
-    of sites. With 1/s sites or fewer, no weights but equal ones can do: then all count as much as the lightest.
+    the heaviest ones; so it is enough to hold back that many of the heaviest so far, and memory stays flat in the
+    number of sites. With 1/s sites or fewer, no weights but equal ones can do: then all count as much as the lightest.
     """
 
     def __init__(self, terms: RoundTerms) -> None:
