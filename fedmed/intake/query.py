@@ -127,7 +127,7 @@ def _within(dates: str, said: str | None) -> bool:
 
 
 def untold(study: str, why: str, *, may_pass: bool) -> Series:
-    """A study that an archive lists, and of which it does not tell the series."""
+    """A study of which an archive does not tell the series; "" = it refuses the search, so nobody knows which study."""
     return Series(
         study=study, series="", modality="", body_part=None, description="", refused=why, may_pass=may_pass
     )  # fmt: skip
