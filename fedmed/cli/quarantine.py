@@ -37,7 +37,7 @@ def judge_quarantine(folder: Path, *, released: str, deleted: str, start: int) -
     for each in unwanted:
         delete(each)
     if harmless or unwanted:
-        print(f"{len(harmless)} released, {len(unwanted)} deleted; next: the same pull or import once more")
+        print(f"{len(harmless)} released, {len(unwanted)} deleted; next: import, also where that was done before")
     _show(folder, [each for each in set_apart(folder) if each.now == APART], start)
 
 
