@@ -19,21 +19,24 @@ from fedmed.intake.query import Query, Series, meets, parse_query, questions
 from fedmed.privacy.keys import read_keys
 
 
-def test_the_command_prints_one_line_and_makes_the_sites_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_pull_says_what_came_and_what_to_type_next_and_makes_the_sites_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     holdings = Holdings(
         named_object(1), named_object(2, PatientID="other", AccessionNumber="9", StudyInstanceUID="1.2")
     )
+    out, keys = tmp_path / "my images", tmp_path / "my keys"
     table = tmp_path / "list.csv"
     table.write_text(f"note;accession\n{NAME};ACC8841907\n;\n")
     with archive_of(holdings) as address:
         command("data", "pull", "--pacs", address, "--called", "ARCHIVE", "--calling", "FEDMED", "--list", table,
-                "--query", "modality=DX,CR", "--keys", tmp_path / "keys", "--out", tmp_path / "out")  # fmt: skip
+                "--query", "modality=DX,CR", "--keys", keys, "--out", out)  # fmt: skip
     assert capsys.readouterr().out == (
         "1 of 1 accessions found, 1 study, 1 image, 0 quarantined, 0 series failed\n"
-        f"next: fedmed data import dicom {tmp_path / 'out'} --out DIR --table CSV --keys {tmp_path / 'keys'}\n"
+        f"next: fedmed data import dicom '{out}' --out DIR --table CSV --keys '{keys}'\n"
     )
-    pseudonyms = Pseudonyms(keys=read_keys(tmp_path / "keys"))
-    assert table_in(tmp_path / "out")[0]["accession"] == pseudonyms.accession("ACC8841907")
+    pseudonyms = Pseudonyms(keys=read_keys(keys))
+    assert table_in(out)[0]["accession"] == pseudonyms.accession("ACC8841907")
 
 
 @pytest.mark.parametrize(("column", "known"), [("accession", "ACC8841907"), ("patient", NUMBER)])

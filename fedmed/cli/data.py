@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -62,7 +63,7 @@ def synth(
         raise DataError(f"{folder} exists; choose a new folder, so that nothing is overwritten")
     with bar(f"{sites} hospitals") as progress:
         make_phantoms(folder, task.value, sites=sites, patients=patients, seed=seed, progress=progress)
-    print(f"wrote {folder}; next: fedmed simulate {folder / 'run.toml'}")
+    print(f"wrote {folder}; next: fedmed simulate {quote(str(folder / 'run.toml'))}")
 
 
 @app.command("cache")
@@ -192,7 +193,7 @@ def import_(
     if not import_data(
         kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
         table=table, labels=labels, opt_out=opt_out or standing, standing=standing, uncertain=uncertain.value,
-        check=f" --site {site}" if site else "",
+        check=f" --site {quote(str(site))}" if site else "",
     ):  # fmt: skip
         raise typer.Exit(1)
 

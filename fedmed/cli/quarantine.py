@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 from fedmed.cli.display import bar
 from fedmed.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ def judge_quarantine(folder: Path, *, released: str, deleted: str, start: int) -
 
 def _show(folder: Path, objects: list[SetApart], start: int) -> None:
     """Write the page and say what it is for; without objects there is none, nor an older one."""
-    page, command = folder / PAGE, f"fedmed data quarantine {folder}"
+    page, command = folder / PAGE, f"fedmed data quarantine {quote(str(folder))}"
     if not objects:
         try:
             page.unlink(missing_ok=True)
