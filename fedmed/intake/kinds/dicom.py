@@ -16,7 +16,7 @@ from typing import Any
 
 import pydicom
 
-from fedmed.durable import make_private, replacing
+from fedmed.durable import make_private
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.imaging.plain_errors import plain_errors
@@ -28,7 +28,7 @@ from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import CAPTURE, SCREEN
-from fedmed.intake.tables import table_rows
+from fedmed.intake.tables import replace_table, table_rows
 from fedmed.types import OnProgress
 
 TAKEN, TAKING = "imported.csv", ".importing"  # the latter is there until an import has ended
@@ -263,11 +263,5 @@ def _done(table: Path) -> set[str]:
     rows = [row for _, row in table_rows(table) if row["source"]]
     read = [row for row in rows if not row["reason"].startswith(UNREADABLE)]
     if len(read) < len(rows):
-        with (
-            replacing(table, mode=0o600) as descriptor,
-            os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
-        ):
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(read)
+        replace_table(table, COLUMNS, read)
     return {row["source"] for row in read}
