@@ -140,6 +140,19 @@ def test_columns_of_a_ris_export_are_known_by_its_names_for_them(tmp_path):
     assert '\n# patient_id = "MRN"\n' in text, "the image's header says whose it is, unless somebody decides otherwise"
 
 
+def test_a_guess_without_labels_says_how_one_is_described(tmp_path):
+    text = guessed_rules(table(tmp_path / "t.csv", "Accession Number,Report", "A1,some text", "A2,other text"))
+    told, _, described = text.partition("# No column of yes and no was found.")
+    assert described and "[labels" not in told
+    (tmp_path / "labels.toml").write_text(
+        text.replace("# [labels", "[labels")
+        .replace("# columns", "columns")
+        .replace("# positive", "positive")
+        .replace("# negative", "negative")
+    )
+    assert read_label_rules(tmp_path / "labels.toml").labels["effusion"].positive == ("pos",)
+
+
 @pytest.mark.parametrize(
     ("header", "by_name", "guess"),
     [

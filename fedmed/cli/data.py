@@ -107,7 +107,8 @@ def pull(
         str, typer.Option(help="modality=DX,CR date=20240101-20241231 body-part=CHEST description=words")
     ] = "",
     table: Annotated[
-        Path | None, typer.Option("--list", metavar="CSV|XLSX", help="with a column accession or patient: only these")
+        Path | None,
+        typer.Option("--list", metavar="CSV|XLSX", help="a column accession or patient (or MRN …): only these"),
     ] = None,
     rate: Annotated[float, typer.Option(min=0, metavar="MB/S", help="megabytes a second at most; 0 = no limit")] = 0.0,
     site: Annotated[

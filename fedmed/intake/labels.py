@@ -206,14 +206,14 @@ def guessed_rules(table: Path, *, by_name: bool = False) -> str:
         "[columns]  # copied into the manifest; with patient_id, the table and not the image says whose an image is",
     ]
     for name, hints in ABOUT.items():
-        guess = next((each for each in header if _bare(each) in hints and each != column), "")
+        guess = next((each for each in header if bare(each) in hints and each != column), "")
         if name == "split" and not set(map(_folded, values.get(guess) or {"?"})) <= SPLITS.keys():
             guess = ""  # a column of that name that means something else
         known = guess and (name != "patient_id" or join == "image")  # an image with a header says itself whose it is
         lines.append(f"{'' if known else '# '}{name} = {json.dumps(guess, ensure_ascii=False)}")
     for name in header:
         kinds = values.get(name)
-        about = any(_bare(name) in hints for hints in ABOUT.values())
+        about = any(bare(name) in hints for hints in ABOUT.values())
         if name == column or about or kinds is None or not any(_guess(kind) for kind in kinds):
             continue
         lines += ["", f"[labels.{json.dumps(_common(name))}]", f"columns = [{json.dumps(name, ensure_ascii=False)}]"]
@@ -221,7 +221,8 @@ def guessed_rules(table: Path, *, by_name: bool = False) -> str:
             chosen = sorted(kind for kind in kinds if _guess(kind) == meaning)
             lines.append(f"{key} = [{', '.join(json.dumps(kind, ensure_ascii=False) for kind in chosen)}]")
     if not any(line.startswith("[labels.") for line in lines):
-        lines += ["", "# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
+        lines += ["", "# No column of yes and no was found. Describe each label so, without the # before it:"]
+        lines += ["# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +244,7 @@ def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]
     best = "image" if by_name else "accession"
     for fits, join, hints in sorted(exact_first, key=lambda each: each[1] != best):
         for name in header:
-            if any(fits(_bare(name), hint) for hint in hints):
+            if any(fits(bare(name), hint) for hint in hints):
                 return join, name
     return "accession", header[0]
 
@@ -298,6 +299,6 @@ def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _bare(column: str) -> str:
+def bare(column: str) -> str:
     """A column's name without what people put between words."""
     return "".join(letter for letter in column.casefold() if letter.isalnum())
