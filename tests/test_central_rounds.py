@@ -153,7 +153,7 @@ def noise_of(folder: Path, rounds: int = 5, **privacy) -> ServerNoise:
 
 def noised(noise: ServerNoise, sent: list[Sent], layout=LINEAR, current: Weights | None = None, known: int = 4):
     terms = replace(terms_of(noise.config, layout, current), noise=noise, round=1, known=known)
-    combined = NoisedSum(terms)
+    combined = NoisedSum(terms, noise)
     for each in sent:
         add(combined, terms.sent, layout, each)
     return combined.result()

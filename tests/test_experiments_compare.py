@@ -18,7 +18,7 @@ from small_hospitals import hospital, lungs
 from fedmed import config as run_file
 from fedmed.cli import app
 from fedmed.config import to_toml
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import ConfigError, DataError, RunFailed
 from fedmed.experiments import running
 from fedmed.experiments.arms import trials_of
 from fedmed.experiments.compare import compare
@@ -233,6 +233,12 @@ def test_refuses_what_cannot_be_compared_before_training(toy_config, tmp_path) -
             with pytest.raises(ConfigError, match=text):
                 sweep(config, ["train.rounds=1,2"], tmp_path / "out")
     assert not list((tmp_path / "out").glob("runs/*"))
+
+
+def test_own_data_that_end_their_process_before_training_are_told_in_a_line(toy_config, tmp_path) -> None:
+    config = toy_config(str(tmp_path / "crash-40"), evaluate={"seeds": 1, "site-share": 0.0})
+    with pytest.raises(DataError, match=r'^data\.dataset: called for crash-40, "toy:dataset" ended its process'):
+        compare(config, tmp_path / "out")
 
 
 def test_without_data_phantom_hospitals_are_compared(tmp_path, monkeypatch) -> None:

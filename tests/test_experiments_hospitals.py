@@ -11,7 +11,7 @@ import pytest
 from small_hospitals import hospital
 
 from fedmed import config as run_file
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, DataError
 from fedmed.experiments.arms import changed, trials_of
 from fedmed.experiments.compare import compare
 from fedmed.experiments.dealing import dealt
@@ -79,6 +79,16 @@ def test_other_partitions_are_dealt_beside_and_as_given_is_left_alone(pictures, 
     assert dealt_to[0] == dealt_to[1] == pictures().data.sites
     assert dealt_to[2] == dealt_to[3] != dealt_to[4] == dealt_to[5]
     assert len(list((tmp_path / "out" / "hospitals").iterdir())) == 2
+
+
+def test_patients_of_the_server_are_not_dealt_where_an_experiment_without_a_server_dealt_them(
+    pictures, tmp_path
+) -> None:
+    config = pictures(partition="iid")
+    dealt(config, tmp_path / "out")
+    judged = changed(config, {"data": {"server": str(hospital(tmp_path / "server", 5, 1))}})
+    with pytest.raises(DataError, match=r"data\.server: 5 of its patients are in data\.sites too"):
+        dealt(judged, tmp_path / "out")
 
 
 def test_hospitals_are_dealt_from_folders_of_one_name(pictures, tmp_path) -> None:

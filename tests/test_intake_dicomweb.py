@@ -12,6 +12,7 @@ from fedmed.errors import DataError
 from fedmed.intake.dicomweb import DicomWeb
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.pull import Pulled, pull
+from fedmed.intake.query import Query
 
 STUDY = "1.2.3.8841907.1"
 PAGE = b"<html>the proxy is being mended</html>"
@@ -47,6 +48,31 @@ def test_what_the_archive_refuses_is_counted_as_failed_and_all_else_comes(
     found = pulled(service, tmp_path / "out", pseudonyms_in(tmp_path))
     assert (found.images, found.why) == (images, {why: 1})
     assert sum(re.fullmatch(refused, path) is not None for path in service.asked) <= 2  # to ask again would not help
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [(403, "the archive does not let this user read it (403)"), (404, "the archive does not have what it lists (404)")],
+)
+def test_of_a_list_what_the_archive_refuses_to_search_for_costs_no_more_than_itself(
+    status: int, why: str, tmp_path: Path
+):
+    service = DicomWebService(named_object(1), named_object(2))
+    service.wrong = lambda path, times: (status, b"") if path == "studies" and times in (2, 3) else None
+    with dicomweb_of(service) as url:  # the search for the first takes two pages
+        listed = Query(accessions=("A1", "A2", "A3", "A4"))
+        found = pull(DicomWeb(url), listed, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+    assert (found.images, found.why, found.listed) == (2, {why: 2}, "2 of 4 accessions found")
+    assert (tmp_path / "out/not-found.csv").read_text() == "accession\nA2\nA3\n"
+
+
+@pytest.mark.parametrize(("status", "why"), [(401, "wants a user name"), (403, "does not allow this user to search")])
+def test_an_archive_that_refuses_the_first_search_ends_a_list_at_once(status: int, why: str, tmp_path: Path):
+    service = DicomWebService(named_object(1))
+    service.wrong = lambda path, times: (status, b"")
+    with dicomweb_of(service) as url, pytest.raises(DataError, match=why):
+        pull(DicomWeb(url), Query(accessions=("A1", "A2")), tmp_path / "out", pseudonyms_in(tmp_path))
+    assert len(service.asked) == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_password_that_expires_in_a_pull_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -281,14 +281,14 @@ def test_who_is_on_the_sites_own_list_is_left_out_also_beside_another(tmp_path, 
         picture(tmp_path / "in" / "masks" / f"{name}.png")
     given, standing = (table(tmp_path / f"{name}.csv", "patient_id", name) for name in "bc")
     import_data(
-        "pairs", tmp_path / "in", tmp_path / "out", pseudonyms, table=None, labels=None, uncertain="ignore",
-        opt_out=given, standing=standing, check=" --site north",
+        "pairs", tmp_path / "in", tmp_path / "my out", pseudonyms, table=None, labels=None, uncertain="ignore",
+        opt_out=given, standing=standing, check=" --site 'north wing'",
     )  # fmt: skip
-    assert {Path(row["image"]).stem for row in rows(tmp_path / "out")} == {"a"}
-    assert {pseudonyms.patient(name) for name in "bc"} <= remembered(tmp_path / "out" / "opt-out.csv")
+    assert {Path(row["image"]).stem for row in rows(tmp_path / "my out")} == {"a"}
+    assert {pseudonyms.patient(name) for name in "bc"} <= remembered(tmp_path / "my out" / "opt-out.csv")
     told = capsys.readouterr()
     assert "1 of 1 on the opt-out list are here" in told.err and "left out: 2 patients who withdrew" in told.err
-    assert told.out.endswith(f"next: fedmed data check {tmp_path / 'out'} --site north\n")
+    assert told.out.endswith(f"next: fedmed data check '{tmp_path / 'my out'}' --site 'north wing'\n")
 
 
 @pytest.mark.parametrize("lacks", ["row", "mask"])
@@ -317,7 +317,8 @@ def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp
         command("data", "import", "xray", *words)
     assert command("data", "import", "pairs", *words, "--keys", tmp_path / "keys") == 1
     said = capsys.readouterr()
-    assert said.out.startswith("wrote ") and "nothing is imported yet" in said.out and said.err.count("\n") == 1
+    assert said.out.startswith("wrote ") and "nothing is imported yet" in said.out
+    assert 'guessed: image is in "image"; labels: erguss\n' in said.out and said.err.count("\n") == 1
     assert said.err.startswith("made new keys in")
     assert (tmp_path / "out" / "labels.toml").stat().st_mode & 0o077 == 0
     with pytest.raises(DataError, match=r"which ones: .*unmatched\.csv"):

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +229,12 @@ def test_what_a_pull_set_apart_is_counted_as_in_quarantine_and_its_row_has_an_im
     report = import_images("dicom", folder, tmp_path / "out", rules)
     assert report.images == 1  # ACC4's was deleted
     assert report.unmatched == {"in quarantine: burned-in text": 1, "row without image": 1}
+    (folder / "quarantine/2.25.3.dcm").rename(folder / "images/PA/2.25.1/2.25.3.dcm")
+    for _ in range(2):
+        rules = replace(rules, table=sheet(tmp_path / "l.csv", pseudonyms, range(2, 5)))
+        report = import_images("dicom", folder, tmp_path / "out", rules)
+        assert (report.images, report.unmatched) == (2, {"row without image": 1}), "released: no pull is needed"
+        write_table(folder)  # as the next pull does
 
 
 def test_a_pulled_folder_is_taken_as_it_is(tmp_path, pseudonyms):

@@ -151,6 +151,8 @@ def test_a_damaged_file_says_a_reason_that_names_nothing(pseudonyms: Pseudonyms,
         (HEAD | {"SliceThickness": "1", "RecognizableVisualFeatures": "NO"}, None),  # faces were removed
         (HEAD | {"SliceThickness": "5", "RecognizableVisualFeatures": "YES"}, "recognisable face"),
         (HEAD | {"SliceThickness": "1", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, None),
+        (HEAD | {"SliceThickness": "1", "ImageType": ["ORIGINAL", "PRIMARY", "TOPOGRAM"]}, None),
+        (HEAD | {"SliceThickness": "1", "ImageType": ["ORIGINAL", "LOCALIZER"]}, "recognisable face"),  # not its place
         (HEAD | {"BodyPartExamined": "", "SeriesDescription": "t1_head_sag"}, "recognisable face"),
         (HEAD | {"BodyPartExamined": "", "StudyDescription": "MRT Schädel nativ"}, "recognisable face"),
         (HEAD | {"BodyPartExamined": "HEART"}, None),  # which has an EAR in it

@@ -200,6 +200,18 @@ def test_a_search_that_is_refused_asks_once_and_one_without_resources_ends_it(tm
     assert len(asked) == 3 * 5
 
 
+def test_of_a_list_a_search_that_fails_costs_no_more_than_itself(tmp_path: Path):
+    objects = [named_object(n, AccessionNumber=f"A{n}", StudyInstanceUID=f"1.2.3.8841907.{n}") for n in (1, 2, 3)]
+    holdings = Holdings(*objects)
+    find = holdings.find
+    holdings.find = lambda event: [(0xC001, None)] if event.identifier.get("AccessionNumber") == "A2" else find(event)
+    with archive_of(holdings) as address:
+        listed = Query(accessions=("A1", "A2", "A3"))
+        pulled = pull(dimse(address), listed, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+    assert (pulled.images, pulled.listed) == (2, "2 of 3 accessions found")
+    assert pulled.why == {"the archive does not answer the search (status C001)": 1}
+
+
 def test_values_that_no_header_may_have_make_nobody_quote_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     odd = named_object(1, BodyPartExamined="thorax of Wilhelmina", Modality="dx of Quisling", StudyDate="in 1934")
     with archive_of(Holdings(odd)) as address:

@@ -19,21 +19,24 @@ from fedmed.intake.query import Query, Series, meets, parse_query, questions
 from fedmed.privacy.keys import read_keys
 
 
-def test_the_command_prints_one_line_and_makes_the_sites_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_pull_says_what_came_and_what_to_type_next_and_makes_the_sites_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     holdings = Holdings(
         named_object(1), named_object(2, PatientID="other", AccessionNumber="9", StudyInstanceUID="1.2")
     )
+    out, keys = tmp_path / "my images", tmp_path / "my keys"
     table = tmp_path / "list.csv"
     table.write_text(f"note;accession\n{NAME};ACC8841907\n;\n")
     with archive_of(holdings) as address:
         command("data", "pull", "--pacs", address, "--called", "ARCHIVE", "--calling", "FEDMED", "--list", table,
-                "--query", "modality=DX,CR", "--keys", tmp_path / "keys", "--out", tmp_path / "out")  # fmt: skip
+                "--query", "modality=DX,CR", "--keys", keys, "--out", out)  # fmt: skip
     assert capsys.readouterr().out == (
         "1 of 1 accessions found, 1 study, 1 image, 0 quarantined, 0 series failed\n"
-        f"next: fedmed data import dicom {tmp_path / 'out'} --out DIR --table CSV --keys {tmp_path / 'keys'}\n"
+        f"next: fedmed data import dicom '{out}' --out DIR --table CSV --keys '{keys}'\n"
     )
-    pseudonyms = Pseudonyms(keys=read_keys(tmp_path / "keys"))
-    assert table_in(tmp_path / "out")[0]["accession"] == pseudonyms.accession("ACC8841907")
+    pseudonyms = Pseudonyms(keys=read_keys(keys))
+    assert table_in(out)[0]["accession"] == pseudonyms.accession("ACC8841907")
 
 
 @pytest.mark.parametrize(("column", "known"), [("accession", "ACC8841907"), ("patient", NUMBER)])
@@ -113,7 +116,7 @@ def test_a_misspelt_query_is_refused(text: str, reason: str):
     ("text", "reason"),
     [
         ("id\n1\n", 'one column "accession" or "patient"'),
-        ("accession,patient\n1,2\n", 'one column "accession" or "patient"'),
+        ("Accession Number,MRN\n1,2\n", 'there are "Accession Number", "MRN": delete all but one'),
         ("accession\n\n", "is empty"),
         ("patient\nAB*\n", "pattern"),
     ],
@@ -132,6 +135,20 @@ def test_a_list_may_be_a_spreadsheet_whose_numbers_are_numbers(tmp_path: Path):
     assert parse_query("", tmp_path / "list.xlsx").accessions == ("1007", "A 8")
 
 
+@pytest.mark.parametrize(
+    ("column", "field"),
+    [
+        ("Accession Number", "accessions"),
+        ("AccessionNo", "accessions"),
+        ("MRN", "patients"),
+        ("Patient_ID", "patients"),
+    ],
+)
+def test_the_column_of_a_list_may_be_called_as_a_ris_calls_it(column: str, field: str, tmp_path: Path):
+    (tmp_path / "list.csv").write_text(f"Report date,{column}\n2024-01-31,A8\n")
+    assert getattr(parse_query("", tmp_path / "list.csv"), field) == ("A8",)
+
+
 def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_path: Path):
     (tmp_path / "list.csv").write_text("\ufeffPatient\n7\n8\n7\n", encoding="utf-8")
     query = parse_query("modality=DX date=20240131", tmp_path / "list.csv")
@@ -144,8 +161,8 @@ def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_pa
 
 
 def test_a_list_with_other_columns_is_told_which_it_has(tmp_path: Path):
-    (tmp_path / "list.csv").write_text("Zugangsnummer,Datum\n17,20240131\n")
-    with pytest.raises(DataError, match='there are "zugangsnummer", "datum": rename one'):
+    (tmp_path / "list.csv").write_text("Laufnummer,Datum\n17,20240131\n")
+    with pytest.raises(DataError, match='there are "Laufnummer", "Datum": rename one'):
         parse_query("", tmp_path / "list.csv")
 
 

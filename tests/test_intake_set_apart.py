@@ -30,7 +30,7 @@ def pseudonyms(tmp_path_factory: pytest.TempPathFactory) -> Pseudonyms:
 @pytest.fixture
 def pulled(tmp_path: Path, pseudonyms: Pseudonyms) -> Path:
     """Four objects that were set apart: text, a header's word, a loop, and pixels that nobody decodes."""
-    folder = tmp_path / "pulled"
+    folder = tmp_path / "pulled images"
     loop = np.stack([cells_of(picture((200, 180)))] * 5)
     broken = named_object(4, syntax=pydicom.uid.JPEG2000Lossless)
     broken.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + b"\0" * 60])
@@ -61,7 +61,7 @@ def test_the_page_shows_what_was_judged_to_its_owner_alone(fedmed, pulled: Path)
 def test_a_page_begins_where_it_is_told_to(pulled: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("fedmed.cli.quarantine.MOST", 2)
     judge_quarantine(pulled, released="", deleted="", start=1)
-    assert f"further ones: fedmed data quarantine {pulled} --from 3" in capsys.readouterr().out
+    assert f"further ones: fedmed data quarantine '{pulled}' --from 3" in capsys.readouterr().out
     assert "2 more in quarantine" in (pulled / "quarantine.html").read_text()
     judge_quarantine(pulled, released="", deleted="", start=3)
     assert "further" not in capsys.readouterr().out

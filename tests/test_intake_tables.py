@@ -127,6 +127,32 @@ def test_the_guessed_labels_toml_can_be_used_as_it_is(tmp_path, pseudonyms):
     assert len(read_labels(sheet, rules, pseudonyms)) == 20
 
 
+def test_columns_of_a_ris_export_are_known_by_its_names_for_them(tmp_path):
+    lines = (
+        ["AccessionNo", "MRN", "Patient Age", "Gender", "Nodule"],
+        ["A1", "17", 61, "F", 1],
+        ["A2", "18", 40, "M", 0],
+    )
+    (tmp_path / "labels.toml").write_text(text := guessed_rules(spreadsheet(tmp_path / "ris.xlsx", list(lines))))
+    rules = read_label_rules(tmp_path / "labels.toml")
+    assert (rules.join, rules.column, list(rules.labels)) == ("accession", "AccessionNo", ["nodule"])
+    assert rules.columns == {"age": "Patient Age", "sex": "Gender"}
+    assert '\n# patient_id = "MRN"\n' in text, "the image's header says whose it is, unless somebody decides otherwise"
+
+
+def test_a_guess_without_labels_says_how_one_is_described(tmp_path):
+    text = guessed_rules(table(tmp_path / "t.csv", "Accession Number,Report", "A1,some text", "A2,other text"))
+    told, _, described = text.partition("# No column of yes and no was found.")
+    assert described and "[labels" not in told
+    (tmp_path / "labels.toml").write_text(
+        text.replace("# [labels", "[labels")
+        .replace("# columns", "columns")
+        .replace("# positive", "positive")
+        .replace("# negative", "negative")
+    )
+    assert read_label_rules(tmp_path / "labels.toml").labels["effusion"].positive == ("pos",)
+
+
 @pytest.mark.parametrize(
     ("header", "by_name", "guess"),
     [

@@ -358,6 +358,15 @@ def test_a_known_site_that_cannot_take_part_any_more_is_told_with_its_own_reason
     assert (told(arrivals.unreachable), arrivals.refused) == ([("h2", "no disk")], [])
 
 
+def test_a_round_with_too_few_does_not_wait_for_a_site_that_is_there_and_cannot_take_part():
+    grid = Hospitals(1, 2)
+    grid.cards[2] = {"problem": "no disk"}
+    sites = roster(grid, progress_of("h1", "h2", "h3", away={"h3": 9}), min_fraction=0.7, round_timeout_s=30.0)
+    started = time.monotonic()
+    assert told(sites.welcome(5).unreachable) == [("h2", "no disk")]
+    assert time.monotonic() - started < 5
+
+
 def test_the_start_waits_for_a_required_site_until_the_deadline():
     grid = Hospitals(1, 2)
     grid.killed = {3: 2}

@@ -2,12 +2,15 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toy
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 from visits import Visits, mean_of
@@ -126,6 +129,23 @@ def test_a_resumed_run_without_one_of_its_sites_is_degraded_and_still_tells_of_i
         ("b-20", 4),
         ("c-20", 2),
     ]
+
+
+def test_a_site_that_crashes_in_a_resumed_run_is_named_with_its_reason_once_a_round(toy_config, tmp_path, monkeypatch):
+    config = toy_config("a-20", "b-20", "c-20", train={"rounds": 4}, strategy={"min_sites": 2})
+    folder = begun(tmp_path / "run", config)
+    with local_grid(config, folder) as grid, pytest.raises(Stop):
+        run_on(grid, config, folder, stop_at("checkpoint_saved", 2))
+    whole = toy.dataset
+
+    def dying(reference: Path, config: RunConfig):
+        return os.kill(os.getpid(), signal.SIGKILL) if reference.name == "c-20" else whole(reference, config)
+
+    monkeypatch.setattr(toy, "dataset", dying)  # before the workers are forked
+    result = go_on(folder, config)
+    reason = "the worker process was killed by signal 9"
+    assert [entry["failed"] for entry in result["rounds_log"][2:]] == [[{"site": "c-20", "reason": reason}]] * 2
+    assert result["reason"] == f"c-20: {reason} (3 times)", "at the start, and in both rounds"
 
 
 def test_a_site_that_is_missing_after_the_last_round_is_named_as_well(toy_config, tmp_path, monkeypatch):

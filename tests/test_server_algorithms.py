@@ -350,7 +350,7 @@ REFUSED = [
     ("fednova", {}, {"combine": "krum"}, "steps"),
     ("feddg-ga", {}, {"combine": "median"}, "combine"),
     ("cyclic", {}, {"combine": "bulyan"}, "combine"),
-    ("cyclic", {}, {"required_sites": ("a",)}, "leave out strategy.required-sites"),
+    ("cyclic", {}, {"required_sites": ("a",)}, "leave out strategy.required-sites, which in a comparison"),
     ("cyclic", {}, {"min_fraction": 0.5}, "leave out strategy.min-fraction"),
     ("fedawg", {}, {}, '"fedavg"'),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -62,7 +63,7 @@ def synth(
         raise DataError(f"{folder} exists; choose a new folder, so that nothing is overwritten")
     with bar(f"{sites} hospitals") as progress:
         make_phantoms(folder, task.value, sites=sites, patients=patients, seed=seed, progress=progress)
-    print(f"wrote {folder}; next: fedmed simulate {folder / 'run.toml'}")
+    print(f"wrote {folder}; next: fedmed simulate {quote(str(folder / 'run.toml'))}")
 
 
 @app.command("cache")
@@ -106,7 +107,8 @@ def pull(
         str, typer.Option(help="modality=DX,CR date=20240101-20241231 body-part=CHEST description=words")
     ] = "",
     table: Annotated[
-        Path | None, typer.Option("--list", metavar="CSV|XLSX", help="with a column accession or patient: only these")
+        Path | None,
+        typer.Option("--list", metavar="CSV|XLSX", help="a column accession or patient (or MRN …): only these"),
     ] = None,
     rate: Annotated[float, typer.Option(min=0, metavar="MB/S", help="megabytes a second at most; 0 = no limit")] = 0.0,
     site: Annotated[
@@ -192,7 +194,7 @@ def import_(
     if not import_data(
         kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
         table=table, labels=labels, opt_out=opt_out or standing, standing=standing, uncertain=uncertain.value,
-        check=f" --site {site}" if site else "",
+        check=f" --site {quote(str(site))}" if site else "",
     ):  # fmt: skip
         raise typer.Exit(1)
 

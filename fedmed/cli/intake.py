@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.markup import escape
@@ -112,7 +114,7 @@ def import_data(
     rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, listed=rows, uncertain=uncertain)
     report = import_images(kind, source, out, rules, frozenset(left_out))
     _say(report, rules, out)
-    print(f"wrote {out / MANIFEST}; next: fedmed data check {out}{check}")
+    print(f"wrote {out / MANIFEST}; next: fedmed data check {quote(str(out))}{check}")
     return True
 
 
@@ -121,9 +123,11 @@ def _guess(kind: str, table: Path, path: Path) -> None:
     text = guessed_rules(table, by_name=kind == "pairs")
     path.touch(mode=0o600)
     path.write_text(text, encoding="utf-8")
+    guess = tomllib.loads(text)
     print(
         f"wrote {path}, a first guess at what the table means; correct it, then run this again: nothing is imported yet"
     )
+    print(f'guessed: {guess["join"]} is in "{guess["column"]}"; labels: {", ".join(guess.get("labels", ())) or "none"}')
 
 
 def _say(report: Imported, rules: Rules, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from urllib.parse import urlsplit
 
 from fedmed.cli.display import bar
@@ -53,10 +54,10 @@ def pull_images(
         text = f"{pulled.failed} series did not come in full ({why}); the same command asks for what is missing"
         raise RunFailed(text)
     if pulled.quarantined:
-        print(f"next, look at what is in quarantine: fedmed data quarantine {out}")
+        print(f"next, look at what is in quarantine: fedmed data quarantine {quote(str(out))}")
     else:
-        own = f"--site {site}" if site else f"--keys {keys}"
-        print(f"next: fedmed data import dicom {out} --out DIR --table CSV {own}")
+        own = f"--site {quote(str(site))}" if site else f"--keys {quote(str(keys))}"
+        print(f"next: fedmed data import dicom {quote(str(out))} --out DIR --table CSV {own}")
 
 
 def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path, make: bool = True) -> Pseudonyms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 from fedmed.cli.display import bar
 from fedmed.errors import ConfigError, DataError
@@ -37,13 +38,13 @@ def judge_quarantine(folder: Path, *, released: str, deleted: str, start: int) -
     for each in unwanted:
         delete(each)
     if harmless or unwanted:
-        print(f"{len(harmless)} released, {len(unwanted)} deleted; next: the same pull or import once more")
+        print(f"{len(harmless)} released, {len(unwanted)} deleted; next: import, also where that was done before")
     _show(folder, [each for each in set_apart(folder) if each.now == APART], start)
 
 
 def _show(folder: Path, objects: list[SetApart], start: int) -> None:
     """Write the page and say what it is for; without objects there is none, nor an older one."""
-    page, command = folder / PAGE, f"fedmed data quarantine {folder}"
+    page, command = folder / PAGE, f"fedmed data quarantine {quote(str(folder))}"
     if not objects:
         try:
             page.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,7 +49,7 @@ def init(
 
     inner = port + 1 if nginx else 0
     path = init_consortium(folder, name=name or folder.absolute().name, address=address, port=port, loopback_port=inner)
-    print(f"wrote {path}; read it, then: fedmed server provision {path} CARD…")
+    print(f"wrote {path}; read it, then: fedmed server provision {quote(str(path))} CARD…")
 
 
 @app.command("provision")
@@ -112,7 +113,9 @@ def coordinator(
     place = read_consortium(folder)
     given = admit_coordinator(place, name, request)
     print(f"{name} may enter; give {given} to {name} alone" + ("" if request is None else f", who adds {KEY}"))
-    print(f"there: fedmed server status {given.name}    to shut {name} out: delete {place.coordinators / name}.crt")
+    print(
+        f"there: fedmed server status {quote(given.name)}    to shut {name} out: delete {place.coordinators / name}.crt"
+    )
 
 
 @app.command("start")

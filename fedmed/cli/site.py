@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ def init(
     from fedmed.deployment.site_folder import init_site
 
     path = init_site(folder, name=name or folder.absolute().name, manifest=manifest)
-    print(f"wrote {path}; read it, fill it in, then: fedmed site keygen {folder}")
+    print(f"wrote {path}; read it, fill it in, then: fedmed site keygen {quote(str(folder))}")
 
 
 @app.command("keygen")
@@ -82,7 +83,8 @@ def join(
         if name != joined.site and before.get(name) != after.get(name):
             key = f"key {fingerprint(bytes.fromhex(after[name]))}" if name in after else "no more"
             print(f"in secure sums with this site: {name}, {key}")
-    print(f"{joined.site} has joined {joined.consortium} at {joined.address}; next: fedmed site check {folder}")
+    following = f"fedmed site check {quote(str(folder))}"
+    print(f"{joined.site} has joined {joined.consortium} at {joined.address}; next: {following}")
 
 
 @app.command("start")

@@ -25,16 +25,19 @@ def dealt(config: RunConfig, folder: Path) -> RunConfig:
         folder: of the experiment. What is written there names patients and stays on this machine.
 
     Raises:
-        DataError: a manifest cannot be used, or a patient's rows disagree on the column that decides.
+        DataError: a manifest cannot be used, a patient's rows disagree on the column that decides, or patients to be
+            dealt are the server's too.
         ConfigError: there are too few patients or labels for the scheme, or a comma in the folder's path.
     """
     if config.simulation.partition == "as-given":
         return config
     values = run_file.nested(config)
     scheme = {key: value for key, value in values["simulation"].items() if key.startswith("partition")}
-    manifests = [Path(path) for path in config.data.sites if Path(path).is_file()]  # a missing one is refused below
-    contents = [sha256_of(path) for path in manifests]
-    facts = json.dumps([scheme, config.seed, values["task"], config.data.sites, contents], sort_keys=True)
+    references = [*config.data.sites, config.data.server]  # the server's decides whether they may be dealt at all
+    contents = {
+        path: sha256_of(Path(path)) for path in references if Path(path).is_file()
+    }  # one missing is refused below
+    facts = json.dumps([scheme, config.seed, values["task"], references, contents], sort_keys=True)
     home = folder.absolute() / FOLDER / hashlib.sha256(facts.encode()).hexdigest()[:12]
     home.mkdir(parents=True, exist_ok=True)
     return with_hospitals(config, home)

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from safetensors.numpy import save
 from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.durable import sha256_of, write_atomically
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, DataError
 from fedmed.federated.identity import package_hash
 from fedmed.federated.server_evaluation import chosen_by, load_server_data, server_device
 from fedmed.federated.sites import site_names
@@ -159,9 +160,17 @@ def _holds_out(place: Place, config: RunConfig) -> bool:
 
 
 def _own_data_hold_out(place: Place, config: RunConfig) -> bool:
-    """Whether the user's function holds anybody out; asked in a process that ends, as runs are forked from this one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as apart:
-        return apart.submit(_held_out_count, place, config).result() > 0
+    """Whether the user's function holds anybody out; asked in a process that ends, as runs are forked from this one.
+
+    Raises:
+        DataError: it ended its process.
+    """
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as apart:
+            return apart.submit(_held_out_count, place, config).result() > 0
+    except BrokenProcessPool:
+        why = "ended its process: by itself, in a library that crashed, or for want of memory"
+        raise DataError(f'data.dataset: called for {place.name}, "{config.data.dataset}" {why}') from None
 
 
 def _held_out_count(place: Place, config: RunConfig) -> int:

@@ -24,8 +24,7 @@ from fedmed.federated.phantoms import with_phantoms
 
 RESULT, TABLE, FAILED = "sweep.json", "sweep.csv", "failed"
 JUDGING = tuple(f"evaluate.{key}" for key in ("primary", "endpoint", "resplit", "compare", "family"))
-SAMPLING = ("seed", "evaluate.seeds", "evaluate.split-seed")
-FIXED = ("name", "data.sites", "data.server", *SAMPLING, *JUDGING)  # of all points
+FIXED = ("name", "data.sites", "data.server", "seed", "evaluate.seeds", "evaluate.split-seed", *JUDGING)
 Value = str | int | float | bool
 Row = dict[str, Any]
 

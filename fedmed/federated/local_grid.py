@@ -20,6 +20,7 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -70,7 +71,7 @@ class LocalGrid(Grid):
 
         Args:
             client: the app that answers every message.
-            nodes: the node configuration of every node; node ids count from 1.
+            nodes: the node configuration of every node, perhaps with its name; node ids count from 1.
             run_config: the run configuration in every node's context.
             workers: processes; never more than nodes.
             spool: an existing folder for the slots.
@@ -131,6 +132,10 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """All nodes; on one machine they are always there."""
         return list(self._nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The same with their names, so that who dies before it says its name is known by it."""
+        return [NodeInfo(node_id=node, name=str(self._nodes[node].get("name", ""))) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages and start idle workers on them. Content shared by several messages is written once."""

@@ -84,7 +84,7 @@ class Membership:
         self._met: set[int] = set()  # nodes that were greeted since they appeared
         self._refusals: dict[int, Refusal] = {}  # by node, of those that are connected
         self._present: set[int] = set()
-        self._registered: dict[int, str] = {}  # the sites that nodes are registered as; "" in a simulation
+        self._registered: dict[int, str] = {}  # the sites that nodes are registered as; "" where none are
         self._at_start = 0  # nodes, whether they could take part or not
 
     @property
@@ -234,9 +234,10 @@ class Membership:
         return [name for name in self._staying() if self._members[name].node not in self._present]
 
     def _short(self) -> bool:
-        """Whether a round waits for nodes; sites that left are not waited for."""
+        """Whether a round waits for nodes: for none that are there and cannot take part, and for no site that left."""
         few = len(self._present) < self._strategy.min_sites
-        return few or bool(self.unreachable and self.missing(self.connected()))
+        refused = {each.failure.site for node, each in self._refusals.items() if node in self._present}
+        return few or bool(set(self.unreachable) - refused and self.missing(self.connected()))
 
     def _until(self, deadline: float, failures: Mapping[int, Failure]) -> float:
         """Until when the start waits for one node more; 0 = not at all.

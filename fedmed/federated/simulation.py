@@ -201,8 +201,8 @@ def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_
     return LocalGrid(
         client,
         [
-            {"partition-id": number, "virtual": True, "states": str(folder.path / "sites")}
-            for number in range(len(config.data.sites))
+            {"partition-id": number, "name": name, "virtual": True, "states": str(folder.path / "sites")}
+            for number, name in enumerate(site_names(config))
         ],
         run_file.flatten(config),
         workers=worker_count(config, places),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -85,13 +86,14 @@ def read_facts(path: Path, manifest: str) -> dict[str, Any]:
     Raises:
         DataError: there was no check, or the manifest has changed since.
     """
+    command = f"fedmed data check {quote(str(path.parent))}"
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         same = facts["manifest"] == manifest
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path.parent}: was not checked yet; fedmed data check {path.parent}") from None
+        raise DataError(f"{path.parent}: was not checked yet; {command}") from None
     if not same:
-        raise DataError(f"{path.parent}: the manifest has changed since its check; fedmed data check {path.parent}")
+        raise DataError(f"{path.parent}: the manifest has changed since its check; {command}")
     return facts
 
 

@@ -87,34 +87,43 @@ class DicomWeb:
             url.rstrip("/"), session=session, timeout=TIMEOUT_S, permissive_uid=True, chunk_size=CHUNK
         )
         self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
+        self._answered = False  # a search for studies
 
     def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            for study in self._pages(self._client.search_for_studies, STUDY_FIELDS, question, patience, first=True):
-                uid = _text(study, "0020000D")
-                if not uid or uid in seen:
-                    continue
-                seen.add(uid)
-                try:
-                    search = partial(self._client.search_for_series, study_instance_uid=uid)
-                    told = list(self._pages(search, SERIES_FIELDS, {}, patience))
-                except Unsent as error:
-                    yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
-                    continue
-                for series in told:
-                    yield Series(
-                        study=uid,
-                        series=_text(series, "0020000E"),
-                        modality=_text(series, "00080060").upper(),
-                        body_part=_text(series, "00180015").upper() if "00180015" in series else None,
-                        description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
-                        accession=_text(study, "00080050"),
-                        patient=_text(study, "00100020"),
-                        date=_text(study, "00080020"),
-                        objects=count_of(_text(series, "00201209")),
-                    )
+            try:
+                yield from self._answers(question, patience, seen)
+                self._answered = True
+            except Unsent as error:
+                yield untold("", str(error), may_pass=not isinstance(error, Withheld))
+
+    def _answers(self, question: dict[str, str], patience: Patience, seen: set[str]) -> Iterator[Series]:
+        search, first = self._client.search_for_studies, not self._answered
+        for study in self._pages(search, STUDY_FIELDS, question, patience, first=first):
+            uid = _text(study, "0020000D")
+            if not uid or uid in seen:
+                continue
+            seen.add(uid)
+            try:
+                search = partial(self._client.search_for_series, study_instance_uid=uid)
+                told = list(self._pages(search, SERIES_FIELDS, {}, patience))
+            except Unsent as error:
+                yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
+                continue
+            for series in told:
+                yield Series(
+                    study=uid,
+                    series=_text(series, "0020000E"),
+                    modality=_text(series, "00080060").upper(),
+                    body_part=_text(series, "00180015").upper() if "00180015" in series else None,
+                    description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
+                    accession=_text(study, "00080050"),
+                    patient=_text(study, "00100020"),
+                    date=_text(study, "00080020"),
+                    objects=count_of(_text(series, "00201209")),
+                )
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
@@ -213,8 +222,8 @@ def _plain(*, first: bool = False) -> Iterator[None]:
     """What went wrong, without a URL, a query or a UID.
 
     Args:
-        first: whether studies are searched for. What is wrong there is wrong with the archive; later it costs no more
-            than the study, the series or the object that was asked for.
+        first: whether studies are searched for, and no search was answered yet. What is wrong there is wrong with the
+            archive; later it costs no more than what was asked for: a line of a list, a study, a series or an object.
     """
     try:
         with warnings.catch_warnings():

@@ -92,35 +92,42 @@ class Dimse:
             raise ConfigError("--certificate is for TLS, which --pacs speaks with --ca alone")
         self._port, self._called, self._calling = int(port), called, calling
         self._tls = tls(ca, certificate) if ca else None
+        self._answered = False  # a search for studies
 
     def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
         """The series of all studies that the archive finds, each study once."""
         seen: set[str] = set()
         for question in questions(query):
-            asked = dict.fromkeys(STUDY_FIELDS, "") | question
-            for study in self._search("STUDY", asked, patience):
-                uid = _text(study, "StudyInstanceUID")
-                if not uid or uid in seen:
-                    continue
-                seen.add(uid)
-                try:
-                    wanted = {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")
-                    told = self._search("SERIES", wanted, patience)
-                except Unsent as error:
-                    yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
-                    continue
-                for series in told:
-                    yield Series(
-                        study=uid,
-                        series=_text(series, "SeriesInstanceUID"),
-                        modality=_text(series, "Modality").upper(),
-                        body_part=_text(series, "BodyPartExamined").upper() or None,
-                        description=f"{_text(study, 'StudyDescription')} {_text(series, 'SeriesDescription')}",
-                        accession=_text(study, "AccessionNumber"),
-                        patient=_text(study, "PatientID"),
-                        date=_text(study, "StudyDate"),
-                        objects=count_of(_text(series, "NumberOfSeriesRelatedInstances")),
-                    )
+            try:
+                yield from self._answers(question, patience, seen)
+                self._answered = True
+            except Unsent as error:
+                yield untold("", str(error), may_pass=not isinstance(error, Withheld))
+
+    def _answers(self, question: dict[str, str], patience: Patience, seen: set[str]) -> Iterator[Series]:
+        for study in self._search("STUDY", dict.fromkeys(STUDY_FIELDS, "") | question, patience):
+            uid = _text(study, "StudyInstanceUID")
+            if not uid or uid in seen:
+                continue
+            seen.add(uid)
+            try:
+                wanted = {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")
+                told = self._search("SERIES", wanted, patience)
+            except Unsent as error:
+                yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
+                continue
+            for series in told:
+                yield Series(
+                    study=uid,
+                    series=_text(series, "SeriesInstanceUID"),
+                    modality=_text(series, "Modality").upper(),
+                    body_part=_text(series, "BodyPartExamined").upper() or None,
+                    description=f"{_text(study, 'StudyDescription')} {_text(series, 'SeriesDescription')}",
+                    accession=_text(study, "AccessionNumber"),
+                    patient=_text(study, "PatientID"),
+                    date=_text(study, "StudyDate"),
+                    objects=count_of(_text(series, "NumberOfSeriesRelatedInstances")),
+                )
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
@@ -149,8 +156,8 @@ class Dimse:
         """All answers to one question.
 
         Raises:
-            DataError: the archive refuses to look for studies, so for any.
-            Unsent: it cannot tell of one that it listed, for now.
+            DataError: the archive refuses to look for studies, and never did so, so it will not for any.
+            Unsent: it cannot tell of what was asked, for now.
             Withheld: it refuses to.
             Interrupted: it broke off.
         """
@@ -166,7 +173,7 @@ class Dimse:
                     found.append(answer)
                 elif status.Status != SUCCESS:
                     said = f"the archive does not answer the search (status {status.Status:04X})"
-                    if level == "STUDY":
+                    if level == "STUDY" and not self._answered:
                         raise DataError(said)
                     raise Unsent(said) if status.Status in BUSY else Withheld(said)
         finally:

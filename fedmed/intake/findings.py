@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmed.config import TaskConfig
+from fedmed.config import DataConfig, TaskConfig
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.manifest import read_manifest
 from fedmed.intake.near_duplicates import Alike
@@ -18,7 +18,7 @@ from fedmed.intake.seen import Seen
 from fedmed.intake.survey import EMPTY, OVERLAPPING
 
 State = Literal["pass", "warn", "fail"]
-UNREADABLE = 0.05  # share of images: the default of data.max-unreadable
+MOST_UNREADABLE = DataConfig().max_unreadable  # share of images; the run that trains on them may set another
 SHOWN = 20  # rows that a finding names
 
 
@@ -97,11 +97,11 @@ def _unreadable(seen: Seen) -> Finding:
     if not count:
         return _finding("images", "pass", f"all {seen.images} can be read")
     reasons = "; ".join(f"{reason}: {many}" for reason, many in Counter(seen.unreadable.values()).most_common(6))
-    few = count <= UNREADABLE * len(seen.rows)
+    few = count <= MOST_UNREADABLE * len(seen.rows)
     do = (
         "a training leaves them out"
         if few
-        else "a training refuses more than 5 % (data.max-unreadable): mend or remove them"
+        else f"a training refuses more than {100 * MOST_UNREADABLE:g} % (data.max-unreadable): mend or remove them"
     )
     return _finding(
         "images", "warn" if few else "fail", f"{count} cannot be read ({reasons})", do, seen, list(seen.unreadable)

@@ -5,7 +5,6 @@ Everything in it is keyed or harmless. `pulled.csv` and all counts are made from
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedmed.durable import replacing
 from fedmed.errors import DataError
+from fedmed.intake.tables import replace_table
 
 JOURNAL, TABLE = ".journal.jsonl", "pulled.csv"
 COLUMNS = ("patient_id", "study_uid", "series_uid", "image", "view", "age", "sex", "accession", "modality")
@@ -114,13 +113,7 @@ def incomplete(folder: Path) -> set[str]:
 
 def write_table(folder: Path) -> None:
     """Write `pulled.csv` anew: a row for every object that is among the images, also where a person moved it there."""
-    with (
-        replacing(folder / TABLE, mode=0o600) as descriptor,
-        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as table,
-    ):
-        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(line for line in objects(folder) if is_image(line, folder))
+    replace_table(folder / TABLE, COLUMNS, (line for line in objects(folder) if is_image(line, folder)))
 
 
 def is_image(line: Line, folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
-from fedmed.durable import append, make_private, replacing
+from fedmed.durable import append, make_private
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.dicom.kinds import kind_of
@@ -28,7 +28,7 @@ from fedmed.intake.persons import years
 from fedmed.intake.pixels import may_hide_bits, put_cells_
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import header_reason
-from fedmed.intake.tables import table_rows
+from fedmed.intake.tables import replace_table, table_rows
 
 IMAGES, QUARANTINE, INCOMING = "images", "quarantine", ".incoming"
 REASONS, COLUMNS = "quarantine.csv", ("file", "image", "reason", "now")
@@ -130,14 +130,7 @@ def write_reasons(folder: Path) -> None:
     path = folder / REASONS
     if not path.is_file():
         return
-    rows = [row | {"now": where_now(folder, row["image"])} for _, row in table_rows(path)]
-    with (
-        replacing(path, mode=0o600) as descriptor,
-        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_table(path, COLUMNS, (row | {"now": where_now(folder, row["image"])} for _, row in table_rows(path)))
 
 
 def _kept(clean: Dataset, folder: Path, image: Path, reason: str | None) -> Kept:

@@ -30,7 +30,14 @@ JOINS: dict[Join, tuple[str, ...]] = {  # what names of columns hint at, folded
     "patient": ("patientid", "patient", "pid", "mrn", "subject", "recordid"),
     "image": ("image", "path", "file", "filename"),
 }
-ABOUT = ("patient_id", "age", "sex", "view", "split", "site")
+ABOUT: dict[str, tuple[str, ...]] = {  # what a table may say beside labels, and names of columns that say it, folded
+    "patient_id": JOINS["patient"],
+    "age": ("age", "patientage", "alter"),
+    "sex": ("sex", "patientsex", "gender", "geschlecht"),
+    "view": ("view", "viewposition"),
+    "split": ("split",),
+    "site": ("site",),
+}
 WORDS = {  # values that mean the same in many sheets
     "1": ("1", "1.0", "yes", "y", "true", "pos", "positive", "present", "ja", "oui", "si", "vorhanden"),
     "0": ("0", "0.0", "no", "n", "false", "neg", "negative", "absent", "nein", "non", "keine"),
@@ -196,28 +203,26 @@ def guessed_rules(table: Path, *, by_name: bool = False) -> str:
         f"join = {json.dumps(join)}",
         f"column = {json.dumps(column, ensure_ascii=False)}",
         "",
-        "[columns]  # copied into the manifest; patient_id where the files themselves do not say whose they are",
+        "[columns]  # copied into the manifest; with patient_id, the table and not the image says whose an image is",
     ]
-    for name in ("age", "sex", "view", "split", "site", *(["patient_id"] if join == "image" else [])):
-        guess = next((each for each in header if _bare(each) == _bare(name)), "")
+    for name, hints in ABOUT.items():
+        guess = next((each for each in header if bare(each) in hints and each != column), "")
         if name == "split" and not set(map(_folded, values.get(guess) or {"?"})) <= SPLITS.keys():
             guess = ""  # a column of that name that means something else
-        lines.append(f"{name} = {json.dumps(guess, ensure_ascii=False)}" if guess else f'# {name} = ""')
+        known = guess and (name != "patient_id" or join == "image")  # an image with a header says itself whose it is
+        lines.append(f"{'' if known else '# '}{name} = {json.dumps(guess, ensure_ascii=False)}")
     for name in header:
         kinds = values.get(name)
-        if (
-            name == column
-            or kinds is None
-            or not any(_guess(kind) for kind in kinds)
-            or _bare(name) in map(_bare, ABOUT)
-        ):
+        about = any(bare(name) in hints for hints in ABOUT.values())
+        if name == column or about or kinds is None or not any(_guess(kind) for kind in kinds):
             continue
         lines += ["", f"[labels.{json.dumps(_common(name))}]", f"columns = [{json.dumps(name, ensure_ascii=False)}]"]
         for key, meaning in (("positive", "1"), ("negative", "0"), ("unknown", "")):
             chosen = sorted(kind for kind in kinds if _guess(kind) == meaning)
             lines.append(f"{key} = [{', '.join(json.dumps(kind, ensure_ascii=False) for kind in chosen)}]")
     if not any(line.startswith("[labels.") for line in lines):
-        lines += ["", "# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
+        lines += ["", "# No column of yes and no was found. Describe each label so, without the # before it:"]
+        lines += ["# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
     return "\n".join(lines) + "\n"
 
 
@@ -239,7 +244,7 @@ def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]
     best = "image" if by_name else "accession"
     for fits, join, hints in sorted(exact_first, key=lambda each: each[1] != best):
         for name in header:
-            if any(fits(_bare(name), hint) for hint in hints):
+            if any(fits(bare(name), hint) for hint in hints):
                 return join, name
     return "accession", header[0]
 
@@ -294,6 +299,6 @@ def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _bare(column: str) -> str:
+def bare(column: str) -> str:
     """A column's name without what people put between words."""
     return "".join(letter for letter in column.casefold() if letter.isalnum())

@@ -149,8 +149,8 @@ def _wanted(
                     f"{series.refused}, at {LOST_AFTER} studies in a row; give the same command again later"
                 )
             if meets(question, series):
-                found = True
-                wanted.setdefault((series.study, series.series), series)
+                found |= bool(series.study)
+                wanted.setdefault((series.study or value, series.series), series)
                 searching(len(wanted))
         if value and not found:
             missing.append(value)

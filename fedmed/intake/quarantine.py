@@ -20,6 +20,7 @@ from pydicom.uid import (
 from fedmed.errors import UnreadableImage
 from fedmed.imaging.dicom.frames import functional_group
 from fedmed.imaging.dicom.kinds import kind_of
+from fedmed.imaging.volumes.headers import is_localizer
 from fedmed.intake.burned_in import shows_text
 
 THIN_MM = 3.0  # slices of a head this thin or thinner make a face that is recognised when the volume is rendered
@@ -107,7 +108,7 @@ def _is_a_face(dataset: Dataset) -> bool:
     It is one by Body Part Examined, anatomic code, a word of its descriptions or the kind of object; slices of unknown
     thickness are taken as thin, and localizers are flat.
     """
-    if {str(value).upper() for value in _values(dataset.get("ImageType"))} & {"LOCALIZER", "SCOUT"}:
+    if is_localizer(dataset.get("ImageType")):
         return False
     return _is_head(dataset) and _slice_mm(dataset) <= THIN_MM
 

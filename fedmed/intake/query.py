@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmed.errors import ConfigError, DataError
+from fedmed.intake.labels import JOINS, bare
 from fedmed.intake.tables import table_rows
 
 KEYS = ("modality", "date", "body-part", "description")
-COLUMNS = {"accession": "accessions", "patient": "patients"}  # of a list, and what it gives
+COLUMNS = {"accessions": JOINS["accession"], "patients": JOINS["patient"]}  # what a list gives, by names of its column
 DATE = re.compile(r"\d{8}(-(\d{8})?)?|-\d{8}")  # PS3.4 C.2.2.2.5
 WILD = re.compile(r"[*?\\]")  # an id of a list is looked for as it is
 
@@ -51,7 +52,7 @@ def parse_query(text: str, table: Path | None = None) -> Query:
 
     Args:
         text: conditions with blanks between them.
-        table: a CSV with a column `accession` or `patient`.
+        table: with one column `accession` or `patient`, or what a RIS calls it.
 
     Raises:
         ConfigError: a condition is misspelt, or there is none at all.
@@ -91,17 +92,18 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         DataError: it cannot be read, or has no column of that name, or both.
     """
-    rows = [{name.casefold(): cell for name, cell in cells.items()} for _, cells in table_rows(table)]
-    columns = [name for name in COLUMNS if rows and name in rows[0]]
-    if rows and len(columns) != 1:
-        there = ", ".join(f'"{name}"' for name in rows[0])
-        raise DataError(f'{table.name}: expected one column "accession" or "patient"; there are {there}: rename one')
-    values = [row[columns[0]] for row in rows]
+    rows = [cells for _, cells in table_rows(table)]
+    header = tuple(rows[0]) if rows else ()
+    known = [(name, field) for name in header for field, names in COLUMNS.items() if bare(name) in names]
+    if rows and len(known) != 1:
+        there, do = ", ".join(f'"{name}"' for name in header), "delete all but one" if known else "rename one"
+        raise DataError(f'{table.name}: expected one column "accession" or "patient"; there are {there}: {do}')
+    values = [row[known[0][0]] for row in rows]
     if any(WILD.search(value) for value in values):
         raise DataError(f"{table.name}: a value holds *, ? or \\, which an archive would take for a pattern")
     if not any(values):
         raise DataError(f"{table.name}: the list is empty")
-    return {COLUMNS[columns[0]]: tuple(dict.fromkeys(filter(None, values)))}
+    return {known[0][1]: tuple(dict.fromkeys(filter(None, values)))}
 
 
 def meets(query: Query, series: Series) -> bool:
@@ -127,7 +129,7 @@ def _within(dates: str, said: str | None) -> bool:
 
 
 def untold(study: str, why: str, *, may_pass: bool) -> Series:
-    """A study that an archive lists, and of which it does not tell the series."""
+    """A study of which an archive does not tell the series; "" = it refuses the search, so nobody knows which study."""
     return Series(
         study=study, series="", modality="", body_part=None, description="", refused=why, may_pass=may_pass
     )  # fmt: skip

@@ -81,7 +81,7 @@ def chosen(text: str, objects: Sequence[SetApart]) -> tuple[SetApart, ...]:
 
 
 def release(each: SetApart) -> None:
-    """Move an object to its place among the images, where the next pull or import takes it in.
+    """Move an object to its place among the images, where the next import takes it in.
 
     Raises:
         DataError: it cannot be moved.

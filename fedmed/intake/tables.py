@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from fedmed.durable import replacing
 from fedmed.errors import DataError
 from fedmed.imaging.separators import separator_of
 
@@ -61,6 +63,23 @@ def columns_of(path: Path) -> tuple[str, ...]:
     for _, cells in table_rows(path):
         return tuple(cells)
     raise DataError(f"{path.name}: the table has no rows")
+
+
+def replace_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a CSV for its owner alone; it takes the place of an older one whole or not at all.
+
+    Args:
+        path: of the file.
+        columns: of the rows; what else they hold is left out.
+        rows: that may be read from the older one.
+    """
+    with (
+        replacing(path, mode=0o600) as descriptor,
+        os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
+    ):
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -31,7 +31,7 @@ __all__ = ["RULES", "Combiner", "RoundTerms", "combiner", "too_few_sites"]
 def combiner(terms: RoundTerms) -> Combiner:
     """What combines the updates of one round."""
     if terms.noise is not None:
-        return NoisedSum(terms)
+        return NoisedSum(terms, terms.noise)
     if terms.strategy.secure_sum:
         return MaskedSum(terms)
     rule = RULES[terms.strategy.combine]

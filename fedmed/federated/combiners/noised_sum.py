@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmed.errors import ConfigError, RunFailed
+from fedmed.errors import RunFailed
 from fedmed.federated.aggregation import Aggregate, Contribution
+from fedmed.federated.central import ServerNoise
 from fedmed.federated.combiners.base import RoundTerms
 from fedmed.privacy.central import clip_change, noised_mean
 from fedmed.types import Update, Weights
@@ -18,16 +19,13 @@ class NoisedSum:
     answers. Buffers stay the server's; facts and vectors of the sites go no farther than this.
     """
 
-    def __init__(self, terms: RoundTerms) -> None:
+    def __init__(self, terms: RoundTerms, noise: ServerNoise) -> None:
         """Start from nothing.
 
         Raises:
-            ConfigError: the terms hold no noise.
             RunFailed: there are more sites than the sum is divided by.
         """
-        if terms.noise is None:
-            raise ConfigError("a noised sum needs the server's noise")
-        self._terms, self._noise = terms, terms.noise
+        self._terms, self._noise = terms, noise
         if terms.known > self._noise.sites:
             raise RunFailed(
                 f"{terms.known} sites take part, and the sum is divided by {self._noise.sites}; set privacy.sites "

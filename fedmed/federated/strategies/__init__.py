@@ -61,7 +61,10 @@ def server_step(config: RunConfig) -> ServerStep:
         raise ConfigError(f'strategy.name = "{name}" needs strategy.combine = "mean": {why}')
     if step.turns and (strategy.required_sites or strategy.min_fraction):
         needless = "strategy.required-sites" if strategy.required_sites else "strategy.min-fraction"
-        raise ConfigError(f'strategy.name = "{name}" asks one site in a round; leave out {needless}')
+        raise ConfigError(
+            f'strategy.name = "{name}" asks one site in a round, which none of the others joins; leave out {needless}, '
+            "which in a comparison stands for every arm"
+        )
     alone = why or type(step).admit is not ServerStep.admit
     if strategy.secure_sum and alone:
         raise ConfigError(f'strategy.name = "{name}" needs more of a site than its part in a sum (strategy.secure-sum)')

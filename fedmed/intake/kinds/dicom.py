@@ -16,19 +16,19 @@ from typing import Any
 
 import pydicom
 
-from fedmed.durable import make_private, replacing
+from fedmed.durable import make_private
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.dicom.opening import is_dicom
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.intake.journal import COLUMNS as FACTS
-from fedmed.intake.journal import JOURNAL, incomplete, objects
+from fedmed.intake.journal import JOURNAL, incomplete, is_image, objects
 from fedmed.intake.journal import TABLE as PULLED
 from fedmed.intake.keep import APART, REASONS, REMOVED, WITHDREW, keep, where_now, write_reasons
 from fedmed.intake.kinds.found import Found, Unmatched
 from fedmed.intake.kinds.regions import KINDS, Regions, regions_of
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.quarantine import CAPTURE, SCREEN
-from fedmed.intake.tables import table_rows
+from fedmed.intake.tables import replace_table, table_rows
 from fedmed.types import OnProgress
 
 TAKEN, TAKING = "imported.csv", ".importing"  # the latter is there until an import has ended
@@ -55,7 +55,7 @@ def dicom(source: Path) -> Iterator[Found | Unmatched]:
         yield from _apart(source)
     yield from masks.unmatched
     for table in tables:
-        for _, row in table_rows(table):
+        for row in _rows(table):
             if not row.get("source", PULLED):  # cut off by a kill: its object was kept again
                 continue
             image, reason = row.get("image", ""), row.get("reason", "")
@@ -94,6 +94,18 @@ def _tables(source: Path) -> list[Path]:
     return [source / name for name, columns in ((PULLED, FACTS), (TAKEN, COLUMNS)) if _begins(source / name, columns)]
 
 
+def _rows(table: Path) -> Iterator[dict[str, str]]:
+    """The rows of a table; of a pull's also what was released since then, of which `pulled.csv` has no row yet."""
+    folder, released = table.parent, dict[str, dict[str, str]]()
+    if table.name == PULLED and (folder / JOURNAL).is_file():
+        lines = (line for line in objects(folder) if line.get("set_apart") and is_image(line, folder))
+        released = {line["image"]: line for line in lines}
+    for _, row in table_rows(table):
+        released.pop(row.get("image", ""), None)
+        yield row
+    yield from released.values()
+
+
 def _begins(path: Path, columns: tuple[str, ...]) -> bool:
     """Whether a file names these columns in its first row."""
     if not path.is_file():
@@ -108,7 +120,7 @@ def _masks(source: Path, tables: Iterable[Path], torn: set[str]) -> Regions:
 
     def there(modalities: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
         for table in tables:
-            for _, row in table_rows(table):
+            for row in _rows(table):
                 whole = row.get("source", PULLED) and row.get("image") and row["series_uid"] not in torn
                 if whole and row["modality"] in modalities and (source / row["image"]).exists():
                     yield row["patient_id"], source / row["image"]
@@ -251,11 +263,5 @@ def _done(table: Path) -> set[str]:
     rows = [row for _, row in table_rows(table) if row["source"]]
     read = [row for row in rows if not row["reason"].startswith(UNREADABLE)]
     if len(read) < len(rows):
-        with (
-            replacing(table, mode=0o600) as descriptor,
-            os.fdopen(descriptor, "w", encoding="utf-8", newline="", closefd=False) as file,
-        ):
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(read)
+        replace_table(table, COLUMNS, read)
     return {row["source"] for row in read}
