@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_consortium import command, make_consortium
 
-from fedmed.deployment import certificates
+from fedmed.deployment import certificates, control
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.continuing import continue_lost, cut_off, under_way
 from fedmed.deployment.control import FlowerRun
-from fedmed.deployment.coordinators import coordinators, entrance
+from fedmed.deployment.coordinators import coordinators, entrance, own_entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.processes import descendants, flower_environment, kill
 from fedmed.deployment.proxy import PLACES, Proxy, nginx_configuration
@@ -326,6 +326,21 @@ def flower_run(
         number=number, series=series, status=status, details=details, submitted=submitted, started=started,
         finished=ended, config={},
     )  # fmt: skip
+
+
+def test_who_waits_for_a_run_waits_while_the_servers_disk_is_too_full_to_go_on_with_it(made, monkeypatch):
+    clock = [0.0]
+
+    def newest(client, number):
+        if clock[0] < 500:  # seconds; then somebody made room
+            return flower_run(1, 1, "finished:failed", "No heartbeat received from the task", finished=5)
+        return flower_run(2, 1, "finished:completed", finished=10)
+
+    monkeypatch.setattr(control, "newest", newest)
+    monkeypatch.setattr(control.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(control.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert control.finished(own_entrance(read_consortium(made)), 1).status == "finished:completed"
+    assert clock[0] == 500
 
 
 @pytest.mark.parametrize(

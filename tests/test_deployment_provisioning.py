@@ -412,6 +412,27 @@ def test_what_names_data_is_not_submitted(made):
         deployable(validate({**tomllib.loads(RUN), "strategy": {"required-sites": ["south", "nroth"]}}), names)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"strategy": {"min-sites": 2, "combine": "krum"}}, "needs 5 sites; there are 2 provisioned"),
+        ({"strategy": {"min-sites": 2, "name": "fedavgg"}}, 'did you mean "fedavg"'),
+        ({"strategy": {"min-sites": 2, "name": "cyclic", "min-fraction": 0.5}}, "leave out strategy.min-fraction"),
+        (
+            {
+                "strategy": {"min-sites": 2, "weight-by": "uniform"},
+                "privacy": {"mode": "central", "sites": 1, "noise-multiplier": 1.0},
+            },
+            "privacy.sites = 1, but 2 sites",
+        ),
+    ],
+)
+def test_what_a_server_would_refuse_is_refused_before_it_is_submitted(values, said):
+    config = validate({**tomllib.loads(RUN), **values})
+    with pytest.raises(ConfigError, match=said):
+        deployable(config, ["north", "south"])
+
+
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
     import flwr.supernode.runtime.run_clientapp as flower_task
 

@@ -34,8 +34,7 @@ from fedmed.deployment.processes import BAD_CERTIFICATE
 from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
-AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
-CONTINUED_S = 60.0  # that he waits for the server to go on with a run that it lost
+AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away, or that goes on with a run it lost
 GATEWAY = (502, 503, 504)
 OWN_WORDS = "ServerApp failed with exception"  # how Flower begins what a run itself said of its failure
 
@@ -250,7 +249,9 @@ def newest(client: ControlHttpClient, number: int) -> FlowerRun:
 
 
 def finished(server: Entrance, number: int, every_s: float = 1.0) -> FlowerRun:
-    """Wait until a run, or what continues it, has ended. A server that is started again meanwhile is waited for.
+    """Wait until a run, or what continues it, has ended.
+
+    A server that is started again meanwhile is waited for, and so is one whose disk is too full to go on with a run.
 
     Raises:
         RunFailed: there is no such run, or the server refuses.
@@ -268,7 +269,7 @@ def finished(server: Entrance, number: int, every_s: float = 1.0) -> FlowerRun:
                 raise
         else:
             lost_at = (lost_at or time.monotonic()) if run.lost else None
-            if run.ended and (lost_at is None or time.monotonic() - lost_at > CONTINUED_S):
+            if run.ended and (lost_at is None or time.monotonic() - lost_at > AWAY_S):
                 return run
         time.sleep(every_s)
 

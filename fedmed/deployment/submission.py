@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from fedmed import config as run_file
 from fedmed.config import RunConfig, SimulationConfig
 from fedmed.errors import ConfigError
+from fedmed.federated.combiners import too_few_sites
+from fedmed.federated.strategies import server_step
 
 
 def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
@@ -18,7 +20,8 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         sites: that may connect.
 
     Raises:
-        ConfigError: it asks for what only a simulation can do, has no labels, or needs sites that may not connect.
+        ConfigError: it asks for what only a simulation can do, or for what no server does, has no labels, or needs
+            more sites than may connect, others, or fewer.
     """
     default, asked = SimulationConfig(), config.simulation
     for key in ("partition", "policy"):
@@ -37,6 +40,16 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     if unknown:
         near = difflib.get_close_matches(unknown[0], sites, n=1, cutoff=0.0)[0]
         raise ConfigError(f'strategy.required-sites: no site "{unknown[0]}" is provisioned; did you mean "{near}"?')
+    if few := too_few_sites(config.strategy, len(sites)):
+        raise ConfigError(f"{few} provisioned")
+    if 0 < config.privacy.sites < len(sites):
+        meant = config.privacy.sites
+        raise ConfigError(
+            f"privacy.sites = {meant}, but {len(sites)} sites are provisioned, and who comes last would be refused; "
+            f"set it to {len(sites)}, or take sites out"
+        )
+    if ":" not in config.strategy.name:  # an algorithm of one's own lies at the server
+        server_step(config)
     values = run_file.nested(config)
     values["data"]["sites"] = list(sites)
     values["simulation"] = run_file.nested(RunConfig())["simulation"]
