@@ -23,6 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Fail what skips for want of a program that FEDMED_REQUIRE names: a machine that should have it passes with it."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        missing = [word for word in os.environ.get("FEDMED_REQUIRE", "").split() if word in reason]
+        if missing:
+            report.outcome, report.longrepr = "failed", f"{reason}; FEDMED_REQUIRE asks for {' '.join(missing)}"
+    return report
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory):
     """No test touches the home folder of who runs it."""

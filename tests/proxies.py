@@ -21,13 +21,23 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Tunnel)
         self.login = login
         self.asked: list[tuple[str, bool]] = []  # (HOST:PORT, let through)
-        self.bytes_per_s = 0  # in each direction; 0 = as fast as it goes
+        self.bytes_per_s = 0  # of all connections together, both ways; 0 = as fast as it goes
+        self._free_at, self._turn = 0.0, threading.Lock()
         self.cut = threading.Event()  # nothing passes while it is set
         self.passed = 0
 
     @property
     def port(self) -> int:
         return int(self.server_address[1])
+
+    def wait_for_room(self, size: int) -> None:
+        """Return when so many bytes may pass: one line for all connections, as a hospital's is."""
+        if not self.bytes_per_s:
+            return
+        with self._turn:
+            self._free_at = max(self._free_at, time.monotonic()) + size / self.bytes_per_s
+            until = self._free_at
+        time.sleep(max(0.0, until - time.monotonic()))
 
     def url(self, login: str = "") -> str:
         return f"http://{login}@127.0.0.1:{self.port}" if login else f"http://127.0.0.1:{self.port}"
@@ -63,8 +73,7 @@ class Tunnel(socketserver.StreamRequestHandler):
             while piece := source.recv(PIECE):
                 while self.server.cut.is_set():
                     time.sleep(0.05)
-                if self.server.bytes_per_s:
-                    time.sleep(len(piece) / self.server.bytes_per_s)
+                self.server.wait_for_room(len(piece))
                 target.sendall(piece)
                 self.server.passed += len(piece)
         for end in (source, target):

@@ -138,9 +138,9 @@ class Started:
         return code, left
 
 
-def wait_for(met: Callable[[], bool], timeout_s: float, said: Callable[[], str]) -> None:
+def wait_for(met: Callable[[], bool], timeout_s: float, said: Callable[[], str], pause_s: float = 0.2) -> None:
     deadline = time.monotonic() + timeout_s
     while not met():
         if time.monotonic() > deadline:
             raise AssertionError(said())
-        time.sleep(0.2)
+        time.sleep(pause_s)

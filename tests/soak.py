@@ -2,8 +2,9 @@
 
     make soak [MINUTES=60]        or        python tests/soak.py --minutes 60
 
-Prints one line per process, and ends with status 1 if one grew: its median over the last quarter of the time is above
-that over the second quarter by more than a tenth and 10 MiB. The first quarter is for caches to fill.
+Prints one line per program, and ends with status 1 if one grew: its median over the last quarter of the time is above
+that over the second quarter by more than a tenth and 10 MiB. The first quarter is for caches to fill. A program that
+was started again counts on under its name, and its line says how often.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -23,6 +25,7 @@ EVERY_S = 5.0
 GROWTH, SLACK_MIB = 1.1, 10.0
 PROGRAMS = ("fedmed.deployment.", "flower-")
 STAYS_S = 60.0  # what lives less long is a task
+Memory = dict[str, list[tuple[float, frozenset[int], float]]]  # of a program: (s from the beginning, pids, MiB in all)
 
 
 def main() -> int:
@@ -39,7 +42,7 @@ def main() -> int:
 def soak(root: Path, seconds: float) -> int:
     server = make_consortium(root, list(SITES))
     started = {"server": Started("server", "start", server, log=root / "server.out")}
-    memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    memory: Memory = defaultdict(list)
     runs = 0
     try:
         started["server"].says(f"{SITES[-1]} may connect", 240)
@@ -68,30 +71,36 @@ def soak(root: Path, seconds: float) -> int:
     return report(memory, seconds)
 
 
-def measure(memory: dict[str, list[tuple[float, float]]], name: str, pid: int, at_s: float) -> None:
-    """Note the resident memory, MiB, of a runner and of everything below it that stays."""
+def measure(memory: Memory, name: str, pid: int, at_s: float) -> None:
+    """Note the resident memory of a runner and of every program below it that stays, by the program's name."""
     runner = psutil.Process(pid)
+    found: dict[str, dict[int, float]] = defaultdict(dict)  # of a program: MiB of each process
     for process in (runner, *runner.children(recursive=True)):
-        try:
+        with suppress(psutil.NoSuchProcess):
             if time.time() - process.create_time() > STAYS_S:
                 names = (Path(word).name for word in process.cmdline())
-                what = next((word for word in names if word.startswith(PROGRAMS)), "runner")
-                memory[f"{name}: {what} {process.pid}"].append((at_s, process.memory_info().rss / 2**20))
-        except psutil.NoSuchProcess:
-            continue
+                what = next((word for word in names if word.startswith(PROGRAMS)), process.name())
+                what = "runner" if process == runner else what
+                found[what][process.pid] = process.memory_info().rss / 2**20
+    for what, sizes in found.items():
+        memory[f"{name}: {what}"].append((at_s, frozenset(sizes), sum(sizes.values())))
 
 
-def report(memory: dict[str, list[tuple[float, float]]], seconds: float) -> int:
+def report(memory: Memory, seconds: float) -> int:
+    """Print a line for every program; 1 if one grew."""
     grew = 0
     for name, points in sorted(memory.items()):
-        early = [size for at, size in points if seconds / 4 <= at < seconds / 2]
-        late = [size for at, size in points if at >= 3 * seconds / 4]
+        early = [size for at, _, size in points if seconds / 4 <= at < seconds / 2]
+        late = [size for at, _, size in points if at >= 3 * seconds / 4]
+        started = len(frozenset().union(*(pids for _, pids, _ in points))) - max(len(pids) for _, pids, _ in points)
+        again = f", started again {started} times" if started else ""
         if not early or not late:
-            continue  # it was started again, or ended: a line in its log says so
+            print(f"{name:50} was not there all the time{again}")
+            continue
         before, after = statistics.median(early), statistics.median(late)
         grows = after > before * GROWTH and after > before + SLACK_MIB
         grew += grows
-        print(f"{name:50} {before:8.1f} MiB  {after:8.1f} MiB  {'GREW' if grows else 'flat'}")
+        print(f"{name:50} {before:8.1f} MiB  {after:8.1f} MiB  {'GREW' if grows else 'flat'}{again}")
     return int(grew > 0)
 
 

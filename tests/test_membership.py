@@ -80,6 +80,7 @@ class Hospitals:
         self.registered: dict[int, str] = {}  # names of sites, by node
         self.crashing: set[int] = set()  # nodes whose task dies at a greeting
         self.killed: dict[int, int] = {}  # nodes that a message finds dead, and how often one looks until they are back
+        self.cut: set[int] = set()  # nodes whose next answer does not come in whole
         self._sent: dict[str, Message] = {}
 
     def get_nodes(self):
@@ -103,6 +104,9 @@ class Hospitals:
             node = self._sent[number].metadata.dst_node_id
             if self._sent[number].metadata.created_at + self._sent[number].metadata.ttl < time.time():
                 yield Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=self._sent[number])
+            elif node in self.cut:
+                self.cut.discard(node)
+                yield Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "not sent whole"), reply_to=self._sent[number])
             elif node in self.killed:
                 self.present.discard(node)
                 yield Message(Error(ErrorCode.NODE_UNAVAILABLE, "no heartbeat"), reply_to=self._sent[number])
@@ -597,3 +601,19 @@ def test_an_answer_to_another_round_or_of_another_node_is_not_taken():
     assert asked(of(5, "3")) == "the answer is of another round or of another node"
     long = asked(lambda sent: Message(Error(1, "line\n" * 1000), reply_to=sent))
     assert len(long) <= 500 and "\n" not in long
+
+
+@pytest.mark.parametrize(
+    ("there", "timeout_s", "said", "asked"),
+    [(True, 30.0, None, [1, 2, 2]), (False, 30.0, "not sent whole", [1, 2]), (True, 0.0, "not sent whole", [1, 2])],
+    ids=["there again", "still away", "after the deadline"],
+)
+def test_a_site_that_was_cut_off_while_it_answered_is_asked_again_once_it_is_there(there, timeout_s, said, asked):
+    grid = Hospitals(1, 2)
+    grid.cut = {2}
+    if not there:
+        grid.present.discard(2)
+    nodes = {"h1": 1, "h2": 2}
+    answers = dict(ask(grid, RecordDict(), "train", nodes, group="4", timeout_s=timeout_s, retries=1))
+    assert (answers["h2"] if isinstance(answers["h2"], str) else None) == said
+    assert grid.greeted == asked

@@ -14,6 +14,7 @@ from fedmed.federated.local_grid import LocalGrid
 
 LATE = "no answer before the round's deadline"
 GRACE_S = 5.0  # a grid may itself answer for a late site; leave it the time to say so
+LOOK_S = 1.0  # for a node that may be there again
 LONGEST_REASON = 500  # characters of what a site says of its failure
 
 
@@ -40,9 +41,10 @@ def ask(
 
     Answers are pulled one by one in that order, so that sums do not depend on who is fast, and one answer is in memory
     at a time; others wait where they are: in the local spool, or in the SuperLink's database. An answer's arrays are
-    valid until the next one is asked for. A site whose process died is asked again. One whose node is gone is waited
-    for if it is `needed`, until the deadline, and asked again when it is back. Both together `retries` times at most:
-    a private round that is trained again is charged again. An answer to an earlier question is never pulled: it has
+    valid until the next one is asked for. A site whose process died is asked again; so is one that was cut off while
+    its answer was on the way, if its node is there again. One whose node is gone is waited for if it is `needed`,
+    until the deadline, and asked again when it is back. All together `retries` times at most, before the deadline: a
+    private round that is trained again is charged again. An answer to an earlier question is never pulled: it has
     another number, and its group tells.
     """
     names = sorted(nodes)
@@ -56,10 +58,11 @@ def ask(
     for name, number in zip(names, push(names), strict=True):
         reply = await_reply(grid, number, deadline)
         for _ in range(retries):
-            crashed = has_code(reply, ErrorCode.CLIENT_APP_CRASHED)
-            if not crashed and not (is_gone(reply) and needed(name)):
+            crashed, cut = has_code(reply, ErrorCode.CLIENT_APP_CRASHED), has_code(reply, ErrorCode.MESSAGE_UNAVAILABLE)
+            if not (crashed or cut or (is_gone(reply) and needed(name))) or time.monotonic() > deadline - GRACE_S:
                 break
-            if not crashed and not await_node(grid, nodes[name].__eq__, deadline - GRACE_S):
+            until = deadline - GRACE_S if needed(name) else time.monotonic() + LOOK_S
+            if not crashed and not await_node(grid, nodes[name].__eq__, until):
                 break
             reply = await_reply(grid, push([name])[0], deadline)
         yield name, answer_in(reply, nodes[name], group)
