@@ -243,6 +243,41 @@ def test_a_site_that_asks_for_confinement_refuses_tasks_where_it_is_not_in_force
     assert probe["unconfined, not asked for"][0] == "ok"
 
 
+WITHOUT_A_NAMESPACE = """
+import runpy, sys
+from fedmed.deployment import confinement
+confinement._own_network = lambda: ""
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@linux
+def test_the_check_fails_and_the_log_and_health_say_so_where_a_site_asks_for_confinement_in_vain(site, tmp_path):
+    copy = Path(shutil.copytree(site, tmp_path / "copy"))
+    path = copy / "site.toml"
+
+    def said(module: str) -> list[str]:
+        """The lines of a program, until the one that a warm process ends its start with."""
+        command = [sys.executable, "-c", WITHOUT_A_NAMESPACE, module, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
+            lines = []
+            for line in started.stdout:
+                lines.append(line)
+                if line == "ready for tasks\n":
+                    started.kill()
+            return lines
+
+    what, ok, lax = json.loads(said("fedmed.deployment.dry_round")[-1])[0]
+    assert (what, ok) == ("limits of a task", True) and "require-confinement = true" in lax
+    path.write_text(path.read_text().replace("require-confinement = false", "require-confinement = true"))
+    _, ok, refused = json.loads(said("fedmed.deployment.dry_round")[-1])[0]
+    assert not ok and "(require-confinement)" in refused
+    (line,) = (line for line in said("fedmed.deployment.warm") if line.startswith("every task: "))
+    assert "each is refused" in line and "(network)" in line
+    held = site_facts(read_site_folder(copy), up_since="", connected=True)["confinement"]
+    assert "Landlock" in held["files"] and held["network"] != confinement.NO_NETWORK
+
+
 @pytest.mark.parametrize(
     ("network", "landlock", "gaps"),
     [
