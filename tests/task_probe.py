@@ -17,7 +17,7 @@ from conftest import toy_run
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmed.deployment import task
+from fedmed.deployment import confinement, task
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.federated.wire import encode_task
 from fedmed.training.network import resident_network
@@ -72,6 +72,10 @@ def tries(message: Message, context: Context) -> Message:
         "send": outcome(send),
         "write data": outcome(lambda: (site / "images.bin").write_bytes(b"")),
         "remove data": outcome(lambda: (site / "images.bin").unlink()),
+        "show data": outcome(lambda: (site / "images.bin").chmod(0o644)),
+        "date data": outcome(lambda: os.utime(site / "images.bin", (0, 0))),
+        "write shared memory": outcome(lambda: Path(f"/dev/shm/fedmed-try-{os.getpid()}").write_bytes(b"1")),
+        "remove shared memory": outcome(lambda: Path(f"/dev/shm/fedmed-try-{os.getpid()}").unlink()),
         "read data": outcome(lambda: len((site / "images.bin").read_bytes())),
         "write key": outcome(lambda: (site / "keys" / "new").write_bytes(b"")),
         "write state": outcome(lambda: (site / "state" / "mark").write_bytes(b"12")),
@@ -115,9 +119,14 @@ if __name__ == "__main__":
     said["memory"] = shown(ask(site, question("toy:greedy"), task_memory_gib=2.0))
     task.app = spin
     said["late"] = shown(ask(site, toy, deadline_s=2.0, task_stalls_after_s=1.0))
+    said["too long"] = shown(ask(site, toy, task_longest_s=2.0, task_stalls_after_s=1.0))
     task.app = die
     said["killed"] = shown(ask(site, toy))
     task.app = REAL
+    alone, confinement._own_network = confinement._own_network, lambda: ""
+    said["unconfined"] = shown(ask(site, toy, require_confinement=True))
+    said["unconfined, not asked for"] = shown(ask(site, toy))
+    confinement._own_network = alone
     for name, largest in (("no message", 1000), ("no record", 4000)):  # in bytes, of a file: real errors of the disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
         said[name] = shown(ask(site, toy))

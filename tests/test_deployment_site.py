@@ -27,9 +27,10 @@ from real_consortium import free_port, make_site
 from fedmed.deployment import confinement, door, launcher, node, processes, task
 from fedmed.deployment.checks import check_site
 from fedmed.deployment.confinement import Confinement
-from fedmed.deployment.health import health_endpoint, site_facts
+from fedmed.deployment.health import CONFINEMENT, health_endpoint, site_facts
 from fedmed.deployment.launcher import Launcher
 from fedmed.deployment.site_folder import read_site_folder
+from fedmed.deployment.supernode import LONGEST_REST_S, rest_s
 from fedmed.deployment.task import limit_s
 from fedmed.errors import ConfigError
 from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, answer
@@ -87,6 +88,16 @@ def test_a_task_reads_the_data_and_writes_to_its_own_folders_alone(probe):
 
 
 @linux
+def test_what_landlock_leaves_open_is_what_the_hospitals_page_says(probe):
+    """Mode and times of its user's own files, and shared memory, which torch needs."""
+    tried = probe["tried"]
+    assert (tried["show data"], tried["date data"]) == ("None", "None")
+    assert (tried["write shared memory"], tried["remove shared memory"]) == ("1", "None")
+    page = (HERE.parent / "docs" / "security-for-hospitals.md").read_text(encoding="utf-8")
+    assert "/dev/shm" in page and "chmod" in page
+
+
+@linux
 def test_a_task_has_the_processors_that_it_was_given(probe):
     assert probe["tried"]["processors"] == "1"
 
@@ -101,7 +112,7 @@ def test_a_task_that_hangs_is_ended_with_rule_and_hint_and_the_log_says_where(pr
 @linux
 def test_a_task_that_computes_for_ever_is_ended_at_the_deadline(probe):
     code, reason = probe["late"]
-    assert code == 2 and reason.endswith("(strategy.round-timeout-s)")
+    assert code == 2 and reason.endswith("strategy.round-timeout-s)")
 
 
 @linux
@@ -214,7 +225,80 @@ def test_a_kernel_on_which_any_file_may_be_cut_short_is_named():
     ("asked", "held"), [(60, 60), (0, 1), (1e9, 86_400), ("nan", 86_400), (float("inf"), 86_400), ("soon", 86_400)]
 )
 def test_a_deadline_is_a_number_whatever_the_server_says(asked, held):
-    assert limit_s({"strategy.round-timeout-s": asked}) == held
+    assert limit_s({"strategy.round-timeout-s": asked}, 86_400) == held
+
+
+def test_a_task_ends_at_the_sites_own_limit_whatever_the_server_allows(probe):
+    assert [limit_s({"strategy.round-timeout-s": asked}, 60.0) for asked in (20, 3600, "soon")] == [20, 60, 60]
+    assert limit_s({}, 60.0) == 60
+    code, reason = probe["too long"]
+    assert code == 2 and "task-longest-s" in reason
+
+
+def test_a_site_that_asks_for_confinement_refuses_tasks_where_it_is_not_in_force(probe):
+    """The task is answered at once, with the rule, and nothing of it ran."""
+    code, reason = probe["unconfined"]
+    assert code == 2 and "require-confinement" in reason and "(network)" in reason
+    assert "require-confinement" in probe["log"]
+    assert probe["unconfined, not asked for"][0] == "ok"
+
+
+WITHOUT_A_NAMESPACE = """
+import runpy, sys
+from fedmed.deployment import confinement
+confinement._own_network = lambda: ""
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@linux
+def test_the_check_fails_and_the_log_and_health_say_so_where_a_site_asks_for_confinement_in_vain(site, tmp_path):
+    copy = Path(shutil.copytree(site, tmp_path / "copy"))
+    path = copy / "site.toml"
+
+    def said(module: str) -> list[str]:
+        """The lines of a program, until the one that a warm process ends its start with."""
+        command = [sys.executable, "-c", WITHOUT_A_NAMESPACE, module, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
+            lines = []
+            for line in started.stdout:
+                lines.append(line)
+                if line == "ready for tasks\n":
+                    started.kill()
+            return lines
+
+    what, ok, lax = json.loads(said("fedmed.deployment.dry_round")[-1])[0]
+    assert (what, ok) == ("limits of a task", True) and "require-confinement = true" in lax
+    path.write_text(path.read_text().replace("require-confinement = false", "require-confinement = true"))
+    _, ok, refused = json.loads(said("fedmed.deployment.dry_round")[-1])[0]
+    assert not ok and "(require-confinement)" in refused
+    (line,) = (line for line in said("fedmed.deployment.warm") if line.startswith("every task: "))
+    assert "each is refused" in line and "(network)" in line
+    held = site_facts(read_site_folder(copy), up_since="", connected=True)["confinement"]
+    assert "Landlock" in held["files"] and held["network"] != confinement.NO_NETWORK
+
+
+@pytest.mark.parametrize(
+    ("network", "landlock", "gaps"),
+    [
+        (confinement.NO_NETWORK, 3, ()),
+        (confinement.NO_NETWORK, 2, ("files",)),
+        (confinement.NO_NETWORK, 0, ("files",)),
+        ("TCP refused by Landlock; UDP is not", 4, ("network",)),
+        ("", 0, ("network", "files")),
+    ],
+)
+def test_what_holds_in_part_is_a_gap(network, landlock, gaps):
+    held = Confinement(network=network, files=confinement._files(landlock), memory="", processors="")
+    assert held.gaps == gaps
+
+
+def test_a_process_that_dies_again_and_again_is_started_ever_more_seldom():
+    rests = [0.0]
+    for _ in range(12):
+        rests.append(rest_s(2.0, rests[-1]))
+    assert rests[:5] == [0, 1, 2, 4, 8] and rests[-1] == LONGEST_REST_S
+    assert rest_s(3600.0, 64.0) == 0
 
 
 HEARTBEAT = """
@@ -334,6 +418,22 @@ def test_records_that_are_damaged_show_in_the_health(probe, site, tmp_path):
     (folder / "state" / "audit.jsonl").write_text("nonsense\n")
     said = site_facts(read_site_folder(folder), up_since="", connected=True)
     assert said["problem"]
+
+
+def test_the_health_is_by_the_site_toml_of_now_and_says_what_a_task_is_kept_from(probe, site, tmp_path):
+    copy = Path(shutil.copytree(site, tmp_path / "copy"))
+    folder = read_site_folder(copy)
+
+    def said():
+        return site_facts(folder, up_since="", connected=True)
+
+    assert (said()["epsilon_left"], said()["confinement"], said()["problem"]) == (8.0, None, None)
+    text = folder.file.read_text()
+    folder.file.write_text(re.sub(r"(?m)^epsilon = .*$", "epsilon = 3.0", text))
+    (copy / "flower" / CONFINEMENT).write_text('{"network": "", "files": "all"}')
+    assert (said()["epsilon_left"], said()["confinement"]) == (3.0, {"network": None, "files": "all"})
+    folder.file.write_text("nonsense")
+    assert "site.toml is wrong" in said()["problem"]
 
 
 def test_the_log_goes_to_syslog_or_to_stderr_if_asked(tmp_path, monkeypatch, capsys):

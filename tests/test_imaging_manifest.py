@@ -48,6 +48,14 @@ def test_reads_what_a_german_or_french_excel_saved(tmp_path: Path, before: str) 
     assert len(read_manifest(comma, TWO).rows) == 2
 
 
+def test_a_first_line_that_names_no_columns_is_not_quoted(tmp_path: Path) -> None:
+    """It is a patient's row; what is raised stands in the site's log."""
+    for row in ("patient_17,SMITH^JOHN.dcm,1,0", "17,SMITH^JOHN.dcm,1,0", "17,17,SMITH^JOHN,SMITH^JOHN"):
+        with pytest.raises(DataError, match="the first line names the columns") as caught:
+            read_manifest(manifest(tmp_path, f"{row}\nP2,b.dcm,1,0"), TWO)
+        assert "17" not in str(caught.value).replace(str(tmp_path), "") and "SMITH" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

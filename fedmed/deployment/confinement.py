@@ -34,6 +34,8 @@ ABSTRACT_SOCKETS, SIGNALS = 1, 2
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 CAPABILITIES_3 = 0x20080522
+NO_NETWORK = "none, a namespace of its own"
+OWN_FILES = "written only below its own folders (Landlock)"
 DEVICES = ("null", "shm", "nvidia*", "kfd", "dri")  # what torch opens for writing
 
 
@@ -45,6 +47,12 @@ class Confinement:
     files: str
     memory: str
     processors: str
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """Which of network and files it is not wholly kept from."""
+        whole = {"network": NO_NETWORK, "files": OWN_FILES}
+        return tuple(what for what, words in whole.items() if vars(self)[what] != words)
 
     def __str__(self) -> str:
         """One line; what does not hold is named too."""
@@ -81,7 +89,7 @@ def _own_network() -> str:
     """Leave every network; "" if the system does not allow it."""
     c_library = ctypes.CDLL(None, use_errno=True)
     if c_library.unshare(CLONE_NEWNET) == 0:  # as root
-        return "none, a namespace of its own"
+        return NO_NETWORK
     user, group = os.geteuid(), os.getegid()
     if c_library.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
         return ""
@@ -91,13 +99,13 @@ def _own_network() -> str:
             Path(f"/proc/self/{name}").write_text(text)
     # In a user namespace a process has every capability over what belongs to it, and that it does not need.
     c_library.capset(struct.pack("=II", CAPABILITIES_3, 0), bytes(24))
-    return "none, a namespace of its own"
+    return NO_NETWORK
 
 
 def _files(landlock: int) -> str:
     if 0 < landlock < 3:
-        return "written only below its own folders (Landlock); but any may be cut short, before Linux 6.2"
-    return "written only below its own folders (Landlock)" if landlock else ""
+        return f"{OWN_FILES}; but any may be cut short, before Linux 6.2"
+    return OWN_FILES if landlock else ""
 
 
 def _landlock(writable: Iterable[Path]) -> int:

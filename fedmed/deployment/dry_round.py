@@ -22,7 +22,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig
 from fedmed.deployment.scratch import in_use
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import confine_task
+from fedmed.deployment.task import confine_task, refusal
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.federated.site_config import withdrawn_of
 from fedmed.imaging.items import is_nifti
@@ -156,7 +156,10 @@ def device(name: str) -> str:
 
 def findings(site: SiteFolder) -> Iterator[tuple[str, bool, str]]:
     """(what, whether it is well, what was found), in the confines of a task."""
-    yield "limits of a task", True, str(confine_task(site, records=False))
+    held = confine_task(site, records=False)
+    refused = refusal(site, held)
+    lax = "" if refused or not held.gaps else "; require-confinement = true in site.toml refuses tasks here"
+    yield "limits of a task", not refused, f"{held}{lax}" if not refused else f"{refused}; {held}"
     looks: dict[str, Any] = {"device": lambda: device(site.config.device)}
     if not site.config.dataset:
         looks["dry round"] = lambda: dry_round(site)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import fedmed
-from fedmed.deployment.site_folder import SiteFolder
+from fedmed.deployment.site_folder import SiteFolder, read_site_folder
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.privacy import keys as site_keys
 
 PATH = "/health"
+CONFINEMENT = "confinement.json"  # in Flower's folder: what the warm process found
 RECORDS = ("ledger/ledger.sqlite", "audit.jsonl", "egress.jsonl")
 
 
@@ -66,23 +67,38 @@ def health_endpoint(port: int, facts: Callable[[], Mapping[str, Any]]) -> Iterat
 
 
 def site_facts(site: SiteFolder, *, up_since: str, connected: bool) -> dict[str, Any]:
-    """What a site says of itself.
+    """What a site says of itself, by its site.toml as it is now, which every task reads anew.
 
     Args:
-        site: whose records are read.
+        site: whose site.toml and records are read.
         up_since: when its runner started, RFC 3339.
         connected: whether its SuperNode has the server.
     """
+    wrong: str | None = None
+    try:
+        site = read_site_folder(site.file)
+    except FedmedError:
+        wrong = "site.toml is wrong, and every task is refused; fedmed site check"
     versions = {"fedmed": fedmed.__version__} | {name: version(name) for name in ("flwr", "torch")}
     said: dict[str, Any] = {"up_since": up_since, "connected": connected, "versions": versions}
+    said["confinement"] = _confinement(site)
     state = site.state
     stamps = tuple(path.stat().st_mtime_ns if (path := state / name).exists() else 0 for name in RECORDS)
     if site.config.policy is None or not stamps[0]:
-        return said | {"last_round": None, "last_refusal": None, "epsilon_left": None, "problem": None}
+        return said | {"last_round": None, "last_refusal": None, "epsilon_left": None, "problem": wrong}
     try:
-        return said | _recorded(state, site.keys / site_keys.PUBLIC, site.config.policy.privacy.epsilon, stamps)
+        said |= _recorded(state, site.keys / site_keys.PUBLIC, site.config.policy.privacy.epsilon, stamps)
+        return said | {"problem": wrong or said["problem"]}
     except FedmedError as error:
-        return said | {"last_round": None, "last_refusal": None, "epsilon_left": None, "problem": error.public}
+        return said | {"last_round": None, "last_refusal": None, "epsilon_left": None, "problem": wrong or error.public}
+
+
+def _confinement(site: SiteFolder) -> dict[str, str | None] | None:
+    """What a task is kept from, None for what the system does not allow; None before tasks can be made."""
+    with suppress(OSError, ValueError):
+        held = json.loads((site.flower / CONFINEMENT).read_text(encoding="utf-8"))
+        return {what: words or None for what, words in held.items()}
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from typing import Any
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
 from fedmed.deployment import certificates, door, node_keys
-from fedmed.deployment.health import health_endpoint, site_facts
+from fedmed.deployment.health import CONFINEMENT, health_endpoint, site_facts
 from fedmed.deployment.kits import Kit
 from fedmed.deployment.launcher import LAUNCHER, Launcher
 from fedmed.deployment.processes import (
@@ -37,6 +37,7 @@ from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
 WARM_S = 300.0
+REST_S, LONGEST_REST_S = 1.0, 300.0
 LOOK_S = 0.5
 TRY_S = 60.0
 WHY = {  # Flower's own exit codes
@@ -136,6 +137,7 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
         raise ConfigError(f"the consortium's certificate cannot be used: {wrong}")
     log = log_file(site.logs, "site", site.config.log_to)
     node: Child | None = None
+    rest, due = 0.0, None  # before the process that tasks come from is started again, and when
     since = datetime.now(UTC).isoformat(timespec="seconds")
 
     def tell(line: str) -> None:
@@ -163,9 +165,12 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
                     made |= (site.flower / door.SOCKET).exists()
                     if not made and not (tasks.running and time.monotonic() < tasks.started + WARM_S):
                         raise RunFailed("the process that tasks come from did not start; logs/site.log says why")
-                    if not tasks.running:  # on a full disk again and again, until there is room
-                        tell("the process that tasks come from ended; it is started again")
-                        tasks = _warm(site, log)
+                    if not tasks.running and due is None:  # on a full disk again and again, until there is room
+                        rest = rest_s(time.monotonic() - tasks.started, rest)
+                        due = time.monotonic() + rest
+                        tell(f"the process that tasks come from ended; it is started again in {rest:g} s")
+                    if due is not None and time.monotonic() >= due:
+                        tasks, due = _warm(site, log), None
                     reap(keep={node.pid, tasks.pid})
                     lost = launcher.gone()
                     stop.wait(LOOK_S)
@@ -181,6 +186,11 @@ def start_site(site: SiteFolder, say: Callable[[str], None]) -> None:
                 node.end()
             tasks.end()
     tell("stopped")
+
+
+def rest_s(lived_s: float, before_s: float) -> float:
+    """How long the warm process stays away: not at all after a long life, else twice as long as the last time."""
+    return 0.0 if lived_s >= WARM_S else min(max(2 * before_s, REST_S), LONGEST_REST_S)
 
 
 def _why(node: Child) -> str:
@@ -200,6 +210,7 @@ def _environment(site: SiteFolder) -> dict[str, str]:
 
 def _warm(site: SiteFolder, log: logging.Logger) -> Child:
     """The process that tasks are forked from; it needs seconds until it is ready for the first."""
-    (make_private(site.flower) / door.SOCKET).unlink(missing_ok=True)
+    for stale in (door.SOCKET, CONFINEMENT):
+        (make_private(site.flower) / stale).unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedmed.deployment.warm", str(site.file)]
     return Child(command, flower_environment(site.flower), log)

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,14 +32,15 @@ from fedmed.deployment.processes import descendants, kill
 from fedmed.deployment.scratch import scratch
 from fedmed.deployment.site_folder import SiteFolder
 from fedmed.durable import make_private
+from fedmed.errors import PolicyRefused
 from fedmed.federated.client_app import app, public_reason
 from fedmed.federated.local_worker import HEADER_LIMIT, RUN_ID, channel_pair, question, read_answer, work
 from fedmed.federated.spool import Spool
 
-LONGEST_S = 86_400.0
 LOOK_S = 1.0
 IDLE = 0.01  # of a processor: what uses less, and reads and writes nothing, makes no progress
 QUESTION, ANSWER = "question", "answer"  # files that both processes map
+App = Callable[[Message, Context], Message]
 SAY_S = 2.0  # for a task that is ended to print where it was
 
 
@@ -67,7 +68,7 @@ class ConfinedWorker:
         """
         spool = Spool(self._folder)
         try:
-            deadline = time.monotonic() + limit_s(context.run_config)
+            deadline = time.monotonic() + limit_s(context.run_config, self._site.config.task_longest_s)
             self._channel.sendall(question(message, spool.write(QUESTION, message.content), ANSWER))
             said = read_answer(self._hear(deadline))
             if isinstance(said, Error):
@@ -112,13 +113,13 @@ class ConfinedWorker:
             return answer
 
 
-def limit_s(run_config: Mapping[str, Any]) -> float:
-    """How long a task may take, by a run's configuration, which comes from the server: 1 s to a day, else a day."""
+def limit_s(run_config: Mapping[str, Any], longest_s: float) -> float:
+    """How long a task may take: as a run's configuration says, which comes from the server, and at most `longest_s`."""
     try:
-        asked = float(run_config.get("strategy.round-timeout-s", LONGEST_S))
+        asked = float(run_config.get("strategy.round-timeout-s", longest_s))
     except (TypeError, ValueError, OverflowError):
-        return LONGEST_S
-    return min(max(asked, 1.0), LONGEST_S) if math.isfinite(asked) else LONGEST_S
+        return longest_s
+    return min(max(asked, 1.0), longest_s) if math.isfinite(asked) else longest_s
 
 
 class Stall:
@@ -135,7 +136,7 @@ class Stall:
         if now >= deadline:
             return (
                 "the task was not done at the round's deadline and was ended; give rounds more time, or this site "
-                "fewer images (strategy.round-timeout-s)"
+                "fewer images or a longer limit of its own (task-longest-s, strategy.round-timeout-s)"
             )
         if not self._stalls_after_s or now - self._since < self._stalls_after_s:
             return ""
@@ -187,16 +188,33 @@ def confine_task(site: SiteFolder, *, records: bool = True) -> Confinement:
     return confine(writable=folders, memory_gib=site.config.task_memory_gib, processors=site.config.task_cpus)
 
 
+def refusal(site: SiteFolder, held: Confinement) -> PolicyRefused | None:
+    """Why a site that asks for confinement takes no task where this much holds; None where it takes them."""
+    if not site.config.require_confinement or not held.gaps:
+        return None
+    text = (
+        f"this site's machine does not wholly confine a task ({', '.join(held.gaps)}), which the site asks for "
+        "(require-confinement)"
+    )
+    return PolicyRefused(text, rule="require-confinement")
+
+
+def failed(error: Exception) -> App:
+    """An app that answers every message with why there is no work: a full disk, a site.toml that is wrong."""
+    said = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(error))
+    return lambda message, context: Message(said, reply_to=message)
+
+
 def _work(site: SiteFolder, channel: socket.socket, other: socket.socket, folder: Path) -> NoReturn:
     """The worker's life: confine itself, hear a message, answer it, and end with its channel."""
     code = 1
     try:
         other.close()
-        confine_task(site)
+        refused = refusal(site, confine_task(site))
         faulthandler.enable()  # SIGABRT prints the lines of code that it stands in, and no value
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = RUN_ID
         node = {"site": str(site.file)}
-        work(channel, app, defaultdict(lambda: node), {}, folder, site.config.device)
+        work(channel, failed(refused) if refused else app, defaultdict(lambda: node), {}, folder, site.config.device)
         code = 0
     except BaseException as error:  # its text may hold anything
         print(f"the task ended by {type(error).__name__}", file=sys.stderr)

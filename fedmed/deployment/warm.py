@@ -23,25 +23,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import flwr.supernode.runtime.run_clientapp as flower_task
-from flwr.app import Context, Error, Message
-from flwr.common.constant import ErrorCode
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
 from fedmed.config import RunConfig
 from fedmed.deployment import door
+from fedmed.deployment.health import CONFINEMENT
 from fedmed.deployment.kits import read_kit
 from fedmed.deployment.node import keep_server_time
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
-from fedmed.deployment.task import ConfinedWorker, confine_task
+from fedmed.deployment.task import App, ConfinedWorker, confine_task, failed, refusal
+from fedmed.durable import write_json
 from fedmed.errors import ConfigError, FedmedError, PolicyRefused
-from fedmed.federated.client_app import public_reason
 from fedmed.federated.identity import package_hash
 from fedmed.federated.simulation import prepare_fork
 from fedmed.federated.site_config import read_site_config
 
 REPLACED = ("install_from_fab", "get_load_client_app_fn")  # by these names Flower unpacks and loads an app
 LOOPBACK_PORT, TOKEN, NUMBER = re.compile(r"127\.0\.0\.1:\d+"), re.compile(r"[\w.=+/-]+"), re.compile(r"\d+")
-App = Callable[[Message, Context], Message]
 READ_S = 5.0
 IDLE_S = 30.0
 
@@ -66,9 +64,7 @@ def serve(site: SiteFolder) -> NoReturn:
     if threading.active_count() != 1:
         raise RuntimeError("a thread was started before the fork")
     listener.settimeout(IDLE_S)
-    if os.fork() == 0:
-        print(f"every task: {confine_task(site)}", flush=True)
-        os._exit(0)
+    _note_confinement(site)
     print("ready for tasks", flush=True)
     while True:
         try:
@@ -87,6 +83,20 @@ def serve(site: SiteFolder) -> NoReturn:
             listener.close()
             _run(site, arguments, connection)
         connection.close()
+
+
+def _note_confinement(site: SiteFolder) -> None:
+    """Say in the log, and keep for the site's health, what a task is kept from. Only a process of its own can tell."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        held = confine_task(site)
+        refused = refusal(site, held)
+        print(f"every task: {held}{f'; each is refused: {refused}' if refused else ''}", flush=True)
+        os.write(writing, json.dumps(vars(held)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe, suppress(OSError, ValueError):  # a full disk; or it ended
+        write_json(site.flower / CONFINEMENT, json.load(pipe))
 
 
 def _prepare_rest() -> None:
@@ -179,12 +189,6 @@ def admission(site: SiteFolder) -> Callable[..., None]:
 def own_app(app: App) -> Callable[..., Callable[..., App]]:
     """A function in the place of Flower's, which finds an app's loader: whatever is asked for, it is the site's own."""
     return lambda **options: lambda *names: app
-
-
-def failed(error: Exception) -> App:
-    """An app that answers every message with why there is no worker: a full disk, a site.toml that is wrong."""
-    said = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, public_reason(error))
-    return lambda message, context: Message(said, reply_to=message)
 
 
 if __name__ == "__main__":

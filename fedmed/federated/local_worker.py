@@ -12,12 +12,11 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedmed.federated.client_app import public_reason
@@ -30,7 +29,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 def work(
     channel: socket.socket,
-    client: ClientApp,
+    client: Callable[[Message, Context], Message],
     nodes: Mapping[int, Mapping[str, Any]],
     run_config: Mapping[str, Any],
     folder: Path,

@@ -72,6 +72,17 @@ class SiteConfig(Section):
             "round's deadline",
         ),
     ] = 600.0
+    task_longest_s: Annotated[
+        float,
+        Field(gt=0, le=86_400, description="seconds after which a task is ended, whatever it does and a run allows"),
+    ] = 86_400.0
+    require_confinement: Annotated[
+        bool,
+        Field(
+            description="whether tasks are refused where the system does not keep them from every network, and from "
+            "writing outside their own folders. fedmed site check says what it does"
+        ),
+    ] = False
     approved_apps: Annotated[
         tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...],
         Field(description="SHA-256 of the apps that runs may bring; empty = all that the kit names"),

@@ -139,6 +139,8 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def _check_columns(path: Path, header: Sequence[str], task: TaskConfig) -> None:
+    if "patient_id" not in header and "image" not in header:  # it may be a patient's row, and is not quoted
+        raise DataError(f'{path}: no column "patient_id" or "image"; the first line names the columns')
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise DataError(f'{path}: column "{repeated[0]}" appears twice')
