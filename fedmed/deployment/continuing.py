@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -50,7 +51,7 @@ def why_not(folder: ServerFolder, run: FlowerRun, tries: int) -> str:
         run: that was cut off.
         tries: how many times in a row.
     """
-    resume = f"fedmed server resume {run.number} --server {folder.root}"
+    resume = f"fedmed server resume {run.number} --server {shlex.quote(str(folder.root))}"
     if tries > CONTINUE:
         return f"it was {tries} times in a row; {resume}"
     if _last_sign(folder, run) < datetime.now(UTC) - KEEP:
