@@ -23,7 +23,7 @@ from real_consortium import command, make_consortium
 
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
-from fedmed.deployment.continuing import continue_lost, cut_off, under_way
+from fedmed.deployment.continuing import awaited, continue_lost, cut_off, under_way
 from fedmed.deployment.control import FlowerRun
 from fedmed.deployment.coordinators import coordinators, entrance
 from fedmed.deployment.guarded import SitesOnly
@@ -376,6 +376,15 @@ def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, mon
     monkeypatch.setattr("fedmed.deployment.continuing.runs", lambda client: every)
     (line,) = continue_lost(None, read_consortium(made), [])  # no client: nothing may be submitted
     assert line == f"run {tries} was cut off and is not continued: {said.format(made)}"
+
+
+def test_whoever_waits_for_a_run_waits_as_long_as_the_server_would_go_on_with_it():
+    tries = [flower_run(number, 7, "finished:failed", finished=number) for number in range(4)]
+    full = RunInterrupted("ServerApp failed with exception: the server's disk is full")
+    assert awaited([replace(tries[0], details=str(full))], NOON + timedelta(days=6))
+    assert not awaited(tries[:1], NOON + timedelta(days=8))
+    assert [awaited(tries[:count], NOON + timedelta(hours=1)) for count in (1, 2, 3, 4)] == [True, True, True, False]
+    assert not awaited([*tries[:1], flower_run(9, 7, "finished:stopped", finished=5)], NOON + timedelta(hours=1))
 
 
 def test_a_clock_that_is_set_later_cuts_off_no_run():

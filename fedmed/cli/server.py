@@ -146,6 +146,7 @@ def submit(
     """
     from fedmed import config as run_file
     from fedmed.deployment import control
+    from fedmed.deployment.continuing import finished
     from fedmed.deployment.coordinators import entrance
     from fedmed.deployment.submission import deployable
     from fedmed.errors import RunFailed
@@ -157,7 +158,7 @@ def submit(
         number = control.submit(client, deployable(config, [node.site for node in control.nodes(client)]))
     if not as_json:
         print(f"run {number} of {config.name} is submitted", flush=True)
-    ended = control.finished(server, number) if wait else None
+    ended = finished(server, number, lambda line: print(line, file=sys.stderr, flush=True)) if wait else None
     kept = folder_of(server.runs, ended.series) if ended and server.runs else None
     if as_json:
         facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}
