@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -376,6 +377,15 @@ def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, mon
     monkeypatch.setattr("fedmed.deployment.continuing.runs", lambda client: every)
     (line,) = continue_lost(None, read_consortium(made), [])  # no client: nothing may be submitted
     assert line == f"run {tries} was cut off and is not continued: {said.format(made)}"
+
+
+def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
+    ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite")
+    monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())
+    monkeypatch.setattr("fedmed.deployment.control.nodes", lambda client: [])
+    monkeypatch.setattr("fedmed.deployment.control.runs", lambda client: [ended])
+    command("server", "status", made)
+    assert capsys.readouterr().out == f"run 1: finished:failed ({ended.details[:33]}?[2Jno site)\n"
 
 
 def test_whoever_waits_for_a_run_waits_as_long_as_the_server_would_go_on_with_it():

@@ -63,6 +63,7 @@ def provision(
     """
     from fedmed.deployment.consortium import read_consortium
     from fedmed.deployment.provision import provision as make
+    from fedmed.errors import one_line
 
     place = read_consortium(folder)
     made = make(place, cards or [])
@@ -76,7 +77,7 @@ def provision(
     elif not made.damaged:
         print("no sites yet: fedmed site keygen at each hospital writes its card")
     for wrong in made.damaged:
-        print(wrong, file=sys.stderr)
+        print(one_line(wrong), file=sys.stderr)
 
 
 @app.command("feasibility")
@@ -179,6 +180,7 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     """
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
+    from fedmed.errors import one_line
 
     with control.control(entrance(folder)) as client:
         sites, runs = control.nodes(client), control.runs(client)
@@ -192,7 +194,7 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     for node in sites:
         print(f"site {node.site}: {node.status}")
     for run in runs:
-        print(f"run {run.number}: {run.status}" + (f" ({run.details})" if run.details else ""))
+        print(f"run {run.number}: {run.status}" + (f" ({one_line(run.details)})" if run.details else ""))
 
 
 @app.command("stop")
