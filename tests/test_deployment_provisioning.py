@@ -412,6 +412,27 @@ def test_what_names_data_is_not_submitted(made):
         deployable(validate({**tomllib.loads(RUN), "strategy": {"required-sites": ["south", "nroth"]}}), names)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "privacy", "said"),
+    [
+        ({"name": "fedawg"}, {}, 'did you mean "fedavg"'),
+        ({"name": "scaffold", "combine": "median"}, {}, 'needs strategy.combine = "mean"'),
+        ({"combine": "median"}, {}, "needs 3 sites; there are 2"),
+        ({"weight-by": "uniform"}, {"mode": "central", "sites": 1}, "privacy.sites = 1, but 2 sites are provisioned"),
+    ],
+)
+def test_what_the_server_would_refuse_at_its_start_is_not_submitted(strategy, privacy, said):
+    refused = validate({**tomllib.loads(RUN), "strategy": strategy, "privacy": privacy})
+    with pytest.raises(ConfigError) as why:
+        deployable(refused, ["north", "south"])
+    assert said in str(why.value)
+
+
+def test_an_algorithm_of_ones_own_need_not_be_installed_where_the_run_is_submitted():
+    own = validate({**tomllib.loads(RUN), "strategy": {"name": "at_the_server:Own"}})
+    assert deployable(own, ["north", "south"]).strategy == own.strategy
+
+
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):
     import flwr.supernode.runtime.run_clientapp as flower_task
 
