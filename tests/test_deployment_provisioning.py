@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import shlex
 import shutil
 import ssl
 import stat
@@ -214,6 +215,14 @@ def test_a_kit_is_for_one_site_and_one_key(copied):
     command("site", "keygen", copied / "north")
     with pytest.raises(ConfigError, match="another key"):
         join(north, kits / "north", None)
+
+
+def test_a_hospital_finds_the_coordinators_fingerprint_without_fedmed_as_the_page_says(made):
+    page = (ROOT / "docs" / "security-for-hospitals.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("python3 -c"))
+    kits = made / "server" / "kits"
+    done = subprocess.run(shlex.split(line), cwd=kits.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == read_kit(kits / "north").fingerprint.replace("-", "")
 
 
 def test_the_first_kit_needs_the_coordinators_fingerprint_and_later_ones_the_same_key(copied, tmp_path):
