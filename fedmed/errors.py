@@ -39,6 +39,11 @@ def plain_reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
+def one_line(text: str) -> str:
+    """Text that another machine sent, for a terminal or a log: nothing in it ends the line or moves a cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 class FedmedError(Exception):
     """Base of all errors that a user can mend.
 

@@ -129,6 +129,10 @@ def test_a_card_follows_a_check_of_this_very_manifest_and_names_nobody(tmp_path,
     show_feasibility([card, card.with_name("south.json")], as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert list(shown["sites"]) == ["north", "south"] and any("wide intervals" in line for line in shown["warnings"])
+    card.with_name("south.json").write_text(text.replace("effusion", "\\u009b2Jeffusion"))
+    show_feasibility([card, card.with_name("south.json")], as_json=False)
+    shown = capsys.readouterr().out
+    assert "?2Jeffusion" in shown and "\x9b" not in shown
     with pytest.raises(ConfigError, match="same file name"):
         show_feasibility([card, card], as_json=False)
     (site / "manifest.csv").write_text((site / "manifest.csv").read_text() + "\n")

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,11 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_consortium import command, make_consortium
 
-from fedmed.deployment import certificates, control
+from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
-from fedmed.deployment.continuing import continue_lost, cut_off, under_way
+from fedmed.deployment.continuing import awaited, continue_lost, cut_off, under_way
 from fedmed.deployment.control import FlowerRun
-from fedmed.deployment.coordinators import coordinators, entrance, own_entrance
+from fedmed.deployment.coordinators import coordinators, entrance
 from fedmed.deployment.guarded import SitesOnly
 from fedmed.deployment.processes import descendants, flower_environment, kill
 from fedmed.deployment.proxy import PLACES, Proxy, nginx_configuration
@@ -328,21 +329,6 @@ def flower_run(
     )  # fmt: skip
 
 
-def test_who_waits_for_a_run_waits_while_the_servers_disk_is_too_full_to_go_on_with_it(made, monkeypatch):
-    clock = [0.0]
-
-    def newest(client, number):
-        if clock[0] < 500:  # seconds; then somebody made room
-            return flower_run(1, 1, "finished:failed", "No heartbeat received from the task", finished=5)
-        return flower_run(2, 1, "finished:completed", finished=10)
-
-    monkeypatch.setattr(control, "newest", newest)
-    monkeypatch.setattr(control.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(control.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    assert control.finished(own_entrance(read_consortium(made)), 1).status == "finished:completed"
-    assert clock[0] == 500
-
-
 @pytest.mark.parametrize(
     ("status", "details", "minutes", "gone"),
     [
@@ -391,6 +377,24 @@ def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, mon
     monkeypatch.setattr("fedmed.deployment.continuing.runs", lambda client: every)
     (line,) = continue_lost(None, read_consortium(made), [])  # no client: nothing may be submitted
     assert line == f"run {tries} was cut off and is not continued: {said.format(made)}"
+
+
+def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
+    ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite")
+    monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())
+    monkeypatch.setattr("fedmed.deployment.control.nodes", lambda client: [])
+    monkeypatch.setattr("fedmed.deployment.control.runs", lambda client: [ended])
+    command("server", "status", made)
+    assert capsys.readouterr().out == f"run 1: finished:failed ({ended.details[:33]}?[2Jno site)\n"
+
+
+def test_whoever_waits_for_a_run_waits_as_long_as_the_server_would_go_on_with_it():
+    tries = [flower_run(number, 7, "finished:failed", finished=number) for number in range(4)]
+    full = RunInterrupted("ServerApp failed with exception: the server's disk is full")
+    assert awaited([replace(tries[0], details=str(full))], NOON + timedelta(days=6))
+    assert not awaited(tries[:1], NOON + timedelta(days=8))
+    assert [awaited(tries[:count], NOON + timedelta(hours=1)) for count in (1, 2, 3, 4)] == [True, True, True, False]
+    assert not awaited([*tries[:1], flower_run(9, 7, "finished:stopped", finished=5)], NOON + timedelta(hours=1))
 
 
 def test_a_clock_that_is_set_later_cuts_off_no_run():

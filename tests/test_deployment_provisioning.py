@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import shlex
 import shutil
 import ssl
 import stat
@@ -216,6 +217,14 @@ def test_a_kit_is_for_one_site_and_one_key(copied):
         join(north, kits / "north", None)
 
 
+def test_a_hospital_finds_the_coordinators_fingerprint_without_fedmed_as_the_page_says(made):
+    page = (ROOT / "docs" / "security-for-hospitals.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("python3 -c"))
+    kits = made / "server" / "kits"
+    done = subprocess.run(shlex.split(line), cwd=kits.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == read_kit(kits / "north").fingerprint.replace("-", "")
+
+
 def test_the_first_kit_needs_the_coordinators_fingerprint_and_later_ones_the_same_key(copied, tmp_path):
     kit, north = copied / "server" / "kits" / "north", read_site_folder(copied / "north")
     join(north, kit, None)  # joined before
@@ -413,24 +422,24 @@ def test_what_names_data_is_not_submitted(made):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("strategy", "privacy", "said"),
     [
-        ({"strategy": {"min-sites": 2, "combine": "krum"}}, "needs 5 sites; there are 2 provisioned"),
-        ({"strategy": {"min-sites": 2, "name": "fedavgg"}}, 'did you mean "fedavg"'),
-        ({"strategy": {"min-sites": 2, "name": "cyclic", "min-fraction": 0.5}}, "leave out strategy.min-fraction"),
-        (
-            {
-                "strategy": {"min-sites": 2, "weight-by": "uniform"},
-                "privacy": {"mode": "central", "sites": 1, "noise-multiplier": 1.0},
-            },
-            "privacy.sites = 1, but 2 sites",
-        ),
+        ({"name": "fedawg"}, {}, 'did you mean "fedavg"'),
+        ({"name": "scaffold", "combine": "median"}, {}, 'needs strategy.combine = "mean"'),
+        ({"combine": "median"}, {}, "needs 3 sites; there are 2"),
+        ({"weight-by": "uniform"}, {"mode": "central", "sites": 1}, "privacy.sites = 1, but 2 sites are provisioned"),
     ],
 )
-def test_what_a_server_would_refuse_is_refused_before_it_is_submitted(values, said):
-    config = validate({**tomllib.loads(RUN), **values})
-    with pytest.raises(ConfigError, match=said):
-        deployable(config, ["north", "south"])
+def test_what_the_server_would_refuse_at_its_start_is_not_submitted(strategy, privacy, said):
+    refused = validate({**tomllib.loads(RUN), "strategy": strategy, "privacy": privacy})
+    with pytest.raises(ConfigError) as why:
+        deployable(refused, ["north", "south"])
+    assert said in str(why.value)
+
+
+def test_an_algorithm_of_ones_own_need_not_be_installed_where_the_run_is_submitted():
+    own = validate({**tomllib.loads(RUN), "strategy": {"name": "at_the_server:Own"}})
+    assert deployable(own, ["north", "south"]).strategy == own.strategy
 
 
 def test_an_app_is_only_compared_with_the_kit_and_never_loaded(made):

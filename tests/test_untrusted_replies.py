@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from rounds_by_hand import LINEAR, run_of, terms_of, zeros
@@ -22,8 +22,9 @@ from fedmed.federated.admission import (
     validated_weights,
 )
 from fedmed.federated.combiners import combiner
+from fedmed.federated.exchange import answer_in
 from fedmed.federated.identity import package_hash
-from fedmed.federated.member import MOST, member_of
+from fedmed.federated.member import MOST, CannotJoin, member_of
 from fedmed.federated.site_evaluation import metrics_of_sites
 from fedmed.federated.strategies import STRATEGIES
 from fedmed.federated.strategies.feddg_ga import RECEIVED, TRAINED
@@ -102,6 +103,16 @@ def test_counts_of_a_card_are_some_that_a_site_can_have_or_it_is_refused(counts)
     with suppress(UpdateRefused):
         member = member_of(card_of(**counts), 1)
         assert all(0 <= each <= MOST for each in (member.patients, member.images, member.modalities, member.unreadable))
+
+
+def test_nothing_that_a_site_says_moves_the_cursor_of_a_terminal():
+    said, shown = "\x1b[2Jall is\nwell\u202e", "?[2Jall is well?"
+    assert answer_in(SimpleNamespace(has_error=lambda: True, error=Error(1, said)), 1, "") == shown
+    assert member_of(card_of(reasons=said), 1).reasons == shown
+    for refused in ({"problem": said}, {"version": said}):
+        with pytest.raises(CannotJoin) as why:
+            member_of(card_of(**refused), 1)
+        assert shown in str(why.value)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -17,7 +17,7 @@ import typer
 import typer.core
 
 from fedmed.cli import compare, data, ledger, predict, privacy, report, server, simulate, site, sweep
-from fedmed.errors import FedmedError
+from fedmed.errors import FedmedError, one_line
 
 typer.core.HAS_RICH = False  # with it "[required]" gets a backslash, for a markup that is not read
 app = typer.Typer(
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)

@@ -16,7 +16,7 @@ from rich.table import Table
 from fedmed.cli.display import bar, console
 from fedmed.cli.pull import site_opt_out, site_pseudonyms
 from fedmed.durable import sha256_of
-from fedmed.errors import ConfigError, DataError
+from fedmed.errors import ConfigError, DataError, one_line
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, MASKS, UNMATCHED, Imported, Rules, Uncertain, import_images
@@ -260,10 +260,10 @@ def show_feasibility(paths: Sequence[Path], *, as_json: bool) -> None:
         return
     table = Table(*(escape(cell) for cell in lines[0]), box=None, pad_edge=False)
     for line in lines[1:]:
-        table.add_row(*(escape(cell) for cell in line))
+        table.add_row(*(escape(one_line(cell)) for cell in line))
     console().print(table)
     for warning in warnings:
-        console().print(f"[yellow]warn[/]  {escape(warning)}", soft_wrap=True)
+        console().print(f"[yellow]warn[/]  {escape(one_line(warning))}", soft_wrap=True)
     if not warnings:
         console().print("[green]pass[/]  the sites fit each other")
 

@@ -154,6 +154,7 @@ def _show(found: Findings) -> None:
     from rich.table import Table
 
     from fedmed.cli.display import console
+    from fedmed.errors import one_line
     from fedmed.privacy.refusals import delta_warning
 
     print(_spent(found))
@@ -183,7 +184,7 @@ def _show(found: Findings) -> None:
     refused = [record.body for record in found.audit if not record.body.get("allowed", True)]
     print(f"{len(found.audit)} decisions, {len(refused)} of them refusals; {len(found.egress)} replies left the site")
     for body in refused[-5:]:
-        print(f"  refused: {body['task']}, round {body['round']} of {body['run']}: {body['reason']}")
+        print("  " + one_line(f"refused: {body['task']}, round {body['round']} of {body['run']}: {body['reason']}"))
     head = found.head
     if head:
         print(f"anchor to keep elsewhere: {head.sequence}:{head.hash}")

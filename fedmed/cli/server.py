@@ -63,6 +63,7 @@ def provision(
     """
     from fedmed.deployment.consortium import read_consortium
     from fedmed.deployment.provision import provision as make
+    from fedmed.errors import one_line
 
     place = read_consortium(folder)
     made = make(place, cards or [])
@@ -76,7 +77,7 @@ def provision(
     elif not made.damaged:
         print("no sites yet: fedmed site keygen at each hospital writes its card")
     for wrong in made.damaged:
-        print(wrong, file=sys.stderr)
+        print(one_line(wrong), file=sys.stderr)
 
 
 @app.command("feasibility")
@@ -146,6 +147,7 @@ def submit(
     """
     from fedmed import config as run_file
     from fedmed.deployment import control
+    from fedmed.deployment.continuing import finished
     from fedmed.deployment.coordinators import entrance
     from fedmed.deployment.submission import deployable
     from fedmed.errors import RunFailed
@@ -157,7 +159,7 @@ def submit(
         number = control.submit(client, deployable(config, [node.site for node in control.nodes(client)]))
     if not as_json:
         print(f"run {number} of {config.name} is submitted", flush=True)
-    ended = control.finished(server, number) if wait else None
+    ended = finished(server, number, lambda line: print(line, file=sys.stderr, flush=True)) if wait else None
     kept = folder_of(server.runs, ended.series) if ended and server.runs else None
     if as_json:
         facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}
@@ -178,6 +180,7 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     """
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
+    from fedmed.errors import one_line
 
     with control.control(entrance(folder)) as client:
         sites, runs = control.nodes(client), control.runs(client)
@@ -191,7 +194,7 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     for node in sites:
         print(f"site {node.site}: {node.status}")
     for run in runs:
-        print(f"run {run.number}: {run.status}" + (f" ({run.details})" if run.details else ""))
+        print(f"run {run.number}: {run.status}" + (f" ({one_line(run.details)})" if run.details else ""))
 
 
 @app.command("stop")

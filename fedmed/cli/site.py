@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, one_line
 
 app = typer.Typer(help="A hospital's side: set up, join, take part, check.", no_args_is_help=True)
 
@@ -112,14 +112,13 @@ def check(
     Example: fedmed site check north
     """
     from fedmed.deployment.checks import check_site
-    from fedmed.errors import ConfigError
 
     findings = list(check_site(folder, dry_round=dry_round))
     if as_json:
         print(json.dumps([{"what": f.what, "ok": f.ok, "said": f.said} for f in findings]))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.said}")
+            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {one_line(finding.said)}")
     wrong = sum(not finding.ok for finding in findings)
     if wrong:
         raise ConfigError(f"{wrong} of {len(findings)} checks failed")

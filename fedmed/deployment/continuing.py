@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 from flwr.supercore.control import ControlHttpClient
 
 from fedmed.deployment.consortium import ServerFolder
-from fedmed.deployment.control import FlowerRun, continue_run, runs, stop_run
+from fedmed.deployment.control import FlowerRun, ServerAway, continue_run, control, runs, series_of, stop_run
+from fedmed.deployment.coordinators import Entrance
 
+AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away
 CONTINUE = 3  # times in a row that a run is continued by itself
 KEEP = timedelta(days=7)
 ROOM = 16 << 20  # bytes
@@ -99,6 +102,45 @@ def _continued(tries: Sequence[FlowerRun]) -> int:
     newest_first = list(pairwise(tries))[::-1]
     cut = (run.lost or (run.finished or run.submitted) > after.submitted for run, after in newest_first)
     return len(list(takewhile(bool, cut)))
+
+
+def finished(server: Entrance, number: int, say: Callable[[str], None], every_s: float = 1.0) -> FlowerRun:
+    """Wait until a run, or what continues it, has ended. A server that is started again meanwhile is waited for.
+
+    Args:
+        server: that the run is on.
+        number: of the run.
+        say: told once for each try that the server lost, which may go on much later, as when its disk is full.
+        every_s: between two looks.
+
+    Raises:
+        RunFailed: there is no such run, or the server refuses.
+        ServerAway: it is away for ten minutes.
+    """
+    answered, told = time.monotonic(), 0
+    while True:
+        try:
+            with control(server) as client:
+                tries = series_of(client, number)
+            answered = time.monotonic()
+        except ServerAway:
+            if time.monotonic() - answered > AWAY_S:
+                raise
+        else:
+            run = tries[-1]
+            if run.ended and not awaited(tries, datetime.now(UTC)):
+                return run
+            if run.ended and run.number != told:
+                told = run.number
+                say(f"run {told} was cut off; the server goes on with it when it can, as its log says")
+        time.sleep(every_s)
+
+
+def awaited(tries: Sequence[FlowerRun], now: datetime) -> bool:
+    """Whether the server goes on with the last of these tries of one run by itself, at once or when it has room."""
+    return any(
+        count <= CONTINUE and (run.finished or run.submitted) > now - KEEP for run, count in cut_off(tries, earlier=())
+    )
 
 
 def has_room(folder: ServerFolder, run: FlowerRun) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ from fedmed.deployment.processes import BAD_CERTIFICATE
 from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
-AWAY_S = 600.0  # that whoever waits for a run waits for a server that is away, or that goes on with a run it lost
 GATEWAY = (502, 503, 504)
 OWN_WORDS = "ServerApp failed with exception"  # how Flower begins what a run itself said of its failure
 
@@ -241,37 +239,20 @@ def newest(client: ControlHttpClient, number: int) -> FlowerRun:
     Raises:
         RunFailed: there is no such run.
     """
+    return series_of(client, number)[-1]
+
+
+def series_of(client: ControlHttpClient, number: int) -> list[FlowerRun]:
+    """A run with all that it continued and that continued it, the oldest first.
+
+    Raises:
+        RunFailed: there is no such run.
+    """
     every = runs(client)
     series = {run.series for run in every if run.number == number}
     if not series:
         raise RunFailed(f"there is no run {number}; fedmed server status lists them")
-    return [run for run in every if run.series in series][-1]
-
-
-def finished(server: Entrance, number: int, every_s: float = 1.0) -> FlowerRun:
-    """Wait until a run, or what continues it, has ended.
-
-    A server that is started again meanwhile is waited for, and so is one whose disk is too full to go on with a run.
-
-    Raises:
-        RunFailed: there is no such run, or the server refuses.
-        ServerAway: it is away for ten minutes.
-    """
-    answered = time.monotonic()
-    lost_at: float | None = None
-    while True:
-        try:
-            with control(server) as client:
-                run = newest(client, number)
-            answered = time.monotonic()
-        except ServerAway:
-            if time.monotonic() - answered > AWAY_S:
-                raise
-        else:
-            lost_at = (lost_at or time.monotonic()) if run.lost else None
-            if run.ended and (lost_at is None or time.monotonic() - lost_at > AWAY_S):
-                return run
-        time.sleep(every_s)
+    return [run for run in every if run.series in series]
 
 
 def _start(client: ControlHttpClient, config: Mapping[str, Any], series: int | None) -> int:

@@ -9,6 +9,7 @@ from fedmed import config as run_file
 from fedmed.config import RunConfig, SimulationConfig
 from fedmed.errors import ConfigError
 from fedmed.federated.combiners import too_few_sites
+from fedmed.federated.selection import sample_size
 from fedmed.federated.strategies import server_step
 
 
@@ -20,10 +21,10 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         sites: that may connect.
 
     Raises:
-        ConfigError: it asks for what only a simulation can do, or for what no server does, has no labels, or needs
-            more sites than may connect, others, or fewer.
+        ConfigError: it asks for what only a simulation can do or what its algorithm does not define, has no labels, or
+            needs more sites, or fewer, than may connect.
     """
-    default, asked = SimulationConfig(), config.simulation
+    default, asked, strategy = SimulationConfig(), config.simulation, config.strategy
     for key in ("partition", "policy"):
         if getattr(asked, key) != getattr(default, key):
             raise ConfigError(
@@ -31,25 +32,25 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
             )
     if not config.task.labels:
         raise ConfigError("task.labels: name the labels; a run without them is the demo, which is simulated")
-    if len(sites) < config.strategy.min_sites:
-        least = config.strategy.min_sites
+    if len(sites) < strategy.min_sites:
+        least = strategy.min_sites
         raise ConfigError(
             f"strategy.min-sites = {least}, but {len(sites)} sites are provisioned; fedmed server provision"
         )
-    unknown = sorted(set(config.strategy.required_sites) - set(sites))
+    unknown = sorted(set(strategy.required_sites) - set(sites))
     if unknown:
         near = difflib.get_close_matches(unknown[0], sites, n=1, cutoff=0.0)[0]
         raise ConfigError(f'strategy.required-sites: no site "{unknown[0]}" is provisioned; did you mean "{near}"?')
-    if few := too_few_sites(config.strategy, len(sites)):
-        raise ConfigError(f"{few} provisioned")
-    if 0 < config.privacy.sites < len(sites):
-        meant = config.privacy.sites
-        raise ConfigError(
-            f"privacy.sites = {meant}, but {len(sites)} sites are provisioned, and who comes last would be refused; "
-            f"set it to {len(sites)}, or take sites out"
-        )
-    if ":" not in config.strategy.name:  # an algorithm of one's own lies at the server
+    if ":" not in strategy.name:  # code of one's own is installed at the server, and perhaps not here
         server_step(config)
+    too_few = too_few_sites(strategy, sample_size(len(sites), fraction=strategy.fraction, least=strategy.min_sites))
+    if too_few:
+        raise ConfigError(too_few)
+    if config.privacy.mode == "central" and 0 < config.privacy.sites < len(sites):
+        raise ConfigError(
+            f"privacy.sites = {config.privacy.sites}, but {len(sites)} sites are provisioned, and which of them come "
+            "first must not decide who joins; set it to their number, or to 0, which means it"
+        )
     values = run_file.nested(config)
     values["data"]["sites"] = list(sites)
     values["simulation"] = run_file.nested(RunConfig())["simulation"]

@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedmed.errors import one_line
 from fedmed.federated.local_grid import LocalGrid
 
 LATE = "no answer before the round's deadline"
@@ -110,7 +111,7 @@ def answer_in(reply: Message | None, node: int, group: str) -> RecordDict | str:
     if reply is None:
         return LATE
     if reply.has_error():
-        return " ".join((reply.error.reason or "no reason given")[:LONGEST_REASON].split())
+        return one_line((reply.error.reason or "no reason given")[:LONGEST_REASON])
     if (reply.metadata.src_node_id, reply.metadata.group_id) != (node, group):
         return "the answer is of another round or of another node"
     return reply.content

@@ -10,7 +10,7 @@ from typing import cast
 from flwr.app import ConfigRecord, RecordDict
 
 import fedmed
-from fedmed.errors import UpdateRefused
+from fedmed.errors import UpdateRefused, one_line
 from fedmed.federated.identity import package_hash
 from fedmed.types import Scalar
 
@@ -60,17 +60,15 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
         raise CannotJoin(answer)
     try:
         card = cast(Mapping[str, Scalar], cast(ConfigRecord, answer["card"]))
-        name, version, code = str(card["site"]), str(card["version"]), str(card["code"])
-        problem = " ".join(str(card["problem"])[:LONGEST_TEXT].split())
+        name, version, code = str(card["site"]), one_line(str(card["version"])[:40]), str(card["code"])
+        problem = one_line(str(card["problem"])[:LONGEST_TEXT])
         if not NAME.fullmatch(name):
             raise CannotJoin("its name is none that a site can have")
         if registered and name != registered:
             text = "calls itself by another name than its key is registered for (site.toml: name)"
             raise CannotJoin(text, site=registered)
         if (version, code) != (fedmed.__version__, package_hash()):
-            raise CannotJoin(
-                f"runs fedmed {version[:40]} with other code than the server's {fedmed.__version__}", site=name
-            )
+            raise CannotJoin(f"runs fedmed {version} with other code than the server's {fedmed.__version__}", site=name)
         if problem:  # of the same code: another would have others
             raise CannotJoin(problem, site=name)
         counts = {key: int(card[key]) for key in ("patients", "images", "modalities")}
@@ -85,7 +83,7 @@ def member_of(answer: RecordDict | str, node: int, *, registered: str = "") -> M
             holds_out=bool(card["holds-out"]),
             unreadable=unreadable,
             modalities=counts["modalities"],
-            reasons=" ".join(str(card["reasons"])[:LONGEST_TEXT].split()),
+            reasons=one_line(str(card["reasons"])[:LONGEST_TEXT]),
             masking=_masking(str(card.get("masking-key", "")), str(card.get("masking-signature", ""))),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
