@@ -11,15 +11,18 @@ from contextlib import closing
 import httpx
 import psutil
 import pytest
-from flwr.common.serde import fab_to_proto
+from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import StartAutomationRequest, StartRunRequest
+from flwr.proto.run_pb2 import GetRunResponse, Run
 from flwr.supercore.fab import Fab
 from real_consortium import Started, command, make_consortium, make_site, wait_for
 
+from fedmed import config as run_file
 from fedmed.deployment import certificates, control
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.flower_app import build_app
+from fedmed.deployment.guarded import FOR_SERVER, without_own_files
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(300)]
 LISTEN = "127.0.0.9"  # one interface's address, as a server without nginx may have it
@@ -79,6 +82,17 @@ def test_a_coordinator_starts_the_app_that_is_installed_here_and_no_other(server
         run = client.StartRun(request(own)).run_id
         assert run
         control.stop_run(client, run)
+
+
+def test_a_site_is_told_of_no_file_of_the_server():
+    from flwr.superlink.routers.fleet import router
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    config = run_file.flatten(run_file.validate({"data": {"server": "/own/a.csv"}, "model": {"weights": "/own/b.pt"}}))
+    run = GetRunResponse(run=Run(run_id=1, override_config=user_config_to_proto(config)))
+    told = user_config_from_proto(without_own_files(lambda request, state: run)(None, state=None).run.override_config)
+    assert told == {key: value for key, value in config.items() if key not in FOR_SERVER} and told
+    assert router.fleet_handlers is fleet_handlers and "get_run" in router.fleet_get_run.__code__.co_names
 
 
 def closing_control(folder):

@@ -5,6 +5,8 @@ Flower serves three interfaces on one port: the sites' (Fleet), the coordinator'
 and Runtime answer this machine only, and so do the run folders, which are served beside them. nginx, where it stands
 in front, is on this machine; it lets coordinators in whose certificate it has seen, and tells where sites come from.
 
+Flower gives every site a run's whole configuration. What in it names files and code of this machine is left out there.
+
 A run's app is code that this machine runs as the server's user, beside the authority's key. So there is one app: that
 of the fedmed which is installed here.
 """
@@ -30,6 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 FOR_SITES = "/v1/fleet/"
 LONGEST = 16 << 20  # bytes of a request: Flower sends pieces of 5 MB, and apps of at most 10 MB
 RUN_STARTERS = ("start_run", "start_automation")  # of Flower's Control interface
+FOR_SERVER = ("data.server", "data.dataset", "model.weights")  # files and code of the server, in a run's configuration
 FORBIDDEN, TOO_LONG = 403, 413
 
 
@@ -104,6 +107,22 @@ def own_app_only(act: Callable[..., Any], app: str) -> Callable[..., Any]:
     return checked
 
 
+def without_own_files(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower's function that gives a site a run, which now leaves out what the server alone needs of its configuration.
+
+    Args:
+        act: the function.
+    """
+
+    def given(*arguments: Any, **options: Any) -> Any:
+        answer = act(*arguments, **options)
+        for key in FOR_SERVER:
+            answer.run.override_config.pop(key, None)
+        return answer
+
+    return given
+
+
 def from_here(scope: Scope) -> bool:
     """Whether a request comes from this machine: from loopback, or from the very address that it reached."""
     client, server = scope.get("client"), scope.get("server")
@@ -125,6 +144,7 @@ def main() -> None:
     import flwr.superlink.main as superlink
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from flwr.superlink.servicer.control import control_handlers
+    from flwr.superlink.servicer.fleet import fleet_handlers
 
     create = superlink.create_app
 
@@ -135,6 +155,7 @@ def main() -> None:
 
     for name in RUN_STARTERS:
         vars(control_handlers)[name] = own_app_only(vars(control_handlers)[name], app_hash())
+    fleet_handlers.get_run = without_own_files(fleet_handlers.get_run)
     superlink.create_app = create_guarded
     flower_superlink()
 
