@@ -146,16 +146,20 @@ def test_the_health_of_a_site_follows_its_connection(hospitals):
     wait_for(lambda: status() == 200, 200, lambda: str(status()))
 
 
+@pytest.mark.timeout(1_500)
 @pytest.mark.parametrize(("width", "rounds"), [(50, 2), (3_000, 1)], ids=["200 kB", "12 MB"])
 def test_a_link_of_fifty_kilobytes_a_second_is_slow_and_nothing_else(hospitals, width, rounds):
-    """That many thousand parameters, of four bytes, each way and round, over one line for all of the site's traffic."""
+    """That many thousand parameters, of four bytes, each way and round, over one line for all of the site's traffic.
+
+    The large one takes four minutes to the site, four back, and four once more to be judged there.
+    """
     hospitals.complete()
     passed, began = hospitals.way.passed, time.monotonic()
     hospitals.way.bytes_per_s = 50_000
     try:
         text = RUN.replace("toy:network", "toy:heavy").replace("[task]", f"width = {width}\n[task]")
         text = text.replace("rounds = 2", f"rounds = {rounds}") + "round-timeout-s = 780\n"
-        result = hospitals.result(hospitals.submit(text), 800)
+        result = hospitals.result(hospitals.submit(text), 1_200)
     finally:
         hospitals.way.bytes_per_s = 0
     assert result["status"] == "completed"
