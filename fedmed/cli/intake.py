@@ -282,4 +282,7 @@ def withdrawn_at(site: Path | None, place: Path) -> frozenset[str] | None:
 
 
 def _manifest(place: Path) -> Path:
-    return place / MANIFEST if place.is_dir() else place
+    manifest = place / MANIFEST if place.is_dir() else place
+    if not manifest.is_file():
+        raise DataError(f"{manifest}: no such manifest; `fedmed data import` writes one")
+    return manifest
