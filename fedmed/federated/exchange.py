@@ -11,9 +11,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmed.errors import one_line
-from fedmed.federated.local_grid import LocalGrid
+from fedmed.federated.local_grid import LATE, LocalGrid
 
-LATE = "no answer before the round's deadline"
 GRACE_S = 5.0  # a grid may itself answer for a late site; leave it the time to say so
 LOOK_S = 1.0  # for a node that may be there again
 LONGEST_REASON = 500  # characters of what a site says of its failure

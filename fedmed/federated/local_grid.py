@@ -30,6 +30,7 @@ from fedmed.federated.local_worker import RUN_ID, question, read_answer, work
 from fedmed.federated.spool import Spool
 
 SPOOL_LIMIT = 1 << 30  # bytes of replies that wait to be pulled, above which workers rest; one site may be very slow
+LATE = "no answer before the round's deadline"
 PULL_WAIT_S = 1.0  # how long a pull waits for a reply before it returns nothing
 
 
@@ -259,7 +260,7 @@ class LocalGrid(Grid):
     def _expire(self) -> None:
         """Answer for messages whose time to live is over, and end the workers that hang on them."""
         now = time.monotonic()
-        late = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "no answer before the round's deadline")
+        late = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, LATE)
         for worker in list(self._pool):
             if worker.given and self._sent[worker.given[0].number].deadline <= now:
                 self._replace(worker, late)
