@@ -167,7 +167,7 @@ def test_the_smallest_number_of_patients_is_one_from_which_on_privacy_costs_litt
         arms = ("no privacy", "ε = 3", "given trunk, no privacy", "given trunk, ε = 3")
         return {arm: {"value": value, "low": value, "high": value} for arm, value in zip(arms, values, strict=True)}
 
-    found = {100: row(0.7, 0.69, 0.8, 0.5), 1000: row(0.9, 0.8, 0.9, 0.88), 10_000: row(0.95, 0.93, 0.95, 0.94)}
+    found = {100: row(0.7, 0.69, 0.8, 0.5), 1000: row(0.9, 0.8, 0.85, 0.84), 10_000: row(0.95, 0.93, 0.95, 0.94)}
     *_, scratch, _, trunk = run.phantom_table(found).splitlines()
     assert "from 10,000 patients a hospital on" in scratch, "100 patients lose little of nothing"
-    assert "from 1,000 patients a hospital on" in trunk
+    assert "from 1,000 patients a hospital on" in trunk, "beside the same trunk without privacy"

@@ -1,6 +1,6 @@
 """Run two privacy-budget experiments, and write their tables into README.md and their plots into OUT.
 
-`python run.py OUT` needs no data: phantoms of 100 to 10,000 patients a hospital. `--nih DATA` runs the chest X-rays
+`python run.py OUT` needs no data: phantoms of 10 to 10,000 patients a hospital. `--nih DATA` runs the chest X-rays
 instead. What was run before is reused.
 """
 
@@ -25,7 +25,7 @@ from readme import Found, fedmed, number, put, spread  # noqa: E402  # lies besi
 
 EPSILONS = ("1.0", "3.0", "6.0", "10.0")
 NETWORKS, UNITS = ("small-cnn", "chexnet"), ("patient", "image")
-PATIENTS = (100, 300, 1000, 3000, 10_000)  # of each phantom hospital
+PATIENTS = (10, 30, 100, 300, 1000, 3000, 10_000)  # of each phantom hospital
 SITES = ("site-1", "site-2")
 STEPS_A_PASS = 16  # whatever the number of patients: the mean batch is patients / 16
 TRUNK_PATIENTS, SEED, TRUNK_SEED = 1000, 11, 12  # the trunk learns from patients whom nobody else has
@@ -149,7 +149,7 @@ def phantom_table(found: Mapping[int, Row]) -> str:
     arms = list(next(iter(found.values())))
     lines = [f"| patients of each hospital | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
     lines += [f"| {count:,} | {' | '.join(spread(row[arm]) for arm in arms)} |" for count, row in found.items()]
-    for plain, private, words in ((arms[0], arms[1], "From scratch"), (arms[0], arms[3], "With the given trunk")):
+    for plain, private, words in ((arms[0], arms[1], "From scratch"), (arms[2], arms[3], "With the given trunk")):
         lost = {count: row[plain]["value"] - row[private]["value"] for count, row in found.items()}
         few = [count for count in lost if all(lost[more] < LARGEST_LOSS for more in lost if more >= count)]
         least = f"from {min(few):,} patients a hospital on" if few else "at none of these numbers of patients"
