@@ -59,6 +59,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return module.double(), (channels, *sides)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # it costs PyTorch a copy
 @given(
     made=convolutions(),
     patients=st.lists(st.integers(0, 3), min_size=1, max_size=6),
