@@ -326,7 +326,8 @@ def main() -> None:
         "# One-machine engine\n\n"
         f"`{' '.join(['python benchmarks/engine.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}, {CORES} cores, "
         f"{platform.processor() or platform.machine()}, no GPU, {given.repeats} repeats, engines in turn. "
-        f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch.\n\n"
+        f"Rounds of the short and the long run: {rounds}. Ratios are to plain PyTorch. "
+        "Tables of earlier days: [engine-history.md](engine-history.md).\n\n"
         + "\n".join([head, *(row.text for row in rows)])
         + "\n\n"
         + "\n".join(f"* {line}" for line in verdicts)
