@@ -117,7 +117,7 @@ def hospital(folder: Path, patients: int = 24) -> Path:
 def test_a_card_follows_a_check_of_this_very_manifest_and_names_nobody(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fedmed.intake.check.apart", here)
     site, card = hospital(tmp_path / "north"), tmp_path / "north.json"
-    with pytest.raises(DataError, match="manifest.csv: no such manifest; `fedmed data import`"):
+    with pytest.raises(DataError, match="no such manifest; `fedmed data import`"):
         write_card(tmp_path, card)
     with pytest.raises(DataError, match="not checked yet"):
         write_card(site, card)

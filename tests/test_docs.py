@@ -155,6 +155,16 @@ def test_shown_run_files_are_valid(tmp_path):
         load(run)
 
 
+def test_every_number_of_readmes_first_table_stands_in_the_page_that_its_row_names():
+    def numbers(text: str) -> set[str]:
+        return set(re.findall(r"[+-]?\d+\.?\d*", text.replace(",", "").replace("−", "-")))
+
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\| \[[a-z-]+\]\(([^)]+)\) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 5
+    for shown, page in rows:
+        assert numbers(shown.replace("DenseNet-121", "")) <= numbers((ROOT / page).read_text()), page
+
+
 def test_readme_example_for_python_runs(tmp_path):
     (example,) = blocks(ROOT / "README.md", "python")
     manifests = [

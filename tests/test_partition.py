@@ -1,6 +1,7 @@
 """How patients are dealt to virtual hospitals: always whole, always the same way, and as skewed as was asked."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -13,15 +14,16 @@ from dicom_files import cells_of, image_object, picture, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed_run import count_calls
+from rich.console import Console
 
 from fedmed import config as run_file
-from fedmed.cli.hospital_table import bar_of
+from fedmed.cli.hospital_table import bar_of, hospital_table
 from fedmed.config import RunConfig
 from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError, DataError
 from fedmed.federated import partition
 from fedmed.federated.run_folder import RunFolder
-from fedmed.federated.virtual_hospitals import planned, with_hospitals
+from fedmed.federated.virtual_hospitals import Hospital, planned, with_hospitals
 
 people = st.lists(st.integers(0, 10_000), min_size=20, max_size=120, unique=True).map(
     lambda numbers: [f"P{number}" for number in numbers]
@@ -141,9 +143,23 @@ def test_a_dry_run_shows_the_hospitals_and_the_share_of_every_label(tmp_path, fe
         name, patients, images, finding = (cell.strip() for cell in line[1:-1])
         assert (name, patients, images.split()[0]) == (hospital.name, str(hospital.patients), str(hospital.images))
         share = hospital.positives[0] / hospital.images
-        assert finding == f"{bar_of(share)} {100 * share:3.0f} %".strip()
+        assert finding == f"{100 * share:3.0f} % {bar_of(share)}".strip()
     assert bar_of(0.0) == " " * 12 and bar_of(1.0) == "█" * 12 and bar_of(0.5).strip() == "█" * 6
     assert bar_of(1 / 16, width=2) == "▏ "
+
+
+@pytest.mark.parametrize("count", [1, 4, 14])
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_every_share_is_shown_however_narrow_the_terminal_is(count, width):
+    labels, positives = [f"finding-{place}" for place in range(count)], tuple(range(count))
+    hospital = Hospital(name="site-1", patients=30, images=50, positives=positives)
+    console = Console(width=width, file=io.StringIO())
+    console.print(hospital_table([hospital], labels, width))
+    shown = console.file.getvalue()
+    said = " ".join(line.split("│")[4].strip() for line in shown.splitlines() if line.startswith("│"))
+    for label, positive in zip(labels, positives, strict=True):
+        assert f"{2 * positive} % " in shown or f"{label} {2 * positive}" in said
+    assert "…" not in shown
 
 
 def test_a_run_folder_keeps_its_hospitals_and_a_repeated_run_gets_the_same(tmp_path):

@@ -139,7 +139,8 @@ def _show_hospitals(config: RunConfig, hospitals: Sequence[Hospital]) -> None:
     from fedmed.cli.display import console
     from fedmed.cli.hospital_table import hospital_table
 
-    console().print(hospital_table(hospitals, config.task.labels))
+    shown = console()
+    shown.print(hospital_table(hospitals, config.task.labels, shown.width))
 
 
 def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
