@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -66,6 +67,29 @@ def test_every_plot_and_picture_of_a_segmentation_is_drawn(tmp_path: Path, chrom
     dom = opened(chromium, write_report(write_run(tmp_path / "run", facts, evaluation)).as_uri())
     assert re.search(r'id="plot-hd95"[^>]*>\s*<div class="plot-container', dom) and "plot-cases" in drawn(dom)
     assert f'<img src="{PICTURE}"' in dom
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_page_is_no_wider_than_a_phone_and_can_be_printed(task: str, tmp_path: Path, chromium: list[str]) -> None:
+    name, metrics = "hospital_" * 8, {f"auroc/finding_{number}": estimate(0.8) for number in range(14)}
+    sites, log = [site(name, 0.8, metrics=metrics), site("b", None)], [entry(1, ["b"], {name: "reason " * 20})]
+    facts = result(task=task, sites=sites, rounds_log=log)
+    if task == "segmentation":
+        facts["server"] = {"metrics": {"dice": estimate(0.83)}}
+        evaluation = {"kind": task, "labels": ["lung"], "cases": {"lung": [0.7, 0.9]}, "hd95": {"lung": [3.0, 7.5]}}
+    else:
+        evaluation = EVALUATION
+    page = write_report(write_run(tmp_path / "run", facts, evaluation))
+    within = tmp_path / "phone.html"  # a window of the browser itself is 500 wide at least
+    within.write_text(
+        f'<iframe width=390 height=844 frameborder=0 srcdoc="{html.escape(page.read_text())}"></iframe><script>'
+        "setTimeout(() => document.title = frames[0].document.documentElement.scrollWidth, 3000)</script>"
+    )
+    title = re.search(r"<title>(\d+)</title>", opened(chromium, within.as_uri()))
+    assert title and int(title[1]) <= 390
+    printed = tmp_path / "page.pdf"
+    subprocess.run([*chromium, f"--print-to-pdf={printed}", page.as_uri()], capture_output=True, check=True)
+    assert 1 <= printed.read_bytes().count(b"/Type /Page\n") <= 10
 
 
 def test_a_site_page_opens_without_a_script(tmp_path: Path, chromium: list[str]) -> None:
