@@ -44,7 +44,7 @@ check: .venv/installed ## style, types and architecture
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: .venv/installed ## time the engine, the reading of images and the networks beside their floors and peers
+bench: .venv/installed ## time engine, algorithms, reading, networks, aggregation, many and absent sites; more: benchmarks/*.py
 	@$(BIN)/python benchmarks/engine.py
 	@$(BIN)/python benchmarks/algorithms.py
 	@$(BIN)/python benchmarks/data.py

@@ -1,17 +1,19 @@
 """What dropping out costs: every site misses each round with some chance, from none to one half.
 
-    .venv/bin/python benchmarks/dropout.py                  # minutes
+    .venv/bin/python benchmarks/dropout.py                          # minutes; phantoms
+    .venv/bin/python benchmarks/dropout.py --run RUN.toml --seeds 3 # any hospitals
 
-The built-in phantom hospitals train a small network; only the chance differs between rows. A site drops out by a failed
-answer, in the same rounds whenever the command is repeated; one site always answers. The table goes to
-benchmarks/dropout.md.
+Only the chance differs between rows. A site drops out by a failed answer, in the same rounds whenever the command is
+repeated; one site always answers. The table goes to benchmarks/dropout.md, under the name of the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -21,29 +23,40 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedmed.config import RunConfig, validate
+from fedmed.config import RunConfig, load, nested, validate
 from fedmed.federated.local_grid import LocalGrid
 from fedmed.federated.phantoms import with_phantoms
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).absolute().parent
+sys.path.insert(0, str(HERE.parent / "simulations"))
+
+from readme import put  # noqa: E402  # lies beside the simulations
+
 CHANCES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def run_of(rounds: int) -> RunConfig:
+def phantoms() -> RunConfig:
     return with_phantoms(
         validate(
             {
+                "name": "phantoms",
                 "model": {"name": "small-cnn", "norm": "batch"},
                 "task": {"labels": ["nodule", "cavity", "reticulation", "consolidation"]},
-                "train": {"rounds": rounds, "local-epochs": 2},
-                "strategy": {"min-sites": 1, "lost-after": 0},
-                "evaluate": {"keep": "last", "bootstrap": 200},
-                "simulation": {"device": "cpu"},
+                "train": {"rounds": 5},
             }
         )
     )
+
+
+def dropping(config: RunConfig) -> RunConfig:
+    """The run as it is measured: no site is given up for good, and the last network counts."""
+    values = nested(config)
+    values["strategy"].update({"min-sites": 1, "lost-after": 0})
+    values["evaluate"].update({"keep": "last"})
+    values["simulation"]["device"] = "cpu"
+    return validate(values)
 
 
 def drops(chance: float, round: str, node: int) -> bool:
@@ -66,42 +79,59 @@ def with_dropouts(grid: LocalGrid, chance: float) -> None:
     grid.push_messages = losing  # type: ignore[method-assign]
 
 
-def row(chance: float, result: dict[str, Any]) -> str:
-    metric = result["server"]["metrics"]["auroc"]
-    joined = sum(len(entry["joined"]) for entry in result["rounds_log"])
-    asked = joined + sum(len(entry["failed"]) for entry in result["rounds_log"])
-    interval = f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"
-    return f"| {100 * chance:.0f} % | {joined} of {asked} | {result['rounds']} | {result['status']} | {interval} |"
+def facts_of(config: RunConfig, chance: float, folder: Path) -> dict[str, Any]:
+    """Of one run, in a process of its own: workers are forked from one without threads."""
+    kept = RunFolder.create(folder, config)
+    child = os.fork()
+    if child == 0:
+        try:
+            with local_grid(config, kept) as grid:
+                with_dropouts(grid, chance)
+                run_on(grid, config, kept, lambda event: None)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    facts: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def row(chance: float, results: list[dict[str, Any]], primary: str) -> str:
+    found = [result["server"]["metrics"][primary] for result in results]
+    rounds = [entry for result in results for entry in result["rounds_log"]]
+    joined = sum(len(entry["joined"]) for entry in rounds)
+    asked = joined + sum(len(entry["failed"]) for entry in rounds)
+    values = [metric["value"] for metric in found]
+    low, high = (found[0]["low"], found[0]["high"]) if len(found) == 1 else (min(values), max(values))
+    status = ", ".join(sorted({result["status"] for result in results}))
+    mean = statistics.fmean(values)
+    return f"| {100 * chance:.0f} % | {joined} of {asked} | {status} | {mean:.3f} ({low:.3f}–{high:.3f}) |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--run", type=Path, help="of which hospitals; default: phantoms")
+    parser.add_argument("--seeds", type=int, default=1)
     given = parser.parse_args()
-    config, rows = run_of(given.rounds), []
+    config, rows = dropping(load(given.run) if given.run else phantoms()), []
     with tempfile.TemporaryDirectory(prefix="fedmed-dropout-") as temporary:
         for chance in CHANCES:
-            folder = RunFolder.create(Path(temporary) / str(chance), config)
-            child = os.fork()  # a process for each run: workers are forked from one without threads
-            if child == 0:
-                with local_grid(config, folder) as grid:
-                    with_dropouts(grid, chance)
-                    result = run_on(grid, config, folder, lambda event: None)
-                (folder.path / "row").write_text(row(chance, result), encoding="utf-8")
-                os._exit(0)
-            os.waitpid(child, 0)
-            rows.append((folder.path / "row").read_text(encoding="utf-8"))
+            results = []
+            for seed in range(config.seed, config.seed + given.seeds):
+                seeded = validate(nested(config) | {"seed": seed})
+                results.append(facts_of(seeded, chance, Path(temporary) / f"{chance}-{seed}"))
+            rows.append(row(chance, results, config.primary))
             print(rows[-1], file=sys.stderr, flush=True)
+    spread = f"mean of {given.seeds} seeds, lowest and highest" if given.seeds > 1 else "95 %, by patient"
+    words = [given.run.name if word == str(given.run) else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/dropout.py", *words])
     text = (
-        "# Sites that drop out\n\n"
-        f"`{' '.join(['python benchmarks/dropout.py', *sys.argv[1:]])}` on {time.strftime('%Y-%m-%d')}: four phantom "
-        f"hospitals, small-cnn, {given.rounds} rounds, `lost-after = 0`, the last network on the server's patients.\n\n"
-        "| chance to miss a round | updates used | rounds | status | AUROC (95 %) |\n"
-        "|---|---|---|---|---|\n" + "\n".join(rows)
+        f"`{command}` on {time.strftime('%Y-%m-%d')}: {len(config.data.sites)} hospitals, {config.model.name}, "
+        f"{config.train.rounds} rounds, `lost-after = 0`, the last network on the server's patients.\n\n"
+        f"| chance to miss a round | updates used | status | {config.primary} ({spread}) |\n"
+        "|---|---|---|---|\n" + "\n".join(rows)
     )
     print(text)
-    if given.rounds == 10:
-        (HERE / "dropout.md").write_text(text + "\n", encoding="utf-8")
+    put(HERE / "dropout.md", config.name, text)
 
 
 if __name__ == "__main__":
