@@ -125,6 +125,22 @@ def test_form_follows_the_size_of_the_map() -> None:
     assert form(2048, 32) == "gram"  # a gradient of 38 million numbers for each image would not fit
 
 
+@pytest.mark.parametrize("side", [224, 512])
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(1, 2, 3),
+        nn.Sequential(nn.Conv2d(1, 16, 7, stride=2, padding=3), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2)),
+        nn.ConvTranspose2d(1, 2, 2, stride=2),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(6), nn.Conv2d(4, 32, 3)),
+    ],
+    ids=["plain", "first of a ResNet", "transposed", "kept and gram"],
+)
+def test_images_of_full_size_are_clipped_as_exactly_as_small_ones(module: nn.Module, side: int) -> None:
+    images = torch.randn((3, 1, side, side), generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    check(module.double(), images, torch.tensor([0, 1, 0]), fallbacks=[])
+
+
 def rows_by_gram(layer: str, images: list[int]) -> int:
     """Of patients with so many images each, the images whose gradient of a layer is not kept."""
     patients = patients_of(torch.repeat_interleave(torch.arange(len(images)), torch.tensor(images)))

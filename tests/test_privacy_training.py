@@ -20,6 +20,7 @@ from fedmed.errors import BudgetExhausted, DataError, ModelError, PolicyRefused
 from fedmed.federated.admission import privacy_in
 from fedmed.federated.run_folder import RunFolder
 from fedmed.federated.simulation import local_grid, run_on
+from fedmed.federated.sites import virtual_sites
 from fedmed.privacy.planning import plan_training
 from fedmed.training.site import Site
 from fedmed.training.site_round import evaluate_round, site_card, train_round
@@ -219,6 +220,34 @@ def test_p02_the_stricter_of_run_and_site_wins(toy_config, tmp_path):
     strict = privacy_in(train(run_of(toy_config, privacy=PRIVATE), site_in(tmp_path / "b", policy)).facts)
     assert strict["events"][0]["noise_multiplier"] > free["events"][0]["noise_multiplier"]
     assert strict["epsilon_total"] <= 1.0
+
+
+def test_p02_in_one_run_every_site_keeps_to_an_epsilon_of_its_own(toy_config, simulate, tmp_path, monkeypatch):
+    limits = {"a-400": 1.0, "b-400": 2.5, "c-400": 8.0}
+    for name, limit in limits.items():
+        (tmp_path / f"{name}.toml").write_text(f"[policy.privacy]\nepsilon = {limit}\nstable-ids = true\n")
+
+    def ruled_apart(*given):
+        """The virtual hospitals, each under a policy of its own, as hospitals with a site.toml each are."""
+        return tuple(
+            replace(site, oversight=replace(site.oversight, policy=tmp_path / f"{site.name}.toml"))
+            for site in virtual_sites(*given)
+        )
+
+    monkeypatch.setattr("fedmed.federated.sites.virtual_sites", ruled_apart)
+    result, _ = simulate(
+        toy_config(
+            *limits, privacy={**PRIVATE, "epsilon": 4.0}, train={"rounds": 2, "batch-size": 32, "local-steps": 3}
+        )
+    )
+    assert result["status"] == "completed"
+    said = {site["site"]: site["privacy"] for site in result["sites"]}
+    for name, limit in limits.items():
+        truth = pld(said[name]["events"], said[name]["delta"])
+        assert truth <= said[name]["epsilon"] <= min(truth + 0.015, limit, 4.0)
+        assert said[name]["epsilon"] > 0.95 * min(limit, 4.0), "and the noise is no larger than it has to be"
+    noise = [said[name]["events"][0]["noise_multiplier"] for name in limits]
+    assert noise == sorted(set(noise), reverse=True)
 
 
 def test_p02_both_epsilons_are_at_the_delta_that_is_said(toy_config, tmp_path):
