@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from real_consortium import Started, make_consortium, online, wait_for
@@ -97,9 +98,10 @@ class Hospitals:
         wait_for(lambda: online(self.server) == set(SITES), 300, lambda: f"only {online(self.server)} came")
 
     def submit(self, text: str) -> Started:
+        """Submit a run; one that is called "toy" gets a name of its own, by which what the sites recorded is found."""
         self.runs += 1
         run = self.root / f"run-{self.runs}.toml"
-        run.write_text(text)
+        run.write_text(text.replace('name = "toy"\n', f'name = "toy-{self.runs}"\n', 1))
         log = self.root / f"run-{self.runs}.out"
         return Started("server", "submit", run, "--server", self.server, "--wait", "--json", log=log)
 
@@ -122,17 +124,35 @@ class Hospitals:
         facts = json.loads(submitted.log.read_text().splitlines()[-1])
         return self.checked(Path(facts["folder"]))
 
-    @staticmethod
-    def checked(folder: Path) -> dict:
-        """The result in a run folder, after its record was compared with its events."""
-        result = json.loads((folder / "result.json").read_text())
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-        for entry in result["rounds_log"]:
-            came = {e["site"] for e in events if (e["kind"], e["round"]) == ("update_received", entry["round"])}
-            failed = {failure["site"] for failure in entry["failed"]}
-            assert set(entry["joined"]) == came
-            assert came.isdisjoint(failed) and came | failed == set(SITES)
-            assert all(failure["reason"] for failure in entry["failed"])
-        whole = all(set(entry["joined"]) == set(SITES) for entry in result["rounds_log"])
-        assert result["status"] == ("completed" if whole else "degraded")
-        return result
+    def checked(self, folder: Path) -> dict:
+        """The result in a run folder, after its record was compared with what the sites recorded."""
+        return checked(folder, self.folder)
+
+
+def checked(folder: Path, site: Callable[[str], Path]) -> dict:
+    """The result in a run folder, after its record was compared with its events and with the sites' own manifests.
+
+    Args:
+        folder: of a run over all `SITES`, whose name no other run has.
+        site: gives the folder of a site.
+    """
+    result = json.loads((folder / "result.json").read_text())
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    for entry in result["rounds_log"]:
+        joined, round = set(entry["joined"]), entry["round"]
+        begun = max(n for n, e in enumerate(events) if (e["kind"], e["round"]) == ("round_started", round))  # again
+        came = {e["site"] for e in events[begun:] if (e["kind"], e["round"]) == ("update_received", round)}
+        failed = {failure["site"] for failure in entry["failed"]}
+        assert joined == came
+        assert all(sent(site(name), result["name"], round) for name in joined)
+        assert joined.isdisjoint(failed) and joined | failed == set(SITES)
+        assert all(failure["reason"] for failure in entry["failed"])
+    whole = all(set(entry["joined"]) == set(SITES) for entry in result["rounds_log"])
+    assert result["status"] == ("completed" if whole else "degraded")
+    return result
+
+
+def sent(site: Path, run: str, round: int) -> bool:
+    """Whether a site's own manifest says that its update of a round left it."""
+    bodies = [json.loads(line)["body"] for line in (site / "state" / "egress.jsonl").read_text().splitlines()]
+    return any((body["run"], body["round"], body["task"]) == (run, round, "train") for body in bodies)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import typer
 
 from fedmed.cli import app
+from fedmed.deployment.processes import free_port
 from fedmed.errors import FedmedError
 
 RUN = """\
@@ -38,12 +38,6 @@ max-weight-share = 1.0
 def command(*words: object) -> object:
     """A `fedmed` command, in this process: importing once is enough. Returns a status that it ended with early."""
     return typer.main.get_command(app).main(list(map(str, words)), standalone_mode=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_site(root: Path, name: str) -> Path:

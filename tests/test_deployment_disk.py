@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from full_disks import MOUNTS
 from hospitals import Hospitals
 from real_consortium import RUN, recorded, wait_for
 
@@ -25,16 +25,10 @@ HEAVY = LONG.replace('"toy:network"', '"toy:heavy"\nwidth = 1000')  # 4 MB
 TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as a running task has; messages ask for it
 
 
-def can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode == 0
-
-
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory):
     """The server and one of three sites have small disks of their own."""
-    if not can_mount():
+    if not MOUNTS:
         pytest.skip("a small disk needs a private mount, which this machine does not allow")
     made = Hospitals(tmp_path_factory.mktemp("h"))
     made.small = {"server": 256, SITE: 16}

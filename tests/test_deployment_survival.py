@@ -55,6 +55,8 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
     wait_for(lambda: moment != "middle" or time.monotonic() > seen + 1, 10, str)
     wait_for(lambda: (recorded(site, "egress", "train") > before["egress"]) == (moment == "late"), 60, str, 0.002)
     assert victim.status() != psutil.STATUS_ZOMBIE
+    log = hospitals.started[name].log
+    said = len(log.read_text())
     victim.send_signal(signal.SIGKILL)
     assert hospitals.seen(run, "round_started", 1) and not hospitals.seen(run, "round_finished", 1)
     if kind == "runner":
@@ -63,7 +65,7 @@ def test_a_run_finishes_with_a_true_record_after_a_kill(hospitals, kind, moment)
         wait_for(lambda: not below(), 60, lambda: f"{below()} stayed")
         hospitals.start(name)
     if kind == "launcher":  # which a SuperNode does not miss: it stays connected, and would answer nothing any more
-        hospitals.started[name].says("what starts its tasks was gone")
+        wait_for(lambda: "what starts its tasks was gone" in log.read_text()[said:], 120, log.read_text)
     result = hospitals.result(submitted)
     assert len(result["rounds_log"]) == 3
     others = set(SITES) - {name}
@@ -76,7 +78,7 @@ def test_a_task_that_hangs_costs_no_other_site_its_round(hospitals):
     hospitals.complete()
     name = SITES[0]  # whose answer is waited for first
     before = recorded(hospitals.root / name, "audit", "train")
-    submitted = hospitals.submit(LONG.replace("round-timeout-s = 180", "round-timeout-s = 40").replace("= 3", "= 2"))
+    submitted = hospitals.submit(LONG.replace("timeout-s = 180", "timeout-s = 40").replace("rounds = 3", "rounds = 2"))
     wait_for(lambda: recorded(hospitals.root / name, "audit", "train") > before, 300, submitted.log.read_text)
     wait_for(lambda: "worker" in processes_of(hospitals.started[name].process.pid), 60, submitted.log.read_text)
     processes_of(hospitals.started[name].process.pid)["worker"].send_signal(signal.SIGSTOP)
