@@ -49,8 +49,30 @@ def test_a_task_that_cannot_even_be_made_is_answered_at_once():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["first", "later"])
+def test_a_server_whose_disk_was_full_goes_on_by_itself_and_counts_every_round_once(hospitals, moment):
+    """First: while the first network goes out. Later: before the second checkpoint is written."""
+    hospitals.complete()
+    disk, kind = hospitals.started["server"], "run_started" if moment == "first" else "round_finished"
+    submitted = hospitals.submit(HEAVY.replace('name = "toy"', f'name = "{moment}"'))
+    wait_for(lambda: hospitals.seen(moment, kind, int(moment == "later")), 400, submitted.log.read_text)
+    disk.fill()
+    full = time.monotonic()
+    wait_for(lambda: time.monotonic() > full + 40, 60, str)
+    assert disk.process.poll() is None
+    assert not hospitals.seen(moment, "run_finished", 4)
+    disk.free()
+    wait_for(lambda: hospitals.seen(moment, "run_finished", 4), 500, lambda: disk.log.read_text()[-5000:])
+    submitted.process.wait(100)
+    result = hospitals.checked(hospitals.run_folder(moment))
+    assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3, 4]
+    assert str(disk.folder) not in submitted.log.read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["between", "training"])
 def test_a_site_whose_disk_is_full_misses_a_round_and_its_ledger_says_enough(hospitals, tmp_path, moment):
+    """The last of this file: sites that have trained with privacy refuse to train without it."""
     hospitals.complete()
     disk = hospitals.started[SITE]
     before = recorded(disk.folder, "audit", "train")
@@ -76,24 +98,3 @@ def test_a_site_whose_disk_is_full_misses_a_round_and_its_ledger_says_enough(hos
     left = [e for e in hospitals.events(moment) if (e["kind"], e.get("site")) == ("update_received", SITE)]
     assert charged >= sum(event["steps"] for event in left) == 90
     assert all(event["epsilon"] <= found.spent.epsilon for event in left)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["first", "later"])
-def test_a_server_whose_disk_was_full_goes_on_by_itself_and_counts_every_round_once(hospitals, moment):
-    """First: while the first network goes out. Later: before the second checkpoint is written."""
-    hospitals.complete()
-    disk, kind = hospitals.started["server"], "run_started" if moment == "first" else "round_finished"
-    submitted = hospitals.submit(HEAVY.replace('name = "toy"', f'name = "{moment}"'))
-    wait_for(lambda: hospitals.seen(moment, kind, int(moment == "later")), 400, submitted.log.read_text)
-    disk.fill()
-    full = time.monotonic()
-    wait_for(lambda: time.monotonic() > full + 40, 60, str)
-    assert disk.process.poll() is None
-    assert not hospitals.seen(moment, "run_finished", 4)
-    disk.free()
-    wait_for(lambda: hospitals.seen(moment, "run_finished", 4), 500, lambda: disk.log.read_text()[-5000:])
-    submitted.process.wait(100)
-    result = hospitals.checked(hospitals.run_folder(moment))
-    assert [entry["round"] for entry in result["rounds_log"]] == [1, 2, 3, 4]
-    assert str(disk.folder) not in submitted.log.read_text()
