@@ -16,6 +16,7 @@ import torch
 from conftest import toy_run
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from real_consortium import recorded
 
 from fedmed.deployment import confinement, task
 from fedmed.deployment.site_folder import SiteFolder, read_site_folder
@@ -119,12 +120,14 @@ if __name__ == "__main__":
     said["memory"] = shown(ask(site, question("toy:greedy"), task_memory_gib=2.0))
     task.app = spin
     said["late"] = shown(ask(site, toy, deadline_s=2.0, task_stalls_after_s=1.0))
-    said["too long"] = shown(ask(site, toy, task_longest_s=2.0, task_stalls_after_s=1.0))
+    said["too long"] = shown(ask(site, toy, deadline_s=1e6, task_longest_s=2.0, task_stalls_after_s=1.0))
     task.app = die
     said["killed"] = shown(ask(site, toy))
     task.app = REAL
     alone, confinement._own_network = confinement._own_network, lambda: ""
+    before = recorded(site.root, "audit", "train")
     said["unconfined"] = shown(ask(site, toy, require_confinement=True))
+    said["recorded while unconfined"] = recorded(site.root, "audit", "train") - before
     said["unconfined, not asked for"] = shown(ask(site, toy))
     confinement._own_network = alone
     for name, largest in (("no message", 1000), ("no record", 4000)):  # in bytes, of a file: real errors of the disk
