@@ -83,8 +83,8 @@ def test_the_check_subtracts_what_the_ledger_decides_by_and_a_clock_does_not_fai
     ledger.reserve(RUN, 1, [step(1.0, 0.02, 200)], cohort(ledger.keys, range(20)))
     spent = ledger.spent()
     ledger.close()
-    for time in ("2026-05-02", "2001-01-01"):
-        body = {"kind": "decision", "time": time, "allowed": True, "task": "evaluate", "round": 1}
+    for time, allowed in (("2026-05-02", {"allowed": False, "rule": "paused"}), ("2001-01-01", {"allowed": True})):
+        body = {"kind": "decision", "time": time, "task": "evaluate", "round": 1, **allowed}
         audit_log(north / "state").append(body, ledger.keys)
     left = 8.0 - spent.epsilon_rdp
     shown = f"{8.0 - float(rounded_up(spent.epsilon_rdp, 3)):.3f}"
@@ -93,5 +93,6 @@ def test_the_check_subtracts_what_the_ledger_decides_by_and_a_clock_does_not_fai
     assert found.ok and f"{shown} is left" in found.said and "warning" in found.said
     facts = site_facts(read_site_folder(north), up_since="", connected=True)
     assert facts["epsilon_left"] == pytest.approx(left) and facts["problem"] is None
+    assert facts["last_refusal"] == {"time": "2026-05-02", "rule": "paused"}
     command("ledger", "verify", north)
     assert "warning: audit.jsonl: the clock went back before record 2" in capsys.readouterr().out
