@@ -162,6 +162,12 @@ def test_every_share_is_shown_however_narrow_the_terminal_is(count, width):
     assert "…" not in shown
 
 
+def test_hospitals_with_masks_have_no_shares():
+    console = Console(width=80, file=io.StringIO())
+    console.print(hospital_table([Hospital(name="site-1", patients=30, images=50)], ["a"] * 14, 80))
+    assert "positive" not in console.file.getvalue() and "█" * 12 in console.file.getvalue()
+
+
 def test_a_run_folder_keeps_its_hospitals_and_a_repeated_run_gets_the_same(tmp_path):
     config = run_over(tmp_path / "data", "dirichlet", **{"partition-sites": 3})
     for name in ("one", "two"):

@@ -28,7 +28,7 @@ def hospital_table(hospitals: Sequence[Hospital], labels: Sequence[str], width: 
     most = max((hospital.images for hospital in hospitals), default=1)
     shares = [[count / max(hospital.images, 1) for count in hospital.positives] for hospital in shown]
     columns = max((len(each.name) for each in shown), default=0) + len(" patients ") + WIDTH + 16
-    bars = columns + sum(max(len(label), WIDTH + 6) + 3 for label in labels) <= width
+    bars = not counted or columns + sum(max(len(label), WIDTH + 6) + 3 for label in labels) <= width
     table = Table("site", "patients", "images", *((labels if bars else ("positive, %",)) if counted else ()))
     for hospital, each in zip(shown, shares, strict=True):
         if bars:
