@@ -10,7 +10,7 @@ from fedmed.deployment.checks import check_site
 from fedmed.deployment.health import site_facts
 from fedmed.deployment.records import records_at
 from fedmed.deployment.site_folder import read_site_folder
-from fedmed.errors import FedmedError
+from fedmed.errors import FedmedError, LedgerUnusable
 from fedmed.privacy.audit_log import audit_log
 from fedmed.privacy.keys import read_keys
 from fedmed.privacy.ledger import Ledger
@@ -53,6 +53,44 @@ def test_an_older_copy_is_found_by_the_witness_of_the_policy(north):
     found = records_at(north).examine(records_at(north).key())
     assert len(found.records) < before
     assert any("missing at its end" in fault for fault in found.faults)
+
+
+@pytest.mark.parametrize("copy", [True, False], ids=["older-copy", "no-copy"])
+@pytest.mark.parametrize("witness", [True, False], ids=["witness", "no-witness"])
+def test_a_hospital_that_lost_its_machine_comes_back_with_what_it_spent_if_it_has_a_witness(north, copy, witness):
+    """As the hospitals' page says, step by step; without a witness nothing here knows what is missing."""
+    site, safe = north / "site.toml", north.parent / "safe"
+    site.write_text(site.read_text() if witness else site.read_text().replace('"../far"', '""'))
+    opened(north).close()
+    shutil.copytree(north, safe)
+    ledger = opened(north)
+    people = cohort(ledger.keys, range(20))
+    ledger.reserve(RUN, 1, [step(0.9, 1.0, 1)], people)
+    spent, head = ledger.epsilon_rdp, ledger.head
+    ledger.close()
+    shutil.rmtree(north)
+    shutil.copytree(safe, north, ignore=None if copy else shutil.ignore_patterns("state"))
+
+    def faults(**known: object) -> tuple[str, ...]:
+        return records_at(north).examine(records_at(north).key(), **known).faults
+
+    if copy:
+        assert any("missing at its end" in fault for fault in faults(anchors=[head]))
+        assert bool(faults()) == witness
+    back = opened(north)
+    assert back.epsilon_rdp == pytest.approx(spent if witness else 0.0)
+    if witness:
+        assert all("members of a cohort are missing" in fault for fault in faults(anchors=[head])) and faults()
+        back.reserve(RUN, 2, [step(40.0, 0.02, 1)], people)
+        assert faults(anchors=[head]) == ()
+    back.close()
+
+
+def test_records_cannot_be_used_with_new_keys(north):
+    shutil.rmtree(north / "keys")
+    command("site", "keygen", north)
+    with pytest.raises(LedgerUnusable, match="not signed with this site's key"):
+        opened(north)
 
 
 def test_a_witness_that_cannot_be_reached_is_a_fault_and_not_silence(north):

@@ -2,11 +2,16 @@
 
 import hashlib
 import io
+import json
+import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import zipfile
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import psutil
@@ -15,13 +20,13 @@ from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_
 from flwr.proto.control_pb2 import StartAutomationRequest, StartRunRequest
 from flwr.proto.run_pb2 import GetRunResponse, Run
 from flwr.supercore.fab import Fab
-from real_consortium import Started, command, make_consortium, make_site, wait_for
+from real_consortium import RUN, Started, command, make_consortium, make_site, wait_for
 
 from fedmed import config as run_file
 from fedmed.deployment import certificates, control
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.coordinators import own_entrance
-from fedmed.deployment.flower_app import build_app
+from fedmed.deployment.flower_app import app_folder, build_app
 from fedmed.deployment.guarded import FOR_SERVER, without_own_files
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(300)]
@@ -67,8 +72,8 @@ def test_a_coordinator_starts_the_app_that_is_installed_here_and_no_other(server
         archive.writestr("server/more.py", "")
 
     def request(content: bytes, **more: object) -> StartRunRequest:
-        fab = Fab(hashlib.sha256(own).hexdigest(), content, {})
-        return StartRunRequest(fab=fab_to_proto(fab), **more)
+        fab, sites = Fab(hashlib.sha256(own).hexdigest(), content, {}), {"data.sites": "north,south"}
+        return StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(sites), **more)
 
     with closing_control(server[1]) as client:
         for refused in (
@@ -82,6 +87,49 @@ def test_a_coordinator_starts_the_app_that_is_installed_here_and_no_other(server
         run = client.StartRun(request(own)).run_id
         assert run
         control.stop_run(client, run)
+
+
+def test_flwr_run_starts_the_same_run_as_submit(server, tmp_path):
+    """By what the page says of Flower's own command; a run that names no sites would be the demo's, of phantoms."""
+    started, folder = server
+    before = set(folder.runs.glob("*"))
+    file = tmp_path / "run.toml"
+    file.write_text(RUN)
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.chest]\naddress = "{LISTEN}:{folder.consortium.port}"\n'
+        f'root-certificates = "{folder.tls / "ca.crt"}"\n'
+    )
+    config = run_file.load(file)
+    flat = run_file.flatten(config)
+
+    def flwr_run(sites: str) -> tuple[int, str]:
+        given = {**{key: flat[key] for key in run_file.explicit_keys(config)}, "data.sites": sites}
+        keys = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
+        off = {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "flwr"), "run", str(app_folder()), "chest", "--run-config", keys],
+            env={**os.environ, **off, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def kept() -> list[str]:
+        return [path.read_text() for path in folder.runs.glob("*/run.toml") if path.parent not in before]
+
+    code, said = flwr_run("")
+    assert code and "fedmed server submit fills it in" in said
+    code, said = flwr_run("north,south")
+    assert code == 0, said
+    command("server", "submit", file, "--server", folder.root)
+    wait_for(lambda: len(kept()) == 2, 120, started.log.read_text)
+    assert kept()[0] == kept()[1]
+    with control.control(own_entrance(folder)) as client:
+        for run in control.runs(client):
+            if not run.ended:
+                control.stop_run(client, run.number)
 
 
 def test_a_site_is_told_of_no_file_of_the_server():

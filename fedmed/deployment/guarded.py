@@ -8,7 +8,7 @@ in front, is on this machine; it lets coordinators in whose certificate it has s
 Flower gives every site a run's whole configuration. What in it names files and code of this machine is left out there.
 
 A run's app is code that this machine runs as the server's user, beside the authority's key. So there is one app: that
-of the fedmed which is installed here.
+of the fedmed which is installed here. A run that names no sites would be the demo's, with phantoms for its patients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from flwr.common.serde import user_config_from_proto
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
 from fedmed.deployment.flower_app import app_hash
@@ -90,7 +91,7 @@ async def refuse(send: Send, status: int) -> None:
 
 
 def own_app_only(act: Callable[..., Any], app: str) -> Callable[..., Any]:
-    """One of Flower's functions that take a request for a run, which now refuses every app but one.
+    """One of Flower's functions that take a request for a run, which now refuses every app but one, and the demo.
 
     Args:
         act: the function.
@@ -102,6 +103,9 @@ def own_app_only(act: Callable[..., Any], app: str) -> Callable[..., Any]:
         if run.app_spec or hashlib.sha256(run.fab.content).hexdigest() != app:
             text = "the run's app is not that of the fedmed which is installed on the server"
             raise FlowerError(ApiErrorCode.NO_PERMISSIONS, text, public_details=text)
+        if not user_config_from_proto(run.override_config).get("data.sites"):
+            text = "data.sites is empty: fedmed server submit fills it in, flwr run takes it by --run-config"
+            raise FlowerError(ApiErrorCode.INVALID_RUN_CONFIG, text, public_details=text)
         return act(request, *arguments, **options)
 
     return checked
