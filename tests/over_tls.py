@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from hospitals import SITES
-from real_consortium import RUN, Started, command, make_consortium, online, wait_for
+from real_consortium import RUN, Started, command, make_consortium, online, wait_for, words_of
 from recorder import Recorder, spellings
 from safetensors.numpy import load_file
 from toy import PLANTED
@@ -165,5 +165,5 @@ def supernode(site: Path, *, tls: bool = True) -> tuple[Child, list[str]]:
 def runner_of(folder: ServerFolder, name: str) -> int:
     """The pid of the runner of a site, or of the "server"."""
     words = ["server" if name == "server" else "site", "start", str(folder.root.parent / name)]
-    (found,) = (p.pid for p in psutil.Process().children() if p.cmdline()[-3:] == words)
+    (found,) = (p.pid for p in psutil.Process().children() if words_of(p)[-3:] == words)
     return found

@@ -77,16 +77,23 @@ def online(server: Path) -> set[str]:
     return set()
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; no words once it has ended, reaped or not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
 def processes_of(runner: int) -> dict[str, psutil.Process]:
     """What a site's runner started, by what it is: `supernode`, `launcher`, `warm`; of a task `messenger`, `worker`."""
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(runner).children():
-            words = " ".join(process.cmdline())
+            words = " ".join(words_of(process))
             found |= {"supernode": process} if "fedmed.deployment.node" in words else {}
             found |= {"warm": process} if "fedmed.deployment.warm" in words else {}
         for process in found["supernode"].children() if "supernode" in found else []:
-            found |= {"launcher": process} if "flower-superexec" in " ".join(process.cmdline()) else {}
+            found |= {"launcher": process} if "flower-superexec" in " ".join(words_of(process)) else {}
         messengers = found["warm"].children() if "warm" in found else []
         workers = messengers[0].children() if messengers else []
         found |= {"messenger": messengers[0], "worker": workers[0]} if workers else {}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from hospitals import SITES, checked
 from over_tls import LONG, needs_nginx, over_tls, rounds_in, runner_of, submit
-from real_consortium import Started, make_consortium, online, recorded, wait_for
+from real_consortium import Started, make_consortium, online, recorded, wait_for, words_of
 
 from fedmed.deployment.consortium import ServerFolder
 
@@ -39,7 +39,7 @@ def test_a_run_completes_after_a_kill_of_nginx(consortium, tmp_path, moment):
 def test_a_run_goes_on_after_a_kill_of_the_superlink(consortium, tmp_path, moment):
     """Nobody does anything: the server starts it again and submits the run again, which goes on in its folder."""
     guarded = "fedmed.deployment.guarded"
-    folder = run_with_a_kill(consortium, tmp_path, f"superlink-{moment}", lambda process: guarded in process.cmdline())
+    folder = run_with_a_kill(consortium, tmp_path, f"superlink-{moment}", lambda process: guarded in words_of(process))
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     (again,) = (event for event in events if event["kind"] == "run_continued")
     assert "ended before the run did" in again["reason"]
@@ -81,7 +81,7 @@ def test_a_run_completes_after_a_kill_at_a_site(consortium, tmp_path, program):
     said = len(out.read_text())
     below = psutil.Process(runner_of(consortium, "a-40")).children()
     alive = [process for process in below if process.status() != psutil.STATUS_ZOMBIE]
-    (victim,) = (process for process in alive if program in " ".join(process.cmdline()))
+    (victim,) = (process for process in alive if program in " ".join(words_of(process)))
     victim.send_signal(signal.SIGKILL)
     wait_for(lambda: "again" in out.read_text()[said:], 60, lambda: out.read_text())
     server = consortium.root

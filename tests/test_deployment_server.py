@@ -20,7 +20,7 @@ from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_
 from flwr.proto.control_pb2 import StartAutomationRequest, StartRunRequest
 from flwr.proto.run_pb2 import GetRunResponse, Run
 from flwr.supercore.fab import Fab
-from real_consortium import RUN, Started, command, make_consortium, make_site, wait_for
+from real_consortium import RUN, Started, command, make_consortium, make_site, wait_for, words_of
 
 from fedmed import config as run_file
 from fedmed.deployment import certificates, control
@@ -187,7 +187,7 @@ def test_a_damaged_card_blocks_nobody_and_is_told_once(server, tmp_path):
 
 def below(started: Started, words: str) -> list[psutil.Process]:
     children = psutil.Process(started.process.pid).children(recursive=True)
-    return [process for process in children if words in " ".join(process.cmdline())]
+    return [process for process in children if words in " ".join(words_of(process))]
 
 
 @pytest.mark.parametrize(
