@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from cryptography import x509
 from pydicom.dataset import Dataset
 
 from fedmed.errors import ConfigError, DataError
@@ -15,10 +17,7 @@ from fedmed.intake.query import Query, Series
 
 ATTEMPTS = 5
 NO_TLS = "TLS: this port of the archive does not speak TLS; is it http://, or another port?"
-NOT_TRUSTED = (
-    "TLS: the certificate of the archive is not trusted, or belongs to another name; give the certificate of the "
-    "authority that signed it with --ca"
-)
+LOOK_S = 10.0
 
 Answer = TypeVar("Answer")
 
@@ -94,6 +93,37 @@ def tls(ca: Path | None, certificate: Path | None) -> ssl.SSLContext:
         text = "expected a certificate and its key without a password, both in PEM"
         raise ConfigError(f"--certificate {certificate}: {text}") from None
     return context
+
+
+def not_trusted(host: str, port: int, *, proxy: str | None = None, headers: dict[str, str] | None = None) -> str:
+    """Why a certificate was refused, and by whom it is signed: one look without trust, at which nothing is asked.
+
+    A proxy that opens TLS shows a certificate of its own, for the archive's name; its issuer's name gives it away.
+
+    Args:
+        host: of the archive.
+        port: likewise.
+        proxy: HOST:PORT of the one that leads to it; None = none does.
+        headers: for that proxy.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    line = http.client.HTTPSConnection(proxy or host, None if proxy else port, timeout=LOOK_S, context=context)
+    if proxy:
+        line.set_tunnel(host, port, headers)
+    signed = "it is not said by whom it is signed"
+    try:
+        line.connect()
+        shown = x509.load_der_x509_certificate(line.sock.getpeercert(binary_form=True) or b"")
+        signed = f"it is signed by {shown.issuer.rfc4514_string()!r}"
+    except (OSError, http.client.HTTPException, ValueError):
+        pass  # it answers no more, or asks for a certificate first
+    finally:
+        line.close()
+    return (
+        f"TLS: the certificate of the archive is not trusted, or belongs to another name; {signed}. If that is the "
+        "hospital's authority, give its certificate with --ca; if a proxy's that opens TLS, exempt the archive from it"
+    )
 
 
 def patiently(ask: Callable[[int], Answer], *, wait_s: float, attempts: int = ATTEMPTS) -> Answer:

@@ -26,9 +26,10 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
+from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NO_TLS, NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
+from fedmed.intake.archive import NO_TLS, Interrupted, Patience, Unsent, Withheld, at_once, not_trusted, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
@@ -246,7 +247,7 @@ def _plain(*, first: bool = False) -> Iterator[None]:
                         "DICOMweb service begins?") from None  # fmt: skip
     except requests.exceptions.SSLError as error:
         plain = any(sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF", "HTTP_REQUEST"))
-        raise DataError(NO_TLS if plain else NOT_TRUSTED) from None
+        raise DataError(NO_TLS if plain else _not_trusted(error)) from None
     except requests.exceptions.ProxyError as error:
         if "407" in str(error):
             raise DataError(f"the archive {ENDED[407]}") from None
@@ -260,6 +261,15 @@ def _plain(*, first: bool = False) -> Iterator[None]:
         raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
     except Exception:  # not JSON, not multipart, not DICOM, or more than the memory holds
         raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
+
+
+def _not_trusted(error: requests.exceptions.SSLError) -> str:
+    """As of `archive.not_trusted`, on the way that the request took."""
+    url = str(error.request.url) if error.request is not None else ""
+    place, way = urlsplit(url), select_proxy(url, get_environ_proxies(url))
+    headers = HTTPAdapter().proxy_headers(way) if way else None
+    proxy = urlsplit(prepend_scheme_if_needed(way, "http")).netloc.rpartition("@")[2] if way else None
+    return not_trusted(place.hostname or "", place.port or 443, proxy=proxy, headers=headers)
 
 
 def _text(answer: Answer, tag: str) -> str:

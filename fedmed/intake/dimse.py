@@ -37,7 +37,7 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import NOT_TRUSTED, Interrupted, Patience, Unsent, Withheld, at_once, tls
+from fedmed.intake.archive import Interrupted, Patience, Unsent, Withheld, at_once, not_trusted, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
@@ -258,7 +258,7 @@ class Dimse:
                     secured.settimeout(WORD_S)
                     secured.recv(1)  # TLS 1.3 refuses a client's certificate after the client has done its part
             except ssl.SSLCertVerificationError:
-                raise DataError(NOT_TRUSTED) from None
+                raise DataError(not_trusted(self._host, self._port)) from None
             except ssl.SSLError as error:
                 raise DataError(f"TLS: the archive {_refusal(error)}") from None
 
