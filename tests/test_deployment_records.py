@@ -23,7 +23,7 @@ def north(tmp_path):
     """A hospital's folder whose witness lies elsewhere, with a ledger that was opened."""
     folder = make_site(tmp_path, "a-40")
     path = folder / "site.toml"
-    path.write_text(path.read_text().replace('witness = ""', 'witness = "../far"'))
+    path.write_text(path.read_text().replace('witness = "witness"', 'witness = "../far"'))
     opened(folder).close()
     return folder
 
@@ -83,6 +83,24 @@ def test_a_hospital_that_lost_its_machine_comes_back_with_what_it_spent_if_it_ha
         assert all("members of a cohort are missing" in fault for fault in faults(anchors=[head])) and faults()
         back.reserve(RUN, 2, [step(40.0, 0.02, 1)], people)
         assert faults(anchors=[head]) == ()
+    back.close()
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["older-copy", "none"])
+def test_who_removes_the_state_or_puts_an_older_copy_there_gets_no_budget_back(tmp_path, older):
+    """As `site init` leaves a site: its witness lies beside the state, and nothing has to be set."""
+    folder = make_site(tmp_path, "a-40")
+    opened(folder).close()
+    shutil.copytree(folder / "state", tmp_path / "old")
+    ledger = opened(folder)
+    ledger.reserve(RUN, 1, [step(0.9, 1.0, 1)], cohort(ledger.keys, range(20)))
+    spent = ledger.epsilon_rdp
+    ledger.close()
+    shutil.rmtree(folder / "state")
+    if older:
+        shutil.copytree(tmp_path / "old", folder / "state")
+    back = opened(folder)
+    assert spent > 0 and back.epsilon_rdp == pytest.approx(spent)
     back.close()
 
 

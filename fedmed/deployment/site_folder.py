@@ -22,7 +22,7 @@ from fedmed.federated.site_config import PEERS, SiteConfig, read_site_config
 from fedmed.privacy import keys as site_keys
 from fedmed.privacy.policy import SitePolicy
 
-FILE, CARD = "site.toml", "card.json"
+FILE, CARD, WITNESS = "site.toml", "card.json", "witness"
 LEFT_OUT = ("required",)  # of policy.privacy: not to write it has a meaning of its own
 HEAD = """\
 # This hospital, as fedmed reads it. The file never leaves this machine, and no server can override it.
@@ -79,19 +79,22 @@ def read_site_folder(path: Path) -> SiteFolder:
 
 
 def init_site(folder: Path, *, name: str, manifest: str) -> Path:
-    """Write a commented site.toml into a folder that only its owner enters.
+    """Write a commented site.toml into a folder that only its owner enters, and make the folder of its witness.
+
+    The witness lies outside `state`: who removes that, or puts an older copy there, gets no budget back.
 
     Raises:
         ConfigError: there is one, or a value is wrong.
     """
     make_private(folder)
     path = folder / FILE
-    write_new(path, _written(name=name, manifest=manifest, cache_dir="cache").encode())
+    write_new(path, _written(name=name, manifest=manifest, cache_dir="cache", witness=WITNESS).encode())
     try:
         read_site_folder(path)
     except ConfigError:
         path.unlink()
         raise
+    make_private(folder / WITNESS)
     return path
 
 
@@ -178,19 +181,19 @@ def joined_kit(site: SiteFolder) -> Kit:
 def _written(**given: str) -> str:
     """A site.toml with every key at its default, or as given."""
     policy = SiteConfig.model_fields["policy"]
-    table = "\n".join([_comment(policy), *_tables("policy", SitePolicy)])
+    table = "\n".join([_comment(policy), *_tables("policy", SitePolicy, given)])
     return "\n".join([HEAD, *(f"{entry}\n" for entry in _entries(SiteConfig, given)), table]) + "\n"
 
 
-def _tables(name: str, section: type[BaseModel]) -> Iterator[str]:
-    """A section as TOML at its defaults; tables come after values."""
+def _tables(name: str, section: type[BaseModel], given: Mapping[str, str]) -> Iterator[str]:
+    """A section as TOML; tables come after values."""
     yield f"[{name}]"
-    yield from _entries(section, {})
+    yield from _entries(section, given)
     for key, info in section.model_fields.items():
         inner = _table(info)
         if inner is not None:
             yield ""
-            yield from _tables(f"{name}.{info.alias or key}", inner)
+            yield from _tables(f"{name}.{info.alias or key}", inner, given)
 
 
 def _entries(section: type[BaseModel], given: Mapping[str, str]) -> Iterator[str]:
