@@ -50,7 +50,8 @@ def run_with_a_kill(folder: ServerFolder, tmp_path: Path, name: str, of: Callabl
 
     The run's name, WHAT-MOMENT, is no other's, so that what the sites recorded of it can be found.
     """
-    (tmp_path / "run.toml").write_text(LONG.replace('name = "toy"\n', f'name = "{name}"\n'))
+    text = LONG.replace('name = "toy"\n', f'name = "{name}"\n') + "round-timeout-s = 120\n"  # Flower may lose a message
+    (tmp_path / "run.toml").write_text(text)
     moment = name.rpartition("-")[2]
     before, site = set(folder.runs.glob("*")), folder.root.parent / "a-40"
     begun = {log: recorded(site, log, "train") for log in ("audit", "egress")}
