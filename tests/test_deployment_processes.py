@@ -7,12 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedmed.deployment import door, launcher, node, processes
 from fedmed.deployment.launcher import Launcher
@@ -48,6 +52,36 @@ def test_a_supernode_whose_heartbeat_fails_ends_and_does_not_go_on_half_alive(tm
     words = [sys.executable, "-c", HEARTBEAT, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A server that answers everything after a second, with an empty message."""
+
+    def do_POST(self) -> None:
+        time.sleep(1)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None: ...
+
+
+def test_a_piece_of_an_update_has_longer_than_any_other_question(monkeypatch):
+    """What a line has not carried yet may lie in a proxy's buffer: it seems sent, and no answer comes."""
+    monkeypatch.setattr(FleetHttpClient, "PushObject", FleetHttpClient.PushObject)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    client = FleetHttpClient(f"http://127.0.0.1:{server.server_port}", timeout=0.3)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            client.PushObject(PushObjectRequest())
+        node.keep_pushing()
+        client.PushObject(PushObjectRequest())
+        with pytest.raises(httpx.ReadTimeout):
+            client.PullObject(PullObjectRequest())
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_door_whose_launcher_is_gone_ends_and_so_tells_the_task(tmp_path, monkeypatch):

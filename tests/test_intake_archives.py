@@ -247,7 +247,7 @@ def test_ca_takes_the_place_of_every_other_authority(certified: Path, tmp_path: 
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certified / "hospital" / "ca.crt"))
     with served(secured(certified / "hospital")) as port:
         archive = DicomWeb(f"https://localhost:{port}/401", ca=certified / "stranger" / "ca.crt")
-        with pytest.raises(DataError, match="not trusted.*signed by 'CN=hospital"):
+        with pytest.raises(DataError, match=r"not trusted.*signed by 'CN=hospital"):
             pull(archive, ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
 
 

@@ -15,10 +15,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import httpx
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore import date
+from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
 from flwr.supercore.heartbeat import HeartbeatFailure, HeartbeatSender
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedmed.deployment import door
+from fedmed.deployment.node_state import keep_answering
 from fedmed.deployment.reach import clock_ahead_s
 from fedmed.deployment.site_folder import SiteFolder, joined_kit, read_site_folder
 from fedmed.errors import ConfigError
@@ -42,6 +46,8 @@ def main(site: SiteFolder) -> None:
         os.environ[door.AHEAD] = f"{ahead_s:.3f}"  # for its tasks
         keep_server_time(ahead_s)
     keep_beating()
+    keep_pushing()
+    keep_answering()
     threading.excepthook = end
     flower_supernode()
     # An error of the server, such as a full disk's, ends the connection. Flower then returns from here, but a thread of
@@ -64,6 +70,25 @@ def keep_beating() -> None:
             raise HeartbeatFailure from error
 
     HeartbeatSender._heartbeat = beat  # type: ignore[assignment]  # mypy takes the method for an attribute
+
+
+def keep_pushing() -> None:
+    """Have Flower wait for a piece of an update as long as the server keeps its place, and not 30 s as for all else.
+
+    A piece has 5 MB. What a slow line has not carried yet, the buffers of this machine and of a proxy may hold, so that
+    it seems sent long before the server can answer.
+    """
+
+    def push(client: FleetHttpClient, request: PushObjectRequest) -> PushObjectResponse:
+        return client._unary_unary(
+            path="/v1/fleet/push-object",
+            rpc_method="/flwr.proto.Fleet/PushObject",
+            request=request,
+            response_type=PushObjectResponse,
+            timeout=OBJECT_PUSH_SESSION_TTL_SECONDS,
+        )
+
+    FleetHttpClient.PushObject = push  # type: ignore[assignment]  # as above
 
 
 def end(failed: threading.ExceptHookArgs) -> None:
