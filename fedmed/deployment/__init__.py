@@ -9,9 +9,9 @@ makes what they need, starts and ends them, and runs at a site nothing but the f
   owner reads, `scratch` of tasks.
 * The server: `superlink`, `guarded` against other machines, with `proxy` in front; `continuing` what it lost.
 * Its coordinator: `control` of sites and runs, `submission` of a run file with the `flower_app`, `run_files` to fetch.
-* A site: `supernode` keeps Flower's running, as a `node` on the server's time, whose `node_state` leaves no message without
-  an answer; `door` stands where Flower starts its own program, `warm` forks each `task`, `confinement` holds it; `health`
-  for the hospital's monitoring.
+* A site: `supernode` keeps Flower's running, as a `node` on the server's time, whose `node_state` leaves no message
+  without an answer; `door` stands where Flower starts its own program, `warm` forks each `task`, `confinement` holds
+  it; `health` for the hospital's monitoring.
 * Before it joins: `checks` of everything, `reach` of the server, `dry_round` on ten patients.
 * Beside it: `processes` that are watched and ended, Flower's `launcher` among them.
 """
