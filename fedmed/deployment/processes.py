@@ -62,6 +62,7 @@ def flower_environment(home: Path, *, near: Sequence[str] = (), **more: str) -> 
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",  # two at once may take longer than Flower waits
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1",  # likewise
         "FORWARDED_ALLOW_IPS": "127.0.0.1",  # nginx; from elsewhere a header must not say that a request is from here
         "PYTHONUNBUFFERED": "1",
         **more,

@@ -82,6 +82,7 @@ http {{
     proxy_set_header Host $host;
     proxy_max_temp_file_size 0;
     proxy_read_timeout 300s;
+    send_timeout 300s;  # a slow line empties the buffer of a connection in more than the minute that nginx gives it
     proxy_ssl_verify on;
     proxy_ssl_trusted_certificate {authority};
     proxy_ssl_name localhost;
