@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
+import traceback
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,13 +85,18 @@ def facts_of(config: RunConfig, chance: float, folder: Path) -> dict[str, Any]:
     kept = RunFolder.create(folder, config)
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             with local_grid(config, kept) as grid:
                 with_dropouts(grid, chance)
                 run_on(grid, config, kept, lambda event: None)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(status)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("a run failed; why stands above")
     facts: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return facts
 

@@ -318,7 +318,7 @@ def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp
     assert command("data", "import", "pairs", *words, "--keys", tmp_path / "keys") == 1
     said = capsys.readouterr()
     assert said.out.startswith("wrote ") and "nothing is imported yet" in said.out
-    assert 'guessed: image is in "image"; labels: erguss\n' in said.out and said.err.count("\n") == 1
+    assert "guessed: rows belong to images by image; labels: 1\n" in said.out and said.err.count("\n") == 1
     assert said.err.startswith("made new keys in")
     assert (tmp_path / "out" / "labels.toml").stat().st_mode & 0o077 == 0
     with pytest.raises(DataError, match=r"which ones: .*unmatched\.csv"):

@@ -115,7 +115,7 @@ def test_a_misspelt_query_is_refused(text: str, reason: str):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("id\n1\n", 'one column "accession" or "patient"'),
+        ("id\n1\n", 'one column "accession" or "patient"; the first line names'),
         ("Accession Number,MRN\n1,2\n", 'there are "Accession Number", "MRN": delete all but one'),
         ("accession\n\n", "is empty"),
         ("patient\nAB*\n", "pattern"),

@@ -127,7 +127,7 @@ def _guess(kind: str, table: Path, path: Path) -> None:
     print(
         f"wrote {path}, a first guess at what the table means; correct it, then run this again: nothing is imported yet"
     )
-    print(f'guessed: {guess["join"]} is in "{guess["column"]}"; labels: {", ".join(guess.get("labels", ())) or "none"}')
+    print(f"guessed: rows belong to images by {guess['join']}; labels: {len(guess.get('labels', ()))}")
 
 
 def _say(report: Imported, rules: Rules, out: Path) -> None:

@@ -37,7 +37,7 @@ from fedmed.errors import ConfigError, RunFailed
 
 RESTART_S = 15.0  # the server counts a site that was killed as online for up to a minute
 WARM_S = 300.0
-REST_S, LONGEST_REST_S = 1.0, 300.0
+REST_S, LONGEST_REST_S = 1.0, 30.0  # half of what a task waits for the warm process at the door
 LOOK_S = 0.5
 TRY_S = 60.0
 WHY = {  # Flower's own exit codes

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from pydicom.dataset import Dataset
@@ -103,16 +104,19 @@ def not_trusted(host: str, port: int, *, proxy: str | None = None, headers: dict
     Args:
         host: of the archive.
         port: likewise.
-        proxy: HOST:PORT of the one that leads to it; None = none does.
+        proxy: URL of the one that leads to it; None = none does. One that is spoken to by TLS itself is left alone.
         headers: for that proxy.
     """
-    context = ssl.create_default_context()
+    context, way = ssl.create_default_context(), urlsplit(proxy or "")
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    line = http.client.HTTPSConnection(proxy or host, None if proxy else port, timeout=LOOK_S, context=context)
+    place = (way.hostname or "", way.port or http.client.HTTP_PORT) if proxy else (host, port)
+    line = http.client.HTTPSConnection(*place, timeout=LOOK_S, context=context)
     if proxy:
         line.set_tunnel(host, port, headers)
     signed = "it is not said by whom it is signed"
     try:
+        if way.scheme == "https":  # a password for it must not pass in the clear
+            raise ConnectionError
         line.connect()
         shown = x509.load_der_x509_certificate(line.sock.getpeercert(binary_form=True) or b"")
         signed = f"it is signed by {shown.issuer.rfc4514_string()!r}"

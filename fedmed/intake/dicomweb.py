@@ -268,7 +268,7 @@ def _not_trusted(error: requests.exceptions.SSLError) -> str:
     url = str(error.request.url) if error.request is not None else ""
     place, way = urlsplit(url), select_proxy(url, get_environ_proxies(url))
     headers = HTTPAdapter().proxy_headers(way) if way else None
-    proxy = urlsplit(prepend_scheme_if_needed(way, "http")).netloc.rpartition("@")[2] if way else None
+    proxy = prepend_scheme_if_needed(way, "http") if way else None
     return not_trusted(place.hostname or "", place.port or 443, proxy=proxy, headers=headers)
 
 

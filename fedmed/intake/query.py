@@ -96,8 +96,9 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
     header = tuple(rows[0]) if rows else ()
     known = [(name, field) for name in header for field, names in COLUMNS.items() if bare(name) in names]
     if rows and len(known) != 1:
-        there, do = ", ".join(f'"{name}"' for name in header), "delete all but one" if known else "rename one"
-        raise DataError(f'{table.name}: expected one column "accession" or "patient"; there are {there}: {do}')
+        there = ", ".join(f'"{name}"' for name, _ in known)  # what is no such name may be a patient's, and is not quoted
+        do = f"there are {there}: delete all but one" if known else "the first line names the columns"
+        raise DataError(f'{table.name}: expected one column "accession" or "patient"; {do}')
     values = [row[known[0][0]] for row in rows]
     if any(WILD.search(value) for value in values):
         raise DataError(f"{table.name}: a value holds *, ? or \\, which an archive would take for a pattern")
