@@ -16,8 +16,8 @@ import os
 import statistics
 import sys
 import tempfile
-import traceback
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

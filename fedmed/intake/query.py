@@ -96,7 +96,7 @@ def read_list(table: Path) -> dict[str, tuple[str, ...]]:
     header = tuple(rows[0]) if rows else ()
     known = [(name, field) for name in header for field, names in COLUMNS.items() if bare(name) in names]
     if rows and len(known) != 1:
-        there = ", ".join(f'"{name}"' for name, _ in known)  # what is no such name may be a patient's, and is not quoted
+        there = ", ".join(f'"{name}"' for name, _ in known)  # no other: it may be a patient's number
         do = f"there are {there}: delete all but one" if known else "the first line names the columns"
         raise DataError(f'{table.name}: expected one column "accession" or "patient"; {do}')
     values = [row[known[0][0]] for row in rows]
