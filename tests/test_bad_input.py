@@ -174,6 +174,30 @@ def test_dry_run_checks_everything_and_writes_nothing(fedmed, hospitals):
     assert sorted(hospitals.rglob("*")) == before
 
 
+def test_dry_run_looks_for_the_files_that_manifests_name(fedmed, hospitals):
+    """So many missing that the run would drop the hospital are refused; fewer are told."""
+    manifest = hospitals / "one" / "manifest.csv"
+    (hospitals / "one" / "3.png").unlink()
+    line = refused(fedmed("simulate", hospitals / "run.toml", "--dry-run"))
+    assert f"{manifest}: 1 of 12 images or masks are not there (row 5)" in line
+    few = fedmed("simulate", hospitals / "run.toml", "--dry-run", "--set", "data.max-unreadable=0.1")
+    assert few.returncode == 0 and f"warning: {manifest}: 1 of 12" in few.stderr
+    (hospitals / "two" / "5-mask.png").unlink()
+    masks = ("--set", "task.kind=segmentation", "--set", "model.name=unet", "--set", "data.max-unreadable=0.1")
+    assert "two/manifest.csv: 1 of 12" in fedmed("simulate", hospitals / "run.toml", "--dry-run", *masks).stderr
+
+
+def test_dry_run_says_what_privacy_costs_before_it_costs_it(fedmed, hospitals):
+    private = ("--set", "privacy.mode=dp-sgd", "--set", "privacy.epsilon=3", "--set", "model.norm=group")
+    said = fedmed("simulate", hospitals / "run.toml", "--dry-run", *private).stdout
+    assert "each site charges its patients ε = 3 (δ = 1e-06), all of it before the first round" in said
+
+
+def test_a_run_that_is_resumed_is_not_tried_dry(fedmed, hospitals):
+    """It has a folder already: nothing is trained where the user asked for nothing to be."""
+    assert "--resume takes the run folder alone" in refused(fedmed("simulate", "--resume", hospitals, "--dry-run"))
+
+
 def long_run(toy_config, tmp_path: Path) -> tuple[list[str], Path]:
     """A command that would train toys for a long time, and its run folder."""
     config = toy_config("a-40", "b-20", train={"rounds": 100_000})
@@ -199,7 +223,7 @@ def test_ctrl_c_writes_what_there_is(toy_config, tmp_path, number):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "error: interrupted"
+    assert err.splitlines()[-2:] == [f"go on with: fedmed simulate --resume {out}", "error: interrupted"]
     result = json.loads((out / "result.json").read_text())
     assert (result["status"], result["reason"]) == ("failed", "interrupted by the user")
     assert result["rounds"] >= 1

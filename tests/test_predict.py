@@ -210,6 +210,11 @@ def test_only_when_every_file_failed_is_it_an_error(cxr_run, mixed, predict):
     assert len(rows(folder)) == 2
 
 
+def test_an_image_that_is_not_there_is_one_line_and_no_folder(cxr_run, tmp_path, predict):
+    status, _, err, folder = predict(cxr_run, tmp_path / "gone.png")
+    assert (status, err) == (1, "error: there is no such file or folder\n") and not folder.exists()
+
+
 def test_odd_file_names_do_no_harm(cxr_run, tmp_path, predict, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")  # else the table shortens long paths
     good = grey_png(tmp_path / "good.png", np.arange(64 * 64).reshape(64, 64) % 251)

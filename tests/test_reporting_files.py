@@ -71,6 +71,13 @@ def test_refuses_a_result_that_it_cannot_read_in_one_line(tmp_path: Path, text: 
     assert not list(tmp_path.glob("*report*"))
 
 
+@pytest.mark.parametrize("page", ["comparison.html", "sweep.html"])
+def test_a_comparison_or_sweep_is_told_from_a_run_that_did_not_end(tmp_path: Path, page: str) -> None:
+    (tmp_path / page).touch()
+    with pytest.raises(DataError, match=f"is no run.*{page}"):
+        write_report(tmp_path)
+
+
 def test_refuses_binary_result(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not JSON"):

@@ -83,6 +83,8 @@ def _predict(
     from fedmed.training.predict.inputs import decoder, find_images
     from fedmed.training.predict.table import csv_writer
 
+    if not any(path.exists() for path in named):
+        raise DataError("there is no such file or folder" if len(named) == 1 else "nothing of what was named is there")
     with decoder(kept.recipe.items) as process:
         found = find_images(named, kept.recipe.items, process)
         if not found.images:

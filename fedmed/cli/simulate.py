@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import json
 import signal
-from collections.abc import Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +48,7 @@ def simulate(
     from fedmed.errors import ConfigError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a service manager: as by Ctrl-C
-    if resume is not None and (run is not None or out is not None or assignments):
+    if resume is not None and (run is not None or out is not None or assignments or dry_run):
         raise ConfigError("--resume takes the run folder alone; its run.toml says the rest")
     path = resume / "run.toml" if resume is not None else run
     config = run_file.load(path, assignments) if path else run_file.validate(run_file.override({}, assignments))
@@ -66,7 +68,8 @@ def simulate(
             if effective is None:
                 _show_finished(resume, as_json=as_json)
                 return
-            result = _run(effective, folder, engine, log, quiet=quiet)
+            with _resumable(resume):
+                result = _run(effective, folder, engine, log, quiet=quiet)
     else:
         parameters, hospitals = _plan(config)
         if dry_run:
@@ -76,7 +79,7 @@ def simulate(
             _show_hospitals(config, hospitals)
         place = out or Path("runs") / stamped(config.name)
         effective, folder = begin(config, place, hospitals)
-        with only_writer(folder.path):
+        with only_writer(folder.path), _resumable(folder.path):
             result = _run(effective, folder, engine, log, quiet=quiet)
     _show_result(result, config, folder.path, as_json=as_json)
 
@@ -135,6 +138,16 @@ def _run(config: RunConfig, folder: Any, engine: Engine, log: list[str], *, quie
             write_model_card(folder.path)
 
 
+@contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Say after Ctrl-C how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"go on with: fedmed simulate --resume {quote(str(path))}", file=sys.stderr)
+        raise
+
+
 def _show_hospitals(config: RunConfig, hospitals: Sequence[Hospital]) -> None:
     from fedmed.cli.display import console
     from fedmed.cli.hospital_table import hospital_table
@@ -145,21 +158,37 @@ def _show_hospitals(config: RunConfig, hospitals: Sequence[Hospital]) -> None:
 
 def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
     from fedmed.federated.simulation import devices, worker_count
-    from fedmed.federated.virtual_hospitals import planned
+    from fedmed.federated.virtual_hospitals import check_files, planned
+    from fedmed.reporting.words import plural
 
+    for warning in check_files(config):
+        print(f"warning: {warning}", file=sys.stderr)
     shown = planned(config) if hospitals is None else hospitals
     _show_hospitals(config, shown)
     workers = worker_count(config, devices(config), sites=len(shown))
     print(
-        f"{config.model.name}: {parameters:,} parameters; {config.train.rounds} rounds in {workers} worker processes. "
-        "Nothing was written."
+        f"{config.model.name}: {parameters:,} parameters; {plural(config.train.rounds, 'round')} in "
+        f"{workers} worker process{'es' if workers > 1 else ''}. Nothing was written."
     )
     if config.privacy.mode == "dp-sgd":
+        print(_charge(config))
         from fedmed.training.clipping import slow_layers
         from fedmed.training.network import network_of
 
         if slow := slow_layers(network_of(config)):
             print(slow)
+
+
+def _charge(config: RunConfig) -> str:
+    """What a private run costs, before it costs it."""
+    privacy = config.privacy
+    given = privacy.noise_multiplier
+    cost = f"what noise-multiplier = {given:g} comes to" if given else f"ε = {privacy.epsilon:g}"
+    more = f" and ε = {privacy.metrics_epsilon:g} for its metrics" if privacy.metrics_epsilon else ""
+    return (
+        f"Privacy: each site charges its patients {cost}{more} (δ = {privacy.delta:g}), all of it before the first "
+        "round and however the run ends. At a hospital that comes off policy.privacy.epsilon for good."
+    )
 
 
 def _show_finished(path: Path, *, as_json: bool) -> None:
@@ -179,20 +208,27 @@ def _show_sites(result: dict[str, Any], primary: str) -> None:
     table = Table("site", "patients", "images", "rounds", f"{primary} on its held-out patients", box=None)
     for site in result["sites"]:
         metric = interval(site["metrics"].get(primary))
-        table.add_row(site["site"], *(str(site[key]) for key in ("patients", "images", "rounds_joined")), metric)
+        counts = (site[key] for key in ("patients", "images", "rounds_joined"))
+        table.add_row(site["site"], *("-" if count is None else str(count) for count in counts), metric)
     console().print(table)
 
 
 def _show_result(result: dict[str, Any], config: RunConfig, path: Path, *, as_json: bool) -> None:
     from fedmed.cli.display import interval
     from fedmed.errors import RunFailed
+    from fedmed.reporting.words import plural
 
     if as_json:
         print(json.dumps(result))
     else:
         model = path / "model.json"
         best = f", the network of round {json.loads(model.read_text())['round']} kept" if model.exists() else ""
-        print(f"{result['status']}: {result['rounds']} rounds{best}, {result['timing']['total_s']:.0f} s")
+        best += (
+            " (best on the server's selection patients)"
+            if best and config.data.server and config.evaluate.keep == "best"
+            else ""
+        )
+        print(f"{result['status']}: {plural(result['rounds'], 'round')}{best}, {result['timing']['total_s']:.0f} s")
         primary = config.primary
         for name, metric in result["server"]["metrics"].items():
             if name == primary or name.startswith(f"{primary}/"):

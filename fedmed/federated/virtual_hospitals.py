@@ -18,7 +18,7 @@ from fedmed.errors import ConfigError, DataError, UnreadableImage
 from fedmed.federated import partition
 from fedmed.federated.member import NAME
 from fedmed.federated.sites import site_names
-from fedmed.imaging.manifest import cell_of, images_of, read_manifest, read_records
+from fedmed.imaging.manifest import cell_of, images_of, listed, read_manifest, read_records
 from fedmed.imaging.scanners import scanner_digest
 from fedmed.training.run_data import custom_dataset
 from fedmed.types import OnProgress
@@ -49,6 +49,30 @@ def planned(config: RunConfig, progress: OnProgress | None = None) -> tuple[Hosp
         ConfigError: there are too few patients, or too few labels for the scheme.
     """
     return _as_given(config) if config.simulation.partition == "as-given" else _dealt(config, progress)
+
+
+def check_files(config: RunConfig) -> list[str]:
+    """Look whether what the manifests name is there; nothing is opened.
+
+    Returns:
+        A line for every manifest of which files are missing, and few enough for the run to go on without them.
+
+    Raises:
+        DataError: so many are missing that the run would go on without the site.
+    """
+    if config.data.dataset:
+        return []
+    warnings = []
+    for reference in filter(None, [*config.data.sites, config.data.server]):
+        rows = read_manifest(Path(reference), config.task).rows
+        absent = [row.number for row in rows if not all(path.exists() for path in (*row.images, row.mask) if path)]
+        if not absent:
+            continue
+        told = f"{reference}: {len(absent)} of {len(rows)} images or masks are not there ({listed(absent)})"
+        if len(absent) > config.data.max_unreadable * len(rows):
+            raise DataError(f"{told}; paths in a manifest are relative to it")
+        warnings.append(told)
+    return warnings
 
 
 def with_hospitals(config: RunConfig, folder: Path, hospitals: Sequence[Hospital] | None = None) -> RunConfig:

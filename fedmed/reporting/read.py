@@ -84,6 +84,9 @@ def _result(run: Path) -> Mapping[str, object]:
     try:
         raw = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        page = next((page for page in ("comparison.html", "sweep.html") if (run / page).is_file()), None)
+        if page:
+            raise DataError(f"'{name}' is no run, but holds several, and has a page of its own: {run / page}") from None
         raise DataError(
             f"'{name}' holds no result.json, so there is nothing to report. Give the folder of a run that has ended; "
             "finish an interrupted one with fedmed simulate --resume RUN."
