@@ -137,6 +137,12 @@ def test_a_card_follows_a_check_of_this_very_manifest_and_names_nobody(tmp_path,
     assert "?2Jeffusion" in shown and "\x9b" not in shown
     with pytest.raises(ConfigError, match="same file name"):
         show_feasibility([card, card], as_json=False)
+    assert not check_data(site, labels=("pneumonia",), html=None, as_json=False)
+    capsys.readouterr()
+    write_card(site, card)
+    assert "warning: the last check FAILED" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--html: there is no folder"):
+        check_data(site, labels=(), html=tmp_path / "nowhere" / "check.html", as_json=False)
     (site / "manifest.csv").write_text((site / "manifest.csv").read_text() + "\n")
     with pytest.raises(DataError, match="has changed"):
         write_card(site, card)

@@ -210,6 +210,14 @@ def test_a_side_that_the_other_does_not_trust_is_refused_in_one_line(
     assert "\n" not in str(caught.value) and not isinstance(caught.value, Interrupted)
 
 
+def test_an_archive_that_takes_the_call_and_ends_the_search_may_not_know_this_machine(tmp_path: Path):
+    """As Orthanc does for an AE title that it does not list."""
+    holdings = Holdings(named_object())
+    holdings.find = lambda event: event.assoc.abort() or iter(())
+    with archive_of(holdings) as address, refusals(), pytest.raises(DataError, match=r"as \w+ \(--calling\)"):
+        pull(dimse(address), ANY, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
+
+
 def test_a_port_without_tls_is_named(certified: Path, tmp_path: Path):
     pseudonyms = pseudonyms_in(tmp_path)
     with archive_of(Holdings(named_object())) as address:

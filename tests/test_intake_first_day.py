@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +204,14 @@ def test_from_an_archive_full_of_names_to_a_round_that_tells_none(tmp_path, monk
     assert sum(b"parameters" in answer for answer in heard) >= 2  # an update of each site
     assert not holding(told, planted | pseudonyms - {"patient_id"})
     assert not holding({path.name: path.read_bytes() + b"\0" + path.name.encode() for path in kept}, planted)
+
+
+def test_the_day_can_be_tried_on_phantoms_with_the_commands_of_its_page(tmp_path, fedmed_process):
+    page = (Path(__file__).parent.parent / "docs" / "first-day.md").read_text(encoding="utf-8")
+    lines = page.split("## To try it first")[1].split("```")[1].strip().splitlines()
+    done = [fedmed_process(*shlex.split(line)[1:], cwd=tmp_path) for line in lines]
+    assert [each.returncode for each in done] == [0, 0, 0, 1, 0, 0, 0], [each.stderr for each in done]
+    assert json.loads((tmp_path / "trial-north-data.json").read_text())["patients"] == 40
 
 
 def holding(contents: dict[str, bytes], words: set[str]) -> list[str]:

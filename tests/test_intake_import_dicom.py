@@ -351,7 +351,7 @@ def test_of_patients_who_withdrew_nothing_is_written(tmp_path, pseudonyms, capsy
     )
     source = archive(tmp_path / "export")
     import_data("dicom", source, out, pseudonyms, **SETTINGS | labels | {"opt_out": listed})
-    assert len(list(out.rglob("*.dcm"))) == 4 and "left out: 1 patients who withdrew" in capsys.readouterr().err
+    assert len(list(out.rglob("*.dcm"))) == 4 and "left out: 1 patient who withdrew" in capsys.readouterr().err
     assert not any(
         pseudonyms.patient("MRN 1").encode() in str(path).encode() + path.read_bytes()
         for path in out.rglob("*")

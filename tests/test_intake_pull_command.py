@@ -103,6 +103,7 @@ def test_a_query_is_read_as_written(text: str, expected: Query):
         ("modalty=DX", "did you mean modality="),
         ("chest", "expected modality="),
         ("date=2024", "date is a day"),
+        ("date=20241231-20240101", "ends before it begins"),
         ("modality=DX modality=CR", "stands there twice"),
         ('description="chest', "quotation mark"),
     ],

@@ -98,7 +98,7 @@ def test_an_import_for_a_site_leaves_out_whom_its_site_toml_lists(tmp_path, caps
         picture(tmp_path / "set" / f"{name}.png")
     words = ("data", "import", "pairs", tmp_path / "set", "--out", site / "chest", "--site", site)
     command(*words)
-    assert "left out: 1 patients who withdrew" in capsys.readouterr().err and len(rows(site / "chest")) == 1
+    assert "left out: 1 patient who withdrew" in capsys.readouterr().err and len(rows(site / "chest")) == 1
     (site / "withdrawn.csv").unlink()
     with pytest.raises(DataError, match="withdrew"):  # as a task would say
         command(*words)

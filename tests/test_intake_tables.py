@@ -47,6 +47,8 @@ def test_rows_that_contradict_each_other_leave_the_label_unknown(tmp_path, pseud
     import_images("pairs", tmp_path / "set", tmp_path / "out", Rules(pseudonyms=pseudonyms, table=known))
     assert [row["effusion"] for row in rows(tmp_path / "out")] == ["", "1"]
     assert known.conflicts == 1
+    told = (tmp_path / "out" / "unmatched.csv").read_text().splitlines()
+    assert told[1:] == [f"another row says the opposite of effusion,row {number} of the table" for number in (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,14 @@ def test_a_column_of_the_very_name_is_guessed_before_one_that_begins_so(tmp_path
     (tmp_path / "labels.toml").write_text(guessed_rules(sheet, by_name=by_name) + "[labels]\n")
     rules = read_label_rules(tmp_path / "labels.toml")
     assert (rules.join, rules.column) == guess
+
+
+def test_where_no_column_looks_like_a_key_none_is_taken(tmp_path):
+    """The first one may be a name, by which nobody is to be joined."""
+    sheet = table(tmp_path / "t.csv", "Name,Effusion", "Zebrafinch,yes", "Kakapo,no")
+    (tmp_path / "labels.toml").write_text(guessed_rules(sheet))
+    with pytest.raises(ConfigError, match="column: name the column of the table"):
+        read_label_rules(tmp_path / "labels.toml")
 
 
 def test_a_guess_for_pictures_goes_by_their_names_and_takes_no_strange_split(tmp_path):

@@ -50,6 +50,34 @@ def test_p09_five_hospitals_and_chexnet_cannot_have_central_privacy():
     ).trains
 
 
+def test_so_much_noise_that_no_epsilon_is_left_is_a_table_and_a_huge_budget_a_warning():
+    shown = run("--patients", 400, "--epsilon", 1e-9, "--rounds", 2, "--batch-size", 40)
+    assert shown.exit_code == 0 and "nothing may follow it" not in shown.output
+    shown = run("--patients", 400, "--epsilon", 50, "--rounds", 2, "--batch-size", 40)
+    assert "warning: ε = 50 promises little" in shown.output
+
+
+def test_a_plan_says_whether_anything_may_follow_it():
+    """What may be added is decided by RDP, by which this plan has spent more than its ε already."""
+    shown = run("--patients", 1000, "--epsilon", 8, "--rounds", 10, "--batch-size", 32)
+    assert "takes this as its patients' first private run, and nothing may follow it." in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ((), "--patients is missing"),
+        (("--central",), "--sites is missing"),
+        (("--patients", 100, "--sites", 5), "--sites is for --central"),
+        (("--patients", 100, "--images-per-patient", 8), "--images-per-patient is for --unit image"),
+        (("--patients", 100, "--plot", "nowhere/plan.svg"), "there is no folder nowhere"),
+    ],
+)
+def test_an_option_that_is_missing_or_means_nothing_is_refused(options, line):
+    refused = run(*options, "--epsilon", 3, "--rounds", 2)
+    assert refused.exit_code == 1 and line in str(refused.exception)
+
+
 def test_p02_default_delta_follows_the_number_of_patients():
     assert default_delta(1000) == 1e-6
     assert default_delta(10**7) == 1e-8

@@ -105,7 +105,7 @@ def test_after_a_private_run_others_need_a_word_of_the_hospital(mode, toy_config
     other = toy_config("a-40", strategy=uniform, privacy={"mode": mode, "sites": 3})
     train_round(task_of(other, "train", 1), site_in(tmp_path, POLICY))
     train_round(task_of(toy_config("a-40", privacy=keys), "train", 1), site_in(tmp_path, POLICY))
-    with pytest.raises(PolicyRefused, match="required has to be written") as refused:
+    with pytest.raises(PolicyRefused, match=r"required = false has to be written under \[policy.privacy\]") as refused:
         train_round(task_of(other, "train", 2), site_in(tmp_path, POLICY))
     assert refused.value.rule == "policy.privacy.required"
     train_round(task_of(other, "train", 2), site_in(tmp_path, f"{POLICY}required = false\n"))

@@ -17,6 +17,7 @@ from fedmed.cli.display import bar, console
 from fedmed.cli.pull import site_opt_out, site_pseudonyms
 from fedmed.durable import sha256_of
 from fedmed.errors import ConfigError, DataError, one_line
+from fedmed.imaging.manifest import listed as listed_rows
 from fedmed.intake.card import card_of, read_card, read_facts
 from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, MASKS, UNMATCHED, Imported, Rules, Uncertain, import_images
@@ -26,6 +27,7 @@ from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import listed, opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.same_keys import note_keys
+from fedmed.reporting.words import plural
 
 OPT_OUT, LABELS, CHECKED = "opt-out.csv", "labels.toml", "check.json"
 SIGNS = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
@@ -41,6 +43,8 @@ def check_archive(kind: str, source: Path) -> None:
         raise ConfigError(f'"{kind}" is no kind of archive; there are {", ".join(KINDS)}')
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
+    if not any(path.is_file() for path in source.rglob("*")):
+        raise DataError(f"{source}: holds no file")
 
 
 def folders_of(kind: str, source: Path, out: Path) -> tuple[Path, ...]:
@@ -92,7 +96,7 @@ def import_data(
             _guess(kind, table, path)
             return False
         known = read_labels(table, read_label_rules(path), pseudonyms)
-    filled = kind == "dicom" and is_filled(source)
+    named, filled = source, kind == "dicom" and is_filled(source)
     note_keys(pseudonyms, out, source if filled else None)
     withdrawn, rows = remembered(out / OPT_OUT), {}
     if filled and (opt_out is None or opt_out.resolve() != (source / OPT_OUT).resolve()):
@@ -112,7 +116,7 @@ def import_data(
             left_out = take_in(source, out, pseudonyms, progress, withdrawn=withdrawn)
         source = out
     rules = Rules(pseudonyms=pseudonyms, table=known, withdrawn=withdrawn, listed=rows, uncertain=uncertain)
-    report = import_images(kind, source, out, rules, frozenset(left_out))
+    report = import_images(kind, source, out, rules, frozenset(left_out), named=named)
     _say(report, rules, out)
     print(f"wrote {out / MANIFEST}; next: fedmed data check {quote(str(out))}{check}")
     return True
@@ -127,28 +131,29 @@ def _guess(kind: str, table: Path, path: Path) -> None:
     print(
         f"wrote {path}, a first guess at what the table means; correct it, then run this again: nothing is imported yet"
     )
-    print(f"guessed: rows belong to images by {guess['join']}; labels: {len(guess.get('labels', ()))}")
+    by = f"rows belong to images by {guess['join']}" if guess["column"] else "no column looks like a key, so name one"
+    print(f"guessed: {by}; labels: {len(guess.get('labels', ()))}")
 
 
 def _say(report: Imported, rules: Rules, out: Path) -> None:
     table, absent = rules.table, report.absent(rules)
-    masks = f", {report.masks} masks" if report.masks else ""
-    print(f"{len(report.patients)} patients, {report.images} images{masks}")
+    masks = f", {plural(report.masks, 'mask')}" if report.masks else ""
+    print(f"{plural(len(report.patients), 'patient')}, {plural(report.images, 'image')}{masks}")
     if report.renumbered:
         print(f"{report.renumbered} masks written anew into {out / MASKS}: enhancing tumour is 3 there, as since 2023")
     for what, count in report.unmatched.most_common():
         print(f"left out: {count} × {what}", file=sys.stderr)
-    if report.unmatched or absent:
+    if report.unmatched or absent or (table is not None and table.conflicts):
         print(f"which ones: {out / UNMATCHED}", file=sys.stderr)
     if rules.listed:
         print(f"{len(rules.listed) - len(absent)} of {len(rules.listed)} on the opt-out list are here", file=sys.stderr)
     if report.withdrawn:
-        print(f"left out: {len(report.withdrawn)} patients who withdrew", file=sys.stderr)
+        print(f"left out: {plural(len(report.withdrawn), 'patient')} who withdrew", file=sys.stderr)
     if report.renamed:
         text = "the row of the table names another patient than the header; the table is believed"
         print(f"read labels.toml again: {report.renamed} images of which {text}", file=sys.stderr)
     if table is not None and table.conflicts:
-        print(f"unknown: {table.conflicts} labels of which two rows say the opposite", file=sys.stderr)
+        print(f"unknown: {plural(table.conflicts, 'label')} of which two rows say the opposite", file=sys.stderr)
     for name, count in table.strange.most_common() if table is not None else ():
         print(f'unknown: {count} cells of "{name}" with words that labels.toml does not list', file=sys.stderr)
 
@@ -172,6 +177,8 @@ def check_data(
     from fedmed.reporting.data_check import write_check
 
     manifest = _manifest(place)
+    if html is not None and not html.parent.is_dir():
+        raise ConfigError(f"--html: there is no folder {html.parent}")
     with bar("looking") as shown:
         told = None if shown is None else lambda _, done, of: shown(done, of)
         facts = check(manifest, labels=labels, preset=preset, withdrawn=withdrawn, progress=told)
@@ -190,7 +197,7 @@ def check_data(
 
 def _print(facts: dict[str, Any]) -> None:
     out = console()
-    out.print(f"{facts['patients']} patients, {facts['rows']} rows, {facts['images']} images")
+    out.print(", ".join(plural(facts[f"{what}s"], what) for what in ("patient", "row", "image")))
     if facts["labels"]:
         table = Table("label", "positive", "negative", "unknown", "positive, of those known", box=None, pad_edge=False)
         for name, each in facts["labels"].items():
@@ -206,7 +213,7 @@ def _print(facts: dict[str, Any]) -> None:
         out.print(f"{name}: {low:g} to {high:g}", markup=False, soft_wrap=True)
     for finding in facts["findings"]:
         rows = finding["rows"]
-        where = f" (rows {', '.join(map(str, rows[:6]))}{', …' if len(rows) > 6 else ''})" if rows else ""
+        where = f" ({listed_rows(rows)})" if rows else ""
         do = f" → {finding['do']}" if finding["do"] else ""
         out.print(
             f"{SIGNS[finding['state']]}  {escape(finding['what'] + ': ' + finding['said'] + where + do)}",
@@ -240,7 +247,11 @@ def write_card(place: Path, out: Path, withdrawn: frozenset[str] | None = None) 
         raise DataError(f"{place}: its check left out others than the opt-out list does now; check again with --site")
     card = card_of(facts)
     out.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {out}; read it: it is all that leaves, and holds nothing of fewer than 10 patients")
+    if card.check == "fail":
+        text = "the last check FAILED, and the card says so; mend, check again and write it anew"
+        print(f"warning: {text}", file=sys.stderr)
+    of = f"labels {', '.join(card.labels)}" if card.labels else "no label"
+    print(f"wrote {out} ({of}); read it: it is all that leaves, and holds nothing of fewer than 10 patients")
 
 
 def show_feasibility(paths: Sequence[Path], *, as_json: bool) -> None:

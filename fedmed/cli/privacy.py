@@ -63,6 +63,15 @@ def plan(
 
     if plot is not None:
         check_plot_name(plot)
+    for given, name, wanted in (
+        (sites and not central, "--sites", "--central"),
+        (patients and central, "--patients", "a plan without --central"),
+        (images_per_patient != 1 and unit is Unit.patient, "--images-per-patient", "--unit image"),
+    ):
+        if given:
+            raise ConfigError(f"{name} is for {wanted}")
+    if not (sites if central else patients):
+        raise ConfigError("--sites is missing: how many hospitals take part" if central else "--patients is missing")
     if central:
         noise_at_server = plan_central(
             sites=sites,
@@ -148,13 +157,20 @@ def _show(made: Plan, central: CentralPlan | None, batch_size: int) -> None:
         )
     print()
     print(f"{'round':>6} {'steps':>8} {'ε':>9} {'ε by RDP':>9}")
-    most = max(row.epsilon_rdp for row in made.schedule)
+    most = max(row.epsilon_rdp for row in made.schedule) or 1.0  # so much noise that no ε can be told from 0
     for row in made.schedule:
         tight, loose = (round(BAR * value / most) for value in (row.epsilon, row.epsilon_rdp))
         print(
             f"{row.round:>6} {row.steps:>8} {rounded_up(row.epsilon, 3):>9} {rounded_up(row.epsilon_rdp, 3):>9}  "
             f"{'█' * tight}{'░' * (loose - tight)}{' (RDP)' if row.accountant == 'rdp' else ''}"
         )
+    if central is None:
+        last = (
+            "and nothing may follow it"
+            if made.schedule[-1].epsilon_rdp >= made.epsilon
+            else "and what may follow it, RDP decides"
+        )
+        print(f"\nA site that allows ε = {made.epsilon:g} takes this as its patients' first private run, {last}.")
 
 
 def _draw(made: Plan, path: Path) -> None:

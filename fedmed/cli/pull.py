@@ -78,7 +78,9 @@ def site_pseudonyms(site: Path | None, keys: Path | None, *folders: Path, make: 
     if site is not None and keys is None:
         file = site / "site.toml" if site.is_dir() else site
         keys = file.parent / read_site_config(file).keys_dir
-    elif site is not None or keys is None:
+    elif site is not None:
+        raise ConfigError("give --site or --keys, not both: a site.toml says where its keys are")
+    elif keys is None:
         raise ConfigError("pseudonyms need the site's key: give --site SITE, or --keys DIR where there is no site.toml")
     filled = [folder for folder in folders if holds_pseudonyms(folder)]
     if not keys.exists() and filled:

@@ -234,11 +234,15 @@ def ledger(site: SiteFolder) -> str:
     found = records.examine(records.key())
     if found.faults:
         raise ConfigError(f"{len(found.faults)} faults; fedmed ledger verify names them. Do not train until then")
-    limit, spent = site.config.policy.privacy.epsilon, found.spent.epsilon_rdp
-    shown = rounded_up(spent, 3)
-    left = f"{limit - float(shown):.3f} is left" if spent < limit else "NOTHING is left: private runs are refused"
+    limit, spent = site.config.policy.privacy.epsilon, rounded_up(found.spent.epsilon, 3)
+    decides = rounded_up(found.spent.epsilon_rdp, 3)  # what may be added
+    left = (
+        f"{limit - float(decides):.3f} is left for more (of additions rdp decides: {decides})"
+        if found.spent.epsilon_rdp < limit
+        else f"and NOTHING may be added: private runs are refused (of additions rdp decides: {decides})"
+    )
     odd = "; warnings, which fedmed ledger verify names" if found.warnings else ""
-    return f"whole; ε = {shown} of {limit:g} is spent by the bound that decides (rdp), {left}{odd}"
+    return f"whole; ε = {spent} of {limit:g} is spent, {left}{odd}"
 
 
 def witness(folder: Path) -> str:

@@ -171,7 +171,7 @@ def init_consortium(folder: Path, *, name: str, address: str, port: int, loopbac
     write_new(path, TEMPLATE.format(name=name, address=address, port=port, loopback_port=loopback_port).encode())
     try:
         read_consortium(path)
-    except ConfigError:
+    except ConfigError as error:
         path.unlink()
-        raise
+        raise ConfigError(f"--name, --address or --port: {str(error).partition(': ')[2]}") from None
     return path

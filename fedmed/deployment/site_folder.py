@@ -135,7 +135,8 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
         )
     if fingerprint is None and known is None:
         raise ConfigError(
-            f"the kit was signed by {kit.fingerprint}; ask the coordinator by telephone, then give it as --coordinator"
+            "who signed the kit? Ask the coordinator by telephone for the fingerprint of their key, and give what you "
+            "hear as --coordinator"
         )
     if fingerprint is None and known is not None and known.coordinator != kit.coordinator:
         raise ConfigError(

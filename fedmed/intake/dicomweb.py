@@ -258,7 +258,10 @@ def _plain(*, first: bool = False) -> Iterator[None]:
         raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
     except requests.exceptions.RequestException as error:
         reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
-        raise Interrupted("the archive stopped answering" if reached else "the archive cannot be reached") from None
+        place = urlsplit(str(error.request.url)) if error.request is not None else urlsplit("")
+        where = f" at {place.hostname}" + (f":{place.port}" if place.port else "") if place.hostname else ""
+        text = "the archive stopped answering" if reached else f"the archive cannot be reached{where}"
+        raise Interrupted(text) from None
     except Exception:  # not JSON, not multipart, not DICOM, or more than the memory holds
         raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
 

@@ -167,6 +167,9 @@ class Dimse:
         found = []
         try:
             for status, answer in association.send_c_find(_identifier({"QueryRetrieveLevel": level} | keys), FIND):
+                if "Status" not in status and level == "STUDY" and not self._answered:
+                    text = f"does it know this machine as {self._calling} (--calling), and let it search?"
+                    raise Interrupted(f"the archive took the call and does not answer the search; {text}")
                 if "Status" not in status:
                     raise Interrupted("the archive stopped answering")
                 if status.Status in PENDING and answer is not None:
@@ -239,7 +242,7 @@ class Dimse:
                 raise DataError(f"the archive {REFUSED[answer.diagnostic]}")
             raise Interrupted("the archive refuses the connection for now")
         self._check_tls()
-        raise Interrupted("the archive cannot be reached")
+        raise Interrupted(f"the archive cannot be reached at {self._host}:{self._port}")
 
     def _check_tls(self) -> None:
         """Say what TLS has to say, of which pynetdicom tells nothing: shake hands once more, and hang up.

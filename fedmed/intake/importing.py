@@ -56,7 +56,15 @@ class Imported:
         return [number for number, names in rules.listed.items() if not names & self.met]
 
 
-def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: frozenset[str] = frozenset()) -> Imported:
+def import_images(
+    kind: str,
+    source: Path,
+    out: Path,
+    rules: Rules,
+    left_out: frozenset[str] = frozenset(),
+    *,
+    named: Path | None = None,
+) -> Imported:
     """Write `out`/manifest.csv and `out`/unmatched.csv, each whole or not at all. Images stay where they are.
 
     Masks that number their classes otherwise than other years of their set are written anew into `out`/masks.
@@ -71,6 +79,7 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: fr
         out: a folder; files of these names in it are replaced.
         rules: how.
         left_out: pseudonyms of patients who withdrew, and who were left out before.
+        named: where the archive was taken from, if it is now elsewhere.
 
     Raises:
         DataError: the archive is none of this kind, or nothing of it can be imported.
@@ -98,10 +107,16 @@ def import_images(kind: str, source: Path, out: Path, rules: Rules, left_out: fr
         told.writerows(
             ("no image of this patient", f"row {number} of the opt-out list") for number in report.absent(rules)
         )
+        told.writerows(
+            (f"another row says the opposite of {label}", f"row {number} of the table")
+            for number, label in (rules.table.contradicting() if rules.table is not None else ())
+        )
     if writer is None:
         hint = "; see join and column in labels.toml, zeros the table lost, and whether these are the pull's keys"
         why = f"{_listed(report)}{hint if rules.table else ''}; which ones: {out / UNMATCHED}"
-        raise DataError(f"nothing of {source} can be imported: {why if report.unmatched else 'it holds no image'}")
+        raise DataError(
+            f"nothing of {named or source} can be imported: {why if report.unmatched else 'it holds no image'}"
+        )
     return report
 
 

@@ -77,7 +77,7 @@ class LabelTable:
     blank: list[int] = field(default_factory=list)  # rows without a key
     strange: Counter[str] = field(default_factory=Counter)  # label -> cells that say nothing labels.toml knows
     disputed: dict[str, list[int]] = field(default_factory=dict, repr=False)  # key -> rows that name several patients
-    _torn: set[tuple[str, int]] = field(default_factory=set, repr=False)  # key and place of a label that rows dispute
+    _torn: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)  # key, label's place -> its rows
     _rows: dict[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict, repr=False)
     _used: dict[str, Path] = field(default_factory=dict, repr=False)  # key -> the last image that asked for it
 
@@ -85,6 +85,10 @@ class LabelTable:
     def conflicts(self) -> int:
         """Labels of which two rows of one key say the opposite: they are unknown, whatever further rows say."""
         return len(self._torn)
+
+    def contradicting(self) -> list[tuple[int, str]]:
+        """The rows of such labels, by number, each with the label's name."""
+        return sorted((number, self.names[place]) for (_, place), numbers in self._torn.items() for number in numbers)
 
     def match(self, found: Found) -> dict[str, str] | None:
         """Labels, and what else the table says, of an image; None if it has no row, or rows of several patients."""
@@ -136,7 +140,9 @@ class LabelTable:
             one, other = before[place], values[place]
             if one and other and self.pseudonyms.patient(one) != self.pseudonyms.patient(other):
                 self.disputed.setdefault(key, [first]).append(number)
-        self._torn |= {(key, place) for place, (a, b) in enumerate(pairs[:labels]) if a and b and a != b}
+        for place, (a, b) in enumerate(pairs[:labels]):
+            if a and b and a != b:
+                self._torn.setdefault((key, place), [first]).append(number)
         merged = tuple("" if (key, place) in self._torn else a or b for place, (a, b) in enumerate(pairs))
         self._rows[key] = first, shared.setdefault(merged, merged)
 
@@ -148,6 +154,8 @@ def read_label_rules(path: Path) -> LabelRules:
         ConfigError: it is missing or wrong.
     """
     rules = checked(LabelRules, read_toml(path), source=str(path))
+    if not rules.column:
+        raise ConfigError(f"{path}: column: name the column of the table that says which image a row is of")
     unknown = sorted(set(rules.columns) - set(ABOUT))
     if unknown:
         raise ConfigError(f"{path}: columns.{unknown[0]}: there are {', '.join(ABOUT)}")
@@ -241,12 +249,12 @@ def _values_of(table: Path, header: tuple[str, ...]) -> dict[str, set[str]]:
 
 def _guessed_join(header: tuple[str, ...], *, by_name: bool) -> tuple[Join, str]:
     exact_first = ((fits, *item) for fits in (str.__eq__, str.startswith) for item in JOINS.items())
-    best = "image" if by_name else "accession"
+    best: Join = "image" if by_name else "accession"
     for fits, join, hints in sorted(exact_first, key=lambda each: each[1] != best):
         for name in header:
             if any(fits(bare(name), hint) for hint in hints):
                 return join, name
-    return "accession", header[0]
+    return best, ""  # any other column may hold names
 
 
 def _guess(value: str) -> str:

@@ -42,7 +42,7 @@ def listed(path: Path, pseudonyms: Pseudonyms) -> dict[int, frozenset[str]]:
         rows = [(number, row[COLUMN]) for number, row in table_rows(path, needed=(COLUMN,), notes=True)]
     except DataError as error:
         public = "the site's list of patients who withdrew cannot be read"
-        raise DataError(f"{public}: {error}", public=public) from None
+        raise DataError(f"the list of patients who withdrew: {error}", public=public) from None
     # A header of one column tells no separator, so a note behind another one than the comma stands in the id's cell.
     ids = {number: {patient, NOTE.split(patient)[0].strip()} for number, patient in rows if patient}
     meant = {number: {one for each in own for one in _with_zeros(each)} for number, own in ids.items()}

@@ -74,6 +74,9 @@ def parse_query(text: str, table: Path | None = None) -> Query:
         found[key] = value
     if "date" in found and not DATE.fullmatch(found["date"]):
         raise ConfigError("--query: date is a day as 20240131 or a range as 20240101-20241231, 20240101- or -20241231")
+    first, _, last = found.get("date", "").partition("-")
+    if first and last and last < first:
+        raise ConfigError("--query: date ends before it begins")
     listed = read_list(table) if table else {}
     if not found and not listed:
         raise ConfigError("nothing says what to pull: give --query, --list or both")

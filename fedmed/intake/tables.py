@@ -47,7 +47,10 @@ def table_rows(path: Path, *, needed: Sequence[str] = (), notes: bool = False) -
                     many = f"{columns.count(name)} columns" if name in columns else "no column"
                     raise DataError(f'{path.name}: the first row names {many} "{name}"')
         elif any(texts[len(columns) :]) and not (notes and len(columns) == 1 and texts[0]):
-            raise DataError(f"{path.name}: row {number} has more cells than the first row names columns")
+            raise DataError(
+                f"{path.name}: row {number} has more cells than the first row names columns; is "
+                "there a title above the names?"
+            )
         elif any(texts):
             yield number, dict(zip(columns, texts + [""] * (len(columns) - len(texts)), strict=False))
     if not columns:

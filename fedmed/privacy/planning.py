@@ -11,6 +11,7 @@ from fedmed.privacy.accounting import check_delta, spent
 from fedmed.privacy.calibration import noise_multiplier_for
 from fedmed.types import PrivacyEvent
 
+MEANINGFUL = 10.0  # ε
 MOST_ROWS = 20  # rounds whose ε is computed; of more rounds, as many evenly spread
 CHEXNET_PARAMETERS = 6_968_206  # of DenseNet-121 with 14 labels
 
@@ -103,6 +104,13 @@ def default_delta(count: int) -> float:
     return min(1e-6, 1 / (10 * count))
 
 
+def check_budget(epsilon: float) -> tuple[str, ...]:
+    """A warning about a budget beyond the second tier of Ponomareva et al. 2023, "How to DP-fy ML"."""
+    if epsilon <= MEANINGFUL:
+        return ()
+    return (f"ε = {epsilon:g} promises little; more than {MEANINGFUL:g} is hardly ever called private",)
+
+
 def check_population(delta: float, count: int, what: str = "patients") -> tuple[str, ...]:
     """Warnings about a δ for so many patients.
 
@@ -150,7 +158,7 @@ def plan_training(
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
     """
     delta = default_delta(max(patients, 1)) if delta is None else delta
-    warnings = check_population(delta, patients)
+    warnings = (*check_population(delta, patients), *check_budget(epsilon))
     units = patients if unit == "patient" else patients * images_per_patient
     if rounds < 1 or steps_per_round < 0:
         raise ConfigError("a plan has at least 1 round and 1 step a round")
@@ -212,7 +220,7 @@ def plan_central(
         ConfigError: a number is impossible, or the budget cannot be kept, with the reason.
     """
     delta = default_delta(max(sites, 1)) if delta is None else delta
-    warnings = check_population(delta, sites, "hospitals")
+    warnings = (*check_population(delta, sites, "hospitals"), *check_budget(epsilon))
     if rounds < 1 or parameters < 1 or not (math.isfinite(clip) and clip > 0):
         raise ConfigError("a plan has at least 1 round and 1 parameter, and a clip above 0")
     sigma = noise_multiplier or noise_multiplier_for(

@@ -225,8 +225,8 @@ def _refusals(policy: SitePolicy, task: Request, ledger: Spent | None) -> Iterat
     if unsaid and task.noised_before and task.privacy.mode != "dp-sgd":
         yield (
             "policy.privacy.required",
-            "the site has trained with differential privacy of its own; for a run without it, required has to be "
-            "written in its site.toml",
+            "the site has trained with differential privacy of its own; for a run without it, required = false "
+            "has to be written under [policy.privacy] in its site.toml",
         )
     if privacy.required and task.privacy.noise == "insecure-test":
         yield "policy.privacy.required", 'the site refuses privacy.noise = "insecure-test"'

@@ -25,13 +25,15 @@ class BudgetCurve:
 
 
 def check_plot_name(path: Path) -> None:
-    """Refuse a file that is neither HTML nor SVG, before anything is computed.
+    """Refuse a file that is neither HTML nor SVG, or whose folder is not there, before anything is computed.
 
     Raises:
         ConfigError: always then.
     """
     if path.suffix not in (".html", ".svg"):
         raise ConfigError(f"a plot is written as FILE.html or FILE.svg; got {path.name}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot: there is no folder {path.parent}")
 
 
 def write_budget_plot(path: Path, curve: BudgetCurve) -> None:
