@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import time
+from pathlib import Path
 
 import pytest
 from hospitals import SITES
@@ -14,6 +16,7 @@ from fedmed.deployment import control
 from fedmed.deployment.consortium import ServerFolder
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.kits import read_kit
+from fedmed.deployment.processes import free_port
 from fedmed.deployment.superlink import LOST_S
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -102,3 +105,28 @@ def test_a_supernode_without_tls_gets_nowhere(consortium):
         assert online(consortium.root) == set(SITES)
     finally:
         child.end()
+
+
+def test_a_trial_on_one_machine_with_the_commands_of_its_page(tmp_path, fedmed_process):
+    page = (Path(__file__).parent.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
+    first, starts, last = page.split("## To try it on one machine")[1].split("```")[1:6:2]
+    started, fingerprint = [], ""
+    try:
+        for line in first.strip().splitlines():
+            words = shlex.split(line.replace("FINGERPRINT", fingerprint))[1:]
+            words += ["--port", str(free_port())] if words[:2] == ["server", "init"] else []
+            done = fedmed_process(*words, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+            if "provision" in words:
+                fingerprint = re.findall(r"[0-9a-f]{4}(?:-[0-9a-f]{4}){4}", done.stdout)[-1]
+        for number, line in enumerate(starts.strip().splitlines()):
+            words = shlex.split(line)[1:]
+            started.append(Started(*words[:-1], tmp_path / words[-1], log=tmp_path / f"{number}.out"))
+        status, submit = (shlex.split(line)[1:] for line in last.strip().splitlines())
+        everybody = lambda: fedmed_process(*status, cwd=tmp_path).stdout.count("online") == 2  # noqa: E731
+        wait_for(everybody, 120, lambda: "they are not online")
+        done = fedmed_process(*submit, cwd=tmp_path)
+        assert done.returncode == 0 and "finished:completed" in done.stdout, done.stdout + done.stderr
+    finally:
+        ended = [each.stop() for each in reversed(started)]
+    assert ended == [(0, [])] * 3
