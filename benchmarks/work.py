@@ -34,7 +34,10 @@ WORKS = {
 
 
 def dataset(reference: Path, config: RunConfig) -> Dataset:
-    """Random images of one hospital; `WORK-NUMBER`, or `WORK-server` for the server's own set."""
+    """Random images of one hospital; `WORK-NUMBER`, or `WORK-server` for the server's own set.
+
+    With `evaluate.site-share` a batch more is held out, so that every run trains on the same images.
+    """
     name, _, number = reference.name.rpartition("-")
     work = WORKS[name]
     server = number == "server"
@@ -42,7 +45,13 @@ def dataset(reference: Path, config: RunConfig) -> Dataset:
     rows = 256 if server else work.steps * work.batch
     images = rng.standard_normal((rows, work.channels, work.pixels, work.pixels), dtype=np.float32)
     targets = (rng.random((rows, work.labels)) < 0.3).astype(np.float32)
-    return Dataset(images=images, targets=targets, patients=tuple(str(row) for row in range(rows)))
+    held = work.batch if config.evaluate.site_share else 0
+    if held:
+        more = rng.standard_normal((held, work.channels, work.pixels, work.pixels), dtype=np.float32)
+        images = np.concatenate([images, more])
+        targets = np.concatenate([targets, (rng.random((held, work.labels)) < 0.3).astype(np.float32)])
+    patients = tuple(str(row) for row in range(rows + held))
+    return Dataset(images=images, targets=targets, patients=patients, evaluation=np.arange(rows + held) >= rows)
 
 
 def small_cnn(*, in_channels: int, outputs: int, norm: str, width: int) -> nn.Module:

@@ -71,3 +71,16 @@ def test_only_the_default_way_to_add_an_update_has_a_bar():
     verdict = runpy.run_path(str(FOLDER / "aggregation.py"))["verdict"]
     assert [verdict("fedmed", ratio) for ratio in (2.9, 3.04, 3.06)] == ["met", "met", "missed"]
     assert {verdict(way, 9.0) for way in ("copy", "fedmed-norm", "flower")} == {"–"}
+
+
+def test_an_algorithm_has_the_bar_of_the_steps_that_it_takes(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    algorithms = runpy.run_path(str(FOLDER / "algorithms.py"))
+    said, name = algorithms["verdict"], "densenet121-8"
+    assert said("plain PyTorch", name, 1.0, 1.0) == "– | –"
+    assert said("scaffold", name, 1.104, 1.096) == "1.10 | met"
+    assert said("feddg-ga", name, 1.10, 1.11) == "1.10 | missed: CPU"
+    assert said("median", name, 1.11, 1.11) == "1.10 | missed: wall and CPU"
+    assert [said("ditto", name, wall, 2.2) for wall in (2.2, 2.21)] == ["2.20 | met", "2.20 | missed: wall"]
+    monkeypatch.setitem(said.__globals__, "CORES", 2)
+    assert said("cyclic", name, 0.28, 0.15) == "0.28, CPU 0.14 | missed: CPU"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedmed.training.local_algorithms import KEEPS_STATE
+
 pytestmark = pytest.mark.simulation
 SCRIPT = Path(__file__).parent / "killed_run.py"
 
@@ -65,9 +67,10 @@ def test_what_sites_keep_is_the_same_after_a_kill_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("strategy", ["fedavgm", "scaffold"])
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "scaffold", "ditto", "fedbn"])
 def test_runs_killed_at_any_write_fsync_or_rename_resume_to_the_same_bits(tmp_path, strategy):
     whole, runs = killed_and_resumed(tmp_path, strategy, "all", timeout=1700)
+    assert bool(whole["sites"]) == (strategy in KEEPS_STATE)
     assert len(runs) == sum(whole["calls"].values()) > 60
     for run in runs:
         check(whole, run)
