@@ -380,12 +380,15 @@ def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, mon
 
 
 def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
-    ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite")
+    ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite" + " more" * 99)
     monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())
     monkeypatch.setattr("fedmed.deployment.control.nodes", lambda client: [])
     monkeypatch.setattr("fedmed.deployment.control.runs", lambda client: [ended])
     command("server", "status", made)
-    assert capsys.readouterr().out == f"run 1: finished:failed ({ended.details[:33]}?[2Jno site)\n"
+    said = capsys.readouterr().out
+    what = f"a run of {ended.submitted:%Y-%m-%d %H:%M} UTC, folder …-7"
+    assert said.startswith(f"run 1: finished:failed, {what} ({ended.details[:33]}?[2Jno site more") and len(said) < 300
+    assert said.endswith(" more …)\n")
 
 
 def test_whoever_waits_for_a_run_waits_as_long_as_the_server_would_go_on_with_it():

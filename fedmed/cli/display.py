@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +19,9 @@ from rich.progress import (
 )
 
 from fedmed.types import Event, rounded_up
+
+if TYPE_CHECKING:
+    from fedmed.config import RunConfig
 
 RECENT = 5  # rounds whose mean time says how long the others take
 
@@ -204,6 +207,18 @@ def interval(metric: Mapping[str, Any] | None) -> str:
     if metric["low"] is None:
         return f"{metric['value']:.3f}"
     return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"
+
+
+def charge(config: RunConfig) -> str:
+    """What a private run costs, before it costs it."""
+    privacy = config.privacy
+    given = privacy.noise_multiplier
+    cost = f"what noise-multiplier = {given:g} comes to" if given else f"ε = {privacy.epsilon:g}"
+    more = f" and ε = {privacy.metrics_epsilon:g} for its metrics" if privacy.metrics_epsilon else ""
+    return (
+        f"Privacy: each site charges its patients {cost}{more} (δ = {privacy.delta:g}), all of it before the first "
+        "round and however the run ends. At a hospital that comes off policy.privacy.epsilon for good."
+    )
 
 
 def console() -> Console:

@@ -6,12 +6,15 @@ import json
 import sys
 from pathlib import Path
 from shlex import quote
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from fedmed.deployment.control import FlowerRun
+
+LONGEST = 160  # characters of why a run ended
 
 app = typer.Typer(
     help="The coordinator's side: provision, serve, submit runs, follow and stop them.", no_args_is_help=True
@@ -146,6 +149,7 @@ def submit(
     Example: fedmed server submit run.toml --server chest --wait
     """
     from fedmed import config as run_file
+    from fedmed.cli.display import charge, interval
     from fedmed.deployment import control
     from fedmed.deployment.continuing import finished
     from fedmed.deployment.coordinators import entrance
@@ -156,9 +160,15 @@ def submit(
     server = entrance(folder)
     config = run_file.load(run, overrides)
     with control.control(server) as client:
-        number = control.submit(client, deployable(config, [node.site for node in control.nodes(client)]))
+        sites = control.nodes(client)
+        number = control.submit(client, deployable(config, [node.site for node in sites]))
     if not as_json:
-        print(f"run {number} of {config.name} is submitted", flush=True)
+        there = [node.site for node in sites if node.status == "online"]
+        waits = f", and the run waits for {config.strategy.min_sites}" if len(there) < config.strategy.min_sites else ""
+        print(f"run {number} of {config.name} is submitted; {len(there)} of {len(sites)} sites are connected{waits}")
+        if config.privacy.mode == "dp-sgd":
+            print(charge(config))
+        sys.stdout.flush()
     ended = finished(server, number, lambda line: print(line, file=sys.stderr, flush=True)) if wait else None
     kept = folder_of(server.runs, ended.series) if ended and server.runs else None
     if as_json:
@@ -168,6 +178,9 @@ def submit(
         return
     if not as_json:
         print(f"{ended.status}: {kept or f'fedmed server fetch {number} brings its folder'}")
+        if kept and (kept / "result.json").exists():
+            found = json.loads((kept / "result.json").read_text(encoding="utf-8"))["server"]["metrics"]
+            print(f"  {config.primary} {interval(found.get(config.primary))}\nnext: fedmed report {quote(str(kept))}")
     if not ended.status.endswith(":completed"):
         raise RunFailed(f"run {number}: {ended.status}; {ended.details or 'logs/server.log says why'}")
 
@@ -194,7 +207,9 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     for node in sites:
         print(f"site {node.site}: {node.status}")
     for run in runs:
-        print(f"run {run.number}: {run.status}" + (f" ({one_line(run.details)})" if run.details else ""))
+        why = f" ({shorten(one_line(run.details), LONGEST, placeholder=' …')})" if run.details else ""
+        what = f"{run.config.get('name', 'a run')} of {run.submitted:%Y-%m-%d %H:%M} UTC, folder …-{run.series}"
+        print(f"run {run.number}: {run.status}, {what}{why}")
 
 
 @app.command("stop")

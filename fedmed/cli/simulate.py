@@ -157,6 +157,7 @@ def _show_hospitals(config: RunConfig, hospitals: Sequence[Hospital]) -> None:
 
 
 def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, parameters: int) -> None:
+    from fedmed.cli.display import charge
     from fedmed.federated.simulation import devices, worker_count
     from fedmed.federated.virtual_hospitals import check_files, planned
     from fedmed.reporting.words import plural
@@ -171,24 +172,12 @@ def _show_plan(config: RunConfig, hospitals: Sequence[Hospital] | None, paramete
         f"{workers} worker process{'es' if workers > 1 else ''}. Nothing was written."
     )
     if config.privacy.mode == "dp-sgd":
-        print(_charge(config))
+        print(charge(config))
         from fedmed.training.clipping import slow_layers
         from fedmed.training.network import network_of
 
         if slow := slow_layers(network_of(config)):
             print(slow)
-
-
-def _charge(config: RunConfig) -> str:
-    """What a private run costs, before it costs it."""
-    privacy = config.privacy
-    given = privacy.noise_multiplier
-    cost = f"what noise-multiplier = {given:g} comes to" if given else f"ε = {privacy.epsilon:g}"
-    more = f" and ε = {privacy.metrics_epsilon:g} for its metrics" if privacy.metrics_epsilon else ""
-    return (
-        f"Privacy: each site charges its patients {cost}{more} (δ = {privacy.delta:g}), all of it before the first "
-        "round and however the run ends. At a hospital that comes off policy.privacy.epsilon for good."
-    )
 
 
 def _show_finished(path: Path, *, as_json: bool) -> None:
