@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 UNSHARE = ("unshare", "-rm")
 _TRY = [*UNSHARE, "mount", "-t", "tmpfs", "none", "/mnt"]
 MOUNTS = shutil.which("unshare") is not None and subprocess.run(_TRY, capture_output=True, check=False).returncode == 0
+NO_MOUNT = "a disk of its own needs a private mount, which this machine does not allow"
+needs_mount = pytest.mark.skipif(not MOUNTS, reason=NO_MOUNT)
 
 
 def mounted(folder: Path, options: str, *words: str) -> subprocess.CompletedProcess[str]:

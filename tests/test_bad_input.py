@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disks import needs_mount
 from PIL import Image
 
 from fedmed import config as run_file
@@ -248,13 +248,7 @@ def test_resuming_what_is_no_run_is_one_line(fedmed, tmp_path):
     assert "no such run file" in refused(fedmed("simulate", "--resume", tmp_path))
 
 
-def can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode == 0
-
-
-@pytest.mark.skipif(not can_mount(), reason="a small disk needs a private mount, which this machine does not allow")
+@needs_mount
 @pytest.mark.parametrize("size_kib", [64, 4000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(toy_config, tmp_path, size_kib):
     """A run folder on a disk of its own that is too small, at several moments of the run."""

@@ -9,7 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
-from full_disks import MOUNTS, mounted
+from full_disks import mounted, needs_mount
 from real_consortium import make_site
 
 from fedmed.deployment import confinement
@@ -83,7 +83,7 @@ print(checks._look("disk", lambda: checks.disk(checks.read_site_folder(Path(sys.
 """
 
 
-@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+@needs_mount
 def test_the_check_looks_at_the_disk_of_each_folder_with_advice_of_its_own(site, tmp_path):
     folder = Path(shutil.copytree(site, tmp_path / "copy"))
     said = mounted(folder / "cache", "size=1m", sys.executable, "-c", DISK, str(folder), "0.1").stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from full_disks import MOUNTS
+from full_disks import MOUNTS, NO_MOUNT
 from hospitals import Hospitals
 from real_consortium import RUN, recorded, wait_for
 
@@ -29,7 +29,7 @@ TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # as a ru
 def hospitals(tmp_path_factory):
     """The server and one of three sites have small disks of their own."""
     if not MOUNTS:
-        pytest.skip("a small disk needs a private mount, which this machine does not allow")
+        pytest.skip(NO_MOUNT)
     made = Hospitals(tmp_path_factory.mktemp("h"))
     made.small = {"server": 256, SITE: 16}
     try:

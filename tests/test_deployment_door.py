@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
-from full_disks import MOUNTS, mounted
+from full_disks import mounted, needs_mount
 from real_consortium import Started, free_port, make_consortium, processes_of, wait_for
 
 from fedmed.deployment import door, flower_app
@@ -121,7 +121,7 @@ start_site(read_site_folder(Path(sys.argv[1])), print)
 """
 
 
-@pytest.mark.skipif(not MOUNTS, reason="this user may mount nothing")
+@needs_mount
 def test_a_site_on_a_disk_without_programs_does_not_start(site):
     done = mounted(site.flower, "noexec", sys.executable, "-c", NOEXEC, str(site.file))
     assert "flower/bin/flwr-agentapp cannot be executed (PermissionError)" in done.stderr, done.stdout + done.stderr
