@@ -60,7 +60,7 @@ def test_so_much_noise_that_no_epsilon_is_left_is_a_table_and_a_huge_budget_a_wa
 def test_a_plan_says_whether_anything_may_follow_it():
     """What may be added is decided by RDP, by which this plan has spent more than its ε already."""
     shown = run("--patients", 1000, "--epsilon", 8, "--rounds", 10, "--batch-size", 32)
-    assert "takes this as its patients' first private run, and nothing may follow it." in shown.output
+    assert "takes this as its patients' first private run; nothing may follow it." in shown.output
 
 
 @pytest.mark.parametrize(

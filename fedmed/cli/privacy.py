@@ -165,12 +165,9 @@ def _show(made: Plan, central: CentralPlan | None, batch_size: int) -> None:
             f"{'█' * tight}{'░' * (loose - tight)}{' (RDP)' if row.accountant == 'rdp' else ''}"
         )
     if central is None:
-        last = (
-            "and nothing may follow it"
-            if made.schedule[-1].epsilon_rdp >= made.epsilon
-            else "and what may follow it, RDP decides"
-        )
-        print(f"\nA site that allows ε = {made.epsilon:g} takes this as its patients' first private run, {last}.")
+        alone = made.schedule[-1].epsilon_rdp >= made.epsilon
+        then = "nothing may follow it" if alone else "what may follow it is decided by RDP"
+        print(f"\nA site that allows ε = {made.epsilon:g} takes this as its patients' first private run; {then}.")
 
 
 def _draw(made: Plan, path: Path) -> None:
