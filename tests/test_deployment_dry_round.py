@@ -85,7 +85,7 @@ def test_the_check_neither_counts_nor_opens_the_images_of_who_withdrew(phantoms,
     text = re.sub(r"manifest = .*", f'manifest = "{manifest}"', (folder / "site.toml").read_text())
     (folder / "site.toml").write_text(text.replace('opt-out = ""', 'opt-out = "withdrawn.csv"'))
     found = {each.what: each for each in check_site(folder)}
-    assert not found["manifest"].ok and "withdrew cannot be read" in found["manifest"].said
+    assert not found["manifest"].ok and "who withdrew: withdrawn.csv: cannot be read" in found["manifest"].said
     assert "\n" not in found["manifest"].said and "dry round" not in found
     listed.write_text("\n".join(["patient_id", *gone]) + "\n")
     found = {each.what: each for each in check_site(folder)}
