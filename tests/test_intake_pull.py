@@ -208,7 +208,7 @@ def test_of_a_list_a_search_that_fails_costs_no_more_than_itself(tmp_path: Path)
     with archive_of(holdings) as address:
         listed = Query(accessions=("A1", "A2", "A3"))
         pulled = pull(dimse(address), listed, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
-    assert (pulled.images, pulled.listed) == (2, "2 of 3 accessions found")
+    assert (pulled.images, pulled.listed) == (2, "2 of 3 accessions found (the others: not-found.csv)")
     assert pulled.why == {"the archive does not answer the search (status C001)": 1}
 
 

@@ -47,10 +47,12 @@ def test_what_of_a_list_is_not_in_the_archive_is_counted_and_told_to_the_site_al
     table.write_text(f"{column}\n0017\n{known}\n99\n")
     with archive_of(Holdings(named_object(1), named_object(2, series=2))) as address:
         pulled = pull(dimse(address), parse_query("", table), out, pseudonyms)
-        assert str(pulled).startswith(f"1 of 3 {column}s found, 1 study, 2 images") and "0017" not in str(pulled)
+        assert str(pulled).startswith(
+            f"1 of 3 {column}s found (the others: not-found.csv), 1 study, 2 images"
+        ) and "0017" not in str(pulled)
         assert (out / "not-found.csv").read_text() == f"{column}\n0017\n99\n"
         assert (out / "not-found.csv").stat().st_mode & 0o077 == 0
-        with pytest.raises(DataError, match=f"meets the query .0 of 2 {column}s found"):
+        with pytest.raises(DataError, match=f"meets the query .0 of 2 {column}s found .the others: not-found.csv"):
             pull(dimse(address), parse_query("", out / "not-found.csv"), out, pseudonyms)
         table.write_text(f"{column}\n{known}\n")
         assert pull(dimse(address), parse_query("", table), out, pseudonyms).listed == f"1 of 1 {column}s found"
@@ -207,7 +209,7 @@ def test_an_archive_that_takes_no_notice_of_a_list_gives_no_other_patient(tmp_pa
             assert series.study == "1.3"
 
     pulled = pull(Deaf(), Query(patients=("3", "77")), tmp_path / "out", pseudonyms_in(tmp_path))
-    assert pulled.listed == "1 of 2 patients found" and pulled.failed == 0
+    assert pulled.listed == "1 of 2 patients found (the others: not-found.csv)" and pulled.failed == 0
     assert (tmp_path / "out" / "not-found.csv").read_text() == "patient\n77\n"
 
 

@@ -10,6 +10,7 @@ from intake_files import named_object
 from loopback_archive import Holdings, archive_of
 from real_consortium import command
 
+from fedmed.cli.pull import site_pseudonyms
 from fedmed.deployment.checks import keys as look_at_keys
 from fedmed.deployment.node_keys import make_node_key
 from fedmed.deployment.site_folder import read_site_folder
@@ -86,6 +87,11 @@ def test_a_site_with_other_keys_than_its_manifest_neither_passes_its_check_nor_t
     (site / "chest" / CHECK).write_text(f"{Pseudonyms(keys=read_keys(site / 'keys')).check}\n")
     assert "pseudonyms are by them" in look_at_keys(read_site_folder(site))
     assert len(withdrawn_of(site / "site.toml")) == 2
+
+
+def test_a_site_and_keys_together_are_refused_as_such(tmp_path):
+    with pytest.raises(ConfigError, match="not both"):
+        site_pseudonyms(tmp_path, tmp_path / "keys")
 
 
 def test_an_import_for_a_site_leaves_out_whom_its_site_toml_lists(tmp_path, capsys):

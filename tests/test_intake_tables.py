@@ -172,6 +172,11 @@ def test_a_column_of_the_very_name_is_guessed_before_one_that_begins_so(tmp_path
     assert (rules.join, rules.column) == guess
 
 
+def test_a_title_above_the_names_of_columns_is_asked_after(tmp_path):
+    with pytest.raises(DataError, match="row 2 has more cells .* is there a title above the names"):
+        guessed_rules(table(tmp_path / "t.csv", "Export", "Accession,Effusion", "A1,yes"))
+
+
 def test_where_no_column_looks_like_a_key_none_is_taken(tmp_path):
     """The first one may be a name, by which nobody is to be joined."""
     sheet = table(tmp_path / "t.csv", "Name,Effusion", "Zebrafinch,yes", "Kakapo,no")

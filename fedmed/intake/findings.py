@@ -87,7 +87,7 @@ def as_read(manifest: Path, labels: tuple[str, ...], *, masked: bool) -> Finding
             read = read_manifest(manifest, TaskConfig(kind="segmentation", labels=("mask",)))
     except (DataError, ConfigError) as error:
         return _finding("manifest", "fail", str(error).removeprefix(f"{manifest}: "), "mend the table, or import again")
-    return _finding("manifest", "pass", f"{len(read.rows)} rows can be read")
+    return _finding("manifest", "pass", f"{_many(len(read.rows), 'row')} can be read")
 
 
 def _unreadable(seen: Seen) -> Finding:
@@ -113,7 +113,7 @@ def _patients(seen: Seen) -> Iterator[Finding]:
     if count < 2:
         yield _finding("patients", "fail", "one patient alone", "nobody could be held out; import more")
     else:
-        yield _finding("patients", "pass", f"{count} patients, {len(seen.rows)} rows")
+        yield _finding("patients", "pass", f"{_many(count, 'patient')}, {_many(len(seen.rows), 'row')}")
     pairs = np.unique(np.stack([seen.patients, seen.splits], axis=1), axis=0)
     torn = np.flatnonzero(np.bincount(pairs[:, 0]) > 1)
     if len(torn):

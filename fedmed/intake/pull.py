@@ -171,7 +171,8 @@ def _listed(query: Query, missing: list[str]) -> str:
     """How much of a list was found; "" where there is none."""
     many = len(query.accessions) + len(query.patients)
     what = "accessions" if query.accessions else "patients"
-    return f"{many - len(missing)} of {many} {what} found" if many else ""
+    others = f" (the others: {MISSING})" if missing else ""
+    return f"{many - len(missing)} of {many} {what} found{others}" if many else ""
 
 
 def _write_missing(path: Path, column: str, missing: list[str]) -> None:
