@@ -62,7 +62,11 @@ def test_of_a_list_what_the_archive_refuses_to_search_for_costs_no_more_than_its
     with dicomweb_of(service) as url:  # the search for the first takes two pages
         listed = Query(accessions=("A1", "A2", "A3", "A4"))
         found = pull(DicomWeb(url), listed, tmp_path / "out", pseudonyms_in(tmp_path), wait_s=0.001)
-    assert (found.images, found.why, found.listed) == (2, {why: 2}, "2 of 4 accessions found")
+    assert (found.images, found.why, found.listed) == (
+        2,
+        {why: 2},
+        "2 of 4 accessions found (the others: not-found.csv)",
+    )
     assert (tmp_path / "out/not-found.csv").read_text() == "accession\nA2\nA3\n"
 
 
