@@ -18,7 +18,7 @@ import difflib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from fedmed.imaging.separators import separator_of
 ABOUT = ("patient_id", "image", "mask", "study_uid", "series_uid", "view", "split", "site", "age", "sex")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 LABEL_VALUES = {0.0: 0.0, 1.0: 1.0}  # one number of each for all rows
+Labels = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class Row:
     patient: str
     modalities: tuple[Path | None, ...]  # one image for most; None = this item lacks it, and never all of them
     mask: Path | None
-    labels: tuple[float, ...]  # in the task's order; NaN = unknown; empty for segmentation
+    labels: Labels  # in the task's order; NaN = unknown; empty for segmentation
     split: str  # "" | "train" | "validation" | "test"
     fault: str = ""  # why it does not fit the task
 
@@ -88,7 +89,8 @@ def read_manifest(path: Path, task: TaskConfig, *, lenient: bool = False) -> Man
     """
     header, lines = read_table(path)
     _check_columns(path, header, task)
-    rows = tuple(_row(path, number, dict(zip(header, cells, strict=True)), task) for number, cells in lines)
+    shared: dict[Labels, Labels] = {}  # rows of equal labels hold one tuple of them
+    rows = tuple(_row(path, number, dict(zip(header, cells, strict=True)), task, shared) for number, cells in lines)
     if not rows:
         raise DataError(f"{path}: the manifest has no rows")
     unfit = next((row for row in rows if row.fault), None)
@@ -113,29 +115,40 @@ def without_patients(manifest: Manifest, withdrawn: frozenset[str]) -> Manifest:
     return replace(manifest, rows=rows)
 
 
-def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, cells) of every row of a manifest that is not blank.
+def read_table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Header, and (line number, cells) of every row of a manifest that is not blank, read as they are asked for.
 
     Raises:
-        DataError: the file cannot be read, or a row has more or fewer cells than the header.
+        DataError: the file cannot be read; or, by the time it is asked for, a row has more or fewer cells than the
+            header.
     """
+    lines = _lines(path)
+    _, header = next(lines, (0, []))
+    if not header:
+        raise DataError(f"{path}: the manifest is empty")
+    return header, lines
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of the header, and of every row that is not blank."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, delimiter=separator_of(file, "patient_id"))
             header = [name.strip() for name in next(reader, [])]
-            lines = [(reader.line_num, cells) for row in reader if any(cells := [cell.strip() for cell in row])]
+            yield reader.line_num, header
+            for row in reader:
+                if not any(cells := [cell.strip() for cell in row]):
+                    continue
+                if len(cells) != len(header):
+                    text = f"row {reader.line_num} has {len(cells)} cells, the header has {len(header)}"
+                    raise DataError(f"{path}: {text}")
+                yield reader.line_num, cells
     except FileNotFoundError:
         raise DataError(f"{path}: no such manifest") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error):
         raise DataError(f"{path}: not a CSV in UTF-8") from None
-    if not header:
-        raise DataError(f"{path}: the manifest is empty")
-    for number, cells in lines:
-        if len(cells) != len(header):
-            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header has {len(header)}")
-    return header, lines
 
 
 def _check_columns(path: Path, header: Sequence[str], task: TaskConfig) -> None:
@@ -156,8 +169,9 @@ def _nearest(column: str, header: Iterable[str]) -> str:
     return f'; the nearest is "{folded[close[0]]}"' if close else f"; there are {', '.join(folded.values())}"
 
 
-def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -> Row:
+def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig, shared: dict[Labels, Labels]) -> Row:
     segmentation = task.kind == "segmentation"
+    labels = () if segmentation else tuple(_label(record[label]) for label in task.labels)
     for column in ("patient_id", "image"):
         if not record[column]:
             raise DataError(f"{path}: row {number} has no {column}")
@@ -172,7 +186,7 @@ def _row(path: Path, number: int, record: Mapping[str, str], task: TaskConfig) -
         patient=record["patient_id"],
         modalities=modalities,
         mask=path.parent / record["mask"] if segmentation else None,
-        labels=() if segmentation else tuple(map(_label, (record[label] for label in task.labels))),
+        labels=shared.setdefault(labels, labels),
         split=SPLITS.get(split, ""),
         fault=_fault(record, task),
     )
@@ -278,17 +292,22 @@ def read_records(path: Path) -> tuple[tuple[str, ...], tuple[dict[str, str], ...
     return tuple(header), tuple(dict(zip(header, cells, strict=True)) for _, cells in lines)
 
 
-def read_columns(path: Path) -> tuple[tuple[int, ...], dict[str, tuple[str, ...]]]:
+def read_columns(path: Path) -> tuple[tuple[int, ...], dict[str, list[str]]]:
     """The line of every row, and the columns, each as the text of all rows: a quarter of the memory of records.
 
     Raises:
         DataError: as `read_records`, or a column is missing that every manifest has, or there are no rows.
     """
     header, lines = read_table(path)
-    for column in ("patient_id", "image"):
-        if column not in header:
-            raise DataError(f'{path}: no column "{column}"; the first line names the columns')
-    if not lines:
+    for name in ("patient_id", "image"):
+        if name not in header:
+            raise DataError(f'{path}: no column "{name}"; the first line names the columns')
+    numbers: list[int] = []
+    columns: list[list[str]] = [[] for _ in header]
+    for number, cells in lines:
+        numbers.append(number)
+        for column, cell in zip(columns, cells, strict=True):
+            column.append(cell)
+    if not numbers:
         raise DataError(f"{path}: the manifest has no rows")
-    columns = {name: tuple(cells[place] for _, cells in lines) for place, name in enumerate(header)}
-    return tuple(number for number, _ in lines), columns
+    return tuple(numbers), dict(zip(header, columns, strict=True))

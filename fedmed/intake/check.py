@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedmed.errors import DataError, UnreadableImage
 from fedmed.imaging.decoding import VOLUME_BYTES, VOLUME_TIMEOUT_S
 from fedmed.imaging.isolation import DecodingProcess
-from fedmed.imaging.manifest import ABOUT, images_of, read_columns
+from fedmed.imaging.manifest import ABOUT, read_columns
 from fedmed.imaging.ordered import in_order
 from fedmed.imaging.plain_errors import plain_errors
 from fedmed.imaging.reading import presets_named
@@ -36,7 +36,7 @@ AHEAD = 4  # images that each process has waiting
 PAYS = 200  # images for which it pays to start a process
 
 Look = Callable[..., Arrays]
-Job = tuple[int, str, str, str]  # row, image, mask, preset
+Job = tuple[int, str, str, str]  # row, image, mask, preset; files as the manifest has them
 Told = Callable[[str, int, int], None]  # what is done, how far, of how much
 
 
@@ -74,7 +74,7 @@ def check(
     regions = () if seen.labels or not seen.masked else tuple(labels)
     task = () if regions else tuple(labels) or tuple(seen.labels)
     read = as_read(manifest, task, masked=seen.masked)  # before there are thumbnails: it takes as much memory
-    _look_(seen, jobs, regions, processes, progress)
+    _look_(seen, jobs, manifest.parent, regions, processes, progress)
     alike = near_duplicates(
         seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
         progress=None if progress is None else lambda done, of: progress("comparing", done, of),
@@ -90,18 +90,19 @@ def who_withdrew(manifest: Path, withdrawn: frozenset[str]) -> str:
     Raises:
         DataError: the manifest cannot be read.
     """
-    here = sorted({*read_columns(manifest)[1]["patient_id"]} & withdrawn)
+    here = sorted({*read_columns(manifest)[1]["patient_id"]} & withdrawn) if withdrawn else []
     return hashlib.sha256("\n".join(here).encode()).hexdigest()
 
 
 def _table(manifest: Path, labels: tuple[str, ...], preset: str, withdrawn: frozenset[str]) -> tuple[Seen, list[Job]]:
     """What a manifest says of the rows of those who have not withdrawn, and their images."""
     lines, columns = read_columns(manifest)
-    kept = [row for row, patient in enumerate(columns["patient_id"]) if patient not in withdrawn]
-    if not kept:
-        raise DataError("every patient of the manifest has opted out")
-    lines = tuple(lines[row] for row in kept)
-    columns = {name: tuple(values[row] for row in kept) for name, values in columns.items()}
+    if withdrawn:
+        kept = [row for row, patient in enumerate(columns["patient_id"]) if patient not in withdrawn]
+        if not kept:
+            raise DataError("every patient of the manifest has opted out")
+        lines = tuple(lines[row] for row in kept)
+        columns = {name: [values[row] for row in kept] for name, values in columns.items()}
     count = len(lines)
     chosen = labels or tuple(name for name in columns if name not in ABOUT and _is_label(columns[name]))
     masks = columns.get("mask", ("",) * count)
@@ -115,21 +116,23 @@ def _table(manifest: Path, labels: tuple[str, ...], preset: str, withdrawn: froz
     for name in ("view", "sex"):
         seen.counts[name] = Counter(value or "not said" for value in columns.get(name, ()))
     seen.ages = [float(age) for age in columns.get("age", ()) if age.replace(".", "", 1).isdigit()]
-    return seen, list(_jobs(manifest.parent, columns["image"], masks, preset))
+    return seen, list(_jobs(columns["image"], masks, preset))
 
 
-def _jobs(folder: Path, images: Sequence[str], masks: Sequence[str], preset: str) -> Iterator[Job]:
+def _jobs(images: Sequence[str], masks: Sequence[str], preset: str) -> Iterator[Job]:
     """Every image: its row, its file, the mask of a row at its first image, and how it is read."""
     presets = preset.split(BETWEEN)
     for row, (cell, mask) in enumerate(zip(images, masks, strict=True)):
-        for place, image in enumerate(images_of(cell, folder)):
+        for place, image in enumerate(map(str.strip, cell.split(BETWEEN))):
             if image:
-                yield row, str(image), str(folder / mask) if mask else "", presets[place % len(presets)]
+                yield row, image, mask, presets[place % len(presets)]
                 mask = ""
 
 
-def _look_(seen: Seen, jobs: Sequence[Job], regions: tuple[str, ...], processes: int, progress: Told | None) -> None:
-    """Look at every image, and add what is seen."""
+def _look_(
+    seen: Seen, jobs: Sequence[Job], folder: Path, regions: tuple[str, ...], processes: int, progress: Told | None
+) -> None:
+    """Look at every image, whose files are in a folder, and add what is seen."""
     shown, read = (_spread(len(jobs), most) for most in (PICTURES, TEXT_SAMPLE))
     seen.images = len(jobs)
     seen.thumbnails = np.zeros((len(jobs), SIDE, SIDE), np.uint8)
@@ -139,10 +142,11 @@ def _look_(seen: Seen, jobs: Sequence[Job], regions: tuple[str, ...], processes:
 
     def one(look: Look, number: int) -> Arrays | UnreadableImage:
         _, image, mask, preset = jobs[number]
+        files = {"image": str(folder / image), "mask": str(folder / mask) if mask else ""}
         side = PICTURE_SIDE if number in shown else 0
         text = number in read
         try:
-            return look(image=image, mask=mask, side=side, text=text, regions=regions, preset=preset)
+            return look(**files, side=side, text=text, regions=regions, preset=preset)
         except UnreadableImage as error:
             return error
 

@@ -82,12 +82,12 @@ def as_read(manifest: Path, labels: tuple[str, ...], *, masked: bool) -> Finding
         )
     try:
         if labels:
-            read = read_manifest(manifest, TaskConfig(labels=labels))
+            rows = len(read_manifest(manifest, TaskConfig(labels=labels)).rows)
         if masked:
-            read = read_manifest(manifest, TaskConfig(kind="segmentation", labels=("mask",)))
+            rows = len(read_manifest(manifest, TaskConfig(kind="segmentation", labels=("mask",))).rows)
     except (DataError, ConfigError) as error:
         return _finding("manifest", "fail", str(error).removeprefix(f"{manifest}: "), "mend the table, or import again")
-    return _finding("manifest", "pass", f"{_many(len(read.rows), 'row')} can be read")
+    return _finding("manifest", "pass", f"{_many(rows, 'row')} can be read")
 
 
 def _unreadable(seen: Seen) -> Finding:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedmed.types import OnProgress
 
 CORRELATION = 0.975
-BLOCK = 2048  # pictures; two blocks and their product are 26 MB
+BLOCK = 1024  # pictures; two blocks and their product are 9 MB
 MOST_PAIRS = 100_000  # that are told one by one: a set of blank or synthetic pictures has billions
 
 
