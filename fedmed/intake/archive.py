@@ -27,6 +27,10 @@ class Interrupted(DataError):
     """An archive did not answer, or broke off. Asking again may help."""
 
 
+class Unreached(Interrupted):
+    """Nobody answers. If nobody ever did, it is as likely the address or a name that is wrong."""
+
+
 class Unsent(Interrupted):
     """An archive answers, and does not send all that it lists."""
 

@@ -29,7 +29,7 @@ from requests.auth import AuthBase, HTTPBasicAuth
 from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NO_TLS, Interrupted, Patience, Unsent, Withheld, at_once, not_trusted, tls
+from fedmed.intake.archive import NO_TLS, Interrupted, Patience, Unreached, Unsent, Withheld, at_once, not_trusted, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 PAGE = 200  # studies or series asked for at once
@@ -251,17 +251,18 @@ def _plain(*, first: bool = False) -> Iterator[None]:
     except requests.exceptions.ProxyError as error:
         if "407" in str(error):
             raise DataError(f"the archive {ENDED[407]}") from None
-        raise Interrupted("the proxy of HTTPS_PROXY does not connect to the archive") from None
+        raise Unreached("the proxy of HTTPS_PROXY does not connect to the archive") from None
     except requests.exceptions.ConnectTimeout:
-        raise Interrupted("the archive cannot be reached: no answer") from None
+        raise Unreached("the archive cannot be reached: no answer") from None
     except requests.exceptions.InvalidJSONError:
         raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
     except requests.exceptions.RequestException as error:
         reached = isinstance(error, requests.exceptions.ReadTimeout | requests.exceptions.ChunkedEncodingError)
         place = urlsplit(str(error.request.url)) if error.request is not None else urlsplit("")
         where = f" at {place.hostname}" + (f":{place.port}" if place.port else "") if place.hostname else ""
-        text = "the archive stopped answering" if reached else f"the archive cannot be reached{where}"
-        raise Interrupted(text) from None
+        if reached:
+            raise Interrupted("the archive stopped answering") from None
+        raise Unreached(f"the archive cannot be reached{where}") from None
     except Exception:  # not JSON, not multipart, not DICOM, or more than the memory holds
         raise (DataError(NOT_DICOMWEB) if first else Unsent(NOT_DICOM)) from None
 

@@ -37,7 +37,7 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import Interrupted, Patience, Unsent, Withheld, at_once, not_trusted, tls
+from fedmed.intake.archive import Interrupted, Patience, Unreached, Unsent, Withheld, at_once, not_trusted, tls
 from fedmed.intake.query import Query, Series, count_of, questions, untold
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
@@ -160,6 +160,7 @@ class Dimse:
             Unsent: it cannot tell of what was asked, for now.
             Withheld: it refuses to.
             Interrupted: it broke off.
+            Unreached: nothing answers, or never did.
         """
         entity = AE(ae_title=self._calling)
         entity.add_requested_context(FIND)
@@ -169,7 +170,7 @@ class Dimse:
             for status, answer in association.send_c_find(_identifier({"QueryRetrieveLevel": level} | keys), FIND):
                 if "Status" not in status and level == "STUDY" and not self._answered:
                     text = f"does it know this machine as {self._calling} (--calling), and let it search?"
-                    raise Interrupted(f"the archive took the call and does not answer the search; {text}")
+                    raise Unreached(f"the archive took the call and does not answer the search; {text}")
                 if "Status" not in status:
                     raise Interrupted("the archive stopped answering")
                 if status.Status in PENDING and answer is not None:
@@ -227,7 +228,8 @@ class Dimse:
 
         Raises:
             DataError: the archive refuses it, or TLS fails.
-            Interrupted: nothing answers.
+            Interrupted: the archive refuses it for now.
+            Unreached: nothing answers.
         """
         entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT_S
         entity.connection_timeout = CONNECT_S
@@ -242,7 +244,7 @@ class Dimse:
                 raise DataError(f"the archive {REFUSED[answer.diagnostic]}")
             raise Interrupted("the archive refuses the connection for now")
         self._check_tls()
-        raise Interrupted(f"the archive cannot be reached at {self._host}:{self._port}")
+        raise Unreached(f"the archive cannot be reached at {self._host}:{self._port}")
 
     def _check_tls(self) -> None:
         """Say what TLS has to say, of which pynetdicom tells nothing: shake hands once more, and hang up.

@@ -15,14 +15,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
 from fedmed.durable import make_private
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
+from fedmed.intake.archive import (
+    ATTEMPTS,
+    Answer,
+    Archive,
+    Interrupted,
+    Patience,
+    Unreached,
+    Unsent,
+    Withheld,
+    patiently,
+)
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
@@ -139,10 +148,11 @@ def _wanted(
     asked += [(one, replace(single, patients=(one,))) for one in query.patients]
     wanted: dict[tuple[str, str], Series] = {}
     missing = []
+    patience = _Patience(wait_s)
     untold = 0  # studies in a row of which it was asked many times what they hold
     for value, question in asked or [("", query)]:
         found = False
-        for series in _offered(archive, question, wait_s):
+        for series in _offered(archive, question, patience):
             untold = untold + 1 if series.may_pass else 0
             if untold == LOST_AFTER:
                 raise DataError(
@@ -157,9 +167,28 @@ def _wanted(
     return list(wanted.values()), missing
 
 
-def _offered(archive: Archive, question: Query, wait_s: float) -> Iterator[Series]:
+class _Patience:
+    """Asks a question again while it may help, but not one that nobody answers who never answered."""
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._reached = False
+
+    def __call__(self, ask: Callable[[int], Answer]) -> Answer:
+        def once(attempt: int) -> Answer:
+            try:
+                answer = ask(attempt)
+            except Unreached as error:
+                raise error if self._reached else DataError(str(error)) from None
+            self._reached = True
+            return answer
+
+        return patiently(once, wait_s=self._wait_s)
+
+
+def _offered(archive: Archive, question: Query, patience: Patience) -> Iterator[Series]:
     """What an archive answers to one question; a warning of pydicom could quote a value of it."""
-    offered = archive.find(question, partial(patiently, wait_s=wait_s))
+    offered = archive.find(question, patience)
     while True:
         with warnings.catch_warnings(action="ignore"):
             if (series := next(offered, None)) is None:
