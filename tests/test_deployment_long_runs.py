@@ -127,6 +127,7 @@ def test_a_trial_on_one_machine_with_the_commands_of_its_page(tmp_path, fedmed_p
         wait_for(everybody, 120, lambda: "they are not online")
         done = fedmed_process(*submit, cwd=tmp_path)
         assert done.returncode == 0 and "finished:completed" in done.stdout, done.stdout + done.stderr
+        assert re.search(r"^round 2/2  2 sites  loss .*auroc", done.stderr, re.MULTILINE)
         assert "is submitted; 2 of 2 sites are connected\n" in done.stdout and "\nnext: fedmed report " in done.stdout
         assert re.search(r"\n  auroc 0\.\d{3} \(", done.stdout)
         assert re.search(r"finished:completed, \S+ of 20\d\d-", fedmed_process(*status, cwd=tmp_path).stdout)

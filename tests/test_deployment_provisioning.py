@@ -438,6 +438,18 @@ def test_what_the_server_would_refuse_at_its_start_is_not_submitted(strategy, pr
     assert said in str(why.value)
 
 
+def test_what_the_server_itself_lacks_is_named_before_sites_wait_for_it(made, tmp_path, fedmed_process):
+    (tmp_path / "test.csv").write_text("patient_id,image,noduel\np1,a.png,1\n")
+    for line, said in (
+        ('[data]\nserver = "test.csv"', 'no column "nodule"; the nearest is "noduel"'),
+        ('[model]\nweights = "none.safetensors"', "none.safetensors: no such file"),
+    ):
+        (tmp_path / "run.toml").write_text(f'[task]\nlabels = ["nodule"]\n{line}\n')
+        ended = fedmed_process("server", "submit", tmp_path / "run.toml", "--server", made / "server")
+        assert ended.returncode and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+        assert said in ended.stderr
+
+
 def test_an_algorithm_of_ones_own_need_not_be_installed_where_the_run_is_submitted():
     own = validate({**tomllib.loads(RUN), "strategy": {"name": "at_the_server:Own"}})
     assert deployable(own, ["north", "south"]).strategy == own.strategy

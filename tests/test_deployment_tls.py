@@ -33,7 +33,9 @@ from toy import PLANTED
 
 from fedmed.deployment import certificates, door
 from fedmed.deployment.checks import check_site
+from fedmed.deployment.coordinators import entrance
 from fedmed.deployment.files import read_json
+from fedmed.deployment.following import Following
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(500)]
 HEADER = re.compile(r"(?m)^(content-type|accept|flwr-[\w-]+|content-length): (.*?)\r?$", re.IGNORECASE)
@@ -69,6 +71,24 @@ def run(consortium, anna, tmp_path_factory):
     assert (facts["folder"] is None) == NGINX
     (folder,) = consortium.runs.iterdir()
     return facts["run"], folder
+
+
+def test_a_coordinator_is_told_of_every_event_once_and_only_of_whole_ones(anna, run, monkeypatch):
+    path, told = run[1] / "events.jsonl", []
+    content = path.read_bytes()
+    follow = Following(entrance(anna), told.append)
+    monkeypatch.setattr("fedmed.deployment.following.MOST_BYTES", len(content) // 3)
+    series = int(run[1].name.rpartition("-")[2])
+    try:
+        for end in (len(content) // 2, len(content)):
+            path.write_bytes(content[:end])
+            for _ in range(6):
+                follow(series)
+            assert told == [json.loads(line) for line in content[:end].splitlines(keepends=True) if line[-1:] == b"\n"]
+    finally:
+        path.write_bytes(content)
+    Following(entrance(anna), told.append)(series + 1)  # one that has no folder yet
+    assert len(told) == content.count(b"\n")
 
 
 def test_a_run_over_tls_completes_with_the_weights_of_the_local_engine(consortium, recorder, run, toy_config, simulate):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from textwrap import shorten
@@ -149,16 +150,19 @@ def submit(
     Example: fedmed server submit run.toml --server chest --wait
     """
     from fedmed import config as run_file
-    from fedmed.cli.display import charge, interval
+    from fedmed.cli.display import charge, interval, watching
     from fedmed.deployment import control
     from fedmed.deployment.continuing import finished
     from fedmed.deployment.coordinators import entrance
-    from fedmed.deployment.submission import deployable
+    from fedmed.deployment.following import Following
+    from fedmed.deployment.submission import check_own_files, deployable
     from fedmed.errors import RunFailed
     from fedmed.federated.run_folder import folder_of
 
     server = entrance(folder)
     config = run_file.load(run, overrides)
+    if server.near:
+        check_own_files(config)
     with control.control(server) as client:
         sites = control.nodes(client)
         number = control.submit(client, deployable(config, [node.site for node in sites]))
@@ -169,7 +173,11 @@ def submit(
         if config.privacy.mode == "dp-sgd":
             print(charge(config))
         sys.stdout.flush()
-    ended = finished(server, number, lambda line: print(line, file=sys.stderr, flush=True)) if wait else None
+    ended = None
+    if wait:
+        with watching(config.train.rounds, config.primary, quiet=as_json) as watch:
+            say = partial(print, file=sys.stderr, flush=True)
+            ended = finished(server, number, say, Following(server, watch))
     kept = folder_of(server.runs, ended.series) if ended and server.runs else None
     if as_json:
         facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}

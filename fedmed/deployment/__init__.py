@@ -8,7 +8,8 @@ makes what they need, starts and ends them, and runs at a site nothing but the f
 * Folders: `consortium` of the server, `site_folder` of a hospital, and where its `records` lie; `files` that only their
   owner reads, `scratch` of tasks.
 * The server: `superlink`, `guarded` against other machines, with `proxy` in front; `continuing` what it lost.
-* Its coordinator: `control` of sites and runs, `submission` of a run file with the `flower_app`, `run_files` to fetch.
+* Its coordinator: `control` of sites and runs, `submission` of a run file with the `flower_app`, `following` of its
+  events, `run_files` to fetch.
 * A site: `supernode` keeps Flower's running, as a `node` on the server's time, whose `node_state` leaves no message
   without an answer; `door` stands where Flower starts its own program, `warm` forks each `task`, `confinement` holds
   it; `health` for the hospital's monitoring.

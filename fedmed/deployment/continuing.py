@@ -104,13 +104,20 @@ def _continued(tries: Sequence[FlowerRun]) -> int:
     return len(list(takewhile(bool, cut)))
 
 
-def finished(server: Entrance, number: int, say: Callable[[str], None], every_s: float = 1.0) -> FlowerRun:
+def finished(
+    server: Entrance,
+    number: int,
+    say: Callable[[str], None],
+    look: Callable[[int], None] = lambda series: None,
+    every_s: float = 1.0,
+) -> FlowerRun:
     """Wait until a run, or what continues it, has ended. A server that is started again meanwhile is waited for.
 
     Args:
         server: that the run is on.
         number: of the run.
         say: told once for each try that the server lost, which may go on much later, as when its disk is full.
+        look: called with the run's series every now and then, and once after its end.
         every_s: between two looks.
 
     Raises:
@@ -128,6 +135,7 @@ def finished(server: Entrance, number: int, say: Callable[[str], None], every_s:
                 raise
         else:
             run = tries[-1]
+            look(run.series)
             if run.ended and not awaited(tries, datetime.now(UTC)):
                 return run
             if run.ended and run.number != told:

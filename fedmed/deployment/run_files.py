@@ -107,13 +107,8 @@ def fetch_run(server: Entrance, choose: Callable[[list[str]], str | None], out: 
         RunFailed: there is no such run, the server does not answer or refuses, or a file changed on the way.
     """
     try:
-        with httpx.Client(
-            base_url=f"https://{server.address}{PLACE}",
-            verify=server.tls(),
-            timeout=TIMEOUT_S,
-            trust_env=not server.near,
-        ) as client:
-            name = choose(list(map(str, _asked(client, "/runs")["runs"])))
+        with run_client(server) as client:
+            name = choose(folders(client))
             if name is None:
                 raise RunFailed("the server has no folder of that run; fedmed server status lists the runs")
             for values in _asked(client, f"/runs/{quote(name)}")["files"]:
@@ -124,6 +119,25 @@ def fetch_run(server: Entrance, choose: Callable[[list[str]], str | None], out: 
         raise RunFailed(f"the server does not answer ({type(error).__name__}); fetch again to go on") from None
     except httpx.HTTPStatusError as error:
         raise RunFailed(f"the server refused ({error.response.status_code}); is the certificate on its list?") from None
+
+
+def run_client(server: Entrance, timeout_s: float = TIMEOUT_S) -> httpx.Client:
+    """A connection to the run folders of a server.
+
+    Raises:
+        ConfigError: a certificate or a key cannot be used.
+    """
+    return httpx.Client(
+        base_url=f"https://{server.address}{PLACE}",
+        verify=server.tls(),
+        timeout=timeout_s,
+        trust_env=not server.near,
+    )
+
+
+def folders(client: httpx.Client) -> list[str]:
+    """The names of the server's run folders."""
+    return list(map(str, _asked(client, "/runs")["runs"]))
 
 
 def _asked(client: httpx.Client, place: str) -> dict[str, Any]:

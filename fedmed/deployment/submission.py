@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedmed import config as run_file
 from fedmed.config import RunConfig, SimulationConfig
@@ -11,6 +12,7 @@ from fedmed.errors import ConfigError
 from fedmed.federated.combiners import too_few_sites
 from fedmed.federated.selection import sample_size
 from fedmed.federated.strategies import server_step
+from fedmed.federated.virtual_hospitals import check_files
 
 
 def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
@@ -55,3 +57,15 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     values["data"]["sites"] = list(sites)
     values["simulation"] = run_file.nested(RunConfig())["simulation"]
     return run_file.validate(values)
+
+
+def check_own_files(config: RunConfig) -> None:
+    """Look for what a run names on the server's own machine, before sites wait for it.
+
+    Raises:
+        ConfigError: there are no such weights.
+        DataError: the server's set lacks a label of the task, or too many images.
+    """
+    if config.model.weights and not Path(config.model.weights).is_file():
+        raise ConfigError(f"model.weights: {config.model.weights}: no such file")
+    check_files(config.model_copy(update={"data": config.data.model_copy(update={"sites": ()})}))
