@@ -311,14 +311,17 @@ def test_who_withdrew_is_here_without_a_row_or_a_mask(tmp_path, pseudonyms, caps
 
 def test_the_first_import_writes_a_guess_for_its_owner_and_calls_it_no_error(tmp_path, capsys):
     image = picture(tmp_path / "in" / "images" / "a.png")
-    sheet = table(tmp_path / "labels.csv", "image,Erguss", "b.png,1")
+    sheet = table(tmp_path / "labels.csv", "image,Erguss,Grade", "b.png,1,mild")
     words = (tmp_path / "in", "--out", tmp_path / "out", "--table", sheet)
     with pytest.raises(ConfigError, match="no kind of archive"):  # and no word about keys yet
         command("data", "import", "xray", *words)
     assert command("data", "import", "pairs", *words, "--keys", tmp_path / "keys") == 1
     said = capsys.readouterr()
     assert said.out.startswith("wrote ") and "nothing is imported yet" in said.out
-    assert "guessed: rows belong to images by image; labels: 1\n" in said.out and said.err.count("\n") == 1
+    assert (
+        "guessed: rows belong to images by image; labels: 1; columns not used: see its last line\n" in said.out
+        and said.err.count("\n") == 1
+    )
     assert said.err.startswith("made new keys in")
     assert (tmp_path / "out" / "labels.toml").stat().st_mode & 0o077 == 0
     with pytest.raises(DataError, match=r"which ones: .*unmatched\.csv"):

@@ -144,6 +144,7 @@ def test_columns_of_a_ris_export_are_known_by_its_names_for_them(tmp_path):
 
 def test_a_guess_without_labels_says_how_one_is_described(tmp_path):
     text = guessed_rules(table(tmp_path / "t.csv", "Accession Number,Report", "A1,some text", "A2,other text"))
+    assert text.splitlines()[-1] == '# Columns that are not used: "Report"'
     told, _, described = text.partition("# No column of yes and no was found.")
     assert described and "[labels" not in told
     (tmp_path / "labels.toml").write_text(

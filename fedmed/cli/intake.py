@@ -23,7 +23,7 @@ from fedmed.intake.feasibility import table_of, warnings_of
 from fedmed.intake.importing import MANIFEST, MASKS, UNMATCHED, Imported, Rules, Uncertain, import_images
 from fedmed.intake.kinds import KINDS
 from fedmed.intake.kinds.dicom import is_filled, take_in
-from fedmed.intake.labels import guessed_rules, read_label_rules, read_labels
+from fedmed.intake.labels import NOT_USED, guessed_rules, read_label_rules, read_labels
 from fedmed.intake.opt_out import listed, opted_out, remember, remembered
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.same_keys import note_keys
@@ -132,7 +132,8 @@ def _guess(kind: str, table: Path, path: Path) -> None:
         f"wrote {path}, a first guess at what the table means; correct it, then run this again: nothing is imported yet"
     )
     by = f"rows belong to images by {guess['join']}" if guess["column"] else "no column looks like a key, so name one"
-    print(f"guessed: {by}; labels: {len(guess.get('labels', ()))}")
+    left = "; columns not used: see its last line" if NOT_USED in text else ""
+    print(f"guessed: {by}; labels: {len(guess.get('labels', ()))}{left}")
 
 
 def _say(report: Imported, rules: Rules, out: Path) -> None:

@@ -44,6 +44,7 @@ WORDS = {  # values that mean the same in many sheets
 }
 MOST_VALUES = 6  # of a column that may be a label
 GUESS_ROWS = 2000
+NOT_USED = "# Columns that are not used: "
 
 
 class Label(Section):
@@ -213,12 +214,14 @@ def guessed_rules(table: Path, *, by_name: bool = False) -> str:
         "",
         "[columns]  # copied into the manifest; with patient_id, the table and not the image says whose an image is",
     ]
+    used = {column}
     for name, hints in ABOUT.items():
         guess = next((each for each in header if bare(each) in hints and each != column), "")
         if name == "split" and not set(map(_folded, values.get(guess) or {"?"})) <= SPLITS.keys():
             guess = ""  # a column of that name that means something else
         known = guess and (name != "patient_id" or join == "image")  # an image with a header says itself whose it is
         lines.append(f"{'' if known else '# '}{name} = {json.dumps(guess, ensure_ascii=False)}")
+        used.add(guess)
     for name in header:
         kinds = values.get(name)
         about = any(bare(name) in hints for hints in ABOUT.values())
@@ -228,9 +231,12 @@ def guessed_rules(table: Path, *, by_name: bool = False) -> str:
         for key, meaning in (("positive", "1"), ("negative", "0"), ("unknown", "")):
             chosen = sorted(kind for kind in kinds if _guess(kind) == meaning)
             lines.append(f"{key} = [{', '.join(json.dumps(kind, ensure_ascii=False) for kind in chosen)}]")
+        used.add(name)
     if not any(line.startswith("[labels.") for line in lines):
         lines += ["", "# No column of yes and no was found. Describe each label so, without the # before it:"]
         lines += ["# [labels.effusion]", '# columns = ["…"]', '# positive = ["pos"]', '# negative = ["neg"]']
+    if left := [name for name in header if name not in used]:
+        lines += ["", f"{NOT_USED}{', '.join(json.dumps(name, ensure_ascii=False) for name in left)}"]
     return "\n".join(lines) + "\n"
 
 
