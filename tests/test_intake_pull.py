@@ -19,10 +19,10 @@ from pydicom.uid import BasicTextSRStorage, JPEGLSLossless
 from pynetdicom import evt
 
 from fedmed.errors import DataError
-from fedmed.intake.archive import Interrupted
+from fedmed.intake.archive import SERIES, STUDY, Interrupted
 from fedmed.intake.journal import incomplete
 from fedmed.intake.pull import pull
-from fedmed.intake.query import Query, Series
+from fedmed.intake.query import Query
 
 
 def test_pulls_deidentified_images_in_the_syntax_they_are_stored_in(tmp_path: Path):
@@ -94,9 +94,12 @@ class Index:
 
     asked = 0
 
-    def find(self, query, patience):
-        about = {"modality": "CT", "body_part": None, "description": "", "objects": 100}
-        return (Series(study=f"1.{number}", series=f"2.{number}", **about) for number in range(10))
+    def studies(self, question, patience):
+        return (dict.fromkeys(STUDY, "") | {"StudyInstanceUID": f"1.{number}"} for number in range(10))
+
+    def series_of(self, study, patience):
+        about = {"SeriesInstanceUID": f"2.{study}", "Modality": "CT", "NumberOfSeriesRelatedInstances": "100"}
+        return [dict.fromkeys(SERIES, "") | about]
 
     def objects(self, series):
         return [f"{series.series}.{number}" for number in range(100)]

@@ -13,6 +13,7 @@ from pynetdicom import evt
 from real_consortium import command
 
 from fedmed.errors import ConfigError, DataError
+from fedmed.intake.archive import SERIES, STUDY
 from fedmed.intake.pseudonyms import Pseudonyms
 from fedmed.intake.pull import pull
 from fedmed.intake.query import Query, Series, meets, parse_query, questions
@@ -159,7 +160,7 @@ def test_lists_are_asked_for_one_by_one_and_other_conditions_hold_as_well(tmp_pa
         {"StudyDate": "20240131", "PatientID": "7"},
         {"StudyDate": "20240131", "PatientID": "8"},
     ]
-    series = Series(study="1", series="2", modality="CT", body_part=None, description="")
+    series = Series(study="1", series="2", modality="CT", description="")
     assert not meets(query, series)
 
 
@@ -191,15 +192,18 @@ def test_the_first_line_of_a_list_without_names_is_a_patients_and_is_not_quoted(
     ],
 )
 def test_what_an_archive_does_not_match_is_compared_here(asked, said, expected):
-    series = Series(study="1", series="2", modality="DX", body_part=None, description="", **said)
+    series = Series(study="1", series="2", modality="DX", description="", **said)
     assert meets(Query(**asked), series) is expected
 
 
 def test_an_archive_that_takes_no_notice_of_a_list_gives_no_other_patient(tmp_path: Path):
     class Deaf:
-        def find(self, query, patience):
-            about = {"modality": "DX", "body_part": None, "description": ""}
-            return (Series(study=f"1.{n}", series=f"2.{n}", patient=str(n), **about) for n in range(5))
+        def studies(self, question, patience):
+            blank = dict.fromkeys(STUDY, "")
+            return (blank | {"StudyInstanceUID": f"1.{number}", "PatientID": str(number)} for number in range(5))
+
+        def series_of(self, study, patience):
+            return [dict.fromkeys(SERIES, "") | {"SeriesInstanceUID": f"2.{study}", "Modality": "DX"}]
 
         def objects(self, series):
             assert series.study == "1.3"
@@ -214,6 +218,6 @@ def test_an_archive_that_takes_no_notice_of_a_list_gives_no_other_patient(tmp_pa
 
 
 def test_a_series_meets_a_query_by_words_in_any_order_and_by_what_the_archive_does_not_say():
-    series = Series(study="1", series="2", modality="DX", body_part=None, description="Thorax  PA  im Stehen")
+    series = Series(study="1", series="2", modality="DX", description="Thorax  PA  im Stehen")
     assert meets(Query(description="pa thorax", body_part="CHEST", modalities=("DX",)), series)
     assert not meets(Query(description="pa abdomen"), series)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -14,13 +14,16 @@ from cryptography import x509
 from pydicom.dataset import Dataset
 
 from fedmed.errors import ConfigError, DataError
-from fedmed.intake.query import Query, Series
+from fedmed.intake.query import Series
 
 ATTEMPTS = 5
 NO_TLS = "TLS: this port of the archive does not speak TLS; is it http://, or another port?"
 LOOK_S = 10.0
 
 Answer = TypeVar("Answer")
+Facts = Mapping[str, str]  # keyword to value, of a study or a series; "" = the archive does not say
+STUDY = ("StudyInstanceUID", "StudyDescription", "AccessionNumber", "PatientID", "StudyDate")
+SERIES = ("SeriesInstanceUID", "Modality", "SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances")
 
 
 class Interrupted(DataError):
@@ -54,10 +57,19 @@ def at_once(ask: Callable[[int], Answer]) -> Answer:
 class Archive(Protocol):
     """A PACS or a vendor-neutral archive."""
 
-    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
-        """Series of the studies that meet a query's study-level conditions; see `Series.refused`.
+    def studies(self, question: Facts, patience: Patience = at_once) -> Iterator[Facts]:
+        """`STUDY` of every study that meets a question, as they are told; perhaps some of them twice.
 
-        A search asks many questions: each is asked with patience, so that one without an answer does not end them all.
+        Raises:
+            DataError: no search was answered yet, and the archive refuses.
+            Unsent: it cannot answer this question.
+        """
+
+    def series_of(self, study: str, patience: Patience = at_once) -> list[Facts]:
+        """`SERIES` of every series of a study.
+
+        Raises:
+            Unsent: the archive cannot tell.
         """
 
     def objects(self, series: Series) -> list[str]:

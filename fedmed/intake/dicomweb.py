@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import requests
 from dicomweb_client.web import DICOMwebClient
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from requests.adapters import HTTPAdapter
@@ -29,8 +30,21 @@ from requests.auth import AuthBase, HTTPBasicAuth
 from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
 from fedmed.errors import ConfigError, DataError, FedmedError, UnreadableImage
-from fedmed.intake.archive import NO_TLS, Interrupted, Patience, Unreached, Unsent, Withheld, at_once, not_trusted, tls
-from fedmed.intake.query import Query, Series, count_of, questions, untold
+from fedmed.intake.archive import (
+    NO_TLS,
+    SERIES,
+    STUDY,
+    Facts,
+    Interrupted,
+    Patience,
+    Unreached,
+    Unsent,
+    Withheld,
+    at_once,
+    not_trusted,
+    tls,
+)  # fmt: skip
+from fedmed.intake.query import Series
 
 PAGE = 200  # studies or series asked for at once
 CHUNK = 2**16  # bytes read at once: objects are kept as they come, also over a slow line
@@ -52,8 +66,6 @@ AS_STORED = (("application/dicom", "*"),)  # transfer syntax
 NOT_DICOMWEB = "what answers at this address is no DICOMweb service"
 NOT_DICOM = "the archive sent something that is no DICOM"  # a page of a proxy, say: it may pass
 TORN = (InvalidDicomError, EOFError, NotImplementedError, struct.error, zlib.error)  # of `dcmread`, not of a page
-STUDY_FIELDS = ["StudyDescription", "AccessionNumber", "PatientID", "StudyDate"]
-SERIES_FIELDS = ["SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
 
 Answer = dict[str, dict[str, Any]]  # DICOM JSON: tag to VR and Value
 
@@ -90,47 +102,24 @@ class DicomWeb:
         self._client.set_http_retry_params(retry=False)  # asking again is `archive.patiently`, for both protocols
         self._answered = False  # a search for studies
 
-    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
-        """The series of all studies that the archive finds, each study once."""
-        seen: set[str] = set()
-        for question in questions(query):
-            try:
-                yield from self._answers(question, patience, seen)
-                self._answered = True
-            except Unsent as error:
-                yield untold("", str(error), may_pass=not isinstance(error, Withheld))
-
-    def _answers(self, question: dict[str, str], patience: Patience, seen: set[str]) -> Iterator[Series]:
+    def studies(self, question: Facts, patience: Patience = at_once) -> Iterator[Facts]:
+        """As of `Archive`."""
         search, first = self._client.search_for_studies, not self._answered
-        for study in self._pages(search, STUDY_FIELDS, question, patience, first=first):
-            uid = _text(study, "0020000D")
-            if not uid or uid in seen:
-                continue
-            seen.add(uid)
-            try:
-                search = partial(self._client.search_for_series, study_instance_uid=uid)
-                told = list(self._pages(search, SERIES_FIELDS, {}, patience))
-            except Unsent as error:
-                yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
-                continue
-            for series in told:
-                yield Series(
-                    study=uid,
-                    series=_text(series, "0020000E"),
-                    modality=_text(series, "00080060").upper(),
-                    body_part=_text(series, "00180015").upper() if "00180015" in series else None,
-                    description=f"{_text(study, '00081030')} {_text(series, '0008103E')}",
-                    accession=_text(study, "00080050"),
-                    patient=_text(study, "00100020"),
-                    date=_text(study, "00080020"),
-                    objects=count_of(_text(series, "00201209")),
-                )
+        for study in self._pages(search, STUDY, question, patience, first=first):
+            yield {keyword: _text(study, keyword) for keyword in STUDY}
+        self._answered = True
+
+    def series_of(self, study: str, patience: Patience = at_once) -> list[Facts]:
+        """As of `Archive`."""
+        search = partial(self._client.search_for_series, study_instance_uid=study)
+        told = self._pages(search, SERIES, {}, patience)
+        return [{keyword: _text(series, keyword) for keyword in SERIES} for series in told]
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""
         ask = self._client.search_for_instances
         search = partial(ask, study_instance_uid=series.study, series_instance_uid=series.series)
-        return [_text(one, "00080018") for one in self._pages(search, [], {})]
+        return [_text(one, "SOPInstanceUID") for one in self._pages(search, (), {})]
 
     def fetch(self, series: Series, take: Callable[[Dataset], None]) -> None:
         """Read a whole series, in the transfer syntax that it is stored in."""
@@ -154,8 +143,8 @@ class DicomWeb:
     def _pages(
         self,
         search: Callable[..., list[Answer]],
-        fields: list[str],
-        question: dict[str, str],
+        fields: tuple[str, ...],
+        question: Facts,
         patience: Patience = at_once,
         *,
         first: bool = False,
@@ -168,7 +157,8 @@ class DicomWeb:
 
         def page(_: int) -> list[Answer]:
             with _plain(first=first):
-                return search(limit=PAGE, offset=len(seen), fields=fields or None, search_filters=question or None)
+                settings = {"fields": list(fields) or None, "search_filters": dict(question) or None}
+                return search(limit=PAGE, offset=len(seen), **settings)
 
         while True:
             fresh = {key: one for one in patience(page) if (key := _key(one)) not in seen}
@@ -276,11 +266,11 @@ def _not_trusted(error: requests.exceptions.SSLError) -> str:
     return not_trusted(place.hostname or "", place.port or 443, proxy=proxy, headers=headers)
 
 
-def _text(answer: Answer, tag: str) -> str:
+def _text(answer: Answer, keyword: str) -> str:
     """The first value of an element of DICOM JSON (PS3.18 F)."""
-    values = answer.get(tag, {}).get("Value") or [""]
+    values = answer.get(f"{tag_for_keyword(keyword):08X}", {}).get("Value") or [""]
     return str(values[0] or "").strip()
 
 
 def _key(answer: Answer) -> tuple[str, ...]:
-    return tuple(_text(answer, tag) for tag in ("0020000D", "0020000E", "00080018"))
+    return tuple(_text(answer, uid) for uid in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))

@@ -37,18 +37,26 @@ from pynetdicom.events import Event
 
 from fedmed.errors import ConfigError, DataError, FedmedError
 from fedmed.imaging.dicom.kinds import KINDS
-from fedmed.intake.archive import Interrupted, Patience, Unreached, Unsent, Withheld, at_once, not_trusted, tls
-from fedmed.intake.query import Query, Series, count_of, questions, untold
+from fedmed.intake.archive import (
+    SERIES,
+    STUDY,
+    Facts,
+    Interrupted,
+    Patience,
+    Unreached,
+    Unsent,
+    Withheld,
+    at_once,
+    not_trusted,
+    tls,
+)  # fmt: skip
+from fedmed.intake.query import Series
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
 SYNTAXES = (  # each in a context of its own, so that the archive sends what it has and need not recode
     ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, JPEG2000Lossless, JPEGLSLossless, RLELossless,
     JPEGBaseline8Bit, JPEG2000, JPEGExtended12Bit, JPEGLossless, JPEGLSNearLossless, DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
-)  # fmt: skip
-STUDY_FIELDS = ("StudyInstanceUID", "StudyDescription", "AccessionNumber", "PatientID", "StudyDate")
-SERIES_FIELDS = (
-    "SeriesInstanceUID", "Modality", "SeriesDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances",
 )  # fmt: skip
 CONTEXTS = 127  # of an association, beside the one for the query (PS3.8 9.3.2)
 TIMEOUT_S = 60
@@ -94,40 +102,16 @@ class Dimse:
         self._tls = tls(ca, certificate) if ca else None
         self._answered = False  # a search for studies
 
-    def find(self, query: Query, patience: Patience = at_once) -> Iterator[Series]:
-        """The series of all studies that the archive finds, each study once."""
-        seen: set[str] = set()
-        for question in questions(query):
-            try:
-                yield from self._answers(question, patience, seen)
-                self._answered = True
-            except Unsent as error:
-                yield untold("", str(error), may_pass=not isinstance(error, Withheld))
+    def studies(self, question: Facts, patience: Patience = at_once) -> Iterator[Facts]:
+        """As of `Archive`."""
+        for study in self._search("STUDY", dict.fromkeys(STUDY, "") | dict(question), patience):
+            yield {keyword: _text(study, keyword) for keyword in STUDY}
+        self._answered = True
 
-    def _answers(self, question: dict[str, str], patience: Patience, seen: set[str]) -> Iterator[Series]:
-        for study in self._search("STUDY", dict.fromkeys(STUDY_FIELDS, "") | question, patience):
-            uid = _text(study, "StudyInstanceUID")
-            if not uid or uid in seen:
-                continue
-            seen.add(uid)
-            try:
-                wanted = {"StudyInstanceUID": uid} | dict.fromkeys(SERIES_FIELDS, "")
-                told = self._search("SERIES", wanted, patience)
-            except Unsent as error:
-                yield untold(uid, str(error), may_pass=not isinstance(error, Withheld))
-                continue
-            for series in told:
-                yield Series(
-                    study=uid,
-                    series=_text(series, "SeriesInstanceUID"),
-                    modality=_text(series, "Modality").upper(),
-                    body_part=_text(series, "BodyPartExamined").upper() or None,
-                    description=f"{_text(study, 'StudyDescription')} {_text(series, 'SeriesDescription')}",
-                    accession=_text(study, "AccessionNumber"),
-                    patient=_text(study, "PatientID"),
-                    date=_text(study, "StudyDate"),
-                    objects=count_of(_text(series, "NumberOfSeriesRelatedInstances")),
-                )
+    def series_of(self, study: str, patience: Patience = at_once) -> list[Facts]:
+        """As of `Archive`."""
+        told = self._search("SERIES", {"StudyInstanceUID": study} | dict.fromkeys(SERIES, ""), patience)
+        return [{keyword: _text(series, keyword) for keyword in SERIES} for series in told]
 
     def objects(self, series: Series) -> list[str]:
         """The SOP Instance UIDs of a series."""

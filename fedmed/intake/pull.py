@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,26 +21,17 @@ from pydicom.dataset import Dataset
 
 from fedmed.durable import make_private
 from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import (
-    ATTEMPTS,
-    Answer,
-    Archive,
-    Interrupted,
-    Patience,
-    Unreached,
-    Unsent,
-    Withheld,
-    patiently,
-)
+from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
 from fedmed.intake.journal import Journal, objects, open_journal, write_table
 from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, where_now, write_reasons
 from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.intake.query import Query, Series, meets
+from fedmed.intake.query import Query, Series
 from fedmed.intake.same_keys import made_with, note_keys
+from fedmed.intake.search import search
 from fedmed.types import OnProgress
 
 MISSING = "not-found.csv"
-LOST_AFTER = 3  # series in a row, or studies in a search, until an archive is taken as gone; objects until a series is
+LOST_AFTER = 3  # series in a row, until an archive is taken as gone; objects, until a series is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +93,7 @@ def pull(
             filled with other keys.
     """
     made_with(pseudonyms, folder)  # before a search that may take long
-    wanted, missing = _wanted(archive, query, wait_s, searching or (lambda found: None))
+    wanted, missing = search(archive, query, wait_s, searching or (lambda found: None))
     listed = _listed(query, missing)
     if not wanted:
         raise DataError(f"nothing in the archive meets the query{f' ({listed})' if listed else ''}")
@@ -133,67 +124,6 @@ def pull(
         write_table(folder)
         write_reasons(folder)
         return replace(_counted(folder, why), listed=listed)
-
-
-def _wanted(
-    archive: Archive, query: Query, wait_s: float, searching: Callable[[int], None]
-) -> tuple[list[Series], list[str]]:
-    """The series that meet a query, each once, and what of its list has none.
-
-    Raises:
-        DataError: `LOST_AFTER` studies in a row are listed, and nothing usable is told of them.
-    """
-    single = replace(query, accessions=(), patients=())
-    asked = [(one, replace(single, accessions=(one,))) for one in query.accessions]
-    asked += [(one, replace(single, patients=(one,))) for one in query.patients]
-    wanted: dict[tuple[str, str], Series] = {}
-    missing = []
-    patience = _Patience(wait_s)
-    untold = 0  # studies in a row of which it was asked many times what they hold
-    for value, question in asked or [("", query)]:
-        found = False
-        for series in _offered(archive, question, patience):
-            untold = untold + 1 if series.may_pass else 0
-            if untold == LOST_AFTER:
-                raise DataError(
-                    f"{series.refused}, at {LOST_AFTER} studies in a row; give the same command again later"
-                )
-            if meets(question, series):
-                found |= bool(series.study)
-                wanted.setdefault((series.study or value, series.series), series)
-                searching(len(wanted))
-        if value and not found:
-            missing.append(value)
-    return list(wanted.values()), missing
-
-
-class _Patience:
-    """Asks a question again while it may help, but not one that nobody answers who never answered."""
-
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
-        self._reached = False
-
-    def __call__(self, ask: Callable[[int], Answer]) -> Answer:
-        def once(attempt: int) -> Answer:
-            try:
-                answer = ask(attempt)
-            except Unreached as error:
-                raise error if self._reached else DataError(str(error)) from None
-            self._reached = True
-            return answer
-
-        return patiently(once, wait_s=self._wait_s)
-
-
-def _offered(archive: Archive, question: Query, patience: Patience) -> Iterator[Series]:
-    """What an archive answers to one question; a warning of pydicom could quote a value of it."""
-    offered = archive.find(question, patience)
-    while True:
-        with warnings.catch_warnings(action="ignore"):
-            if (series := next(offered, None)) is None:
-                return
-        yield series
 
 
 def _listed(query: Query, missing: list[str]) -> str:

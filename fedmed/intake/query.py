@@ -37,11 +37,11 @@ class Series:
     study: str
     series: str
     modality: str
-    body_part: str | None  # None = the archive does not say
     description: str  # of study and series
-    accession: str | None = None  # None = the archive does not say, as for the two below
-    patient: str | None = None
-    date: str | None = None  # of the study, YYYYMMDD
+    body_part: str = ""  # "" = the archive does not say, as for the three below
+    accession: str = ""
+    patient: str = ""
+    date: str = ""  # of the study, YYYYMMDD
     objects: int = 0  # that it has; 0 = the archive does not say
     refused: str = ""  # why the archive does not tell of which series the study is; the others are then empty
     may_pass: bool = False  # what it refused so, it may tell later
@@ -118,25 +118,18 @@ def meets(query: Query, series: Series) -> bool:
         and _among(query.patients, series.patient)
         and _within(query.dates, series.date)
         and (not query.modalities or series.modality in query.modalities)
-        and (not query.body_part or series.body_part in (None, "", query.body_part))
+        and (not query.body_part or series.body_part in ("", query.body_part))
         and all(word in described for word in query.description.casefold().split())
     )
 
 
-def _among(wanted: tuple[str, ...], said: str | None) -> bool:
+def _among(wanted: tuple[str, ...], said: str) -> bool:
     return not wanted or not said or said.casefold() in {one.strip().casefold() for one in wanted}
 
 
-def _within(dates: str, said: str | None) -> bool:
+def _within(dates: str, said: str) -> bool:
     first, dash, last = dates.partition("-")
     return not dates or not said or first <= said <= ((last or said) if dash else first)
-
-
-def untold(study: str, why: str, *, may_pass: bool) -> Series:
-    """A study of which an archive does not tell the series; "" = it refuses the search, so nobody knows which study."""
-    return Series(
-        study=study, series="", modality="", body_part=None, description="", refused=why, may_pass=may_pass
-    )  # fmt: skip
 
 
 def questions(query: Query) -> list[dict[str, str]]:
@@ -147,8 +140,3 @@ def questions(query: Query) -> list[dict[str, str]]:
             days | {"PatientID": one} for one in query.patients
         ]
     return [days | {"ModalitiesInStudy": one} for one in query.modalities] or [days]
-
-
-def count_of(text: str) -> int:
-    """A number of objects as an archive says it; 0 where it says none."""
-    return int(text) if text.isdecimal() else 0
