@@ -115,7 +115,7 @@ def test_a_key_that_rows_give_to_two_patients_joins_no_image_and_another_number_
         (pseudonyms.patient(patient), label)
         for patient, label in (("MRN 0", "1"), ("MRN 0", "1"), ("MRN 7", "0"), ("MRN 2", "0"))
     ]
-    assert "1 images of which the row of the table names another patient" in capsys.readouterr().err
+    assert "1 image of which the row of the table names another patient" in capsys.readouterr().err
     with (out / "unmatched.csv").open(newline="") as file:
         found = [(row["what"], row["where"]) for row in csv.DictReader(file) if row["what"] != "not DICOM"]
     what = "row whose key another row gives to another patient"

@@ -56,7 +56,7 @@ def test_enhancing_tumour_has_the_number_of_2023_in_every_year(tmp_path, pseudon
     old = patients_of(tmp_path / "old", {"BraTS20_1": [0, 1, 2, 4], "BraTS20_2": [0, 1, 2]})
     for _ in range(2):
         import_data("brats", old, tmp_path / "out", pseudonyms, **settings)
-        assert "1 masks written anew" in capsys.readouterr().out
+        assert "1 mask written anew" in capsys.readouterr().out
     before = read_nifti(old / "BraTS20_1" / "BraTS20_1_seg.nii.gz", labels=True)
     new, kept = (tmp_path / "out" / row["mask"] for row in rows(tmp_path / "out"))
     after = read_nifti(new, labels=True)

@@ -287,7 +287,7 @@ def test_without_out_results_go_into_a_folder_of_their_own(cxr_run, phantoms, tm
     assert end.value.code == 0
     (folder,) = (tmp_path / "predictions").iterdir()
     assert folder.name.endswith("-cxr")
-    line = f"1 of 1 images, 1 pictures and masks: predictions/{folder.name}/predictions.csv"
+    line = f"1 of 1 image, 1 file drawn: predictions/{folder.name}/predictions.csv"
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 

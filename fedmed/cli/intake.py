@@ -141,7 +141,8 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
     masks = f", {plural(report.masks, 'mask')}" if report.masks else ""
     print(f"{plural(len(report.patients), 'patient')}, {plural(report.images, 'image')}{masks}")
     if report.renumbered:
-        print(f"{report.renumbered} masks written anew into {out / MASKS}: enhancing tumour is 3 there, as since 2023")
+        anew = f"{plural(report.renumbered, 'mask')} written anew into {out / MASKS}"
+        print(f"{anew}: enhancing tumour is 3 there, as since 2023")
     for what, count in report.unmatched.most_common():
         print(f"left out: {count} × {what}", file=sys.stderr)
     if report.unmatched or absent or (table is not None and table.conflicts):
@@ -152,11 +153,12 @@ def _say(report: Imported, rules: Rules, out: Path) -> None:
         print(f"left out: {plural(len(report.withdrawn), 'patient')} who withdrew", file=sys.stderr)
     if report.renamed:
         text = "the row of the table names another patient than the header; the table is believed"
-        print(f"read labels.toml again: {report.renamed} images of which {text}", file=sys.stderr)
+        print(f"read labels.toml again: {plural(report.renamed, 'image')} of which {text}", file=sys.stderr)
     if table is not None and table.conflicts:
         print(f"unknown: {plural(table.conflicts, 'label')} of which two rows say the opposite", file=sys.stderr)
     for name, count in table.strange.most_common() if table is not None else ():
-        print(f'unknown: {count} cells of "{name}" with words that labels.toml does not list', file=sys.stderr)
+        cells = f'{plural(count, "cell")} of "{name}"'
+        print(f"unknown: {cells} with words that labels.toml does not list", file=sys.stderr)
 
 
 def check_data(

@@ -141,6 +141,7 @@ def raise_for(failed: Sequence[Prediction]) -> None:
 
 def _show(kept: Kept, done: Sequence[Prediction], folder: Path) -> None:
     from fedmed.cli.display import console
+    from fedmed.reporting.words import plural
 
     if kept.segments:
         print(f"{'pixels' if kept.recipe.items == 'images' else 'voxels'} of each label")
@@ -149,9 +150,9 @@ def _show(kept: Kept, done: Sequence[Prediction], folder: Path) -> None:
     console().print(_table(kept, done[:ROWS]))
     failed = sum(bool(prediction.error) for prediction in done)
     pictures = sum(len(prediction.drawn) for prediction in done)
-    parts = [f"{len(done) - failed} of {len(done)} images"]
+    parts = [f"{len(done) - failed} of {plural(len(done), 'image')}"]
     parts += [f"the first {ROWS} shown"] if len(done) > ROWS else []
-    parts += [f"{pictures} pictures and masks"] if pictures else []
+    parts += [f"{plural(pictures, 'file')} drawn"] if pictures else []
     print(f"{', '.join(parts)}: {folder / 'predictions.csv'}")
 
 
