@@ -73,7 +73,7 @@ def test_updates_that_cannot_be_used_are_refused_over_the_link_too(consortium, t
     assert [entry["joined"] for entry in result["rounds_log"]] == [list(SITES)]
 
 
-def test_a_run_that_a_coordinator_stopped_stays_stopped(consortium, tmp_path):
+def test_a_run_that_a_coordinator_stopped_stays_stopped_until_it_is_resumed(consortium, tmp_path, capfd):
     (tmp_path / "run.toml").write_text(LONG)
     before = set(consortium.runs.glob("*"))
     words = ("server", "submit", tmp_path / "run.toml", "--server", consortium.root, "--wait")
@@ -85,10 +85,14 @@ def test_a_run_that_a_coordinator_stopped_stays_stopped(consortium, tmp_path):
         assert waiting.process.wait(120) == 1
     finally:
         waiting.stop()
-    assert "finished:stopped" in waiting.log.read_text()
+    assert f"finished:stopped; fedmed server resume {number} goes on with it" in waiting.log.read_text()
     every = numbers(consortium)
     time.sleep(LOST_S + 5)  # the server looks for runs that it lost
     assert numbers(consortium) == every
+    command("server", "resume", number, "--server", consortium.root, "--wait")
+    said = capfd.readouterr()
+    assert f" goes on with run {number}\nfinished:completed: " in said.out
+    assert "round 2/" in said.err and said.err.count("round 1/") == 1  # the events of the folder, from its beginning
 
 
 def numbers(folder: ServerFolder) -> list[int]:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from fedmed.config import RunConfig
     from fedmed.deployment.control import FlowerRun
+    from fedmed.deployment.coordinators import Entrance
 
 LONGEST = 160  # characters of why a run ended
 
@@ -150,14 +152,10 @@ def submit(
     Example: fedmed server submit run.toml --server chest --wait
     """
     from fedmed import config as run_file
-    from fedmed.cli.display import charge, interval, watching
+    from fedmed.cli.display import charge
     from fedmed.deployment import control
-    from fedmed.deployment.continuing import finished
     from fedmed.deployment.coordinators import entrance
-    from fedmed.deployment.following import Following
     from fedmed.deployment.submission import check_own_files, deployable
-    from fedmed.errors import RunFailed
-    from fedmed.federated.run_folder import folder_of
 
     server = entrance(folder)
     config = run_file.load(run, overrides)
@@ -173,24 +171,10 @@ def submit(
         if config.privacy.mode == "dp-sgd":
             print(charge(config))
         sys.stdout.flush()
-    ended = None
     if wait:
-        with watching(config.train.rounds, config.primary, quiet=as_json) as watch:
-            say = partial(print, file=sys.stderr, flush=True)
-            ended = finished(server, number, say, Following(server, watch))
-    kept = folder_of(server.runs, ended.series) if ended and server.runs else None
-    if as_json:
-        facts = {"run": number, "status": ended.status if ended else None, "folder": str(kept) if kept else None}
-        print(json.dumps(facts))
-    if ended is None:
-        return
-    if not as_json:
-        print(f"{ended.status}: {kept or f'fedmed server fetch {number} brings its folder'}")
-        if kept and (kept / "result.json").exists():
-            found = json.loads((kept / "result.json").read_text(encoding="utf-8"))["server"]["metrics"]
-            print(f"  {config.primary} {interval(found.get(config.primary))}\nnext: fedmed report {quote(str(kept))}")
-    if not ended.status.endswith(":completed"):
-        raise RunFailed(f"run {number}: {ended.status}; {ended.details or 'logs/server.log says why'}")
+        _follow(server, number, config, as_json=as_json)
+    elif as_json:
+        print(json.dumps({"run": number, "status": None, "folder": None}))
 
 
 @app.command("status")
@@ -234,24 +218,30 @@ def stop(
 
     with control.control(entrance(folder)) as client:
         control.stop_run(client, control.newest(client, number).number)
-    print(f"run {number} is stopped")
+    print(f"run {number} is stopped; fedmed server resume {number} goes on with it")
 
 
 @app.command("resume")
 def resume(
     number: Annotated[int, typer.Argument(metavar="RUN", help="the run's number, from submit or status")],
     folder: Server = Path(),
+    wait: Annotated[bool, typer.Option(help="wait for the run's end; exit status 1 if it failed")] = False,
 ) -> None:
     """Go on with a run that paused, failed or was stopped, from its last checkpoint.
 
-    Example: fedmed server resume 1234567 --server chest
+    Example: fedmed server resume 1234567 --server chest --wait
     """
+    from fedmed import config as run_file
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
 
-    with control.control(entrance(folder)) as client:
+    server = entrance(folder)
+    with control.control(server) as client:
         new = control.resume_run(client, number)
-    print(f"run {new} goes on with run {number}")
+        config = run_file.unflatten(dict(control.newest(client, new).config))
+    print(f"run {new} goes on with run {number}", flush=True)
+    if wait:
+        _follow(server, new, config, as_json=False)
 
 
 @app.command("fetch")
@@ -279,6 +269,34 @@ def fetch(
 
     files = list(fetch_run(server, lambda names: next(filter(chosen, names), None), out))
     print(f"{len(files)} files, {sum(file.bytes for file in files) / 1e6:.1f} MB, as the server has them: {out}")
+
+
+def _follow(server: Entrance, number: int, config: RunConfig, *, as_json: bool) -> None:
+    """Show a run until it ends, and what came of it.
+
+    Raises:
+        RunFailed: it is not complete.
+    """
+    from fedmed.cli.display import interval, watching
+    from fedmed.deployment.continuing import finished
+    from fedmed.deployment.following import Following
+    from fedmed.errors import RunFailed
+    from fedmed.federated.run_folder import folder_of
+
+    with watching(config.train.rounds, config.primary, quiet=as_json) as watch:
+        ended = finished(server, number, partial(print, file=sys.stderr, flush=True), Following(server, watch))
+    kept = folder_of(server.runs, ended.series) if server.runs else None
+    if as_json:
+        print(json.dumps({"run": number, "status": ended.status, "folder": str(kept) if kept else None}))
+    else:
+        print(f"{ended.status}: {kept or f'fedmed server fetch {number} brings its folder'}")
+    if not as_json and kept and (kept / "result.json").exists():
+        found = json.loads((kept / "result.json").read_text(encoding="utf-8"))["server"]["metrics"]
+        print(f"  {config.primary} {interval(found.get(config.primary))}\nnext: fedmed report {quote(str(kept))}")
+    if not ended.status.endswith(":completed"):
+        why = ended.details or ("" if ended.status.endswith(":stopped") else "logs/server.log says why")
+        resume = f"fedmed server resume {number} goes on with it"
+        raise RunFailed(f"run {number}: {ended.status}; {f'{why}; ' if why else ''}{resume}")
 
 
 def _facts(run: FlowerRun) -> dict[str, object]:
