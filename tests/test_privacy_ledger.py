@@ -60,7 +60,7 @@ def test_p12_no_id_and_no_fingerprint_is_in_any_file_in_clear(tmp_path, keys):
     ledger.close()
     for path in (tmp_path / "ledger").iterdir():
         content = path.read_bytes()
-        assert b"4711" not in content and b"FINGERPRINT" not in content
+        assert b"HOSPITAL" not in content and b"FINGERPRINT" not in content
     assert cohort_of({"HOSPITAL-4711": [b"a"]}, keys) != cohort_of(
         {"HOSPITAL-4711": [b"a"]}, make_keys(tmp_path / "other")
     )
