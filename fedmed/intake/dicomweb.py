@@ -43,7 +43,7 @@ from fedmed.intake.archive import (
     at_once,
     not_trusted,
     tls,
-)  # fmt: skip
+)
 from fedmed.intake.query import Series
 
 PAGE = 200  # studies or series asked for at once

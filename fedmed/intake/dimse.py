@@ -49,7 +49,7 @@ from fedmed.intake.archive import (
     at_once,
     not_trusted,
     tls,
-)  # fmt: skip
+)
 from fedmed.intake.query import Series
 
 FIND, GET = UID("1.2.840.10008.5.1.4.1.2.2.1"), UID("1.2.840.10008.5.1.4.1.2.2.3")  # study root (PS3.4 C.6.2)
