@@ -238,10 +238,10 @@ def resume(
     server = entrance(folder)
     with control.control(server) as client:
         new = control.resume_run(client, number)
-        config = run_file.unflatten(dict(control.newest(client, new).config))
+        submitted = control.newest(client, new).config
     print(f"run {new} goes on with run {number}", flush=True)
     if wait:
-        _follow(server, new, config, as_json=False)
+        _follow(server, new, run_file.unflatten(dict(submitted)), as_json=False)
 
 
 @app.command("fetch")
