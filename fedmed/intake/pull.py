@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import csv
 import os
-import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydicom.dataset import Dataset
-
 from fedmed.durable import make_private
-from fedmed.errors import DataError, UnreadableImage
-from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld, patiently
-from fedmed.intake.journal import Journal, objects, open_journal, write_table
-from fedmed.intake.keep import APART, RELEASED, REMOVED, keep, where_now, write_reasons
+from fedmed.errors import DataError
+from fedmed.intake.archive import ATTEMPTS, Archive, Interrupted, Unsent, Withheld
+from fedmed.intake.journal import objects, open_journal, write_table
+from fedmed.intake.keep import APART, RELEASED, REMOVED, where_now, write_reasons
+from fedmed.intake.one_series import Pace, bring_series
 from fedmed.intake.pseudonyms import Pseudonyms
-from fedmed.intake.query import Query, Series
+from fedmed.intake.query import Query
 from fedmed.intake.same_keys import made_with, note_keys
 from fedmed.intake.search import search
 from fedmed.types import OnProgress
 
 MISSING = "not-found.csv"
-LOST_AFTER = 3  # series in a row, until an archive is taken as gone; objects, until a series is
+LOST_AFTER = 3  # series in a row, until an archive is taken as gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +97,14 @@ def pull(
     note_keys(pseudonyms, folder)
     if listed:
         _write_missing(folder / MISSING, "accession" if query.accessions else "patient", missing)
-    pace = _Pace(megabytes_per_s)
+    pace = Pace(megabytes_per_s)
     with open_journal(folder) as journal:
         why: Counter[str] = Counter()
         unsent, unanswered = 0, 0  # in a row
         for number, series in enumerate(wanted, 1):
             try:
                 attempts = ATTEMPTS if unsent < LOST_AFTER else 1  # what it cannot send, it will not in a minute
-                _pull_series(archive, series, folder, pseudonyms, journal, pace, wait_s, attempts)
+                bring_series(archive, series, folder, pseudonyms, journal, pace, wait_s=wait_s, attempts=attempts)
                 unsent = unanswered = 0
             except Unsent as error:
                 why[str(error)] += 1
@@ -140,90 +136,6 @@ def _write_missing(path: Path, column: str, missing: list[str]) -> None:
     if missing:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([[column], *([value] for value in missing)])
-
-
-class _Pace:
-    """Waits so that bytes come at no more than a rate on average."""
-
-    def __init__(self, megabytes_per_s: float) -> None:
-        self._rate = megabytes_per_s * 1e6
-        self._free = time.monotonic()
-
-    def __call__(self, size: int) -> None:
-        if self._rate:
-            now = time.monotonic()
-            self._free = max(self._free, now) + size / self._rate
-            time.sleep(self._free - now)
-
-
-def _pull_series(
-    archive: Archive,
-    series: Series,
-    folder: Path,
-    pseudonyms: Pseudonyms,
-    journal: Journal,
-    pace: _Pace,
-    wait_s: float,
-    attempts: int,
-) -> None:
-    if series.refused:
-        raise Withheld(series.refused)
-    key = pseudonyms.uid(series.series)
-    if key in journal.done and series.objects <= journal.done[key] and key not in journal.unreadable:
-        return
-    here, torn, unreadable = journal.open(key), set[str](), set[str]()
-    known = journal.unreadable.get(key, set())  # by an earlier pull
-
-    def take(dataset: Dataset) -> None:
-        name = pseudonyms.uid(str(dataset.get("SOPInstanceUID") or ""))
-        if name in here:
-            return
-        try:
-            facts = asdict(keep(dataset, folder, pseudonyms))
-            del facts["path"]
-            journal.add(series=key, object=name, **facts)
-            here.add(name)
-        except UnreadableImage:
-            torn.add(name)
-        pace(len(dataset.get("PixelData") or b""))
-
-    def ask_for(name: str, uid: str) -> None:
-        for _ in range(1 if name in torn | known else 2):  # in this pull, it was never asked for, or came torn once
-            try:
-                archive.fetch_object(series, uid, take)
-            except UnreadableImage:
-                torn.add(name)
-            if name not in torn - here:
-                return
-
-    def ask(attempt: int) -> None:
-        if not attempt and not here:
-            with suppress(Interrupted):  # at which object, only asking for each tells
-                archive.fetch(series, take)
-        names = {pseudonyms.uid(uid): uid for uid in archive.objects(series)}
-        asked, lost, withheld = 0, False, None
-        for name, uid in names.items():  # an archive may say that it sent everything, and have sent nothing
-            if name in here | unreadable:
-                continue
-            try:
-                ask_for(name, uid)
-            except Withheld as error:
-                withheld = error
-            except Interrupted:
-                lost = True
-                archive.objects(series)  # raises, if it is the archive that is gone and not this object
-            if name in torn - here:  # also when it was asked for alone
-                journal.add(series=key, object=name, unreadable=True)
-                unreadable.add(name)
-            asked += 1
-            if asked >= LOST_AFTER and not here | unreadable:
-                break
-        if names.keys() - here - unreadable:
-            raise withheld if withheld and not lost else Unsent("the archive does not send all objects of a series")
-
-    with warnings.catch_warnings(action="ignore"):
-        patiently(ask, wait_s=wait_s, attempts=attempts)
-    journal.end(key)
 
 
 def _counted(folder: Path, why: Counter[str]) -> Pulled:
