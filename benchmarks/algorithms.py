@@ -6,8 +6,9 @@
 The work, the floor and the way to time are those of `engine.py`, and so is the bar: 1.10 × plain PyTorch doing the same
 steps. The floor is FedAvg's; Ditto's sites take its steps twice, and one site's are a round of `cyclic`. What else an
 algorithm does is part of its ratio: control variates travel, or networks are judged. `fedbn` is timed on DenseNet-121
-alone: the CNN has no norm layers. Ways take turns. The table is printed, and written to benchmarks/algorithms.md when
-all of it is run.
+alone: the CNN has no norm layers. Ways take turns, and the floor has one before every fifth way: what counts is its
+median, for a machine's speed drifts within half an hour. The table is printed, and written to
+benchmarks/algorithms.md when all of it is run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ALGORITHMS = (
 )  # fmt: skip
 RULES = ("median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median")
 WITHOUT_NORMS = "small-cnn-32"
+FLOOR, FLOOR_EVERY = "plain PyTorch", 5
 MOST = 1.10  # times plain PyTorch that does the same steps, of wall time and of CPU time
 BESIDES = {
     "scaffold": "the control variate of the server travels to the sites",
@@ -66,14 +68,20 @@ def table(name: str, ways: list[str], repeats: int, folder: Path) -> list[str]:
     """Rows of one kind of work, the floor first."""
     short, long = WORKS[name].rounds
     ways = [way for way in ways if (way, name) != ("fedbn", WITHOUT_NORMS)]
-    samples: dict[str, list[tuple[Measured, Measured]]] = {"plain PyTorch": []} | {way: [] for way in ways}
+    samples: dict[str, list[tuple[Measured, Measured]]] = {way: [] for way in (FLOOR, *ways)}
+
+    def sample(way: str) -> None:
+        samples[way].append((timed(way, name, short, folder), timed(way, name, long, folder)))
+        print(f"  {name} {way}: {samples[way][-1][1].wall_s:.1f} s", file=sys.stderr, flush=True)
+
     for _ in range(repeats):
-        for way, found in samples.items():
-            found.append((timed(way, name, short, folder), timed(way, name, long, folder)))
-            print(f"  {name} {way}: {found[-1][1].wall_s:.1f} s", file=sys.stderr, flush=True)
+        for number, way in enumerate(ways):
+            if number % FLOOR_EVERY == 0:
+                sample(FLOOR)
+            sample(way)
     wall = {way: statistics.median((b.wall_s - a.wall_s) / (long - short) for a, b in samples[way]) for way in samples}
     cpu = {way: statistics.median((b.cpu_s - a.cpu_s) / (long - short) for a, b in samples[way]) for way in samples}
-    base, cpu_base = wall["plain PyTorch"], cpu["plain PyTorch"]
+    base, cpu_base = wall[FLOOR], cpu[FLOOR]
     return [
         f"| {name} | {way} | {wall[way]:.3f} | {wall[way] / base:.2f} | {cpu[way]:.3f} | {cpu[way] / cpu_base:.2f} | "
         f"{verdict(way, name, wall[way] / base, cpu[way] / cpu_base)} | {BESIDES.get(way, '')} |"
@@ -83,7 +91,7 @@ def table(name: str, ways: list[str], repeats: int, folder: Path) -> list[str]:
 
 def verdict(way: str, name: str, wall: float, cpu: float) -> str:
     """Two cells: the ratios that a way may have, and whether its ratios, as they are shown, meet them."""
-    if way == "plain PyTorch":
+    if way == FLOOR:
         return "– | –"
     sites = WORKS[name].sites
     steps = {"ditto": (2.0, 2.0), "cyclic": (min(CORES, sites) / sites, 1 / sites)}.get(way, (1.0, 1.0))
@@ -97,7 +105,7 @@ def verdict(way: str, name: str, wall: float, cpu: float) -> str:
 
 def timed(way: str, name: str, rounds: int, folder: Path) -> Measured:
     """One whole command: the floor's, or fedmed's with this way."""
-    if way == "plain PyTorch":
+    if way == FLOOR:
         return floor(name, rounds, folder, full=False, memory=False)
     keys = [f"strategy.{'combine' if way in RULES else 'name'}={way}"]
     if way == "feddg-ga":
