@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fedmed
 from fedmed.config import StrategyConfig
-from fedmed.errors import UpdateRefused
+from fedmed.errors import TooFewSites, UpdateRefused
 from fedmed.federated import exchange as exchange_module
 from fedmed.federated import membership as membership_module
 from fedmed.federated.admission import decoded_update, validated_counts, validated_weights
@@ -123,10 +123,22 @@ def card(name: str, **changes: object) -> dict:
 
 
 def roster(
-    grid: Hospitals, progress: Progress | None = None, *, turns: bool = False, most: int = 0, **strategy: object
+    grid: Hospitals,
+    progress: Progress | None = None,
+    *,
+    waits: list[str] | None = None,
+    turns: bool = False,
+    most: int = 0,
+    **strategy: object,
 ) -> Membership:
     given_ = StrategyConfig(**{"min_sites": 1, "round_timeout_s": 0.2, **strategy})
-    sites = Membership(grid, given_, 7, progress or Progress(), RecordDict, turns=turns, most=most)
+    said = [] if waits is None else waits
+
+    def waiting(names: str, seconds: float) -> None:
+        said.append(names)
+        assert 0 < seconds <= given_.round_timeout_s
+
+    sites = Membership(grid, given_, 7, progress or Progress(), RecordDict, waits=waiting, turns=turns, most=most)
     sites.failures = sites.gather(lambda site, done, all: None)
     return sites
 
@@ -164,6 +176,23 @@ def test_a_slow_newcomer_holds_no_round_up_and_joins_when_its_card_comes(monkeyp
     assert time.monotonic() - started < 5
     grid.deaf.clear()
     assert sites.welcome(4).joined == ["h3"]
+
+
+def test_it_says_once_which_sites_it_waits_for():
+    said: list[str] = []
+    grid = Hospitals(1, 2)
+    sites = roster(grid, progress_of("h2", "h3"), waits=said, min_sites=2)
+    assert said == ["h3"], "a resumed run knows h3"
+    grid.present.remove(2)
+    sites.welcome(2)
+    assert said[1:] == ["h2, h3"]
+    said.clear()
+    with pytest.raises(TooFewSites):
+        roster(Hospitals(1), waits=said, min_sites=3)
+    assert said == ["2 more"]
+    said.clear()
+    roster(Hospitals(1, 2), waits=said)
+    assert not said
 
 
 def test_a_site_that_is_not_connected_is_named_and_is_asked_again_when_it_is_back():

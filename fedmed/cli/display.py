@@ -77,6 +77,8 @@ class Live:
             progress.update(
                 self._sites, total=event["all"], completed=event["done"], description="greeting", facts=facts
             )
+        elif kind == "waiting":
+            progress.console.print(waiting(event), style="yellow", markup=False)
         elif kind == "round_started":
             for line in preamble(event):
                 progress.console.print(line, highlight=False, markup=False)
@@ -108,7 +110,9 @@ class Lines:
         """Print a line when a round ends or a site drops out."""
         kind, seen = event["kind"], self._seen
         seen(event)
-        if kind == "round_started":
+        if kind == "waiting":
+            self._print(waiting(event))
+        elif kind == "round_started":
             for line in preamble(event):
                 self._print(line)
         elif kind == "update_received":
@@ -174,6 +178,11 @@ class Seen:
             recent = self._seconds[-RECENT:]
             parts += [f"{_duration(sum(recent) / len(recent) * self._left)} left"] if self._left else []
         return "  ".join(parts)
+
+
+def waiting(event: Event) -> str:
+    """Which sites the next round waits for."""
+    return f"waiting for sites that are not connected ({event['sites']}), at most {_duration(event['seconds'])}"
 
 
 def preamble(event: Event) -> list[str]:

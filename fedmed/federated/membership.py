@@ -63,6 +63,7 @@ class Membership:
         progress: Progress,
         hello: Callable[[], RecordDict],
         *,
+        waits: Callable[[str, float], None] = lambda sites, seconds: None,
         turns: bool = False,
         most: int = 0,
     ) -> None:
@@ -74,11 +75,12 @@ class Membership:
             seed: of the sample.
             progress: keeps who joined and who missed how many rounds, for a resumed run.
             hello: makes the content of the question who a site is.
+            waits: told once a wait for which sites, in words, and for how many seconds at most.
             turns: whether the algorithm wants one site a round.
             most: sites that the run is meant for; 0 = any number.
         """
         self._grid, self._strategy, self._seed, self._progress = grid, strategy, seed, progress
-        self._hello, self._turns, self._most = hello, turns, most
+        self._hello, self._waits, self._turns, self._most = hello, waits, turns, most
         self._members = progress.members
         self._open: dict[int, Greeting] = {}  # by node
         self._met: set[int] = set()  # nodes that were greeted since they appeared
@@ -111,7 +113,7 @@ class Membership:
             TooFewSites: too few nodes are connected before the deadline.
         """
         least = self._strategy.min_sites
-        self._look(lambda: len(self._present) < least)
+        self._look(lambda: f"{least - len(self._present)} more" if len(self._present) < least else "")
         if len(self._present) < least:
             raise TooFewSites(
                 f"{len(self._present)} sites are connected; strategy.min-sites = {least}; lower it or start more sites"
@@ -119,12 +121,17 @@ class Membership:
         self._at_start = len(self._present)
         failures: dict[int, Failure] = {}
         deadline = time.monotonic() + self._strategy.round_timeout_s
+        told = ""
         while True:
             new = self._present - self._met
             self._greet(new)
             failures = {node: failure for node, failure in failures.items() if node not in new}
             failures |= self._collect(deadline + GRACE_S - time.monotonic(), seen, round=0)
-            if not await_node(self._grid, lambda node: node not in self._met, self._until(deadline, failures)):
+            until, absent = self._until(deadline, failures)
+            if absent != told and until > time.monotonic():
+                self._waits(absent, until - time.monotonic())
+                told = absent
+            if not await_node(self._grid, lambda node: node not in self._met, until):
                 break
             self._see()
         return list(failures.values())
@@ -233,14 +240,17 @@ class Membership:
         """Members that have not left and are not connected now."""
         return [name for name in self._staying() if self._members[name].node not in self._present]
 
-    def _short(self) -> bool:
-        """Whether a round waits for nodes: for none that are there and cannot take part, and for no site that left."""
-        few = len(self._present) < self._strategy.min_sites
+    def _short(self) -> str:
+        """For which sites a round waits: for none that are there and cannot take part, and for none that left."""
+        few = self._strategy.min_sites - len(self._present)
         refused = {each.failure.site for node, each in self._refusals.items() if node in self._present}
-        return few or bool(set(self.unreachable) - refused and self.missing(self.connected()))
+        gone = sorted(set(self.unreachable) - refused)
+        if few > 0:
+            return ", ".join(gone) or f"{few} more"
+        return ", ".join(gone) if gone and self.missing(self.connected()) else ""
 
-    def _until(self, deadline: float, failures: Mapping[int, Failure]) -> float:
-        """Until when the start waits for one node more; 0 = not at all.
+    def _until(self, deadline: float, failures: Mapping[int, Failure]) -> tuple[float, str]:
+        """Until when the start waits for one node more, and for which sites, if they are known; 0 = not at all.
 
         To the end if sites are too few without those whose cards did not come and those that are known or required;
         else for a minute, for known ones. A node that failed without a name may be any of them.
@@ -249,18 +259,27 @@ class Membership:
         known = {*self._staying(), *self._strategy.required_sites} - set(self.here)
         known -= {failure.site for failure in failures.values()}
         unnamed = sum(failure.site == f"node-{node}" for node, failure in failures.items())
-        awaited = len(known) > unnamed
+        awaited, names = len(known) > unnamed, ", ".join(sorted(known))
         if (lost or awaited) and self.missing(self.here):
-            return deadline
-        return min(deadline, deadline - self._strategy.round_timeout_s + RETURN_S) if awaited else 0.0
+            return deadline, names
+        until = min(deadline, deadline - self._strategy.round_timeout_s + RETURN_S)
+        return (until, names) if awaited else (0.0, "")
 
-    def _look(self, short: Callable[[], bool]) -> None:
-        """See which nodes are connected, and wait while they are too few."""
-        deadline = time.monotonic() + self._strategy.round_timeout_s
+    def _look(self, short: Callable[[], str]) -> None:
+        """See which nodes are connected, and wait while they are too few.
+
+        Args:
+            short: gives the sites that are waited for, in words; "" if there are enough.
+        """
+        began, told = time.monotonic(), ""
         while True:
             self._see()
-            if not short() or time.monotonic() > deadline:
+            absent, left_s = short(), began + self._strategy.round_timeout_s - time.monotonic()
+            if not absent or left_s < 0:
                 break
+            if absent != told:
+                self._waits(absent, left_s)
+                told = absent
             time.sleep(0.5)
         self._met &= self._present
         self._refusals = {node: each for node, each in self._refusals.items() if node in self._present}

@@ -169,8 +169,12 @@ class Rounds:
 
         turns = self.step.turns  # one site a round: the algorithm's own wish
         most = self.noise.sites if self.noise else 0
+
+        def waits(sites: str, seconds: float) -> None:
+            self._tell("waiting", self.progress.round, sites=sites, seconds=round(seconds))
+
         sites = Membership(
-            self.grid, self.config.strategy, self.config.seed, self.progress, hello, turns=turns, most=most
+            self.grid, self.config.strategy, self.config.seed, self.progress, hello, waits=waits, turns=turns, most=most
         )
         self.sites = sites
         absent = sites.gather(self._greeted)
