@@ -128,9 +128,19 @@ def pull(
     from fedmed.cli.pull import pull_images
 
     pull_images(
-        out, dicomweb=dicomweb, ca=ca, certificate=certificate, pacs=pacs, called=called, calling=calling, query=query,
-        table=table, rate=rate, site=site, keys=keys,
-    )  # fmt: skip
+        out,
+        dicomweb=dicomweb,
+        ca=ca,
+        certificate=certificate,
+        pacs=pacs,
+        called=called,
+        calling=calling,
+        query=query,
+        table=table,
+        rate=rate,
+        site=site,
+        keys=keys,
+    )
 
 
 @app.command("quarantine")
@@ -192,10 +202,17 @@ def import_(
     check_archive(kind, source)
     standing = site_opt_out(site)
     if not import_data(
-        kind, source, out, site_pseudonyms(site, keys, *folders_of(kind, source, out)),
-        table=table, labels=labels, opt_out=opt_out or standing, standing=standing, uncertain=uncertain.value,
+        kind,
+        source,
+        out,
+        site_pseudonyms(site, keys, *folders_of(kind, source, out)),
+        table=table,
+        labels=labels,
+        opt_out=opt_out or standing,
+        standing=standing,
+        uncertain=uncertain.value,
         check=f" --site {quote(str(site))}" if site else "",
-    ):  # fmt: skip
+    ):
         raise typer.Exit(1)
 
 

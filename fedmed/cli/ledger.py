@@ -162,8 +162,11 @@ def _show(found: Findings) -> None:
         "Counted: add or remove one patient with all images, over all runs recorded here. A patient who is also at "
         "another\nhospital spends there as well; the two add up."
     )
-    patients = [found.balance.cohorts[c.cohort].patients for c in found.balance.charges.values()
-                if c.cohort in found.balance.cohorts]  # fmt: skip
+    patients = [
+        found.balance.cohorts[c.cohort].patients
+        for c in found.balance.charges.values()
+        if c.cohort in found.balance.cohorts
+    ]
     if warning := delta_warning(found.balance.delta, min(patients, default=0)):
         print(f"warning: {warning}")
     if found.balance.charges:

@@ -34,8 +34,10 @@ def classification_details(
         seed: of the resamples.
     """
     logits, targets = scores
-    chosen = [None if selection is None else youden_threshold(selection[0][:, k], selection[1][:, k])
-              for k in range(len(labels))]  # fmt: skip
+    chosen = [
+        None if selection is None else youden_threshold(selection[0][:, k], selection[1][:, k])
+        for k in range(len(labels))
+    ]
     thresholds = [HALF if value is None else value for value in chosen]
     curves = label_curves(logits, targets, patients, thresholds, replicates, np.random.default_rng(seed))
     by_label = dict(zip(labels, curves, strict=True))

@@ -221,9 +221,13 @@ def load_dataset(
         ConfigError: the preset is unknown or does not fit the network.
     """
     recipe = Recipe.of(
-        preset=preset, items=items, image_size=image_size, spacing_mm=spacing_mm, volume_size=volume_size,
+        preset=preset,
+        items=items,
+        image_size=image_size,
+        spacing_mm=spacing_mm,
+        volume_size=volume_size,
         labels=task.labels if task.kind == "segmentation" else (),
-    )  # fmt: skip
+    )
     manifest = without_patients(read_manifest(manifest_path, task, lenient=lenient), withdrawn)
     require_channels(manifest.modalities, preset, items, in_channels)
     held = evaluation_rows(manifest, site_share, seed, name, both=not lenient)
@@ -284,9 +288,12 @@ def _nothing(recipe: Recipe, volume_size: tuple[int, ...], channels: int, labels
     sides = volume_size if recipe.items in IN_3D else (recipe.image_size, recipe.image_size)
     targets = (1, *sides) if recipe.labels else (labels,)
     return Dataset(
-        images=np.zeros((0, channels, *sides), np.float32), targets=np.zeros((0, *targets), np.float32),
-        patients=(), channels=channels, labels=recipe.labels,
-    )  # fmt: skip
+        images=np.zeros((0, channels, *sides), np.float32),
+        targets=np.zeros((0, *targets), np.float32),
+        patients=(),
+        channels=channels,
+        labels=recipe.labels,
+    )
 
 
 def _items(places: Sequence[Located], box: tuple[int, ...]) -> Slots | Tiles:

@@ -125,10 +125,20 @@ class DecodingProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedmed.imaging.decode_child", self._jobs, str(self._memory_bytes),
-             str(math.ceil(self._timeout_s) + 5)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "fedmed.imaging.decode_child",
+                self._jobs,
+                str(self._memory_bytes),
+                str(math.ceil(self._timeout_s) + 5),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
         try:
             self._header(self._child, time.monotonic() + START_S)
         except (TimeoutError, EOFError, OSError):

@@ -76,9 +76,11 @@ def check(
     read = as_read(manifest, task, masked=seen.masked)  # before there are thumbnails: it takes as much memory
     _look_(seen, jobs, manifest.parent, regions, processes, progress)
     alike = near_duplicates(
-        seen.thumbnails, seen.patients[seen.of_row], seen.splits[seen.of_row],
+        seen.thumbnails,
+        seen.patients[seen.of_row],
+        seen.splits[seen.of_row],
         progress=None if progress is None else lambda done, of: progress("comparing", done, of),
-    )  # fmt: skip
+    )
     found = (read, *findings(seen, alike, task))
     told = {"state": verdict(found), "findings": [finding.facts() for finding in found]}
     return told | facts_of(seen, manifest) | {"withdrawn": who_withdrew(manifest, withdrawn)}

@@ -89,8 +89,10 @@ class DicomWeb:
         """
         parts = urlsplit(url)
         if parts.username or parts.password:
-            raise ConfigError("--dicomweb: a password on the command line is seen by everybody on this machine; "
-                              "set FEDMED_PACS_USER and FEDMED_PACS_PASSWORD")  # fmt: skip
+            raise ConfigError(
+                "--dicomweb: a password on the command line is seen by everybody on this machine; "
+                "set FEDMED_PACS_USER and FEDMED_PACS_PASSWORD"
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("--dicomweb: expected a URL such as https://pacs.hospital/dicom-web")
         session = requests.Session()
@@ -233,8 +235,10 @@ def _plain(*, first: bool = False) -> Iterator[None]:
             raise Interrupted(f"the archive answers with status {status}") from None
         if not first:
             raise Withheld(f"the archive {WITHHELD.get(status, f'answers with status {status}')}") from None
-        raise DataError(f"the archive does not understand the search (status {status}); does the URL end where its "
-                        "DICOMweb service begins?") from None  # fmt: skip
+        raise DataError(
+            f"the archive does not understand the search (status {status}); does the URL end where its "
+            "DICOMweb service begins?"
+        ) from None
     except requests.exceptions.SSLError as error:
         plain = any(sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF", "HTTP_REQUEST"))
         raise DataError(NO_TLS if plain else _not_trusted(error)) from None

@@ -37,9 +37,13 @@ def reads_a_word(lines: Sequence[tuple[Grey, int]]) -> bool:
     command = ["tesseract", "stdin", "stdout", "--psm", "6", "--dpi", "300", "tsv"]  # 6: one block of lines
     try:
         done = subprocess.run(
-            command, input=_sheet(lines), capture_output=True, timeout=LONGEST_S, check=True,
+            command,
+            input=_sheet(lines),
+            capture_output=True,
+            timeout=LONGEST_S,
+            check=True,
             env={**os.environ, "OMP_THREAD_LIMIT": "1"},
-        )  # fmt: skip
+        )
     except (OSError, subprocess.SubprocessError):
         return False
     cells = [line.split("\t") for line in done.stdout.decode("utf-8", "replace").splitlines()[1:]]

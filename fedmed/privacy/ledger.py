@@ -107,9 +107,13 @@ class Ledger:
             totals, times = self._balance.meeting(cohort)
             gate = self._balance.filter(cap)
             refusal = over_budget(
-                f'round {round} of "{run}"', events, totals, times, gate,
+                f'round {round} of "{run}"',
+                events,
+                totals,
+                times,
+                gate,
                 pinned=cap < self.policy.privacy.epsilon,
-            )  # fmt: skip
+            )
             if refusal is None:
                 facts = {"run": run, "round": round, "cohort": cohort.name, "cap": cap, "token": _digest(token)}
                 facts["whole"] = not passes(events, totals, times, gate)
@@ -132,8 +136,10 @@ class Ledger:
             PolicyRefused: more was done than reserved, or it is settled already, or another's.
             LedgerUnusable: the ledger cannot be used; the plan stays charged in full.
         """
-        done = tuple(replace(event, cohort=event.cohort or mine.cohort)
-                     for event, mine in zip(events_done, reservation.events, strict=False))  # fmt: skip
+        done = tuple(
+            replace(event, cohort=event.cohort or mine.cohort)
+            for event, mine in zip(events_done, reservation.events, strict=False)
+        )
         with self._storage.writing() as rows, self._witness.locked() as witness:
             self._refresh(rows, witness)
             charge = self._balance.charges.get(reservation.sequence)

@@ -75,8 +75,11 @@ def examine(folder: Path, public: bytes, *, anchors: Sequence[Anchor] = (), witn
     ]
     logs = {log.chain: _log(log, public, found) for log in (audit_log(folder), egress_manifest(folder))}
     departed = [_anchor_in(record.body["ledger"]) for record in logs["egress"] if "ledger" in record.body]
-    witnessed = [record.anchor for path in (folder / "ledger" / "witness.jsonl", *witnesses)
-                 for record in _log(ChainFile(path=path, chain=CHAIN), public, found)[-1:]]  # fmt: skip
+    witnessed = [
+        record.anchor
+        for path in (folder / "ledger" / "witness.jsonl", *witnesses)
+        for record in _log(ChainFile(path=path, chain=CHAIN), public, found)[-1:]
+    ]
     found += _against(records, [*anchors, *departed[-1:], *witnessed])
     return Findings(
         records=tuple(records),

@@ -54,7 +54,13 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _write(target: Path, template: str, found: dict[str, Any], plots: dict[str, Any]) -> Path:
     page = fill(
-        template, found=found, plots=plots, plotly_js=get_plotlyjs(),
-        estimate=estimate_of, signed=words.signed, p=words.p_value, epsilon=words.epsilon,
-    )  # fmt: skip
+        template,
+        found=found,
+        plots=plots,
+        plotly_js=get_plotlyjs(),
+        estimate=estimate_of,
+        signed=words.signed,
+        p=words.p_value,
+        epsilon=words.epsilon,
+    )
     return write_page(page, target)

@@ -106,9 +106,13 @@ def _mlflow(run: Path) -> Iterator[Write]:
     here = f"sqlite:///{run.resolve() / 'mlflow.db'}"  # Flower brings SQLAlchemy; MLflow's plain files are given up
     client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or here)
     known = client.get_experiment_by_name("fedmed")
-    experiment = known.experiment_id if known else client.create_experiment(
-        "fedmed", artifact_location=None if os.environ.get("MLFLOW_TRACKING_URI") else run.resolve().as_uri()
-    )  # fmt: skip
+    experiment = (
+        known.experiment_id
+        if known
+        else client.create_experiment(
+            "fedmed", artifact_location=None if os.environ.get("MLFLOW_TRACKING_URI") else run.resolve().as_uri()
+        )
+    )
     number = client.create_run(experiment, run_name=run.resolve().name).info.run_id
     status = "FAILED"
 

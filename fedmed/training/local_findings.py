@@ -53,9 +53,11 @@ def findings(
 ) -> dict[str, Any]:
     """The content of `findings.json`; see `write_findings`."""
     rows = np.flatnonzero(data.evaluation)
-    judged = _segmented(config, data, network, rows) if config.task.kind == "segmentation" else _classified(
-        config, data, network, rows
-    )  # fmt: skip
+    judged = (
+        _segmented(config, data, network, rows)
+        if config.task.kind == "segmentation"
+        else _classified(config, data, network, rows)
+    )
     machines: Counter[str] = Counter()
     if manifest is not None:
         used = set(data.rows.tolist())

@@ -110,9 +110,15 @@ def permitted(
         policy, ledger, decision = _answer(oversight, config, asked, data())
     digest, bound = _digest(policy.model_dump_json()), ledger.epsilon_rdp
     keep_decision(
-        oversight.folder, keys, decision,
-        task=asked, run=config.name, round=task.round, policy=digest, settings=_digest(task.settings),
-    )  # fmt: skip
+        oversight.folder,
+        keys,
+        decision,
+        task=asked,
+        run=config.name,
+        round=task.round,
+        policy=digest,
+        settings=_digest(task.settings),
+    )
     if decision.allowance is None:
         raise PolicyRefused(decision.reason, rule=decision.rule)
     return Permit(
@@ -200,9 +206,15 @@ def keep_refusal(permit: Permit, refusal: PolicyRefused, *, of: str) -> None:
     decision = Decision(allowed=False, rule=refusal.rule, reason=str(refusal))
     task = permit.task
     keep_decision(
-        permit.oversight.folder, permit.keys, decision,
-        task=of, run=permit.run, round=task.round, policy=permit.policy_digest, settings=_digest(task.settings),
-    )  # fmt: skip
+        permit.oversight.folder,
+        permit.keys,
+        decision,
+        task=of,
+        run=permit.run,
+        round=task.round,
+        policy=permit.policy_digest,
+        settings=_digest(task.settings),
+    )
 
 
 def form_of(permit: Permit | None, site: Form, config: RunConfig) -> Form:

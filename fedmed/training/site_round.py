@@ -272,12 +272,15 @@ def _held_out_sums(
 ) -> Sums:
     rows: Rows = np.flatnonzero(data.evaluation)
     return evaluation_sums(
-        network, data, rows, config.task,
+        network,
+        data,
+        rows,
+        config.task,
         form=_form(permit, site, config, data),
         centres=task.centres,
         spacing_mm=config.scored_spacing_mm,
         fewest=fewest_of(permit, site.min_held_out),
-    )  # fmt: skip
+    )
 
 
 def _state(task: Task, site: Site, config: RunConfig) -> SiteState | None:

@@ -49,12 +49,12 @@ def server_step(config: RunConfig) -> ServerStep:
         near = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
         raise ConfigError(f'strategy.name = "{name}": no such algorithm; did you mean "{near}"?')
     step = own_step(name, config) if ":" in name else STRATEGIES[name](config)
-    why = (
-        "a robust rule would choose among updates, and gives no sum of all of them" if step.scaled_sum
-        else "the algorithm itself says what each site counts for" if step.weighs
-        else "there is one site in a round, and nothing to combine" if step.turns
-        else ""
-    )  # fmt: skip
+    reasons = {
+        "a robust rule would choose among updates, and gives no sum of all of them": step.scaled_sum,
+        "the algorithm itself says what each site counts for": step.weighs,
+        "there is one site in a round, and nothing to combine": step.turns,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
     if step.scaled_sum and step.weighs:
         raise ConfigError(f'strategy.name = "{name}": an algorithm that says what sites count for has no scaled sum')
     if why and strategy.combine != "mean":

@@ -83,15 +83,15 @@ def needs_plain_steps(config: RunConfig, *, momentum: bool) -> None:
         ConfigError: for Adam-like optimizers, momentum, a moving average of weights or a network of an earlier epoch.
     """
     name, train = config.strategy.name, config.train
-    wrong = (
-        f'train.optimizer = "{train.optimizer}"; use "sgd"' if train.optimizer != "sgd"
-        else f"train.momentum = {train.momentum}; use 0" if train.momentum and not momentum
-        else f"train.ema = {train.ema}; use 0" if train.ema
-        else f"train.patience = {train.patience}; use 0" if train.patience
-        else ""
-    )  # fmt: skip
-    if wrong:
-        raise ConfigError(f'strategy.name = "{name}" is not defined for {wrong}')
+    undefined = {
+        f'train.optimizer = "{train.optimizer}"; use "sgd"': train.optimizer != "sgd",
+        f"train.momentum = {train.momentum}; use 0": train.momentum and not momentum,
+        f"train.ema = {train.ema}; use 0": train.ema,
+        f"train.patience = {train.patience}; use 0": train.patience,
+    }
+    for what, set_so in undefined.items():
+        if set_so:
+            raise ConfigError(f'strategy.name = "{name}" is not defined for {what}')
 
 
 def require_steps(config: RunConfig, update: Update) -> None:

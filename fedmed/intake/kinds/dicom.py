@@ -156,9 +156,15 @@ def _incomplete(source: Path) -> set[str]:
 
 def _found(path: Path, row: dict[str, str]) -> Found:
     return Found(
-        patient=row["patient_id"], images=(path,), study=row["study_uid"], accession=row["accession"],
-        view=row["view"], age=row["age"], sex=row["sex"], pseudonymous=True,
-    )  # fmt: skip
+        patient=row["patient_id"],
+        images=(path,),
+        study=row["study_uid"],
+        accession=row["accession"],
+        view=row["view"],
+        age=row["age"],
+        sex=row["sex"],
+        pseudonymous=True,
+    )
 
 
 def take_in(

@@ -38,9 +38,13 @@ def mimic_cxr(source: Path) -> Iterator[Found | Unmatched]:
             else:
                 observations = dict(zip(names, of_study[study], strict=True))
                 yield Found(
-                    patient=patient, images=(image,), study=study, labels=observations,
-                    view=row.get("ViewPosition", ""), split=split_of.get(name, ""),
-                )  # fmt: skip
+                    patient=patient,
+                    images=(image,),
+                    study=study,
+                    labels=observations,
+                    view=row.get("ViewPosition", ""),
+                    split=split_of.get(name, ""),
+                )
     except KeyError:
         raise DataError(f"{source}: a table of MIMIC-CXR has other columns or splits than version 2.0.0") from None
 

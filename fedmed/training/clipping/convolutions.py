@@ -85,9 +85,14 @@ class _Layer:
             last: tuple[object, ...] = (window.dilation, window.groups)
         else:
             extra = module._output_padding(
-                maps, sizes, list(window.stride), list(window.padding), list(window.kernel), len(window.kernel),
+                maps,
+                sizes,
+                list(window.stride),
+                list(window.padding),
+                list(window.kernel),
+                len(window.kernel),
                 list(window.dilation),
-            )  # fmt: skip
+            )
             last = (extra, window.groups, window.dilation)
         output = self.convolve(maps, module.weight.detach(), bias, window.stride, window.padding, *last)
         return recording.watch(output, partial(self._received, recording, [maps, maps._version]))

@@ -102,9 +102,18 @@ def weight_gradient(maps: Tensor, points: Tensor, window: Window) -> Tensor:
     """(O, C / groups, *kernel) the sum of the weight gradients of all rows."""
     weight = maps.new_empty(1).expand(_shape(maps, points, window))  # only its shape is read
     _, gradient, _ = torch.ops.aten.convolution_backward(
-        points, maps, weight, None, window.stride, window.padding, window.dilation, False,
-        [0] * len(window.kernel), window.groups, [False, True, False],
-    )  # fmt: skip
+        points,
+        maps,
+        weight,
+        None,
+        window.stride,
+        window.padding,
+        window.dilation,
+        False,
+        [0] * len(window.kernel),
+        window.groups,
+        [False, True, False],
+    )
     found: Tensor = gradient
     return found
 

@@ -72,9 +72,13 @@ def load_kept(run: str | Path, *, device: str = "cpu", site: str = "") -> Kept:
         )
     presets = presets_named(data.preset)
     recipe = Recipe.of(
-        preset=data.preset, items=data.items, image_size=data.image_size, spacing_mm=data.spacing_mm,
-        volume_size=data.volume_size, labels=(),
-    )  # fmt: skip
+        preset=data.preset,
+        items=data.items,
+        image_size=data.image_size,
+        spacing_mm=data.spacing_mm,
+        volume_size=data.volume_size,
+        labels=(),
+    )
     several = config.model.in_channels // (1 if recipe.depth else presets[0].channels)
     if said in (1, several):
         modalities: tuple[int, ...] = (said,)
