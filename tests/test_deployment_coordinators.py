@@ -384,10 +384,12 @@ def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
     monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())
     monkeypatch.setattr("fedmed.deployment.control.nodes", lambda client: [])
     monkeypatch.setattr("fedmed.deployment.control.runs", lambda client: [ended])
+    monkeypatch.setattr("fedmed.deployment.control.taken_out", lambda client, cards: [])
+    monkeypatch.setattr("fedmed.deployment.run_files.folders", lambda client: ["20260102T030405-a-run-7"])
     command("server", "status", made)
     said = capsys.readouterr().out
-    what = f"a run of {ended.submitted:%Y-%m-%d %H:%M} UTC, folder …-7"
-    assert said.startswith(f"run 1: finished:failed, {what} ({ended.details[:33]}?[2Jno site more") and len(said) < 300
+    what = f"a run of {ended.submitted:%Y-%m-%d %H:%M} UTC, folder {made / 'runs' / '20260102T030405-a-run-7'}"
+    assert said.startswith(f"run 1: finished:failed, {what} ({ended.details[:33]}?[2Jno site more") and len(said) < 400
     assert said.endswith(" more …)\n")
 
 

@@ -238,6 +238,13 @@ def test_the_first_kit_needs_the_coordinators_fingerprint_and_later_ones_the_sam
     shutil.rmtree(copied / "north" / "consortium")
     with pytest.raises(ConfigError, match="telephone"):
         join(north, kit, None)
+    for heard in (read_kit(kit).fingerprint[:-5], "north", ""):
+        with pytest.raises(ConfigError, match="a fingerprint has 20 digits"):
+            join(north, kit, heard)
+    with pytest.raises(ConfigError, match=r"no kit\.json is there; a kit is the folder"):
+        join(north, kit.parent, None)
+    assert join(north, kit, read_kit(kit).fingerprint.replace("-", "")).site == "north"
+    shutil.rmtree(copied / "north" / "consortium")
     assert join(north, kit, read_kit(kit).fingerprint.upper()).consortium == "toys"
 
 

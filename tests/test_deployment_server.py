@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -23,11 +25,14 @@ from flwr.supercore.fab import Fab
 from real_consortium import RUN, Started, command, make_consortium, make_site, wait_for, words_of
 
 from fedmed import config as run_file
-from fedmed.deployment import certificates, control
+from fedmed.deployment import certificates, control, reach
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.coordinators import own_entrance
 from fedmed.deployment.flower_app import app_folder, build_app
 from fedmed.deployment.guarded import FOR_SERVER, without_own_files
+from fedmed.deployment.node_keys import read_node_key
+from fedmed.deployment.site_folder import joined_kit, read_site_folder
+from fedmed.errors import ConfigError
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(300)]
 LISTEN = "127.0.0.9"  # one interface's address, as a server without nginx may have it
@@ -166,7 +171,7 @@ def test_a_request_without_end_is_refused_before_it_fills_the_memory(server):
             assert answer.status_code == status, mebibytes
 
 
-def test_a_damaged_card_blocks_nobody_and_is_told_once(server, tmp_path):
+def test_a_damaged_card_blocks_nobody_and_a_key_that_was_taken_out_stays_out(server, tmp_path, capsys):
     started, folder = server
     card, other = folder.cards / "north.json", folder.cards / "south.json"
     whole, kept = card.read_bytes(), other.read_bytes()
@@ -182,7 +187,34 @@ def test_a_damaged_card_blocks_nobody_and_is_told_once(server, tmp_path):
     card.write_bytes(whole)
     other.write_bytes(kept)
     started.says("south may not connect: its key was taken out before", 60)
+    command("server", "status", folder.root)
+    assert "site south: not let in; its key was taken out before" in capsys.readouterr().out
     other.unlink()
+    with pytest.raises(ConfigError, match=r"south: its key was taken out before.* fedmed site keygen"):
+        command("server", "provision", folder.root, folder.root.parent / "south" / "card.json")
+    assert not other.exists()
+
+
+def test_a_site_learns_whether_it_is_on_the_list_and_nothing_changes_there(server, tmp_path):
+    folder = server[1]
+    north, stranger = read_site_folder(folder.root.parent / "north"), read_site_folder(make_site(tmp_path, "east"))
+    kit = replace(joined_kit(north), address=f"{LISTEN}:{folder.consortium.port}")
+    assert reach.admission(kit, read_node_key(north.keys)) == "the server lets this site in"
+    with control.control(own_entrance(folder)) as client:
+        assert {node.site: node.status for node in control.nodes(client)}["north"] == "registered"
+    with pytest.raises(ConfigError, match="not on the server's list"):
+        reach.admission(kit, read_node_key(stranger.keys))
+
+
+def test_a_second_server_on_the_same_port_is_refused_before_it_serves(server, tmp_path):
+    """A folder that was copied has the same keys, so that the first server would answer for it."""
+    folder = server[1]
+    copy = Path(shutil.copytree(folder.root, tmp_path / "copy"))
+    second = Started("server", "start", copy, log=tmp_path / "out")
+    assert second.process.wait(60) == 1
+    port = folder.consortium.port
+    assert f"another program listens on port {port} of {LISTEN}; end it, or change port in" in second.log.read_text()
+    assert "serving" not in second.log.read_text()
 
 
 def below(started: Started, words: str) -> list[psutil.Process]:
@@ -230,7 +262,7 @@ def test_it_waits_and_tries_again_when_it_cannot_be_started_once_more(server):
         link.kill()
         wait_for(lambda: bound(taken, (LISTEN, folder.consortium.port)), 2, lambda: "the port was not free")
         taken.listen()
-        started.says("is the port taken?); it is started again in 4 s", 120)
+        started.says("change port in consortium.toml; it is started again in 4 s", 120)
         assert started.process.poll() is None
     wait_for(lambda: started.log.read_text().count("serving") > said, 120, started.log.read_text)
 

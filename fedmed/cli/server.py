@@ -62,20 +62,22 @@ def init(
 def provision(
     folder: Place,
     cards: Annotated[list[Path] | None, typer.Argument(metavar="CARD", help="card.json of sites that are new")] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="make the server's certificate anew now")] = False,
 ) -> None:
     """Make authority and certificate, take in sites' cards, and write every site's kit anew.
 
     Example: fedmed server provision chest/consortium.toml north.json south.json
     """
+    from fedmed.deployment.certificates import SOON
     from fedmed.deployment.consortium import read_consortium
     from fedmed.deployment.provision import provision as make
     from fedmed.errors import one_line
 
     place = read_consortium(folder)
-    made = make(place, cards or [])
+    made = make(place, cards or [], renew=renew)
     names = ", ".join(place.consortium.addresses)
-    state = "new" if made.renewed else "kept"
-    print(f"certificate for {names} ({state}): valid until {made.certificate.not_valid_after_utc:%Y-%m-%d}")
+    state = "new" if made.renewed else f"kept: it is renewed in its last {SOON.days} days, and by --renew"
+    print(f"certificate for {names}, valid until {made.certificate.not_valid_after_utc:%Y-%m-%d} ({state})")
     for card in made.cards:
         print(f"site {card.name}: card {card.fingerprint} (ask the site by telephone), kit {place.kits / card.name}")
     if made.kits:
@@ -118,11 +120,13 @@ def coordinator(
     from fedmed.deployment.coordinators import KEY, admit_coordinator
 
     place = read_consortium(folder)
+    listed = place.coordinators / f"{name}.crt"
+    before = listed.exists()
     given = admit_coordinator(place, name, request)
     print(f"{name} may enter; give {given} to {name} alone" + ("" if request is None else f", who adds {KEY}"))
-    print(
-        f"there: fedmed server status {quote(given.name)}    to shut {name} out: delete {place.coordinators / name}.crt"
-    )
+    if before:
+        print(f"{name}'s earlier certificate opens nothing any more")
+    print(f"there: fedmed server status {quote(given.name)}    to shut {name} out: delete {listed}")
 
 
 @app.command("start")
@@ -155,12 +159,15 @@ def submit(
     from fedmed.cli.display import charge
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
-    from fedmed.deployment.submission import check_own_files, deployable
+    from fedmed.deployment.submission import check_own_files, check_paths, deployable
 
     server = entrance(folder)
-    config = run_file.load(run, overrides)
     if server.near:
+        config = run_file.load(run, overrides)
         check_own_files(config)
+    else:
+        config = run_file.load_as_written(run, overrides)
+        check_paths(config)
     with control.control(server) as client:
         sites = control.nodes(client)
         number = control.submit(client, deployable(config, [node.site for node in sites]))
@@ -184,11 +191,18 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     Example: fedmed server status chest
     """
     from fedmed.deployment import control
+    from fedmed.deployment.consortium import read_consortium
     from fedmed.deployment.coordinators import entrance
+    from fedmed.deployment.provision import readable_cards
+    from fedmed.deployment.run_files import folders as names_of
+    from fedmed.deployment.run_files import run_client
     from fedmed.errors import one_line
 
-    with control.control(entrance(folder)) as client:
-        sites, runs = control.nodes(client), control.runs(client)
+    server = entrance(folder)
+    cards = readable_cards(read_consortium(folder))[0] if server.near else []
+    with control.control(server) as client, run_client(server) as files:
+        sites, runs, folders = control.nodes(client), control.runs(client), names_of(files)
+        barred = control.taken_out(client, cards)
     if as_json:
         facts = {
             "sites": [{"site": node.site, "status": node.status} for node in sites],
@@ -198,10 +212,12 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
         return
     for node in sites:
         print(f"site {node.site}: {node.status}")
+    for site in barred:
+        print(f"site {site}: not let in; {control.NEW_KEY}")
     for run in runs:
         why = f" ({shorten(one_line(run.details), LONGEST, placeholder=' …')})" if run.details else ""
-        what = f"{run.config.get('name', 'a run')} of {run.submitted:%Y-%m-%d %H:%M} UTC, folder …-{run.series}"
-        print(f"run {run.number}: {run.status}, {what}{why}")
+        what = f"{run.config.get('name', 'a run')} of {run.submitted:%Y-%m-%d %H:%M} UTC"
+        print(f"run {run.number}: {run.status}, {what}{_kept(run, folders, server.runs)}{why}")
 
 
 @app.command("stop")
@@ -297,6 +313,12 @@ def _follow(server: Entrance, number: int, config: RunConfig, *, as_json: bool) 
         why = ended.details or ("" if ended.status.endswith(":stopped") else "logs/server.log says why")
         resume = f"fedmed server resume {number} goes on with it"
         raise RunFailed(f"run {number}: {ended.status}; {f'{why}; ' if why else ''}{resume}")
+
+
+def _kept(run: FlowerRun, folders: list[str], runs: Path | None) -> str:
+    """Where a run's folder is: its path on the server's machine, its name elsewhere; nothing before it is made."""
+    name = next((each for each in folders if each.endswith(f"-{run.series}")), None)
+    return f", folder {name if runs is None else runs / name}" if name else ""
 
 
 def _facts(run: FlowerRun) -> dict[str, object]:

@@ -25,9 +25,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is no TOML, or holds a value that cannot work. The message names the key,
             and for an unknown key the nearest known one.
     """
-    path = Path(path)
-    values = read_toml(path, missing="no such run file")
-    return resolve_paths(validate(override(values, overrides), source=str(path)), path.absolute().parent)
+    return resolve_paths(load_as_written(path, overrides), Path(path).absolute().parent)
+
+
+def load_as_written(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply overrides, and leave its paths alone: they may be those of another machine.
+
+    Raises:
+        ConfigError: as from `load`.
+    """
+    values = read_toml(Path(path), missing="no such run file")
+    return validate(override(values, overrides), source=str(path))
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

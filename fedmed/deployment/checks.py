@@ -85,6 +85,7 @@ def check_site(path: Path, *, dry_round: bool = True) -> Iterator[Finding]:
     if reached.ok:
         yield _look("certificate", lambda: reach.certificate(kit))
         yield _look("clock", lambda: reach.clock(kit))
+        yield _look("list", lambda: reach.admission(kit, node_keys.read_node_key(site.keys)))
 
 
 def _look(what: str, look: Callable[[], str]) -> Finding:

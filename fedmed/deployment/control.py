@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +34,8 @@ from fedmed.errors import RunFailed, RunInterrupted
 
 TIMEOUT_S = 30.0
 GATEWAY = (502, 503, 504)
+TAKEN_OUT = "unregistered"  # Flower's word
+NEW_KEY = "its key was taken out before; it has to make a new one: delete keys/node.*, fedmed site keygen"
 OWN_WORDS = "ServerApp failed with exception"  # how Flower begins what a run itself said of its failure
 
 
@@ -47,7 +49,7 @@ class Node:
 
     number: int
     site: str
-    status: str  # registered, online, offline
+    status: str  # registered, online, offline, or TAKEN_OUT
     public_key: bytes
 
 
@@ -101,21 +103,30 @@ def control(server: Entrance) -> Iterator[ControlHttpClient]:
             why = str(error).rpartition("verify failed: ")[2].partition(" (")[0]
             text = f"the server's certificate is refused ({why}); one that ended is renewed by fedmed server provision"
             raise ServerAway(text) from None
-        raise ServerAway(f"the server does not answer ({type(error).__name__}); fedmed server start") from None
+        raise ServerAway(f"{server.unanswered} ({type(error).__name__})") from None
     except httpx.HTTPStatusError as error:
         if error.response.status_code in GATEWAY:  # nginx, in front of a SuperLink that is away
             raise ServerAway("the server is being started; wait a little") from None
-        raise RunFailed(f"the server refused ({error.response.status_code}); its log says why") from None
+        raise RunFailed(server.refused(error.response.status_code)) from None
     finally:
         client.close()
 
 
 def nodes(client: ControlHttpClient) -> list[Node]:
     """The nodes that may connect, by name."""
+    return [node for node in _every_node(client) if node.status != TAKEN_OUT]
+
+
+def taken_out(client: ControlHttpClient, cards: Iterable[SiteCard]) -> list[str]:
+    """The sites, of some, whose keys were taken out before, so that Flower takes them no second time."""
+    gone = {node.public_key for node in _every_node(client) if node.status == TAKEN_OUT}
+    return [card.name for card in cards if flower_bytes(card.node_key) in gone]
+
+
+def _every_node(client: ControlHttpClient) -> list[Node]:
     found = client.ListNodes(ListNodesRequest()).nodes_info
-    kept = [node for node in found if node.status != "unregistered"]
     return sorted(
-        (Node(number=n.node_id, site=n.name, status=n.status, public_key=n.public_key) for n in kept),
+        (Node(number=n.node_id, site=n.name, status=n.status, public_key=n.public_key) for n in found),
         key=lambda node: node.site,
     )
 
@@ -149,7 +160,7 @@ def agree(client: ControlHttpClient, cards: Sequence[SiteCard], unknown: Collect
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
                     raise
-                said.append(f"{name} may not connect: its key was taken out before; it has to make a new one")
+                said.append(f"{name} may not connect: {NEW_KEY}")
     return said
 
 

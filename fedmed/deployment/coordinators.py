@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 
 from cryptography import x509
@@ -33,6 +35,21 @@ class Entrance:
         """Whether this is the server's own machine."""
         return self.runs is not None
 
+    @property
+    def unanswered(self) -> str:
+        """What to do when the server does not answer."""
+        do = "fedmed server start" if self.near else "its coordinator has to start it, or a firewall is in between"
+        return f"the server at {self.address} does not answer; {do}"
+
+    def refused(self, status: int) -> str:
+        """What to do when the server answers with an error, by its HTTP status."""
+        if self.near or status != HTTPStatus.FORBIDDEN:
+            return f"the server refused ({status}); its log says why"
+        return (
+            f"the server refused ({status}): this certificate is not on its list: it was renewed, or taken off; at "
+            "the server, fedmed server coordinator NAME makes a new folder"
+        )
+
     def tls(self) -> ssl.SSLContext:
         """What a connection needs.
 
@@ -45,6 +62,12 @@ class Entrance:
                 key = self.certificate.with_name(KEY)
                 if open_to_others(key):
                     raise ConfigError(f"{key} can be read by others on this machine; chmod 600 it")
+                ended = read_certificate(self.certificate).not_valid_after_utc
+                if ended < datetime.now(UTC):
+                    raise ConfigError(
+                        f"this coordinator's certificate ended on {ended:%Y-%m-%d}; at the server, fedmed server "
+                        "coordinator NAME makes a new folder"
+                    )
                 context.load_cert_chain(self.certificate, key)
         except OSError as error:  # ssl.SSLError is one
             raise ConfigError(f"the coordinator's key or a certificate cannot be read ({error.strerror})") from None

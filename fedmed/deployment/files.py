@@ -45,7 +45,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: this is no {what}")
+        raise ConfigError(f"{path}: this is no {what}, or it was damaged on its way; ask for it again")
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,6 +23,7 @@ from fedmed.durable import open_to_others
 from fedmed.errors import ConfigError
 
 PRIVATE, PUBLIC = "node.key", "node.pub"
+DIGITS = 20  # of a fingerprint
 
 
 def make_node_key(folder: Path) -> ec.EllipticCurvePrivateKey:
@@ -97,5 +99,17 @@ def signed_by(key: ec.EllipticCurvePublicKey, message: bytes, signature: bytes) 
 
 def fingerprint(content: bytes) -> str:
     """Twenty hexadecimal digits of a SHA-256, in groups of four: to be compared by telephone (80 bits)."""
-    digits = hashlib.sha256(content).hexdigest()[:20]
-    return "-".join(digits[start : start + 4] for start in range(0, 20, 4))
+    digits = hashlib.sha256(content).hexdigest()[:DIGITS]
+    return "-".join(digits[start : start + 4] for start in range(0, DIGITS, 4))
+
+
+def digits_of(fingerprint: str) -> str:
+    """The digits of a fingerprint, however they are grouped.
+
+    Raises:
+        ConfigError: they are not twenty.
+    """
+    digits = "".join(fingerprint.lower().replace("-", " ").split())
+    if len(digits) != DIGITS or set(digits) - set(string.hexdigits):
+        raise ConfigError(f"a fingerprint has {DIGITS} digits, such as 1f2e-3d4c-5b6a-7988-9706; this is {fingerprint}")
+    return digits

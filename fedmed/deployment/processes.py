@@ -7,6 +7,7 @@ children get SIGTERM when it is killed itself (PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -25,7 +26,7 @@ from types import FrameType
 from typing import Literal
 
 from fedmed.durable import make_private
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, RunFailed
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_BYTES, LOG_FILES = 5_000_000, 5
@@ -268,6 +269,31 @@ def wait_until(met: Callable[[], bool], stop: Stop, timeout_s: float, every_s: f
             return True
         stop.wait(every_s)
     return False
+
+
+def require_free_port(host: str, port: int, key: str) -> None:
+    """See whether a program could listen there now. Flower's and nginx's own words for it stand in a log.
+
+    Args:
+        host: name or address of this machine.
+        port: TCP.
+        key: of consortium.toml, which names the port.
+
+    Raises:
+        RunFailed: another program listens there, or nobody can.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections that are being closed
+            tried.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            text = f"another program listens on port {port} of {host}; end it, or change {key} in consortium.toml"
+        else:
+            why = error.strerror or type(error).__name__
+            text = f"nothing can listen on port {port} of {host} ({why}); change listen or {key} in consortium.toml"
+        raise RunFailed(text) from None
 
 
 def free_port() -> int:

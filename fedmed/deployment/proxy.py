@@ -19,7 +19,7 @@ from fedmed.deployment.certificates import AUTHORITY, SERVER, SERVER_KEY
 from fedmed.deployment.consortium import ServerFolder, joined
 from fedmed.deployment.coordinators import coordinators
 from fedmed.deployment.files import stamps
-from fedmed.deployment.processes import Child, descendants, kill
+from fedmed.deployment.processes import Child, descendants, kill, require_free_port
 from fedmed.durable import make_private, write_atomically
 from fedmed.errors import ConfigError, FedmedError, RunFailed
 
@@ -195,9 +195,10 @@ class Proxy:
             if self._child is None:
                 raise
             self._log.info(f"nginx keeps its configuration: {_text(error)}")
+        require_free_port(self._folder.consortium.listen, self._folder.consortium.port, "port")
         self._child = Child(nginx_command(self._folder), self._environment, self._log)
         if self._child.wait(SETTLE_S):
-            raise RunFailed("nginx ended at once; logs/server.log says why (is the port taken?)")
+            raise RunFailed("nginx ended at once; logs/server.log says why")
 
     def look(self, others: set[int]) -> str:
         """Start nginx again if it ended; what there is to say of it. One that ends at once is left alone for longer.

@@ -1,4 +1,4 @@
-"""The way from a site to its consortium's server, looked at step by step: proxy, port, certificate, clock.
+"""The way from a site to its consortium's server, looked at step by step: proxy, port, certificate, clock, list.
 
 It is the way that Flower's own client takes: through the proxy that `HTTPS_PROXY` names, unless `NO_PROXY` exempts the
 server, with the user and password that stand in the proxy's address.
@@ -15,17 +15,26 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedmed.deployment import certificates
 from fedmed.deployment.kits import Kit
+from fedmed.deployment.node_keys import flower_bytes
 from fedmed.errors import ConfigError
 
 CONNECT_S = 10.0
 CLOCK_S = 60.0  # the hours of a site's policy, and the times in its records, are its own clock's
 HALF_A_SECOND = timedelta(seconds=0.5)
+NO_HEARTBEAT_S = 0.0  # Flower takes 10 s at least
 NO_LOGIN = "407"  # Proxy Authentication Required (RFC 9110, 15.5.8)
 
 
@@ -100,6 +109,42 @@ def clock(kit: Kit) -> str:
     if abs(off_s) > CLOCK_S:
         raise ConfigError(f"{off_s:+.0f} s from the server's clock; set up time synchronisation (NTP) here or there")
     return f"{abs(off_s):.0f} s from the server's"
+
+
+def admission(kit: Kit, key: ec.EllipticCurvePrivateKey) -> str:
+    """Whether this site is still on the server's list.
+
+    The server is asked to connect it with a heartbeat that cannot be. It looks for the key first, and refuses either
+    way, so that nothing changes there, whether the site is connected or not.
+
+    Raises:
+        ConfigError: it is not on the list, or the server does not say.
+    """
+    public, signed_at = flower_bytes(key.public_key()), datetime.now(UTC) - timedelta(seconds=clock_ahead_s(kit))
+    headers = {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(key, signed_at.isoformat().encode())).decode(),
+        TIMESTAMP_HEADER: signed_at.isoformat(),
+        "content-type": PROTOBUF_MEDIA_TYPE,
+        "accept": PROTOBUF_MEDIA_TYPE,
+    }
+    content = ActivateNodeRequest(public_key=public, heartbeat_interval=NO_HEARTBEAT_S).SerializeToString()
+    try:
+        with _secure(kit) as secure:
+            connection = http.client.HTTPConnection(*_place(kit))
+            connection.sock = secure
+            connection.request("POST", "/v1/fleet/activate-node", body=content, headers=headers)
+            status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(f"the server does not answer a site ({type(error).__name__}); is it being started?") from None
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        raise ConfigError(
+            "this site's key is not on the server's list; ask the coordinator whether this card.json was taken in, or "
+            "the site taken out"
+        )
+    if status != HTTPStatus.BAD_REQUEST:
+        raise ConfigError(f"the server does not say whether it lets this site in ({status}); tell the coordinator")
+    return "the server lets this site in"
 
 
 def clock_ahead_s(kit: Kit) -> float:

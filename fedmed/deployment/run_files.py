@@ -116,9 +116,9 @@ def fetch_run(server: Entrance, choose: Callable[[list[str]], str | None], out: 
                 _fetch(client, f"/files/{quote(name)}/{quote(file.path)}", file, out)
                 yield file
     except httpx.RequestError as error:
-        raise RunFailed(f"the server does not answer ({type(error).__name__}); fetch again to go on") from None
+        raise RunFailed(f"{server.unanswered} ({type(error).__name__}); then fetch again to go on") from None
     except httpx.HTTPStatusError as error:
-        raise RunFailed(f"the server refused ({error.response.status_code}); is the certificate on its list?") from None
+        raise RunFailed(server.refused(error.response.status_code)) from None
 
 
 def run_client(server: Entrance, timeout_s: float = TIMEOUT_S) -> httpx.Client:

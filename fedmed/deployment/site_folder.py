@@ -121,18 +121,19 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
             None when a kit of the same coordinator is there already.
 
     Raises:
-        ConfigError: the kit is for another site or key, of another coordinator, older than the last, or was changed.
+        ConfigError: there is no kit, or it is for another site or key, of another coordinator, older than the last, or
+            was changed; or the fingerprint is none.
     """
+    if not (folder / CONTENT).exists():
+        raise ConfigError(f"{folder}: no {CONTENT} is there; a kit is the folder that the coordinator sent, kits/NAME")
     kit = read_kit(folder)
     if kit.site != site.config.name:
         raise ConfigError(f'the kit is for the site "{kit.site}"; this is "{site.config.name}"')
     if kit.node_key != node_keys.public_text(node_keys.read_node_key(site.keys).public_key()):
         raise ConfigError("the kit is for another key of this site; send the coordinator the newest card.json")
     known = _known_kit(site)
-    if fingerprint is not None and fingerprint.strip().lower() != kit.fingerprint:
-        raise ConfigError(
-            f"the kit was signed by {kit.fingerprint}, not by {fingerprint}; do not use it, and tell the coordinator"
-        )
+    if fingerprint is not None and node_keys.digits_of(fingerprint) != node_keys.digits_of(kit.fingerprint):
+        raise ConfigError(f"the kit was not signed by {fingerprint}; do not use it, and tell the coordinator")
     if fingerprint is None and known is None:
         raise ConfigError(
             "who signed the kit? Ask the coordinator by telephone for the fingerprint of their key, and give what you "
@@ -140,8 +141,8 @@ def join(site: SiteFolder, folder: Path, fingerprint: str | None) -> Kit:
         )
     if fingerprint is None and known is not None and known.coordinator != kit.coordinator:
         raise ConfigError(
-            f"the kit was signed by {kit.fingerprint}, another key than before; ask the coordinator by telephone, "
-            "then give it as --coordinator"
+            "the kit was signed by another key than before; ask the coordinator by telephone for the fingerprint of "
+            "theirs, and give what you hear as --coordinator"
         )
     if known is not None and known.coordinator == kit.coordinator and kit.made < known.made:
         raise ConfigError(

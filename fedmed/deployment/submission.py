@@ -59,6 +59,17 @@ def deployable(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     return run_file.validate(values)
 
 
+def check_paths(config: RunConfig) -> None:
+    """Look that a run names the server's files as the server has them, where it is submitted from another machine.
+
+    Raises:
+        ConfigError: a path is relative, or begins with ~.
+    """
+    for key, path in (("data.server", config.data.server), ("model.weights", config.model.weights)):
+        if path and not Path(path).is_absolute():
+            raise ConfigError(f"{key}: {path} is read on the server's machine; write its whole path there, from / on")
+
+
 def check_own_files(config: RunConfig) -> None:
     """Look for what a run names on the server's own machine, before sites wait for it.
 

@@ -28,6 +28,7 @@ from fedmed.deployment.processes import (
     log_file,
     program,
     reap,
+    require_free_port,
     runner,
     wait_until,
 )
@@ -110,13 +111,14 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         log.info(line)
 
     with runner(folder.flower, "server") as stop:
-        proxy = Proxy(folder, environment, log)
+        proxy, inner = Proxy(folder, environment, log), "loopback-port" if folder.consortium.loopback_port else "port"
         served, wait_s, why = False, RESTART_S, ""
         try:
             while not stop.is_set():
                 link: Child | None = None
                 try:
                     used = require_usable(folder)
+                    require_free_port(*folder.consortium.inside, inner)
                     link = Child(server_command(folder), environment, log)
                     _await(folder, link, stop)
                     if not served:
@@ -154,7 +156,7 @@ def _await(folder: ServerFolder, link: Child, stop: Stop) -> None:
     if stop.is_set():
         return
     if not link.running:
-        raise RunFailed("the server ended at once; logs/server.log says why (is the port taken?)")
+        raise RunFailed("the server ended at once; logs/server.log says why")
     if not answered:
         raise RunFailed(f"the server did not answer within {START_S:.0f} s; logs/server.log says why")
 

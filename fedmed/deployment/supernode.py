@@ -42,7 +42,8 @@ LOOK_S = 0.5
 TRY_S = 60.0
 WHY = {  # Flower's own exit codes
     302: "its node.key is damaged",
-    305: "the server did not let it in: it does not know this site's key, or still counts it as online",
+    305: "the server did not let it in: it does not know this site's key, or still counts it as online for a minute; "
+    "fedmed site check says which",
     603: "the consortium's certificate is damaged; fedmed site join the kit again",
     606: "the server has another version of Flower; install the same fedmed",
 }
