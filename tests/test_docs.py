@@ -37,6 +37,7 @@ sites = ["{}", "{}"]
 server = "{}"
 image-size = 8
 """
+EVENT = re.compile(r"""(?:_tell|\.event)\(\s*"([a-z_]+)"(?: if \w+ else "([a-z_]+)")?""")
 ROW = re.compile(r"^\| `([a-z-]+(?:\.[a-z-]+)?)` \| `([^`]*)` \|", re.MULTILINE)
 
 
@@ -66,6 +67,13 @@ def parse(words: list[str]) -> None:
             raise click.UsageError(f"no such command: {first}")
         command = command.commands[first]
     command.make_context(command.name, words)
+
+
+def test_every_kind_of_event_is_explained():
+    section = (ROOT / "docs" / "run-folder.md").read_text().partition("## Events")[2].partition("\n## ")[0]
+    sources = [path.read_text() for path in (ROOT / "fedmed").rglob("*.py")]
+    told = {kind for source in sources for kinds in EVENT.findall(source) for kind in kinds if kind}
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == told
 
 
 @pytest.mark.parametrize(("document", "line"), sorted(set(fedmed_lines())))
