@@ -195,7 +195,8 @@ class Proxy:
             if self._child is None:
                 raise
             self._log.info(f"nginx keeps its configuration: {_text(error)}")
-        require_free_port(self._folder.consortium.listen, self._folder.consortium.port, "port")
+        if self._child is None:  # workers of one that ended may hold it a moment longer, which nginx itself waits for
+            require_free_port(self._folder.consortium.listen, self._folder.consortium.port, "port")
         self._child = Child(nginx_command(self._folder), self._environment, self._log)
         if self._child.wait(SETTLE_S):
             raise RunFailed("nginx ended at once; logs/server.log says why")
