@@ -29,8 +29,8 @@ demo: .venv/installed ## four phantom hospitals train a network on DICOM: make d
 flower-demo: .venv/installed ## the same federation through `flwr run . local`, Flower's own simulation
 	@$(BIN)/python simulations/flower-demo/run.py
 
-test: .venv/installed ## all kinds of tests at small counts, about a quarter of an hour on two cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
+test: .venv/installed ## all kinds of tests at small counts, about ten minutes on two cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 4 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow

@@ -84,7 +84,7 @@ def test_breaking_monochrome1_costs_five_points_at_least(short, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_the_segmentation_demo_reaches_dice_of_085(fedmed, tmp_path):
-    made = fedmed("data", "synth", tmp_path / "lungs", "--task", "lung-seg", "--patients", 60)
+    made = fedmed("data", "synth", tmp_path / "lungs", "--task", "lung-seg", "--patients", 40)
     assert made.returncode == 0, made.stderr
     done = fedmed("simulate", tmp_path / "lungs" / "run.toml", "--set", "train.rounds=2", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -133,6 +133,7 @@ def test_flwr_run_local_gives_the_same_weights(flower_home, local_parameters, tm
         end([psutil.Process(pid) for pid in set(listening)])
 
 
+@pytest.mark.slow  # a minute; `test_deployment_tls` does the same with fedmed's own site runner
 @pytest.mark.deployment
 @pytest.mark.timeout(600)
 def test_a_superlink_and_flowers_own_supernodes_give_the_same_weights(flower_home, local_parameters, tmp_path):
