@@ -30,7 +30,7 @@ flower-demo: .venv/installed ## the same federation through `flwr run . local`, 
 	@$(BIN)/python simulations/flower-demo/run.py
 
 test: .venv/installed ## all kinds of tests at small counts, about ten minutes on two cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 4 --dist loadscope --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow
