@@ -183,8 +183,12 @@ def worker_count(config: RunConfig, devices: Sequence[str], *, sites: int = 0) -
 
 def most_workers(devices: Sequence[str]) -> int:
     """How many worker processes keep this machine busy: one per core, and on GPUs a few per GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if devices == ["cpu"] else min(cores, GPU_PROCESSES * len(devices))
+    return cores() if devices == ["cpu"] else min(cores(), GPU_PROCESSES * len(devices))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_app.app) -> LocalGrid:
@@ -212,8 +216,12 @@ def local_grid(config: RunConfig, folder: RunFolder, client: ClientApp = client_
 
 
 def run_on(grid: LocalGrid, config: RunConfig, folder: RunFolder, watch: Watch, *, threads: int = 0) -> dict[str, Any]:
-    """Run a federation over forked workers; the server evaluates on all cores while they wait, or with `threads`."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    """Run a federation over forked workers.
+
+    The server evaluates while they wait, with `threads`; 0 = as many as OMP_NUM_THREADS says, or as there are cores.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(threads or (int(said) if said.isdecimal() else 0) or cores())
     keep_freed_memory()
     return run_federation(grid, config, folder, watch=watch, cache_dir=cache_folder(), processes=grid.worker_pids)
 
