@@ -1,8 +1,8 @@
 """The floor: federated averaging in plain PyTorch, as fast as it can be arranged on the cores of one machine.
 
 As many worker processes as cores, one thread each, forked after all heavy imports; global weights and partial sums in
-shared memory; the data of every hospital in memory; freed memory kept for the next step; no validation, no messages, no
-files. Same steps, same order of images and same arithmetic as fedmed, so the networks must agree.
+shared memory; the data of every hospital in memory; no validation, no messages, no files. Same steps, same order of
+images and same arithmetic as fedmed, so the networks must agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from work import WORKS, Work, dataset
 
 from fedmed.config import validate
-from fedmed.federated.local_worker import keep_freed_memory
 from fedmed.models import build
 from fedmed.training.own_patients import site_generator
 
@@ -88,7 +87,6 @@ def load(network: torch.nn.Module, vector: torch.Tensor, shapes: list[torch.Size
 
 def train(rank, name, seed, current, sums, shapes, barrier, rounds, network) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()  # else the kernel's page faults are up to a third of a step
     work: Work = WORKS[name]
     mine = range(rank, work.sites, len(sums))
     whole = validate({"evaluate": {"site-share": 0.0}})  # as in the run file: every image is trained on
