@@ -7,6 +7,7 @@ PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 TASK ?= cxr
 MINUTES ?= 60
+TESTERS ?= 3
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,8 +30,8 @@ demo: .venv/installed ## four phantom hospitals train a network on DICOM: make d
 flower-demo: .venv/installed ## the same federation through `flwr run . local`, Flower's own simulation
 	@$(BIN)/python simulations/flower-demo/run.py
 
-test: .venv/installed ## all kinds of tests at small counts, about ten minutes on two cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadscope --no-loadscope-reorder
+test: .venv/installed ## all kinds of tests at small counts, ten minutes on two cores: make test [TESTERS=3]
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TESTERS) --dist loadscope --no-loadscope-reorder
 
 test-slow: .venv/installed ## the long ones: grids, baselines of the demo
 	@$(BIN)/python -m pytest -m slow
