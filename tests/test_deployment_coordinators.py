@@ -379,6 +379,28 @@ def test_a_run_that_is_not_continued_any_more_is_named_with_what_to_do(made, mon
     assert line == f"run {tries} was cut off and is not continued: {said.format(made)}"
 
 
+def test_a_coordinator_elsewhere_is_told_what_to_ask_for_and_writes_paths_of_the_server(made, tmp_path, capsys):
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    command("server", "coordinator", "frida", "--server", copy)
+    assert "earlier" not in capsys.readouterr().out
+    command("server", "coordinator", "frida", "--server", copy)
+    assert "frida's earlier certificate opens nothing any more" in capsys.readouterr().out
+    folder = copy / "coordinators" / "frida"
+    far, near = entrance(folder), entrance(copy)
+    assert f"{far.address} does not answer; its coordinator has to start it" in far.unanswered
+    assert f"{near.address} does not answer; fedmed server start" in near.unanswered
+    assert "fedmed server coordinator NAME" in far.refused(403) and far.refused(500) == near.refused(500)
+    run = tmp_path / "run.toml"
+    run.write_text('[task]\nlabels = ["a"]\n[data]\nserver = "server/manifest.csv"\n')
+    with pytest.raises(ConfigError, match=r"data\.server: server/manifest\.csv is read on the server's machine"):
+        command("server", "submit", run, "--server", folder)
+    certificate, key = certificates.make_coordinator_certificate(copy / "tls", "frida", 0)
+    (folder / "coordinator.crt").write_bytes(certificate)
+    (folder / "coordinator.key").write_bytes(key)
+    with pytest.raises(ConfigError, match=r"certificate ended on .*; at the server, fedmed server coordinator NAME"):
+        far.tls()
+
+
 def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
     ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite" + " more" * 99)
     monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())

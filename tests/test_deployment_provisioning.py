@@ -226,6 +226,15 @@ def test_a_hospital_finds_the_coordinators_fingerprint_without_fedmed_as_the_pag
     assert done.stdout.strip() == read_kit(kits / "north").fingerprint.replace("-", "")
 
 
+def test_a_certificate_is_renewed_when_it_is_asked_for(copied, capsys):
+    path = copied / "server" / "tls" / "server.crt"
+    before = path.read_bytes()
+    command("server", "provision", copied / "server")
+    assert path.read_bytes() == before and "(kept: it is renewed in its last 30 days" in capsys.readouterr().out
+    command("server", "provision", copied / "server", "--renew")
+    assert path.read_bytes() != before and "(new)" in capsys.readouterr().out
+
+
 def test_the_first_kit_needs_the_coordinators_fingerprint_and_later_ones_the_same_key(copied, tmp_path):
     kit, north = copied / "server" / "kits" / "north", read_site_folder(copied / "north")
     join(north, kit, None)  # joined before
