@@ -65,7 +65,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     patients=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     first=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_convolutions_of_any_shape(made, patients, first) -> None:
     module, shape = made
     images = torch.randn((len(patients), *shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -94,7 +94,7 @@ def correlations(draw: st.DrawFn) -> tuple[Tensor, Tensor, Window]:
 
 
 @given(made=correlations(), unit=st.sampled_from([PATIENTS, torch.arange(6)]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_form_of_a_weight_gradient_agrees_with_the_plain_one_of_each_patient(made, unit) -> None:
     maps, points, window = made
     patients = patients_of(unit)

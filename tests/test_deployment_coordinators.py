@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import subprocess
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_consortium import command, make_consortium
 
+from fedmed.cli.server import _line
 from fedmed.deployment import certificates
 from fedmed.deployment.consortium import read_consortium
 from fedmed.deployment.continuing import awaited, continue_lost, cut_off, under_way
@@ -401,18 +401,12 @@ def test_a_coordinator_elsewhere_is_told_what_to_ask_for_and_writes_paths_of_the
         far.tls()
 
 
-def test_what_a_run_says_of_its_end_moves_no_cursor(made, monkeypatch, capsys):
+def test_what_a_run_says_of_its_end_moves_no_cursor():
     ended = flower_run(1, 7, "finished:failed", "ServerApp failed with exception: \x1b[2Jno\nsite" + " more" * 99)
-    monkeypatch.setattr("fedmed.deployment.control.control", lambda server: nullcontext())
-    monkeypatch.setattr("fedmed.deployment.control.nodes", lambda client: [])
-    monkeypatch.setattr("fedmed.deployment.control.runs", lambda client: [ended])
-    monkeypatch.setattr("fedmed.deployment.control.taken_out", lambda client, cards: [])
-    monkeypatch.setattr("fedmed.deployment.run_files.folders", lambda client: ["20260102T030405-a-run-7"])
-    command("server", "status", made)
-    said = capsys.readouterr().out
-    what = f"a run of {ended.submitted:%Y-%m-%d %H:%M} UTC, folder {made / 'runs' / '20260102T030405-a-run-7'}"
-    assert said.startswith(f"run 1: finished:failed, {what} ({ended.details[:33]}?[2Jno site more") and len(said) < 400
-    assert said.endswith(" more …)\n")
+    said = _line(ended, "20260102T030405-a-run-7")
+    what = f"a run of {ended.submitted:%Y-%m-%d %H:%M} UTC, folder 20260102T030405-a-run-7"
+    assert said.startswith(f"run 1: finished:failed, {what} ({ended.details[:33]}?[2Jno site more") and len(said) < 300
+    assert said.endswith(" more …)")
 
 
 def test_whoever_waits_for_a_run_waits_as_long_as_the_server_would_go_on_with_it():

@@ -194,15 +194,13 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     from fedmed.deployment.consortium import read_consortium
     from fedmed.deployment.coordinators import entrance
     from fedmed.deployment.provision import readable_cards
-    from fedmed.deployment.run_files import folders as names_of
-    from fedmed.deployment.run_files import run_client
-    from fedmed.errors import one_line
+    from fedmed.deployment.run_files import folders, of_series, run_client
 
     server = entrance(folder)
     cards = readable_cards(read_consortium(folder))[0] if server.near else []
     with control.control(server) as client, run_client(server) as files:
-        sites, runs, folders = control.nodes(client), control.runs(client), names_of(files)
-        barred = control.taken_out(client, cards)
+        sites, runs, names = control.nodes(client), control.runs(client), folders(files)
+        barred = control.taken_out(client, cards) if cards else []
     if as_json:
         facts = {
             "sites": [{"site": node.site, "status": node.status} for node in sites],
@@ -215,9 +213,8 @@ def status(folder: Either = Path(), as_json: AsJson = False) -> None:
     for site in barred:
         print(f"site {site}: not let in; {control.NEW_KEY}")
     for run in runs:
-        why = f" ({shorten(one_line(run.details), LONGEST, placeholder=' …')})" if run.details else ""
-        what = f"{run.config.get('name', 'a run')} of {run.submitted:%Y-%m-%d %H:%M} UTC"
-        print(f"run {run.number}: {run.status}, {what}{_kept(run, folders, server.runs)}{why}")
+        name = of_series(names, run.series)
+        print(_line(run, str(server.runs / name) if server.runs and name else name))
 
 
 @app.command("stop")
@@ -272,18 +269,18 @@ def fetch(
     """
     from fedmed.deployment import control
     from fedmed.deployment.coordinators import entrance
-    from fedmed.deployment.run_files import fetch_run
+    from fedmed.deployment.run_files import fetch_run, of_series
 
     server = entrance(folder)
-    ending = None
+    series = None
     if run.isdecimal():
         with control.control(server) as client:
-            ending = f"-{control.newest(client, int(run)).series}"
+            series = control.newest(client, int(run)).series
 
-    def chosen(name: str) -> bool:
-        return name.endswith(ending) if ending else name == run
+    def chosen(names: list[str]) -> str | None:
+        return of_series(names, series) if series is not None else next((name for name in names if name == run), None)
 
-    files = list(fetch_run(server, lambda names: next(filter(chosen, names), None), out))
+    files = list(fetch_run(server, chosen, out))
     print(f"{len(files)} files, {sum(file.bytes for file in files) / 1e6:.1f} MB, as the server has them: {out}")
 
 
@@ -315,10 +312,14 @@ def _follow(server: Entrance, number: int, config: RunConfig, *, as_json: bool) 
         raise RunFailed(f"run {number}: {ended.status}; {f'{why}; ' if why else ''}{resume}")
 
 
-def _kept(run: FlowerRun, folders: list[str], runs: Path | None) -> str:
-    """Where a run's folder is: its path on the server's machine, its name elsewhere; nothing before it is made."""
-    name = next((each for each in folders if each.endswith(f"-{run.series}")), None)
-    return f", folder {name if runs is None else runs / name}" if name else ""
+def _line(run: FlowerRun, folder: str | None) -> str:
+    """A run in one line: its folder's path on the server's machine, its name elsewhere; None before it is made."""
+    from fedmed.errors import one_line
+
+    what = f"{run.config.get('name', 'a run')} of {run.submitted:%Y-%m-%d %H:%M} UTC"
+    kept = f", folder {folder}" if folder else ""
+    why = f" ({shorten(one_line(run.details), LONGEST, placeholder=' …')})" if run.details else ""
+    return f"run {run.number}: {run.status}, {what}{kept}{why}"
 
 
 def _facts(run: FlowerRun) -> dict[str, object]:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 
 from fedmed.deployment.coordinators import Entrance
-from fedmed.deployment.run_files import folders, run_client
+from fedmed.deployment.run_files import folders, of_series, run_client
 from fedmed.types import Event
 
 MOST_BYTES = 1 << 20  # of events at one look; the next one brings the rest
@@ -35,7 +35,7 @@ class Following:
         """Tell of the events of a series of runs since the last look. What cannot be had now comes at a later one."""
         with suppress(httpx.HTTPError), run_client(self._server, TIMEOUT_S) as client:
             if self._folder is None:
-                self._folder = next((name for name in folders(client) if name.endswith(f"-{series}")), None)
+                self._folder = of_series(folders(client), series)
             if self._folder is None:
                 return
             part = f"bytes={self._read}-{self._read + MOST_BYTES - 1}"

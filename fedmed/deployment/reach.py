@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http import HTTPStatus
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from cryptography import x509
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
@@ -34,6 +34,7 @@ from fedmed.errors import ConfigError
 CONNECT_S = 10.0
 CLOCK_S = 60.0  # the hours of a site's policy, and the times in its records, are its own clock's
 HALF_A_SECOND = timedelta(seconds=0.5)
+LONGEST = 4096  # bytes of an answer
 NO_HEARTBEAT_S = 0.0  # Flower takes 10 s at least
 NO_LOGIN = "407"  # Proxy Authentication Required (RFC 9110, 15.5.8)
 
@@ -134,15 +135,16 @@ def admission(kit: Kit, key: ec.EllipticCurvePrivateKey) -> str:
             connection = http.client.HTTPConnection(*_place(kit))
             connection.sock = secure
             connection.request("POST", "/v1/fleet/activate-node", body=content, headers=headers)
-            status = connection.getresponse().status
+            answer = connection.getresponse()
+            status, said = answer.status, answer.read(LONGEST)
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(f"the server does not answer a site ({type(error).__name__}); is it being started?") from None
-    if status == HTTPStatus.PRECONDITION_FAILED:
+    if f'"code":{ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:d}'.encode() in said:
         raise ConfigError(
             "this site's key is not on the server's list; ask the coordinator whether this card.json was taken in, or "
             "the site taken out"
         )
-    if status != HTTPStatus.BAD_REQUEST:
+    if f'"code":{ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:d}'.encode() not in said:
         raise ConfigError(f"the server does not say whether it lets this site in ({status}); tell the coordinator")
     return "the server lets this site in"
 

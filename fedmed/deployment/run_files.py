@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -138,6 +138,11 @@ def run_client(server: Entrance, timeout_s: float = TIMEOUT_S) -> httpx.Client:
 def folders(client: httpx.Client) -> list[str]:
     """The names of the server's run folders."""
     return list(map(str, _asked(client, "/runs")["runs"]))
+
+
+def of_series(names: Iterable[str], series: int) -> str | None:
+    """Which of the names of run folders is that of a Flower series; None if there is none yet."""
+    return next((name for name in names if name.endswith(f"-{series}")), None)
 
 
 def _asked(client: httpx.Client, place: str) -> dict[str, Any]:
